@@ -1,0 +1,128 @@
+"""What the trainer tells the world: plain records, handed to observers.
+
+An observer is any object with some of the methods of `StepObserver`. Records hold numbers and strings only, so an
+observer needs nothing of this package (observability/ duck-types them). All times are host clock nanoseconds since
+the epoch, GPU spans included: the trainer maps GPU timestamps onto the host clock before it reports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Span:
+    """A named interval inside a step.
+
+    `kind` is "phase" (data, forward, backward, optimizer, checkpoint, eval), "layer" ("layer 3") or "kernel".
+    `parent` indexes the step's span list, or is None for a child of the step itself. `on_gpu` tells whether the
+    interval was measured by GPU timestamps (True) or by the host clock (False).
+    """
+
+    name: str
+    kind: str
+    start_ns: int
+    end_ns: int
+    parent: int | None = None
+    on_gpu: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Facts of a run that do not change while it runs."""
+
+    run_id: str
+    output: str
+    project_version: str
+    adapter: str
+    backend: str
+    driver: str
+    model: str
+    method: str
+    precision: str
+    total_steps: int
+    first_step: int  # 1, or the step after the checkpoint a run resumed from
+    parameters: int
+    trainable_parameters: int
+    planned_bytes: int
+    config: Mapping[str, Any]
+    start_ns: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    `loss` is the mean over the step's unmasked tokens; `grad_norm` the global norm before clipping; both are NaN or
+    infinite as computed when the step was skipped. `tokens` counts the unmasked (trained) tokens and `row_tokens`
+    all positions computed, padding included. `flops` are those of the plan, for all micro-steps of the step.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    row_tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    start_ns: int
+    end_ns: int
+    skipped: bool = False
+    allocated_bytes: int = 0
+    flops: int = 0
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """Mean loss over all unmasked tokens of the evaluation data, after `step` optimizer steps."""
+
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    step: int
+    path: str
+    bytes: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    steps: int
+    skipped_steps: int
+    final_loss: float
+    seconds: float
+    output: str
+    status: str  # "finished", "interrupted" or "failed: <reason>"
+    end_ns: int
+
+
+class StepObserver(Protocol):
+    """What a run may tell. Every method is optional; an observer that raises ends the run."""
+
+    def run_started(self, info: RunInfo) -> None: ...
+    def step_finished(self, record: StepRecord) -> None: ...
+    def eval_finished(self, record: EvalRecord) -> None: ...
+    def checkpoint_saved(self, record: CheckpointRecord) -> None: ...
+    def run_finished(self, summary: RunSummary) -> None: ...
+
+
+def notify(observers: tuple[Any, ...], method: str, record: object) -> None:
+    """Call `method` on every observer that has it."""
+    for observer in observers:
+        handler = getattr(observer, method, None)
+        if handler is not None:
+            handler(record)
