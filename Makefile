@@ -1,0 +1,58 @@
+# `make` lists the verbs. Each does the set-up that it needs first (scripts/setup.sh) and can be run again at any time.
+
+PYTEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test parity check format bench clean tools browser parity-setup \
+	profile-llama profile-llama-otlp profile-llama-anomaly
+
+help: ## List the verbs
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-22s %s\n", $$1, $$2 }'
+
+setup: tools ## Make .venv and see that there is a GPU adapter, if need be Mesa's software Vulkan
+	@scripts/setup.sh run
+
+demo: setup ## Fine-tune the model that ships with the project on Python's docstrings
+	@.venv/bin/entrenar-gpu demo
+
+test: setup ## Run every test but the comparison with PyTorch
+	@.venv/bin/pytest -m "not parity" --require-gpu -n $(PYTEST_WORKERS)
+
+parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
+	@.venv-parity/bin/pytest -m parity --require-gpu tests/parity
+
+check: tools ## Lint, check the format and the types
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+
+format: tools ## Rewrite the code in the project's format
+	@.venv/bin/ruff check --fix --quiet
+	@.venv/bin/ruff format
+
+bench: ## Say how to measure speed and memory
+	@echo "After make setup, on the GPU to be measured:"
+	@echo "  .venv/bin/entrenar-gpu bench train --shape qwen3-4b --batch 1 --seq 512 --rank 16 --precision f32 --steps 20 --json"
+	@echo "Weights are random and made on the GPU; nothing is downloaded. All options: .venv/bin/entrenar-gpu bench train --help"
+
+profile-llama: setup ## Profile a training run: system calls and functions
+	@scripts/profile_llama
+
+profile-llama-otlp: setup ## The same, with spans sent to an OpenTelemetry collector
+	@scripts/profile_llama --otlp
+
+profile-llama-anomaly: setup ## The same, with the anomaly report
+	@scripts/profile_llama --anomaly
+
+browser: ## Install Chromium, which the test of the HTML report opens
+	@scripts/setup.sh browser
+
+clean: ## Remove the environments, caches and builds; runs/ stays
+	rm -rf .venv .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+tools:
+	@scripts/setup.sh tools
+
+parity-setup:
+	@scripts/setup.sh parity
