@@ -15,7 +15,7 @@ quantise, block b of 64 values x along the flattened row-major weight (the last 
 quantise the scales (double quantisation), groups g of 256 scales
     offset    = mean(absmax)                        summed in float64, rounded once
     d         = absmax - offset
-    nested[g] = max |d|;  r = 1 / nested[g]
+    nested[g] = max |d|;  r = 1 / max(nested[g], 3e-39)
     i         = floor(((clamp(d * r, -1, 1) + 1) * 0.5) * 65535 + 0.5)
     code      = SCALE_STEPS[i]                      `nearest_scale_code`: nearest on a grid of 65,536 points, so not
                                                     always the nearest; a group of zeros takes code 0
@@ -42,6 +42,7 @@ StateDtype = Literal["float32", "bfloat16", "float16"]
 BLOCK = 64
 SCALE_BLOCK = 256
 SMALLEST_ABSMAX = np.float32(1e-38)
+SMALLEST_NESTED = np.float32(3e-39)  # about the smallest whose reciprocal is finite
 GRID_STEPS = 65535  # of the grid that 8-bit scale codes are looked up on
 
 CODEBOOK: Floats = np.array(
@@ -102,9 +103,9 @@ SCALE_CODE: Floats = dynamic_map()
 SCALE_STEPS: Bytes = _scale_steps(SCALE_CODE)
 
 
-def reciprocal(absmax: Floats) -> Floats:
-    """1 / max(absmax, 1e-38), rounded to nearest: the factor that brings a block into [-1, 1]."""
-    result: Floats = np.reciprocal(np.maximum(absmax, SMALLEST_ABSMAX))
+def reciprocal(absmax: Floats, floor: np.float32 = SMALLEST_ABSMAX) -> Floats:
+    """1 / max(absmax, floor), rounded to nearest: the factor that brings a block into [-1, 1]."""
+    result: Floats = np.reciprocal(np.maximum(absmax, floor))
     return result
 
 
@@ -185,9 +186,10 @@ def quantize_centred(centred: Floats) -> tuple[Bytes, Floats]:
     """8-bit codes and nested scales of block scales from which the offset has been taken."""
     starts = np.arange(0, centred.size, SCALE_BLOCK)
     nested: Floats = np.maximum.reduceat(np.abs(centred), starts)
-    inverse = np.divide(np.float32(1), nested, out=np.zeros_like(nested), where=nested > 0)
     with np.errstate(under="ignore"):
-        normed = np.clip(centred * _spread(inverse, centred.size), np.float32(-1), np.float32(1))
+        normed = np.clip(
+            centred * _spread(reciprocal(nested, SMALLEST_NESTED), centred.size), np.float32(-1), np.float32(1)
+        )
     codes = nearest_scale_code(normed)
     codes[_spread(nested, centred.size) == 0] = 0
     return codes, nested
