@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Sets up this checkout, from a bare Debian or Ubuntu to a machine that trains. Safe to run again: what is there is kept,
-# what is missing or broken is made anew. Runs from any folder, with bash 3.2 (macOS) or newer.
+# Sets up this checkout, from a bare Debian or Ubuntu to a machine that trains. Safe to run again: what is there is
+# kept, what is missing or broken is made anew. Runs from any folder, with bash 3.2 (macOS) or newer.
 #
 #   scripts/setup.sh run      .venv with the project and its test tools, and a GPU adapter, real or software
 #   scripts/setup.sh tools    .venv alone: enough for linters and type checks
 #   scripts/setup.sh parity   .venv-parity with torch, transformers, peft and bitsandbytes, and a GPU adapter
 #   scripts/setup.sh browser  Chromium, which the test of the HTML report opens; without it that test is skipped
 #
-# System packages are installed by root on Debian and Ubuntu only; for anyone else the missing ones are named. Variables:
+# System packages are installed by root on Debian and Ubuntu only; for anyone else the missing ones are named.
+# Variables:
 #   PYTHON  interpreter to build the environments with (default: the first of $interpreters that is new enough)
 #   TORCH   pip's arguments for torch (default: $torch). Where PyPI's build brings CUDA along, the CPU build is smaller:
 #           TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu'
@@ -32,14 +33,14 @@ require() {
     say "$why: installing $*"
     refresh_package_lists
     # The lock timeout outlasts the unattended upgrade that a fresh cloud machine runs at its first boot.
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" \
-        </dev/null >/dev/null || die "apt-get could not install $*"
+    DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes apt-get install -qq -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=300 "$@" </dev/null >/dev/null || die "apt-get could not install $*"
 }
 
 lists_are_fresh=
 refresh_package_lists() {
     if [ -z "$lists_are_fresh" ]; then
-        apt-get update -qq </dev/null >/dev/null || say "apt-get update failed; going on with the package lists that are there"
+        apt-get update -qq </dev/null >/dev/null || say "apt-get update failed; using the package lists that are there"
         lists_are_fresh=yes
     fi
 }
@@ -61,7 +62,9 @@ find_python() {
 packaged_python() {
     local name
     for name in $interpreters; do
-        if apt-cache policy "$name" 2>/dev/null | grep -Eq 'Candidate: 3\.(1[1-9]|[2-9][0-9])'; then echo "$name"; return; fi
+        case $(apt-cache policy "$name" 2>/dev/null | sed -n 's/ *Candidate: //p') in
+            3.1[1-9]* | 3.[2-9][0-9]*) echo "$name"; return ;;
+        esac
     done
     return 1
 }
@@ -92,7 +95,7 @@ fingerprint() { echo "$PWD"; cksum pyproject.toml scripts/setup.sh; }
 make_environment() {
     local folder=$1; shift
     local inputs; inputs=$(fingerprint; echo "$*")
-    if is_new_enough "$folder/bin/python" && [ "$(cat "$folder/.setup" 2>/dev/null)" = "$inputs" ]; then return; fi
+    if is_sound "$folder" && [ "$(cat "$folder/.setup" 2>/dev/null)" = "$inputs" ]; then return; fi
     if ! is_reusable "$folder"; then
         choose_python
         say "making $folder with $("$python" --version)"
@@ -110,12 +113,15 @@ make_environment() {
 }
 
 # What an interrupted pip leaves behind can look installed and not be, so `unfinished` is never built upon.
-is_reusable() {
-    [ "$(cat "$1/.setup" 2>/dev/null)" != unfinished ] && was_made_here "$1" && is_new_enough "$1/bin/python" &&
-        "$1/bin/python" -m pip --version >/dev/null 2>&1
-}
+is_reusable() { [ "$(cat "$1/.setup" 2>/dev/null)" != unfinished ] && was_made_here "$1" && is_sound "$1"; }
 
 was_made_here() { grep -Fqs "$PWD/$1" "$1/bin/activate"; }
+
+# An upgrade of the system's Python leaves an environment without its packages, pip among them.
+is_sound() {
+    is_new_enough "$1/bin/python" && "$1/bin/python" -c 'import pip' 2>/dev/null &&
+        { [ -z "${PYTHON:-}" ] || [ "$("$PYTHON" --version 2>/dev/null)" = "$("$1/bin/python" --version)" ]; }
+}
 
 # --- GPU adapter -------------------------------------------------------------------------------------------------
 
@@ -136,7 +142,7 @@ make_adapter() {
     if has_adapter "$1"; then return; fi
     require "no GPU adapter found (Vulkan, Metal or DX12), so Mesa's software Vulkan is needed" \
         mesa-vulkan-drivers libvulkan1
-    has_adapter "$1" || die "Mesa's software Vulkan is installed, yet no adapter is found; vulkaninfo --summary may say why"
+    has_adapter "$1" || die "Mesa's software Vulkan is installed, yet no adapter is found; see vulkaninfo --summary"
 }
 
 # --- Chromium ----------------------------------------------------------------------------------------------------

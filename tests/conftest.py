@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, NumPy errors that raise, repeatable property tests, a GPU or the reason why not."""
+"""What every test gets: fixed seeds, NumPy errors that raise, repeatable property tests, and a GPU."""
 
 import random
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def numpy_errors_raise() -> Iterator[None]:
-    """Overflow, division by zero and invalid values are mistakes of a reference; underflow to zero is what softmax does."""
+    """Overflow, division by zero and invalid values are mistakes; underflow to zero is what softmax does."""
     with np.errstate(all="raise", under="ignore"):
         yield
 
