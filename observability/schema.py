@@ -1,0 +1,131 @@
+"""The schema of a training trace: every span name and every attribute, declared once.
+
+What writes spans (tracing.py) and what reads them (detector, report) both take their names from here. Names follow
+OpenTelemetry's rules: dotted, lower case, namespaced by the application, and no name is also a namespace. Where
+OpenTelemetry has an attribute of its own (`service.*`), that one is used.
+
+The tree of spans:
+
+    train                          one a run; child of the caller's open span, if any; written last
+      step                         one an optimizer step
+        data | forward | backward | optimizer | checkpoint | eval        phases
+          layer 0 ... layer N      inside forward and backward
+            <kernel>               one dispatch; its parent is a layer, or the phase where it belongs to no layer
+
+A trace holds the levels down to the chosen one: `step`, `phase`, `layer` (default) or `kernel`. A span whose parent is
+left out hangs on the nearest ancestor that is kept. All times are nanoseconds since the epoch on the host clock,
+spans timed by the GPU included (CLOCK says which); those carry the error of that mapping, so a child may begin or end
+some microseconds outside its parent. `backward` holds the layers in falling order.
+
+The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSON lines: UTF-8, one
+`{"resourceSpans": [...]}` object a line, one or more steps a line, written whole. As OTLP/JSON asks: ids in lower-case
+hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
+"-Infinity" (a skipped step has them), no `parentSpanId` on a root. A step's spans come in one line, the step first;
+lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A run that was
+killed has no `train` span, so what describes the run also stands in each line's resource. A resumed run appends: it is
+a second trace id (and `service.instance.id`) in the same file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+TRACE_FILE: Final = "trace.jsonl"
+SCOPE_NAME: Final = "entrenar.observability"
+SERVICE_NAME_DEFAULT: Final = "entrenar-gpu"
+
+Level = Literal["step", "phase", "layer", "kernel"]
+LEVELS: Final[tuple[Level, ...]] = ("step", "phase", "layer", "kernel")
+DEFAULT_LEVEL: Final[Level] = "layer"
+
+TRAIN: Final = "train"
+STEP: Final = "step"
+DATA: Final = "data"
+FORWARD: Final = "forward"
+BACKWARD: Final = "backward"
+OPTIMIZER: Final = "optimizer"
+CHECKPOINT: Final = "checkpoint"
+EVAL: Final = "eval"
+PHASES: Final = (DATA, FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT, EVAL)
+LAYER_PREFIX: Final = "layer "  # followed by the index, from 0
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One row of the table: where the attribute stands, its OTLP type, and what it means (with its unit)."""
+
+    name: str
+    type: Literal["string", "int", "double", "bool"]
+    on: str
+    meaning: str
+
+
+ATTRIBUTES: Final[dict[str, Attribute]] = {}
+
+
+def _attribute(name: str, kind: Literal["string", "int", "double", "bool"], on: str, meaning: str) -> str:
+    ATTRIBUTES[name] = Attribute(name, kind, on, meaning)
+    return name
+
+
+SERVICE_NAME = _attribute("service.name", "string", "resource", "entrenar-gpu, or what OTEL_SERVICE_NAME says")
+SERVICE_VERSION = _attribute("service.version", "string", "resource", "version of this project")
+SERVICE_INSTANCE = _attribute("service.instance.id", "string", "resource", "the run's id")
+
+RUN_ID = _attribute("entrenar.run.id", "string", "resource, every span", "the run's id, as its folder and log have it")
+SPAN_LEVEL = _attribute("entrenar.span.level", "string", "every span", "run, step, phase, layer or kernel")
+CLOCK = _attribute(
+    "entrenar.span.clock", "string", "phase and below", "host, or gpu: GPU timestamps mapped to the host"
+)
+STEP_NUMBER = _attribute("entrenar.step.number", "int", "step and below", "the optimizer step, from 1")
+
+RUN_MODEL = _attribute("entrenar.run.model", "string", "resource, train", "model folder or shape")
+RUN_METHOD = _attribute("entrenar.run.method", "string", "resource, train", "qlora, lora or full")
+RUN_PRECISION = _attribute("entrenar.run.precision", "string", "resource, train", "f32, f16 or int8")
+RUN_OUTPUT = _attribute("entrenar.run.output", "string", "resource, train", "the run folder")
+RUN_PARAMETERS = _attribute("entrenar.run.parameters", "int", "resource, train", "parameters of the model")
+RUN_TRAINABLE = _attribute("entrenar.run.trainable_parameters", "int", "resource, train", "parameters that train")
+RUN_PLANNED_BYTES = _attribute("entrenar.run.planned_bytes", "int", "resource, train", "planned peak GPU memory, bytes")
+RUN_FIRST_STEP = _attribute("entrenar.run.first_step", "int", "resource, train", "1, or the first step after a resume")
+RUN_TOTAL_STEPS = _attribute("entrenar.run.total_steps", "int", "resource, train", "the step at which the run ends")
+RUN_CONFIG = _attribute("entrenar.run.config", "string", "train", "the configuration, as JSON")
+GPU_ADAPTER = _attribute("entrenar.gpu.adapter", "string", "resource, train", "the GPU's name")
+GPU_BACKEND = _attribute("entrenar.gpu.backend", "string", "resource, train", "Vulkan, Metal, D3D12 or numpy")
+GPU_DRIVER = _attribute("entrenar.gpu.driver", "string", "resource, train", "the driver and its version")
+RUN_STATUS = _attribute("entrenar.run.status", "string", "train", 'finished, interrupted, or "failed: <reason>"')
+RUN_STEPS = _attribute("entrenar.run.steps", "int", "train", "steps done")
+RUN_SKIPPED_STEPS = _attribute("entrenar.run.skipped_steps", "int", "train", "steps skipped, as SKIPPED")
+RUN_FINAL_LOSS = _attribute("entrenar.run.final_loss", "double", "train", "loss of the last step, nats a token")
+
+EPOCH = _attribute("entrenar.step.epoch", "double", "step", "passes over the data at the end of the step")
+LOSS = _attribute("entrenar.step.loss", "double", "step", "mean over the step's trained tokens, nats a token")
+LEARNING_RATE = _attribute("entrenar.step.learning_rate", "double", "step", "learning rate of the step")
+GRAD_NORM = _attribute("entrenar.step.grad_norm", "double", "step", "global gradient norm before clipping")
+TOKENS = _attribute("entrenar.step.tokens", "int", "step", "trained (unmasked) tokens")
+ROW_TOKENS = _attribute("entrenar.step.row_tokens", "int", "step", "all positions computed, padding included")
+TOKENS_PER_SECOND = _attribute("entrenar.step.tokens_per_second", "double", "step", "trained tokens a second")
+SKIPPED = _attribute("entrenar.step.skipped", "bool", "step", "no update: loss or gradient was not finite")
+ALLOCATED_BYTES = _attribute("entrenar.step.allocated_bytes", "int", "step", "GPU memory held by the run, bytes")
+STEP_FLOPS = _attribute("entrenar.step.flops", "int", "step", "floating-point operations of the step's plan")
+
+LAYER_INDEX = _attribute("entrenar.layer.index", "int", "layer", "which transformer layer, from 0")
+KERNEL_NAME = _attribute("entrenar.kernel.name", "string", "kernel", "the shader and variant that ran")
+KERNEL_SHAPE = _attribute("entrenar.kernel.shape", "string", "kernel", "its problem size, as 512x9728x2560")
+WORK_BYTES = _attribute("entrenar.work.bytes", "int", "phase and below", "bytes moved: read and written, or loaded")
+WORK_FLOPS = _attribute("entrenar.work.flops", "int", "phase and below", "floating-point operations")
+
+CHECKPOINT_PATH = _attribute("entrenar.checkpoint.path", "string", "checkpoint", "the folder written")
+CHECKPOINT_BYTES = _attribute("entrenar.checkpoint.bytes", "int", "checkpoint", "bytes written")
+EVAL_LOSS = _attribute("entrenar.eval.loss", "double", "eval", "mean over the evaluation data, nats a token")
+EVAL_PERPLEXITY = _attribute("entrenar.eval.perplexity", "double", "eval", "exp of the loss")
+EVAL_TOKENS = _attribute("entrenar.eval.tokens", "int", "eval", "tokens evaluated")
+
+# What the trainer may put in a span's `attributes`, by its short key. Another key k stands as `entrenar.span.<k>`.
+SPAN_KEYS: Final = {
+    "layer": LAYER_INDEX,
+    "kernel": KERNEL_NAME,
+    "shape": KERNEL_SHAPE,
+    "bytes": WORK_BYTES,
+    "flops": WORK_FLOPS,
+}
