@@ -1,0 +1,216 @@
+"""Adapters and the device: which one, with which features and limits, and how its memory is known."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wgpu
+from wgpu.backends.wgpu_native.extras import set_instance_extras
+
+from entrenar_gpu.errors import DeviceLost, UserError
+from entrenar_gpu.graph import Caps
+
+NO_ADAPTER = (
+    "no Vulkan, Metal or DX12 adapter found. Install your card's driver, or the software one:"
+    " Debian/Ubuntu `apt-get install mesa-vulkan-drivers`, Fedora `dnf install mesa-vulkan-drivers`;"
+    " macOS (Metal) and Windows (DX12) bring theirs: update the system or the card's driver."
+    " `--device numpy` runs without one, slowly"
+)
+
+_RANKS = {"DiscreteGPU": 0, "IntegratedGPU": 1, "VirtualGPU": 2, "Unknown": 3, "CPU": 4}
+# Assumed pace of matrix products by kind of adapter: only cuts a run into submits, so a factor of a few is harmless.
+_PACES = {"DiscreteGPU": 2e12, "IntegratedGPU": 2e11, "VirtualGPU": 2e11, "Unknown": 1e11, "CPU": 5e9}
+
+_LIMITS = (
+    "max-storage-buffer-binding-size",
+    "max-buffer-size",
+    "max-compute-workgroup-storage-size",
+    "max-compute-invocations-per-workgroup",
+    "max-compute-workgroup-size-x",
+    "max-compute-workgroups-per-dimension",
+    "max-storage-buffers-per-shader-stage",
+)
+# Features the trainer uses where they are offered. Cooperative matrices are advertised but refused at device creation
+# by today's wgpu-native, so they are asked for apart and done without.
+_FEATURES = ("shader-f16", "subgroup", "timestamp-query", "timestamp-query-inside-passes")
+_EXPERIMENTAL = ("cooperative-matrix", "experimental-cooperative-matrix")
+
+
+@functools.cache
+def adapters() -> tuple[Any, ...]:
+    """Every adapter of Vulkan, Metal and DX12, best first: discrete, integrated, virtual, software.
+
+    OpenGL is left out of the instance: it lists each card a second time, with fewer limits.
+    """
+    set_instance_extras(backends=("Primary",), flags=("Default", "AutomaticTimestampNormalization"))
+    found = wgpu.gpu.enumerate_adapters_sync()
+    return tuple(sorted(found, key=lambda a: _RANKS.get(a.info["adapter_type"], 3)))
+
+
+def choose_adapter(choice: str | None = None) -> Any:
+    """The adapter of `choice` (index or part of a name), else of ENTRENAR_DEVICE, else the best one.
+
+    Raises UserError with what to install when there is none, and with the list when `choice` names none of them.
+    """
+    source = "--device" if choice is not None else "ENTRENAR_DEVICE"
+    choice = choice if choice is not None else os.environ.get("ENTRENAR_DEVICE") or None
+    found = adapters()
+    if not found:
+        raise UserError(NO_ADAPTER)
+    if choice is None:
+        return found[0]
+    matches = [a for a in found if choice.lower() in a.info["device"].lower()]
+    if choice.isdigit() and int(choice) < len(found):
+        matches = [found[int(choice)]]
+    if not matches:
+        names = "; ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))
+        raise UserError(f"{source} {choice!r} matches no adapter; there are {names}")
+    return matches[0]
+
+
+def memory_bytes(info: Any) -> int | None:
+    """Memory of the adapter where the system tells, else None. WebGPU itself does not say."""
+    if info["adapter_type"] == "CPU":
+        return _meminfo("MemAvailable")
+    if platform.system() == "Darwin":
+        # Metal lets a process use about three quarters of the unified memory
+        text = _output(["sysctl", "-n", "hw.memsize"])
+        return int(text) * 3 // 4 if text and text.strip().isdigit() else None
+    if "nvidia" in info["device"].lower() or info["vendor_id"] == 0x10DE:
+        text = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"])
+        for line in (text or "").splitlines():
+            name, _, mebibytes = line.rpartition(",")
+            if name.strip() in info["device"] or info["device"] in name:
+                return int(mebibytes) << 20 if mebibytes.strip().isdigit() else None
+        return None
+    for path in glob.glob("/sys/class/drm/card*/device/mem_info_vram_total"):
+        ids = [int((Path(path).parent / key).read_text(), 16) for key in ("vendor", "device")]
+        if ids == [info["vendor_id"], info["device_id"]]:
+            return int(Path(path).read_text())
+    if info["adapter_type"] == "IntegratedGPU":
+        return _meminfo("MemAvailable")
+    return None
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def adapter_caps(adapter: Any) -> Caps:
+    """What the trainer would use of an adapter, before a device is made."""
+    limits, features, info = adapter.limits, adapter.features, adapter.info
+    return Caps(
+        name=info["device"],
+        max_binding_bytes=limits["max-storage-buffer-binding-size"] // 4 * 4,
+        max_buffer_bytes=limits["max-buffer-size"] // 4 * 4,
+        max_workgroup_bytes=limits["max-compute-workgroup-storage-size"],
+        max_invocations=min(limits["max-compute-invocations-per-workgroup"], limits["max-compute-workgroup-size-x"]),
+        max_workgroups=limits["max-compute-workgroups-per-dimension"],
+        max_storage_buffers=limits["max-storage-buffers-per-shader-stage"],
+        f16="shader-f16" in features,
+        subgroups="subgroup" in features,
+        timestamps="timestamp-query" in features,
+        timestamps_inside_passes="timestamp-query-inside-passes" in features,
+        cooperative_matrix=any(f in features for f in _EXPERIMENTAL),
+        software=info["adapter_type"] == "CPU",
+        memory_bytes=memory_bytes(info),
+        flops_per_second=_PACES.get(info["adapter_type"], 1e11),
+    )
+
+
+@dataclass(eq=False)
+class Device:
+    """A wgpu device with its `Caps`, and a count of the bytes in its live buffers."""
+
+    handle: Any
+    caps: Caps
+    info: dict[str, Any]
+    allocated_bytes: int = 0
+
+    @classmethod
+    def open(cls, choice: str | None = None, limited: bool = False) -> Device:
+        """A device on the chosen adapter, with the features in use and the largest limits it offers.
+
+        `limited` asks for WebGPU's guaranteed limits and no optional feature instead, as a test of portability.
+        """
+        adapter = choose_adapter(choice)
+        caps = adapter_caps(adapter)
+        info = dict(adapter.info)
+        if limited:
+            return cls(adapter.request_device_sync(required_limits={}), caps.limited(), info)
+        features = [f for f in _FEATURES if f in adapter.features]
+        limits = {name: adapter.limits[name] for name in _LIMITS}
+        experimental = [f for f in _EXPERIMENTAL if f in adapter.features]
+        if experimental:
+            try:
+                return cls(_request(adapter, features + experimental, limits), caps, info)
+            except (RuntimeError, KeyError):
+                pass
+        handle = _request(adapter, features, limits)
+        from dataclasses import replace
+
+        return cls(handle, replace(caps, cooperative_matrix=False), info)
+
+    def buffer(self, nbytes: int, label: str, usage: int | None = None) -> Any:
+        """A zeroed buffer. Raises UserError when the device has no memory left for it."""
+        flags = wgpu.BufferUsage
+        usage = flags.STORAGE | flags.COPY_SRC | flags.COPY_DST if usage is None else usage
+        try:
+            made = self.handle.create_buffer(label=label, size=nbytes, usage=usage)
+        except wgpu.GPUOutOfMemoryError:
+            raise UserError(
+                f"{self.caps.name} has no {nbytes / 2**20:.0f} MiB left for {label}"
+                f" (holding {self.allocated_bytes / 2**30:.2f} GiB); lower --memory-budget, --batch or --seq"
+            ) from None
+        self.allocated_bytes += nbytes
+        return made
+
+    def release(self, buffer: Any) -> None:
+        self.allocated_bytes -= buffer.size
+        buffer.destroy()
+
+    def write(self, buffer: Any, data: np.ndarray, offset: int = 0) -> None:
+        """Queue a copy of `data` into `buffer`, padded to whole words."""
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        if raw.size % 4:
+            raw = np.concatenate([raw, np.zeros(-raw.size % 4, np.uint8)])
+        if raw.size:
+            self.handle.queue.write_buffer(buffer, offset, raw)
+
+    def read(self, buffer: Any, offset: int, nbytes: int) -> np.ndarray:
+        """The bytes of a buffer, waiting for the device."""
+        padded = -(-nbytes // 4) * 4
+        try:
+            return np.frombuffer(self.handle.queue.read_buffer(buffer, offset, padded), np.uint8)[:nbytes]
+        except RuntimeError as error:
+            raise self.lost(error) from error
+
+    def lost(self, error: Exception) -> Exception:
+        """`error` as DeviceLost if that is what it says."""
+        text = str(error)
+        if "lost" in text.lower():
+            return DeviceLost(f"device {self.caps.name} was lost ({text.splitlines()[0]}); the last checkpoint stands")
+        return error
+
+
+def _request(adapter: Any, features: list[str], limits: dict[str, int]) -> Any:
+    return adapter.request_device_sync(required_features=features, required_limits=limits)

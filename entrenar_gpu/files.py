@@ -1,0 +1,47 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from entrenar_gpu.errors import UserError
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write in place of `path`, which it becomes, flushed to disk, only when the block ends well.
+
+    Raises UserError naming the file when it cannot be written (disk full, no permission); then, as after any other
+    exception, the temporary file is gone and what was at `path` before still is.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cannot_write(path: str | Path, error: OSError) -> UserError:
+    """The one-line form of a failed write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return UserError(f"{path}: {'the disk is full; nothing was written' if full else f'cannot be written: {error}'}")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace the file at `path` by UTF-8 `text`."""
+    with new_file(path) as stream:
+        stream.write(text.encode())

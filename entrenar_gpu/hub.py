@@ -1,0 +1,31 @@
+"""Model names: a folder on this machine, or a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from entrenar_gpu.errors import UserError
+
+# Weights at the top of the repository, configuration and tokenizer; never pickles or code.
+PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
+
+
+def resolve_model(name: str, flag: str = "--model") -> Path:
+    """The folder of a model: `name` itself where that is one, otherwise the Hub's repository `name`, downloaded once.
+
+    Raises UserError naming the flag when there is neither, or when the Hub cannot be reached and holds no copy here.
+    """
+    if not name:
+        raise UserError(f"{flag}: missing; give a model folder or a Hub id")
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"{flag}: {name}: no such folder")
+    import huggingface_hub  # slow to import, and most runs name a folder
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
+    except Exception as error:  # whatever a network, proxy or disk can raise, under several libraries' names
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag}: {name}: no such folder, and not to be had from the Hub: {reason}") from error

@@ -1,0 +1,65 @@
+"""Every operation, by family. Importing this package fills the table in registry.py."""
+
+from entrenar_gpu.ops.attention import attention
+from entrenar_gpu.ops.dropout import dropout
+from entrenar_gpu.ops.elementwise import (
+    add,
+    fill,
+    gelu,
+    gelu_tanh,
+    mul,
+    ones,
+    relu,
+    scale,
+    sub,
+    swiglu,
+    swish,
+    zeros,
+)
+from entrenar_gpu.ops.embedding import embedding
+from entrenar_gpu.ops.loss import IGNORE, cross_entropy
+from entrenar_gpu.ops.matmul import matmul
+from entrenar_gpu.ops.norm import layer_norm, rms_norm
+from entrenar_gpu.ops.optimizer import adam, decide, sgd, sum_of_squares
+from entrenar_gpu.ops.quantize import Nf4Tensors, nf4_quantize, nf4_quantize_scales
+from entrenar_gpu.ops.reduce import mean, softmax, sum, sum_columns, sum_rows
+from entrenar_gpu.ops.registry import in_place
+from entrenar_gpu.ops.rope import rope, rope_table
+
+__all__ = [
+    "IGNORE",
+    "Nf4Tensors",
+    "adam",
+    "add",
+    "attention",
+    "cross_entropy",
+    "decide",
+    "dropout",
+    "embedding",
+    "fill",
+    "gelu",
+    "gelu_tanh",
+    "in_place",
+    "layer_norm",
+    "matmul",
+    "mean",
+    "mul",
+    "nf4_quantize",
+    "nf4_quantize_scales",
+    "ones",
+    "relu",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "scale",
+    "sgd",
+    "softmax",
+    "sub",
+    "sum",
+    "sum_columns",
+    "sum_of_squares",
+    "sum_rows",
+    "swiglu",
+    "swish",
+    "zeros",
+]

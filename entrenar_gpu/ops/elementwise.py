@@ -1,0 +1,331 @@
+"""Ops that compute each element from the same element of their inputs, and the activations.
+
+A row is a WGSL expression over the loaded values and a NumPy function; binary ops broadcast `b` over leading
+dimensions, or from a single value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register, same_as
+
+WORKGROUP = 256
+Aliased = Callable[[Tensor, Tensor], bool]
+
+
+def elementwise_launch(
+    node: Node, caps: Caps, aliased: Aliased, expressions: Sequence[str], names: Sequence[str] = "abcdef", functions: str = ""
+) -> list[Launch]:
+    """The launch of a node whose k-th output is expressions[k] over its inputs, named `names` in order.
+
+    An input that shares storage with an output is read through the output's binding.
+    """
+    size = node.output.size
+    bindings: list[Binding] = []
+    loads = []
+    outs = [f"out{k}" for k in range(len(expressions))]
+    for name, tensor in zip(names, node.inputs, strict=False):
+        shared = [out for out, made in zip(outs, node.outputs, strict=True) if aliased(made, tensor)]
+        source = shared[0] if shared else f"in_{name}"
+        if not shared and all(b.name != source for b in bindings):
+            bindings.append(reads(source, tensor))
+        index = "i" if tensor.size == size else "0" if tensor.size == 1 else f"i % {tensor.size}u"
+        loads.append((name, f"{source}[{index}]"))
+    bindings += [writes(out, tensor) for out, tensor in zip(outs, node.outputs, strict=True)]
+    constants = {
+        "size": size,
+        "loads": loads,
+        "stores": list(zip(outs, expressions, strict=True)),
+        "functions": functions,
+    }
+    return [Launch("elementwise", tuple(bindings), constants, grid_of(-(-size // WORKGROUP), caps))]
+
+
+def _inplace(node: Node) -> Sequence[tuple[int, int]]:
+    return [(0, i) for i, t in enumerate(node.inputs) if t.size == node.output.size and t.dtype == node.output.dtype][
+        :1
+    ]
+
+
+def _binary(name: str, expression: str, function: Any, gradient: Any) -> None:
+    def infer(node: Node) -> Sequence[Spec]:
+        a, b = node.inputs
+        if not (b.shape == a.shape or b.size == 1 or b.shape == a.shape[len(a.shape) - len(b.shape) :]):
+            raise ValueError(f"{node.label()}: {b!r} does not broadcast to {a!r}")
+        return [(a.shape, a.dtype)]
+
+    def reference(node: Node, a: np.ndarray, b: np.ndarray) -> Sequence[np.ndarray]:
+        return [function(a, b.reshape(()) if b.size == 1 else b).astype(a.dtype, copy=False)]
+
+    def launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, aliased, [expression])
+
+    register(Op(name, infer, reference, launch, gradient, inplace=_inplace, cheap=True))
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; b has a's shape, its trailing dimensions, or one element."""
+    return record("add", a, b)[0]
+
+
+def sub(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, broadcast as `add`."""
+    return record("sub", a, b)[0]
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, broadcast as `add`."""
+    return record("mul", a, b)[0]
+
+
+def scale(a: Tensor, factor: float) -> Tensor:
+    """a * factor, for a factor known when the graph is traced."""
+    return record("scale", a, factor=float(factor))[0]
+
+
+def _reduced(gradient: Tensor, b: Tensor) -> Tensor:
+    """`gradient` summed over what broadcasting `b` repeated."""
+    from entrenar_gpu.ops.reduce import sum_all, sum_rows
+
+    if b.size == gradient.size:
+        return gradient
+    if b.size == 1:
+        return sum_all(gradient, b.shape)
+    return sum_rows(gradient, b.shape)
+
+
+def _add_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    (dy,) = upstream
+    b = node.inputs[1]
+    return [dy, _reduced(dy, b) if context.wanted(b) else None]
+
+
+def _sub_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    (dy,) = upstream
+    b = node.inputs[1]
+    return [dy, _reduced(scale(dy, -1.0), b) if context.wanted(b) else None]
+
+
+def _mul_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    (dy,) = upstream
+    a, b = node.inputs
+    return [mul(dy, b) if context.wanted(a) else None, _reduced(mul(dy, a), b) if context.wanted(b) else None]
+
+
+_binary("add", "a + b", np.add, _add_gradient)
+_binary("sub", "a - b", np.subtract, _sub_gradient)
+_binary("mul", "a * b", np.multiply, _mul_gradient)
+
+
+def literal(value: float) -> str:
+    """A WGSL f32 literal that reads back as float32(value)."""
+    return f"f32({float(np.float32(value))!r})"
+
+
+register(
+    Op(
+        "scale",
+        same_as(0),
+        lambda node, a: [a * a.dtype.type(node.attrs["factor"])],
+        lambda node, caps, aliased: elementwise_launch(
+            node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]
+        ),
+        lambda node, upstream, context: [scale(upstream[0], node.attrs["factor"])],
+        inplace=_inplace,
+        cheap=True,
+    )
+)
+
+
+def fill(like: Tensor, value: float) -> Tensor:
+    """A tensor of `like`'s shape holding `value` everywhere."""
+    return record("fill", like, value=float(value), shape=like.shape)[0]
+
+
+def zeros(like: Tensor) -> Tensor:
+    return fill(like, 0.0)
+
+
+def ones(like: Tensor) -> Tensor:
+    return fill(like, 1.0)
+
+
+def _fill_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    size = node.output.size
+    constants = {"size": size, "loads": [], "stores": [("out0", literal(node.attrs["value"]))], "functions": ""}
+    bindings = (writes("out0", node.output),)
+    return [Launch("elementwise", bindings, constants, grid_of(-(-size // WORKGROUP), caps))]
+
+
+register(
+    Op(
+        "fill",
+        same_as(0),
+        lambda node, like: [np.full(like.shape, node.attrs["value"], like.dtype)],
+        _fill_launch,
+        cheap=True,
+    )
+)
+
+
+# Activations: value and derivative as WGSL over x, and as NumPy.
+
+
+def _erf_source() -> str:
+    """erf, which WGSL lacks. Below 1 its Maclaurin series, cut where the next term is under 2e-9; above, one minus
+    the Chebyshev fit of erfc in Press et al., Numerical Recipes, 2nd ed., 6.2 (fractional error below 1.2e-7)."""
+    series = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(11)]
+    fit = [-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587]
+    fit += [-0.82215223, 0.17087277]
+
+    def horner(coefficients: list[float], variable: str) -> str:
+        text = literal(coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            text = f"fma({text}, {variable}, {literal(c)})"
+        return text
+
+    return f"""
+fn erf(x: f32) -> f32 {{
+  let y = abs(x);
+  let s = x * x;
+  if (y < 1.0) {{ return x * {horner(series, "s")}; }}
+  let t = 1.0 / (1.0 + 0.5 * y);
+  return sign(x) * (1.0 - t * exp({horner(fit, "t")} - s));
+}}
+"""
+
+
+_ROOT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715  # Hendrycks & Gimpel, arXiv 1606.08415
+# tanh overflows to NaN on some drivers for large arguments
+_TANH = f"fn bend(x: f32) -> f32 {{ return tanh(clamp({_TANH_SCALE!r} * (x + {_TANH_CUBE!r} * x * x * x), -20.0, 20.0)); }}"
+_SIGMOID = "fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-clamp(x, -80.0, 80.0))); }"
+
+
+def np_erf(x: np.ndarray) -> np.ndarray:
+    return np.vectorize(math.erf, otypes=[x.dtype])(x) if x.size else x
+
+
+def np_sigmoid(x: np.ndarray) -> np.ndarray:
+    half = x.dtype.type(0.5)
+    return half * (1 + np.tanh(half * x))
+
+
+def _np_bend(x: np.ndarray) -> np.ndarray:
+    return np.tanh(x.dtype.type(_TANH_SCALE) * (x + x.dtype.type(_TANH_CUBE) * x**3))
+
+
+def _np_gelu_slope(x: np.ndarray) -> np.ndarray:
+    density = x.dtype.type(_DENSITY) * np.exp(-x * x / 2)
+    return (1 + np_erf(x * x.dtype.type(_ROOT_HALF))) / 2 + x * density
+
+
+def _np_gelu_tanh_slope(x: np.ndarray) -> np.ndarray:
+    t, kind = _np_bend(x), x.dtype.type
+    inner = kind(_TANH_SCALE) * (1 + kind(3 * _TANH_CUBE) * x * x)
+    return (1 + t) / 2 + x * (1 - t * t) * inner / 2
+
+
+def _activation(
+    name: str, value: str, slope: str, functions: str, np_value: Callable[..., Any], np_slope: Callable[..., Any]
+) -> Callable[[Tensor], Tensor]:
+    """Register y = f(x) and its gradient dx = dy f'(x) as two ops; returns the function that records the first."""
+
+    def forward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, aliased, [value], "x", functions)
+
+    def backward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, aliased, [f"dy * ({slope})"], ["x", "dy"], functions)
+
+    def gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+        return list(record(f"{name}_grad", node.inputs[0], upstream[0]))
+
+    def np_gradient(node: Node, x: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
+        return [(dy * np_slope(x)).astype(x.dtype, copy=False)]
+
+    def np_forward(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
+        return [np_value(x).astype(x.dtype, copy=False)]
+
+    register(Op(name, same_as(0), np_forward, forward, gradient, inplace=_inplace, cheap=True))
+    register(Op(f"{name}_grad", same_as(0), np_gradient, backward, inplace=_inplace, cheap=True))
+    return lambda x: record(name, x)[0]
+
+
+relu = _activation(
+    "relu",
+    "max(x, 0.0)",
+    "select(0.0, 1.0, x > 0.0)",
+    "",
+    lambda x: np.maximum(x, 0),
+    lambda x: (x > 0).astype(x.dtype),
+)
+gelu = _activation(
+    "gelu",
+    f"0.5 * x * (1.0 + erf(x * {_ROOT_HALF!r}))",
+    f"0.5 * (1.0 + erf(x * {_ROOT_HALF!r})) + x * {_DENSITY!r} * exp(-0.5 * x * x)",
+    _erf_source(),
+    lambda x: x * (1 + np_erf(x * x.dtype.type(_ROOT_HALF))) / 2,
+    _np_gelu_slope,
+)
+gelu_tanh = _activation(
+    "gelu_tanh",
+    "0.5 * x * (1.0 + bend(x))",
+    f"0.5 * (1.0 + bend(x)) + 0.5 * x * (1.0 - bend(x) * bend(x)) * {_TANH_SCALE!r} * (1.0 + {3 * _TANH_CUBE!r} * x * x)",
+    _TANH,
+    lambda x: x * (1 + _np_bend(x)) / 2,
+    _np_gelu_tanh_slope,
+)
+swish = _activation(
+    "swish",
+    "x * sigmoid(x)",
+    "sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))",
+    _SIGMOID,
+    lambda x: x * np_sigmoid(x),
+    lambda x: np_sigmoid(x) * (1 + x * (1 - np_sigmoid(x))),
+)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """swish(gate) * up, the feed-forward gate of Shazeer (arXiv 2002.05202)."""
+    return record("swiglu", gate, up)[0]
+
+
+def _swiglu_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    return list(record("swiglu_grad", *node.inputs, upstream[0]))
+
+
+def _np_swiglu_grad(node: Node, gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
+    s = np_sigmoid(gate)
+    return [dy * up * s * (1 + gate * (1 - s)), dy * gate * s]
+
+
+register(
+    Op(
+        "swiglu",
+        same_as(0),
+        lambda node, gate, up: [gate * np_sigmoid(gate) * up],
+        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, ["a * sigmoid(a) * b"], "ab", _SIGMOID),
+        _swiglu_gradient,
+        inplace=_inplace,
+        cheap=True,
+    )
+)
+register(
+    Op(
+        "swiglu_grad",
+        same_as(0, 1),
+        _np_swiglu_grad,
+        lambda node, caps, aliased: elementwise_launch(
+            node, caps, aliased, ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"], "abc",
+            _SIGMOID,
+        ),
+        inplace=lambda node: [(0, 0), (1, 1)],
+        cheap=True,
+    )
+)

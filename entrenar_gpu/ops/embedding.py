@@ -1,0 +1,111 @@
+"""Rows of a table by index, and the gradient that goes back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
+
+Aliased = Callable[[Tensor, Tensor], bool]
+
+
+def embedding(ids: Tensor, pages: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
+    """The rows `ids` u32 [T] of a table [V, D] held as consecutive pages of rows, in f32, bf16 or half:
+    f32 [T, D].
+
+    `order` u32 [T], a stable argsort of the ids, is needed to differentiate with respect to the table: its gradient
+    is a sum over runs of equal ids, so that no two invocations add to one row and the order of the sum is fixed.
+    """
+    return record("embedding", ids, *([order] if order is not None else []), *pages, order=order is not None)[0]
+
+
+def _parts(node: Node) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+    if node.attrs["order"]:
+        return node.inputs[0], node.inputs[1], node.inputs[2:]
+    return node.inputs[0], None, node.inputs[1:]
+
+
+def _infer(node: Node) -> Sequence[Spec]:
+    ids, _, pages = _parts(node)
+    return [((ids.size, pages[0].columns), "f32")]
+
+
+def _reference(node: Node, ids: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
+    pages = rest[1:] if node.attrs["order"] else rest
+    kind = np.float64 if pages[0].dtype == np.float64 else np.float32
+    table = pages[0] if len(pages) == 1 else np.concatenate(pages)
+    return [table[ids.reshape(-1)].astype(kind)]
+
+
+def page_starts(pages: Sequence[Tensor]) -> list[int]:
+    """First row of each page."""
+    return [sum(p.shape[0] for p in pages[:i]) for i in range(len(pages))]
+
+
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    ids, _, pages = _parts(node)
+    launches = []
+    for page, start in zip(pages, page_starts(pages), strict=True):
+        constants = {
+            "mode": "gather",
+            "T": ids.size,
+            "D": page.columns,
+            "first": start,
+            "rows": page.shape[0],
+            "format": page.dtype,
+        }
+        bindings = (reads("ids", ids), reads("table", page), writes("out", node.output))
+        launches.append(Launch("embedding", bindings, constants, grid_of(ids.size, caps)))
+    return launches
+
+
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    ids, order, pages = _parts(node)
+    grads: list[Tensor | None] = [None] * (len(node.inputs) - len(pages))
+    for page, start in zip(pages, page_starts(pages), strict=True):
+        if not context.wanted(page):
+            grads.append(None)
+            continue
+        if order is None:
+            raise ValueError(f"{node.label()}: needs the order of the ids to differentiate the table")
+        held = context.take(page)
+        total = record("embedding_grad", held, upstream[0], ids, order, first=start)[0]
+        grads.append(in_place(total, held) if held.persistent or held.updates is not None else total)
+    return grads
+
+
+def _grad_reference(
+    node: Node, held: np.ndarray, dy: np.ndarray, ids: np.ndarray, order: np.ndarray
+) -> Sequence[np.ndarray]:
+    rows = ids.reshape(-1).astype(np.int64)[order.reshape(-1)] - node.attrs["first"]
+    inside = (rows >= 0) & (rows < len(held))
+    total = held.copy()
+    np.add.at(total, rows[inside], dy[order.reshape(-1)[inside]])
+    return [total]
+
+
+def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    held, dy, ids, order = node.inputs
+    if not aliased(node.output, held):
+        raise ValueError(f"{node.label()}: adds in place only")
+    constants = {"mode": "scatter", "T": ids.size, "D": held.columns, "first": node.attrs["first"]}
+    constants |= {"rows": held.shape[0], "format": "f32"}
+    bindings = (reads("ids", ids), reads("order", order), reads("dy", dy), writes("out", node.output))
+    return [Launch("embedding", bindings, constants, grid_of(ids.size, caps))]
+
+
+register(Op("embedding", _infer, _reference, _launch, _gradient))
+register(
+    Op(
+        "embedding_grad",
+        lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)],
+        _grad_reference,
+        _grad_launch,
+        flops=lambda node: node.inputs[1].size,
+        inplace=lambda node: [(0, 0)],
+    )
+)

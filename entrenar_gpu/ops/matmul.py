@@ -1,0 +1,299 @@
+"""Matrix products in every transposition, with an optional low-rank pair, bias and residual in the epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, reads, writes
+from entrenar_gpu.ops.registry import GradientContext, Op, Spec, place, record, register
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    alpha: float = 1.0,
+    pair: tuple[Tensor, Tensor, float] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """alpha * op(a) op(b) + beta * op(p) op(q) + bias + residual, with `pair` = (p, q, beta).
+
+    a is [..., M, K] with leading dimensions flattened into M (or [K, M] with `transpose_a`), b [K, N] (or [N, K]),
+    in f32, bf16 or half; p and q have the same layouts with an inner length of their own; bias [N]; residual [M, N].
+    """
+    inputs = [a, b, *(pair[:2] if pair else ()), *([bias] if bias else ()), *([residual] if residual else ())]
+    (out,) = record(
+        "matmul",
+        *inputs,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        alpha=alpha,
+        beta=pair[2] if pair else 0.0,
+        pair=pair is not None,
+        bias=bias is not None,
+        residual=residual is not None,
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The inputs of a matmul node by meaning."""
+
+    a: Tensor
+    b: Tensor
+    p: Tensor | None
+    q: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+def operands(node: Node) -> Operands:
+    rest = iter(node.inputs[2:])
+    p, q = (next(rest), next(rest)) if node.attrs["pair"] else (None, None)
+    bias = next(rest) if node.attrs["bias"] else None
+    residual = next(rest) if node.attrs["residual"] else None
+    return Operands(node.inputs[0], node.inputs[1], p, q, bias, residual)
+
+
+def _two_d(t: Tensor, transposed: bool) -> tuple[int, int]:
+    """(outer, inner) lengths of an `a` operand: [outer.., inner], or [inner, outer] when transposed."""
+    return (t.columns, t.rows) if transposed else (t.rows, t.columns)
+
+
+def _sizes(node: Node) -> tuple[int, int, int, int]:
+    """M, N, K, R."""
+    o, ta, tb = operands(node), node.attrs["transpose_a"], node.attrs["transpose_b"]
+    m, k = _two_d(o.a, ta)
+    n, k_b = _two_d(o.b, not tb)
+    r = 0
+    if o.p is not None and o.q is not None:
+        (m_p, r), (n_q, r_q) = _two_d(o.p, ta), _two_d(o.q, not tb)
+        if (m_p, n_q, r_q) != (m, n, r):
+            raise ValueError(f"{node.label()}: pair {o.p!r}, {o.q!r} does not fit {o.a!r}, {o.b!r}")
+    if k != k_b:
+        raise ValueError(f"{node.label()}: inner lengths of {o.a!r} and {o.b!r} differ")
+    return m, n, k, r
+
+
+def _infer(node: Node) -> Sequence[Spec]:
+    m, n, _, _ = _sizes(node)
+    o = operands(node)
+    leading = (m,) if node.attrs["transpose_a"] else o.a.shape[:-1]
+    if o.residual is not None and o.residual.size != m * n:
+        raise ValueError(f"{node.label()}: residual {o.residual!r} is not [{m}, {n}]")
+    if o.bias is not None and o.bias.size != n:
+        raise ValueError(f"{node.label()}: bias {o.bias!r} is not [{n}]")
+    return [((*leading, n), "f32")]
+
+
+def _reference(node: Node, a: np.ndarray, b: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
+    attrs, dtype = node.attrs, a.dtype.type
+
+    def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)
+        y = y.astype(dtype, copy=False)
+        return (x.T if attrs["transpose_a"] else x) @ (y.T if attrs["transpose_b"] else y)
+
+    left = list(rest)
+    out = product(a, b) * dtype(attrs["alpha"])
+    if attrs["pair"]:
+        out += dtype(attrs["beta"]) * product(left.pop(0), left.pop(0))
+    if attrs["bias"]:
+        out += left.pop(0)
+    if attrs["residual"]:
+        out += left.pop(0).reshape(out.shape)
+    return [out.reshape(node.output.shape)]
+
+
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    (dy,) = upstream
+    attrs, o = node.attrs, operands(node)
+
+    def for_product(a: Tensor, b: Tensor, alpha: float) -> list[Tensor | None]:
+        ta, tb = attrs["transpose_a"], attrs["transpose_b"]
+        da = db = None
+        if context.wanted(a):
+            da = matmul(b, dy, tb, True, alpha) if ta else matmul(dy, b, False, not tb, alpha)
+        if context.wanted(b):
+            db = matmul(dy, a, True, ta, alpha) if tb else matmul(a, dy, not ta, False, alpha)
+        return [da, db]
+
+    grads = for_product(o.a, o.b, attrs["alpha"])
+    if o.p is not None and o.q is not None:
+        grads += for_product(o.p, o.q, attrs["beta"])
+    if o.bias is not None:
+        from entrenar_gpu.ops.reduce import sum_rows
+
+        grads.append(sum_rows(dy) if context.wanted(o.bias) else None)
+    if o.residual is not None:
+        grads.append(dy)
+    return grads
+
+
+def fold_sum(old: Tensor, new: Tensor) -> Tensor | None:
+    """old + new as an epilogue, where either is a matmul nobody has read yet; None where that cannot be done.
+
+    A skinny product joins the other as its low-rank pair; otherwise one becomes the residual of the other. The
+    caller vouches that temporaries given here have no consumers.
+    """
+
+    def plain(t: Tensor) -> bool:
+        return t.node is not None and t.node.op == "matmul" and not t.persistent and t.updates is None
+
+    def rebuilt(t: Tensor, **changes: Any) -> Tensor:
+        assert t.node is not None
+        t.graph.nodes.remove(t.node)
+        o = operands(t.node)
+        attrs = {**t.node.attrs, **{k: v for k, v in changes.items() if k in ("pair", "residual", "beta")}}
+        pair = changes.get("operands", (o.p, o.q))
+        residual = changes.get("residual_tensor", o.residual)
+        attrs.update(pair=pair[0] is not None, residual=residual is not None)
+        inputs = [x for x in (o.a, o.b, *pair, o.bias, residual) if x is not None]
+        node = Node("matmul", tuple(inputs), attrs, scope=t.node.scope, layer=t.node.layer, phase=t.node.phase)
+        return place(node)[0]
+
+    skinny = 256
+    if plain(old) and plain(new) and old.node is not None and new.node is not None:
+        o, n = old.node.attrs, new.node.attrs
+        same = (o["transpose_a"], o["transpose_b"]) == (n["transpose_a"], n["transpose_b"])
+        bare = not (n["pair"] or n["bias"] or n["residual"])
+        short = _sizes(new.node)[2] <= skinny and new.node.inputs[1].dtype == "f32"
+        if same and bare and short and not o["pair"]:
+            a, b = new.node.inputs
+            new.graph.nodes.remove(new.node)
+            return rebuilt(old, operands=(a, b), beta=n["alpha"])
+    for product, addend in ((new, old), (old, new)):
+        if plain(product) and product.node is not None and not product.node.attrs["residual"]:
+            return rebuilt(product, residual_tensor=addend)
+    return None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocking of a matmul: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread."""
+
+    BM: int
+    BN: int
+    BK: int
+    TM: int
+    TN: int
+
+
+def choose_tile(m: int, n: int, caps: Caps) -> Tile:
+    if min(m, n) <= 16:
+        return Tile(16, 64, 32, 4, 4) if m <= n else Tile(64, 16, 32, 4, 4)
+    if min(m, n) <= 32 or m * n <= 64 * 64 * 16:
+        return Tile(32, 32, 16, 4, 4)
+    if m * n < 128 * 128 * 64 or min(m, n) < 128 or caps.software:
+        return Tile(64, 64, 16, 8, 4)
+    return Tile(128, 128, 16 if caps.max_workgroup_bytes >= 16384 else 8, 8, 8)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A row-major matrix inside a tensor: `base` element offset, `stride` elements a row."""
+
+    tensor: Tensor
+    base: int
+    stride: int
+
+
+def whole(tensor: Tensor) -> Block:
+    return Block(tensor, 0, tensor.columns)
+
+
+def _operand(block: Block, outer: int, inner: int, k_contiguous: bool) -> dict[str, Any]:
+    majors, minors = (outer, inner) if k_contiguous else (inner, outer)
+    return {
+        "majors": majors,
+        "minors": minors,
+        "base": block.base,
+        "stride": block.stride,
+        "k_contiguous": k_contiguous,
+        "format": block.tensor.dtype,
+        "vector": minors % 4 == 0 and block.stride % 4 == 0 and block.base % 4 == 0,
+    }
+
+
+def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
+    width = 1 if not operand["vector"] else 4 if operand["format"] == "f32" else 2
+    return reads(name, block.tensor, width)
+
+
+def gemm(
+    caps: Caps,
+    sizes: tuple[int, int, int],
+    a: Block,
+    b: Block,
+    c: Block,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    alpha: float = 1.0,
+    pair: tuple[Tensor, Tensor, float, int] | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    accumulate: bool = False,
+) -> Launch:
+    """The launch of C (+)= alpha op(A) op(B) + ...; `sizes` is M, N, K; `pair` is (p, q, beta, R).
+
+    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout.
+    """
+    m, n, k = sizes
+    tile = choose_tile(m, n, caps)
+    a_op, b_op = _operand(a, m, k, not transpose_a), _operand(b, n, k, transpose_b)
+    bindings = [_bind("a", a, a_op), _bind("b", b, b_op)]
+    constants: dict[str, Any] = {**vars(tile), "M": m, "N": n, "K": k, "A": a_op, "B": b_op, "R": 0, "alpha": alpha}
+    if pair is not None:
+        p, q, beta, r = pair
+        constants.update(R=r, beta=beta, P=_operand(whole(p), m, r, not transpose_a))
+        constants.update(Q=_operand(whole(q), n, r, transpose_b))
+        bindings += [_bind("p", whole(p), constants["P"]), _bind("q", whole(q), constants["Q"])]
+    vector = n % 4 == 0 and c.stride % 4 == 0 and c.base % 4 == 0
+    if bias is not None:
+        bindings.append(reads("bias", bias, 4 if vector else 1))
+    if residual is not None and not accumulate:
+        bindings.append(reads("residual", residual, 4 if vector else 1))
+    bindings.append(writes("c", c.tensor, 4 if vector else 1))
+    constants.update(c_base=c.base, ldc=c.stride, c_vector=vector, bias=bias is not None)
+    constants["residual"] = "c" if accumulate else "residual" if residual is not None else ""
+    return Launch("matmul", tuple(bindings), constants, (-(-n // tile.BN), -(-m // tile.BM), 1))
+
+
+def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -> Sequence[Launch]:
+    m, n, k, r = _sizes(node)
+    o, attrs = operands(node), node.attrs
+    return [
+        gemm(
+            caps,
+            (m, n, k),
+            whole(o.a),
+            whole(o.b),
+            Block(node.output, 0, n),
+            attrs["transpose_a"],
+            attrs["transpose_b"],
+            attrs["alpha"],
+            (o.p, o.q, attrs["beta"], r) if o.p is not None and o.q is not None else None,
+            o.bias,
+            o.residual,
+            accumulate=o.residual is not None and aliased(node.output, o.residual),
+        )
+    ]
+
+
+def _inplace(node: Node) -> Sequence[tuple[int, int]]:
+    return [(0, len(node.inputs) - 1)] if node.attrs["residual"] else []
+
+
+def _flops(node: Node) -> int:
+    m, n, k, r = _sizes(node)
+    return 2 * m * n * (k + r)
+
+
+register(Op("matmul", _infer, _reference, _launch, _gradient, flops=_flops, inplace=_inplace))

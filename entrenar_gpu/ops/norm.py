@@ -1,0 +1,140 @@
+"""RMS and layer normalisation over the last axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.ops.elementwise import literal, mul
+from entrenar_gpu.ops.reduce import sum_rows
+from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register
+
+Aliased = Callable[[Tensor, Tensor], bool]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+
+    x [.., N]; weight [W] with N a multiple of W: the axis that is normalised is W long, so that a [T, H*E] tensor is
+    normalised head by head with a weight of E.
+    """
+    return record("rms_norm", x, weight, eps=eps)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al., arXiv 1607.06450, eq. 4)."""
+    return record("layer_norm", x, weight, bias, eps=eps)[0]
+
+
+def _groups(node: Node) -> tuple[int, int]:
+    """(rows, length) of the runs that are normalised."""
+    x, weight = node.inputs[:2]
+    return x.size // weight.size, weight.size
+
+
+def _infer(node: Node) -> Sequence[Spec]:
+    x, weight = node.inputs[:2]
+    if x.columns % weight.size:
+        raise ValueError(f"{node.label()}: {weight!r} does not divide the last axis of {x!r}")
+    rows, _ = _groups(node)
+    statistics = [((rows,), "f32")] * (1 if node.op == "rms_norm" else 2)
+    return [(x.shape, x.dtype), *statistics]
+
+
+def _rms_reference(node: Node, x: np.ndarray, weight: np.ndarray) -> Sequence[np.ndarray]:
+    rows = x.reshape(-1, weight.size)
+    rstd = 1 / np.sqrt((rows * rows).mean(axis=-1) + x.dtype.type(node.attrs["eps"]))
+    return [(rows * rstd[:, None] * weight).reshape(x.shape), rstd]
+
+
+def _layer_reference(node: Node, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Sequence[np.ndarray]:
+    rows = x.reshape(-1, weight.size)
+    average = rows.mean(axis=-1)
+    centred = rows - average[:, None]
+    rstd = 1 / np.sqrt((centred * centred).mean(axis=-1) + x.dtype.type(node.attrs["eps"]))
+    return [(centred * rstd[:, None] * weight + bias).reshape(x.shape), rstd, average]
+
+
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    rows, length = _groups(node)
+    names = ["x", "weight", "bias"][: len(node.inputs)]
+    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=True)]
+    bindings += [writes(n, t) for n, t in zip(["y", "rstd", "average"], node.outputs, strict=False)]
+    constants = {"mode": node.op, "ROWS": rows, "N": length, "eps": literal(node.attrs["eps"])}
+    return [Launch("norm", tuple(bindings), constants, grid_of(rows, caps))]
+
+
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+    """dx = rstd (g - xhat mean(g xhat) [- mean(g]) with g = dy weight; dweight = sum dy xhat; dbias = sum dy."""
+    dy = upstream[0]
+    x, weight, *bias = node.inputs
+    statistics = node.outputs[1:]
+    dx = record("norm_grad", x, weight, dy, *statistics)[0] if context.wanted(x) else None
+    dweight = None
+    if context.wanted(weight):
+        xhat = record("norm_hat", x, *statistics, length=weight.size)[0]
+        dweight = sum_rows(mul(dy, xhat), weight.shape)
+    return [dx, dweight, *(sum_rows(dy, b.shape) if context.wanted(b) else None for b in bias)]
+
+
+def _hat(x: np.ndarray, length: int, rstd: np.ndarray, average: np.ndarray | None) -> np.ndarray:
+    rows = x.reshape(-1, length)
+    return (rows if average is None else rows - average[:, None]) * rstd[:, None]
+
+
+def _grad_reference(
+    node: Node, x: np.ndarray, weight: np.ndarray, dy: np.ndarray, rstd: np.ndarray, average: np.ndarray | None = None
+) -> Sequence[np.ndarray]:
+    xhat = _hat(x, weight.size, rstd, average)
+    g = dy.reshape(xhat.shape) * weight
+    dx = g - xhat * (g * xhat).mean(axis=-1, keepdims=True)
+    if average is not None:
+        dx -= g.mean(axis=-1, keepdims=True)
+    return [(dx * rstd[:, None]).reshape(x.shape)]
+
+
+def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    rows, length = _groups(node)
+    names = ["x", "weight", "dy", "rstd", "average"]
+    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=False)]
+    mode = "rms_norm_grad" if len(node.inputs) == 4 else "layer_norm_grad"
+    constants = {"mode": mode, "ROWS": rows, "N": length, "eps": ""}
+    return [Launch("norm", (*bindings, writes("dx", node.output)), constants, grid_of(rows, caps))]
+
+
+def _hat_reference(
+    node: Node, x: np.ndarray, rstd: np.ndarray, average: np.ndarray | None = None
+) -> Sequence[np.ndarray]:
+    return [_hat(x, node.attrs["length"], rstd, average).reshape(x.shape)]
+
+
+def _hat_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    x, rstd, *average = node.inputs
+    row = f"i / {node.attrs['length']}u"
+    loads = [("a", "x[i]"), ("r", f"rstd[{row}]"), ("m", f"average[{row}]" if average else "0.0")]
+    constants = {"size": x.size, "loads": loads, "stores": [("out0", "(a - m) * r")], "functions": ""}
+    bindings = [reads("x", x), reads("rstd", rstd), *(reads("average", t) for t in average)]
+    return [Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(-(-x.size // 256), caps))]
+
+
+def _ops_an_element(count: int) -> Callable[[Node], int]:
+    return lambda node: count * node.output.size
+
+
+for _name, _ref in (("rms_norm", _rms_reference), ("layer_norm", _layer_reference)):
+    register(Op(_name, _infer, _ref, _launch, _gradient, flops=_ops_an_element(5), cheap=True))
+register(
+    Op(
+        "norm_grad",
+        lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)],
+        _grad_reference,
+        _grad_launch,
+        flops=_ops_an_element(8),
+    )
+)
+register(
+    Op("norm_hat", lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)], _hat_reference, _hat_launch, cheap=True)
+)

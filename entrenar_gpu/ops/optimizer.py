@@ -1,0 +1,252 @@
+"""The update: global gradient norm, clipping, skipping, and AdamW, Adam or SGD over whole pages of parameters.
+
+What must survive from step to step without the host lives in one `state` tensor, f32 [STATE]: see `STATE_FIELDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.ops.elementwise import literal
+from entrenar_gpu.ops.registry import Op, Spec, in_place, record, register
+
+Aliased = Callable[[Tensor, Tensor], bool]
+
+# taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
+# correction1/2: 1 - beta^taken, kept as a running average of ones, since 1 - beta^t cancels in f32 for small t.
+# loss, grad_norm: of the step just finished; apply: 1 or 0; clip: the factor that brings the norm down to the limit.
+STATE_FIELDS = (
+    "taken",
+    "skipped",
+    "in_a_row",
+    "correction1",
+    "correction2",
+    "loss",
+    "grad_norm",
+    "apply",
+    "clip",
+)
+STATE = 16
+NORM_CHUNK = 16384  # elements a workgroup squares and sums
+
+
+def field(state: np.ndarray, name: str) -> float:
+    return float(state[STATE_FIELDS.index(name)])
+
+
+def _index(name: str) -> int:
+    return STATE_FIELDS.index(name)
+
+
+def sum_of_squares(page: Tensor) -> Tensor:
+    """Partial sums of squares of a page of gradients, f32 [ceil(n / NORM_CHUNK)]."""
+    return record("sum_of_squares", page)[0]
+
+
+def _squares_reference(node: Node, page: np.ndarray) -> Sequence[np.ndarray]:
+    padded = np.zeros(node.output.size * NORM_CHUNK, page.dtype)
+    padded[: page.size] = page.reshape(-1)
+    chunks = padded.reshape(-1, NORM_CHUNK)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [(chunks * chunks).sum(axis=1)]
+
+
+def _squares_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    (page,), out = node.inputs, node.output
+    constants = {"N": page.size, "CHUNK": NORM_CHUNK, "PARTS": out.size, "WIDTH": 256}
+    return [Launch("sum_of_squares", (reads("page", page), writes("out", out)), constants, grid_of(out.size, caps))]
+
+
+register(
+    Op(
+        "sum_of_squares",
+        lambda node: [((-(-node.inputs[0].size // NORM_CHUNK),), "f32")],
+        _squares_reference,
+        _squares_launch,
+        flops=lambda node: 2 * node.inputs[0].size,
+    )
+)
+
+
+def decide(state: Tensor, loss: Tensor, partials: Sequence[Tensor], clip: float, betas: tuple[float, float]) -> Tensor:
+    """Turn the step's loss and gradient norm into the new state: whether to apply the update, and how much to clip.
+
+    clip factor = min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; clip 0 never clips. Updates `state`
+    in place and sets the accumulated `loss` back to zero.
+    """
+    new, zero = record("decide", state, loss, *partials, clip=clip, betas=betas)
+    in_place(zero, loss)
+    return in_place(new, state)
+
+
+def _decide_reference(node: Node, state: np.ndarray, loss: np.ndarray, *partials: np.ndarray) -> Sequence[np.ndarray]:
+    kind = state.dtype.type
+    new = state.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = np.sqrt(sum((p.sum(dtype=kind) for p in partials), kind(0)))
+    good = bool(np.isfinite(norm)) and bool(np.isfinite(loss[0]))
+    new[_index("loss")], new[_index("grad_norm")] = loss[0], norm
+    new[_index("apply")] = 1 if good else 0
+    limit = node.attrs["clip"]
+    new[_index("clip")] = min(kind(1), kind(limit) / (norm + kind(1e-6))) if limit > 0 and good else 1
+    if good:
+        new[_index("taken")] += 1
+        new[_index("in_a_row")] = 0
+        for name, beta in zip(("correction1", "correction2"), node.attrs["betas"], strict=True):
+            new[_index(name)] = new[_index(name)] * kind(beta) + kind(1 - beta)
+    else:
+        new[_index("skipped")] += 1
+        new[_index("in_a_row")] += 1
+    return [new, np.zeros_like(loss)]
+
+
+def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    state, loss, *partials = node.inputs
+    beta1, beta2 = node.attrs["betas"]
+    constants: dict[str, Any] = {
+        **{name: i for i, name in enumerate(STATE_FIELDS)},
+        "limit": literal(node.attrs["clip"]),
+        "clips": node.attrs["clip"] > 0,
+        "beta1": literal(beta1),
+        "beta2": literal(beta2),
+        "rest1": literal(1 - beta1),
+        "rest2": literal(1 - beta2),
+        "WIDTH": 256,
+    }
+    # Pages beyond what one dispatch can bind are added up first, into the state's spare word.
+    launches, room = [], caps.max_storage_buffers - 2
+    groups = [partials[i : i + room] for i in range(0, len(partials), room)] or [[]]
+    for number, group in enumerate(groups):
+        bindings = [reads(f"part{i}", t) for i, t in enumerate(group)]
+        bindings += [writes("state", node.outputs[0]), writes("loss_sum", node.outputs[1])]
+        sizes = [t.size for t in group]
+        each = constants | {"sizes": sizes, "first": number == 0, "last": number == len(groups) - 1, "spare": STATE - 1}
+        launches.append(Launch("decide", tuple(bindings), each, (1, 1, 1)))
+    return launches
+
+
+register(
+    Op(
+        "decide",
+        lambda node: [(node.inputs[0].shape, "f32"), (node.inputs[1].shape, "f32")],
+        _decide_reference,
+        _decide_launch,
+        inplace=lambda node: [(0, 0), (1, 1)],
+    )
+)
+
+
+def adam(
+    page: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    state: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    decoupled: bool,
+) -> None:
+    """One step of AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) or, not `decoupled`, Adam with L2 decay
+    (Kingma & Ba, arXiv 1412.6980, algorithm 1) over a page, in place; the gradient page is left at zero.
+
+    page, grad, m, v f32 [n]; lr f32 [1]; state as `decide` left it: nothing moves when it says not to apply.
+    """
+    outs = record(
+        "adam", page, grad, m, v, state, lr, betas=tuple(betas), eps=eps, decay=decay, decoupled=decoupled
+    )
+    for out, target in zip(outs, (page, grad, m, v), strict=True):
+        in_place(out, target)
+
+
+def sgd(
+    page: Tensor, grad: Tensor, velocity: Tensor | None, state: Tensor, lr: Tensor, momentum: float, decay: float
+) -> None:
+    """v = momentum v + g + decay p; p -= lr v, as torch.optim.SGD; in place, the gradient page is left at zero."""
+    held = [page, grad, *([velocity] if velocity is not None else [])]
+    outs = record("sgd", *held, state, lr, momentum=momentum, decay=decay)
+    for out, target in zip(outs, held, strict=True):
+        in_place(out, target)
+
+
+def _adam_reference(
+    node: Node,
+    page: np.ndarray,
+    grad: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    state: np.ndarray,
+    lr: np.ndarray,
+) -> Sequence[np.ndarray]:
+    if not field(state, "apply"):
+        return [page, np.zeros_like(grad), m, v]
+    kind = page.dtype.type
+    beta1, beta2 = node.attrs["betas"]
+    decay, rate = kind(node.attrs["decay"]), lr[0]
+    g = grad * state[_index("clip")]
+    if node.attrs["decoupled"]:
+        page = page * (1 - rate * decay)
+    else:
+        g = g + decay * page
+    m = kind(beta1) * m + kind(1 - beta1) * g
+    v = kind(beta2) * v + kind(1 - beta2) * g * g
+    root = np.sqrt(v) / np.sqrt(state[_index("correction2")]) + kind(node.attrs["eps"])
+    return [page - rate / state[_index("correction1")] * m / root, np.zeros_like(grad), m, v]
+
+
+def _sgd_reference(node: Node, page: np.ndarray, grad: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
+    *velocity, state, lr = rest
+    if not field(state, "apply"):
+        return [page, np.zeros_like(grad), *velocity]
+    kind = page.dtype.type
+    g = grad * state[_index("clip")] + kind(node.attrs["decay"]) * page
+    step = kind(node.attrs["momentum"]) * velocity[0] + g if velocity else g
+    return [page - lr[0] * step, np.zeros_like(grad), *([step] if velocity else [])]
+
+
+def _update_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    held = node.outputs
+    names = {"adam": ["page", "grad", "m", "v"], "sgd": ["page", "grad", "v"]}[node.op][: len(held)]
+    state, lr = node.inputs[-2:]
+    attrs = node.attrs
+    constants: dict[str, Any] = {
+        "mode": node.op if node.op == "adam" else "momentum" if len(held) == 3 else "sgd",
+        "N": node.output.size,
+        "apply": _index("apply"),
+        "clip": _index("clip"),
+        "correction1": _index("correction1"),
+        "correction2": _index("correction2"),
+        "decays": attrs["decay"] > 0,
+        "decay": literal(attrs["decay"]),
+        "decoupled": attrs.get("decoupled", False),
+        "momentum": literal(attrs.get("momentum", 0.0)),
+        "eps": literal(attrs.get("eps", 0.0)),
+    }
+    beta1, beta2 = attrs.get("betas", (0.0, 0.0))
+    constants |= {"beta1": literal(beta1), "rest1": literal(1 - beta1)}
+    constants |= {"beta2": literal(beta2), "rest2": literal(1 - beta2)}
+    bindings = [reads("state", state), reads("lr", lr)]
+    bindings += [writes(n, t) for n, t in zip(names, held, strict=True)]
+    return [Launch("optimizer", tuple(bindings), constants, grid_of(-(-node.output.size // 256), caps))]
+
+
+def _held(count: int | None) -> Callable[[Node], Sequence[Spec]]:
+    return lambda node: [(t.shape, t.dtype) for t in node.inputs[:-2][:count]]
+
+
+for _name, _ref in (("adam", _adam_reference), ("sgd", _sgd_reference)):
+    register(
+        Op(
+            _name,
+            _held(None),
+            _ref,
+            _update_launch,
+            flops=lambda node: 14 * node.output.size,
+            inplace=lambda node: [(i, i) for i in range(len(node.inputs) - 2)],
+        )
+    )

@@ -1,0 +1,186 @@
+"""NF4 quantisation and dequantisation on the device, bit for bit what nf4.py does on the host.
+
+A quantised weight is a few tensors: `codes` u8 [ceil(n/2)] and either `absmax` f32 [blocks], or, double-quantised,
+`absmax_codes` u8 [blocks], `nested` f32 [ceil(blocks/256)] and `table` f32 [258]: the 256 values of an 8-bit code, the
+offset, and a zero. Shaders XOR the zero into intermediate bits: a compiler cannot know it, so it cannot contract
+a*b+c into a fused operation that would round once instead of twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrenar_gpu import nf4
+from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
+from entrenar_gpu.ops.elementwise import literal
+from entrenar_gpu.ops.reduce import CHUNK, rows_launch
+from entrenar_gpu.ops.registry import Op, Spec, record, register
+
+Aliased = Callable[[Tensor, Tensor], bool]
+TABLE = nf4.SCALE_CODE.size + 2
+
+
+@dataclass(frozen=True)
+class Nf4Tensors:
+    """The device tensors of one quantised weight of `shape` [N, K]."""
+
+    shape: tuple[int, int]
+    parts: tuple[Tensor, ...]
+    rounded: str = "float32"
+
+    @classmethod
+    def declare(cls, graph: Graph, name: str, shape: tuple[int, int], double: bool, rounded: str) -> Nf4Tensors:
+        """Frozen tensors `name.codes` and so on."""
+        blocks = -(-shape[0] * shape[1] // BLOCK)
+
+        def part(suffix: str, size: int, dtype: str) -> Tensor:
+            return graph.tensor(f"{name}.{suffix}", (size,), dtype, "weight")
+
+        codes = part("codes", (shape[0] * shape[1] + 1) // 2, "u8")
+        if not double:
+            return cls(shape, (codes, part("absmax", blocks, "f32")), rounded)
+        scales = part("absmax_codes", blocks, "u8")
+        nested = part("nested", -(-blocks // SCALE_BLOCK), "f32")
+        return cls(shape, (codes, scales, nested, part("table", TABLE, "f32")), rounded)
+
+    def dequantize(self) -> Tensor:
+        """The weight in f32, [N, K]: scratch that the backward pass computes again."""
+        return record("nf4_dequantize", *self.parts, shape=self.shape, rounded=self.rounded)[0]
+
+
+def host_parts(weight: Nf4Weight) -> list[np.ndarray]:
+    """What the tensors of `Nf4Tensors.parts` hold for a weight quantised on the host or read from a file."""
+    if weight.absmax is not None:
+        return [weight.codes, weight.absmax]
+    assert weight.absmax_codes is not None and weight.nested_absmax is not None
+    assert weight.nested_code is not None and weight.offset is not None
+    return [weight.codes, weight.absmax_codes, weight.nested_absmax, make_table(weight.nested_code, weight.offset)]
+
+
+def make_table(code: np.ndarray, offset: float) -> np.ndarray:
+    return np.concatenate([code, [offset, 0.0]]).astype(np.float32)
+
+
+def _dequantize_reference(node: Node, codes: np.ndarray, *scales: np.ndarray) -> Sequence[np.ndarray]:
+    shape, rounded = node.attrs["shape"], node.attrs["rounded"]
+    if len(scales) == 1:
+        weight = Nf4Weight(shape, codes, scales[0], dtype=rounded)
+    else:
+        absmax_codes, nested, table = scales
+        weight = Nf4Weight(shape, codes, None, absmax_codes, nested, table[:256], float(table[256]), rounded)
+    return [weight.dequantize()]
+
+
+def _codebook() -> str:
+    return ", ".join(literal(v) for v in nf4.CODEBOOK.tolist())
+
+
+def _dequantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    names = ["codes", "absmax"] if len(node.inputs) == 2 else ["codes", "absmax_codes", "nested", "table"]
+    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=True)]
+    size = node.output.size
+    vector = size % 8 == 0
+    constants = {
+        "size": size,
+        "double": len(names) == 4,
+        "rounded": node.attrs["rounded"],
+        "codebook": _codebook(),
+        "vector": vector,
+    }
+    out = writes("out", node.output, 4 if vector else 1)
+    return [Launch("nf4_dequantize", (*bindings, out), constants, grid_of(-(-size // (8 * 256)), caps))]
+
+
+register(
+    Op(
+        "nf4_dequantize",
+        lambda node: [(node.attrs["shape"], "f32")],
+        _dequantize_reference,
+        _dequantize_launch,
+        transient=True,
+    )
+)
+
+
+def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes u8 [ceil(n/2)], absmax f32 [blocks]) of a weight in f32, bf16 or half."""
+    codes, absmax = record("nf4_quantize", weight)
+    return codes, absmax
+
+
+def nf4_quantize_scales(absmax: Tensor, code: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(absmax_codes u8 [blocks], nested f32, table f32 [258]) of block scales.
+
+    code f32 [256] and steps u8 [65536] hold nf4.SCALE_CODE and nf4.SCALE_STEPS.
+    """
+    a, b, c = record("nf4_quantize_scales", absmax, code, steps)
+    return a, b, c
+
+
+def _quantize_infer(node: Node) -> Sequence[Spec]:
+    n = node.inputs[0].size
+    return [(((n + 1) // 2,), "u8"), ((-(-n // BLOCK),), "f32")]
+
+
+def _quantize_reference(node: Node, weight: np.ndarray) -> Sequence[np.ndarray]:
+    return list(nf4.quantize(weight))
+
+
+def _quantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    (weight,) = node.inputs
+    codes, absmax = node.outputs
+    constants = {
+        "size": weight.size,
+        "format": weight.dtype,
+        "midpoints": ", ".join(literal(v) for v in nf4.MIDPOINTS.tolist()),
+    }
+    bindings = (reads("weight", weight), writes("codes", codes), writes("absmax", absmax))
+    return [Launch("nf4_quantize", bindings, constants, grid_of(absmax.size, caps))]
+
+
+register(Op("nf4_quantize", _quantize_infer, _quantize_reference, _quantize_launch))
+
+
+def _scales_infer(node: Node) -> Sequence[Spec]:
+    blocks = node.inputs[0].size
+    return [((blocks,), "u8"), ((-(-blocks // SCALE_BLOCK),), "f32"), ((TABLE,), "f32")]
+
+
+def _scales_reference(node: Node, absmax: np.ndarray, code: np.ndarray, steps: np.ndarray) -> Sequence[np.ndarray]:
+    codes, nested, offset = nf4.quantize_scales(absmax)
+    return [codes, nested, make_table(code, float(offset))]
+
+
+def _scales_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
+    return [((-(-node.inputs[0].size // CHUNK),), "f32"), ((1,), "f32")]
+
+
+def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    absmax, code, steps = node.inputs
+    codes, nested, table = node.outputs
+    partial, mean = node.workspace
+    bindings = (
+        reads("absmax", absmax),
+        reads("mean", mean),
+        reads("steps", steps),
+        writes("codes", codes),
+        writes("nested", nested),
+    )
+    quantize = Launch("nf4_quantize_scales", bindings, {"blocks": absmax.size}, grid_of(nested.size, caps))
+    fill_bindings = (reads("code", code), reads("mean", mean), writes("out0", table))
+    value = "select(select(0.0, mean[0], i == 256u), code[min(i, 255u)], i < 256u)"
+    fill = {"size": TABLE, "loads": [], "stores": [("out0", value)], "functions": ""}
+    return [
+        rows_launch(absmax, partial, partial.size, CHUNK, caps),
+        rows_launch(partial, mean, 1, partial.size, caps, 1.0 / absmax.size),
+        quantize,
+        Launch("elementwise", fill_bindings, fill, grid_of(2, caps)),
+    ]
+
+
+register(Op("nf4_quantize_scales", _scales_infer, _scales_reference, _scales_launch, workspace=_scales_workspace))
+

@@ -1,0 +1,100 @@
+"""The table of ops. A row holds everything the system knows of one op; a missing rule is an error, never a guess.
+
+The gradient contract: `gradient(node, upstream, context)` gets one upstream gradient per output (None where nothing
+depends on that output) and returns one tensor or None per input. Every rule multiplies by the upstream gradient; a
+rule may never assume that it is one. Rules are recorded as ordinary nodes, so they run, fuse and plan like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor
+
+Spec = tuple[tuple[int, ...], str]  # shape, dtype
+
+
+class GradientContext(Protocol):
+    """What a gradient rule may ask of the reverse walk."""
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The gradient of `tensor` summed so far (zeros if none), for a rule that adds onto it in place."""
+        ...
+
+    def wanted(self, tensor: Tensor) -> bool:
+        """Whether anybody needs the gradient of `tensor`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    infer(node) -> specs of the outputs.                 reference(node, *arrays) -> output arrays (any float dtype).
+    launch(node, caps, aliased) -> launches; `aliased(output, input)` tells whether the two share storage.
+    gradient: see above; None for ops that are never differentiated.
+    workspace(node, caps) -> specs of scratch tensors.   flops(node) -> arithmetic operations, for traces and submits.
+    inplace(node) -> (output index, input index) pairs that may share storage, because each element of the input is
+    read by the invocation that writes it, and before it does.
+    cheap: worth recomputing in the backward pass rather than keeping.   transient: always recomputed there.
+    """
+
+    name: str
+    infer: Callable[[Node], Sequence[Spec]]
+    reference: Callable[..., Sequence[np.ndarray]]
+    launch: Callable[[Node, Caps, Callable[[Tensor, Tensor], bool]], Sequence[Launch]]
+    gradient: Callable[[Node, Sequence[Any], GradientContext], Sequence[Tensor | None]] | None = None
+    workspace: Callable[[Node, Caps], Sequence[Spec]] = lambda node, caps: ()
+    flops: Callable[[Node], int] = lambda node: sum(t.size for t in node.outputs)
+    inplace: Callable[[Node], Sequence[tuple[int, int]]] = lambda node: ()
+    cheap: bool = False
+    transient: bool = False
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    if op.name in OPS:
+        raise ValueError(f"op {op.name} is registered twice")
+    OPS[op.name] = op
+    return op
+
+
+def record(op: str, *inputs: Tensor, **attrs: Any) -> tuple[Tensor, ...]:
+    """Append a node to the graph of its inputs and return its outputs."""
+    graph = next(t.graph for t in inputs)
+    node = Node(op, tuple(inputs), attrs, scope=graph.scope, layer=graph.layer, phase=graph.phase)
+    return place(node)
+
+
+def place(node: Node) -> tuple[Tensor, ...]:
+    """Give a node its outputs and append it."""
+    graph = next(t.graph for t in node.inputs)
+    requires_grad = OPS[node.op].gradient is not None and any(t.requires_grad for t in node.inputs)
+    outputs = []
+    for index, (shape, dtype) in enumerate(OPS[node.op].infer(node)):
+        name = f"{node.label()}.{len(graph.nodes)}" + (f".{index}" if index else "")
+        outputs.append(Tensor(graph, name, tuple(shape), dtype, "temp", node, requires_grad))
+    node.outputs = tuple(outputs)
+    graph.append(node)
+    return node.outputs
+
+
+def in_place(output: Tensor, target: Tensor) -> Tensor:
+    """Declare that `output` overwrites the storage of the persistent tensor `target`."""
+    output.updates = target.updates or target
+    return output
+
+
+def same_as(*indices: int) -> Callable[[Node], Sequence[Spec]]:
+    """The outputs have the shape and dtype of these inputs."""
+    return lambda node: [(node.inputs[i].shape, node.inputs[i].dtype) for i in indices]
+
+
+def not_differentiable(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[None]:
+    return [None] * len(node.inputs)

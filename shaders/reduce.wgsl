@@ -1,0 +1,37 @@
+// Sums in a fixed order, times a factor; `=`, or `+=` where the output is added to in place.
+{% if mode == "rows" %}
+// out[r] = sum of source[r*CHUNK .. min((r+1)*CHUNK, TOTAL)). One workgroup of 64 an output. Grid: OUTER, folded.
+{% else %}
+// source [LENGTH, INNER]; out[p, i] = sum of source[l, i] over l in [p*CHUNK, min((p+1)*CHUNK, LENGTH)).
+// One invocation an output. Grid: ceil(PARTS * INNER / 64), folded.
+{% endif %}
+{% include "_grid.wgsl" %}
+{% if mode == "rows" %}{% include "_reduce.wgsl" %}{% endif %}
+
+@compute @workgroup_size(64)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let index = linear_workgroup(group, groups);
+{% if mode == "rows" %}
+  // Every workgroup takes part in the barriers; only those inside the output write.
+  let inside = index < {{ OUTER }}u;
+  var total = 0.0;
+  if (inside) {
+    let end = min((index + 1u) * {{ CHUNK }}u, {{ TOTAL }}u);
+    for (var l = index * {{ CHUNK }}u + thread; l < end; l += 64u) { total += source[l]; }
+  }
+  total = workgroup_sum(total, thread);
+  if (inside && thread == 0u) { out[index] = {{ "out[index] + " if accumulate else "" }}total * {{ factor }}; }
+{% else %}
+  let at = index * 64u + thread;
+  if (at >= {{ PARTS * INNER }}u) { return; }
+  let part = at / {{ INNER }}u;
+  let end = min((part + 1u) * {{ CHUNK }}u, {{ LENGTH }}u);
+  var total = 0.0;
+  for (var l = part * {{ CHUNK }}u; l < end; l++) { total += source[l * {{ INNER }}u + at % {{ INNER }}u]; }
+  out[at] = {{ "out[at] + " if accumulate else "" }}total * {{ factor }};
+{% endif %}
+}

@@ -1,0 +1,23 @@
+// Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) turned by the angle of its row's position. `=`.
+// One invocation a pair. Grid: ceil(PAIRS / 256), folded.
+{% include "_grid.wgsl" %}
+
+@compute @workgroup_size(256)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let pair = linear_workgroup(group, groups) * 256u + thread;
+  if (pair >= {{ PAIRS }}u) { return; }
+  let i = pair % {{ HALF }}u;
+  let at = (pair / {{ HALF }}u) * {{ 2 * HALF }}u + i;
+  let row = at / {{ WIDTH }}u;
+  let angle = positions[row] * {{ 2 * HALF }}u + i;
+  let cosine = table[angle];
+  let sine = {{ sign }}table[angle + {{ HALF }}u];
+  let first = {{ source }}[at];
+  let second = {{ source }}[at + {{ HALF }}u];
+  y[at] = first * cosine - second * sine;
+  y[at + {{ HALF }}u] = second * cosine + first * sine;
+}

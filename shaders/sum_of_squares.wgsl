@@ -1,0 +1,17 @@
+// out[p] = sum of page[i]^2 over the p-th CHUNK of a page. `=`. One workgroup of 256 a chunk. Grid: PARTS, folded.
+{% include "_grid.wgsl" %}
+{% include "_reduce.wgsl" %}
+
+@compute @workgroup_size({{ WIDTH }})
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let part = linear_workgroup(group, groups);
+  let end = min((part + 1u) * {{ CHUNK }}u, {{ N }}u);
+  var total = 0.0;
+  for (var i = part * {{ CHUNK }}u + thread; i < end; i += {{ WIDTH }}u) { total += page[i] * page[i]; }
+  total = workgroup_sum(total, thread);
+  if (part < {{ PARTS }}u && thread == 0u) { out[part] = total; }
+}
