@@ -22,7 +22,8 @@ The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSO
 hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
 "-Infinity" (a skipped step has them), no `parentSpanId` on a root. A step's spans come in one line, the step first;
 lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A run that was
-killed has no `train` span, so what describes the run also stands in each line's resource. A resumed run appends: it is
+killed has no `train` span, so what describes the run, its id above all, also stands in each line's resource (not where
+the caller's own tracer provider has sent the spans: there the resource is the caller's). A resumed run appends: it is
 a second trace id (and `service.instance.id`) in the same file.
 """
 
@@ -73,12 +74,10 @@ SERVICE_NAME = _attribute("service.name", "string", "resource", "entrenar-gpu, o
 SERVICE_VERSION = _attribute("service.version", "string", "resource", "version of this project")
 SERVICE_INSTANCE = _attribute("service.instance.id", "string", "resource", "the run's id")
 
-RUN_ID = _attribute("entrenar.run.id", "string", "resource, every span", "the run's id, as its folder and log have it")
+RUN_ID = _attribute("entrenar.run.id", "string", "resource, train, step", "the run's id, as its folder and log have it")
 SPAN_LEVEL = _attribute("entrenar.span.level", "string", "every span", "run, step, phase, layer or kernel")
-CLOCK = _attribute(
-    "entrenar.span.clock", "string", "phase and below", "host, or gpu: GPU timestamps mapped to the host"
-)
-STEP_NUMBER = _attribute("entrenar.step.number", "int", "step and below", "the optimizer step, from 1")
+CLOCK = _attribute("entrenar.span.clock", "string", "phase and below", "gpu: GPU timestamps; absent: the host's clock")
+STEP_NUMBER = _attribute("entrenar.step.number", "int", "step, phase", "the optimizer step, from 1")
 
 RUN_MODEL = _attribute("entrenar.run.model", "string", "resource, train", "model folder or shape")
 RUN_METHOD = _attribute("entrenar.run.method", "string", "resource, train", "qlora, lora or full")
