@@ -16,7 +16,7 @@ demo: setup ## Fine-tune the model that ships with the project on Python's docst
 	@.venv/bin/entrenar-gpu demo
 
 test: setup ## Run every test but the comparison with PyTorch
-	@.venv/bin/pytest -m "not parity" --require-gpu -n $(PYTEST_WORKERS)
+	@.venv/bin/pytest -m "not parity" --ignore=tests/parity --require-gpu -n $(PYTEST_WORKERS)
 
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
 	@.venv-parity/bin/pytest -m parity --require-gpu tests/parity
