@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -79,7 +79,7 @@ class SafetensorsFile:
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
-def _read_header(path: Path, stream: Any, size: int) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The decoded header and the offset at which tensor data begins."""
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
@@ -130,7 +130,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     return TensorInfo(path, tuple(shape), dtype, data_start + offsets[0], nbytes)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     """A short JSON list of whole numbers >= 0, small enough for any file."""
     return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
@@ -149,12 +149,10 @@ class TensorSource:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def write_safetensors(
-    path: str | Path, sources: Sequence[TensorSource], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a file that appears whole or not at all. `produce` must return `shape`; it is converted to `dtype`.
+def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> None:
+    """Write a whole safetensors file to a stream. `produce` must return `shape`; it is converted to `dtype`.
 
-    Wider types come first, so that every tensor is aligned to its element. Raises UserError when the disk is full.
+    Wider types come first, so that every tensor is aligned to its element.
     """
     ordered = sorted(sources, key=lambda source: -DTYPES[source.dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -168,22 +166,22 @@ def write_safetensors(
         start += source.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with new_file(path) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for source in ordered:
-            array = source.produce()
-            if array.shape != source.shape:
-                raise ValueError(f"{source.name}: announced as {source.shape}, produced as {array.shape}")
-            converted = np.ascontiguousarray(array, dtype=DTYPES[source.dtype])
-            stream.write(converted.reshape(-1).view(np.uint8).data)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for source in ordered:
+        array = source.produce()
+        if array.shape != source.shape:
+            raise ValueError(f"{source.name}: announced as {source.shape}, produced as {array.shape}")
+        converted = np.ascontiguousarray(array, dtype=DTYPES[source.dtype])
+        stream.write(converted.reshape(-1).view(np.uint8).data)
 
 
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays that are in memory, each in its own dtype. Raises UserError when the disk is full."""
+    """Write arrays that are in memory, each in its own dtype. Raises UserError, with nothing written, when it fails."""
     sources = [
         TensorSource(name, array.shape, NAMES[array.dtype], lambda array=array: array)  # type: ignore[misc]
         for name, array in tensors.items()
     ]
-    write_safetensors(path, sources, metadata)
+    with new_file(path) as stream:
+        write_tensors(stream, sources, metadata or {})

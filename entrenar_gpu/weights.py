@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.files import cannot_write, new_file, write_text
 from entrenar_gpu.model_config import PROJECTIONS, ModelConfig, load_model_config
 from entrenar_gpu.nf4 import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
-from entrenar_gpu.safetensors_file import SafetensorsFile, TensorInfo, TensorSource, write_safetensors
+from entrenar_gpu.safetensors_file import SafetensorsFile, TensorInfo, TensorSource, write_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,6 +54,11 @@ class Checkpoint:
     def __init__(self, folder: Path, config: ModelConfig, files: dict[str, SafetensorsFile]) -> None:
         self.folder, self.config, self._files = folder, config, files
 
+    @property
+    def main_file(self) -> Path:
+        """The single file, or the index of the shards."""
+        return next(path for name in (SINGLE_FILE, INDEX_FILE) if (path := self.folder / name).exists())
+
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
         """Map every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
@@ -72,7 +79,7 @@ class Checkpoint:
         return self._files[name].tensors[name]
 
     def raw(self, name: str) -> NDArray[Any]:
-        """A read-only view of a tensor as stored (BF16 as ml_dtypes.bfloat16). `raw(name)[r0:r1]` reads those rows only."""
+        """A read-only view as stored (BF16 as ml_dtypes.bfloat16). `raw(name)[r0:r1]` reads those rows only."""
         return self._files[name][name]
 
     def f32(self, name: str) -> Floats:
@@ -90,7 +97,7 @@ class Checkpoint:
 
     def _check_parameter(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._files:
-            raise UserError(f"{self.folder}: tensor {name!r} is missing; config.json calls for it")
+            raise UserError(f"{self.main_file}: tensor {name!r} is missing; config.json calls for it")
         info = self.info(name)
         if any(f"{name}{STATE}{kind}" in self._files for kind in ("nf4", "fp4")):
             stored = self._nf4(name).shape
@@ -218,7 +225,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     opened: dict[str, SafetensorsFile] = {}
     result = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or "\0" in shard:
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise UserError(f"{index}: tensor {name!r}: {shard!r} is not the name of a file in the model folder")
         if shard not in opened:
             if not (index.parent / shard).exists():
@@ -233,9 +240,9 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
 def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write weights as one file, or as shards of at most `shard_bytes` (a tensor is never split) with an index.
 
-    Each tensor is produced when its turn comes, so that memory stays at the largest one. The index comes last: an
-    interrupted run leaves whole shards, but nothing that claims to be a model. Returns the files written. Raises
-    UserError when the disk is full, or when the folder holds a model in the other layout, which would be read instead.
+    Each tensor is produced when its turn comes, so that memory stays at the largest one. All files appear together at
+    the end, the index last. Returns them. Raises UserError when the disk is full, or when the folder holds a model in
+    the other layout, which might be read instead.
     """
     folder = Path(folder)
     try:
@@ -243,27 +250,26 @@ def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_b
     except OSError as error:
         raise cannot_write(folder, error) from None
     shards = _split(sources, shard_bytes)
-    single = len(shards) == 1
-    other = folder / (INDEX_FILE if single else SINGLE_FILE)
+    paths = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        paths = [folder / SINGLE_FILE]
+    other = folder / (INDEX_FILE if len(shards) == 1 else SINGLE_FILE)
     if other.exists():
         raise UserError(f"{other}: is in the way of the weights to be written; choose an empty folder")
-    metadata = {"format": "pt"}  # transformers asks for it
-    if single:
-        write_safetensors(folder / SINGLE_FILE, shards[0], metadata)
-        return [folder / SINGLE_FILE]
-    written: list[Path] = []
-    try:
-        for number, shard in enumerate(shards, start=1):
-            written.append(folder / f"model-{number:05}-of-{len(shards):05}.safetensors")
-            write_safetensors(written[-1], shard, metadata)
-        weight_map = {source.name: path.name for path, shard in zip(written, shards, strict=True) for source in shard}
-        total = sum(source.nbytes for source in sources)
-        write_text(folder / INDEX_FILE, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    return [*written, folder / INDEX_FILE]
+    with contextlib.ExitStack() as files:  # left in reverse order: what is entered first appears last
+        if len(shards) > 1:
+            index = files.enter_context(new_file(folder / INDEX_FILE))
+            index.write(_index(shards, paths).encode())
+        for path, shard in zip(paths, shards, strict=True):
+            # transformers asks for the format
+            write_tensors(files.enter_context(new_file(path)), shard, {"format": "pt"})
+    return paths if len(shards) == 1 else [*paths, folder / INDEX_FILE]
+
+
+def _index(shards: list[list[TensorSource]], paths: list[Path]) -> str:
+    weight_map = {source.name: path.name for path, shard in zip(paths, shards, strict=True) for source in shard}
+    total = sum(source.nbytes for shard in shards for source in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def _split(sources: Sequence[TensorSource], shard_bytes: int) -> list[list[TensorSource]]:
@@ -289,9 +295,10 @@ def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in COMPANIONS:
-            if (source / name).exists() and name != "config.json":
-                shutil.copyfile(source / name, target / name)
     except OSError as error:
-        raise cannot_write(error.filename or target, error) from None
+        raise cannot_write(target, error) from None
+    for name in COMPANIONS:
+        if (source / name).exists() and name != "config.json":
+            with new_file(target / name) as copy, open(source / name, "rb") as original:
+                shutil.copyfileobj(original, copy)
     write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
