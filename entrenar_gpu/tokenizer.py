@@ -40,7 +40,7 @@ class Tokenizer:
         eos: int | None = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self.eos_id = stop_ids[0] if eos is None and stop_ids else eos
         self.eos_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
-        self._special_ids = _special_tokens(backend).keys() | self.eos_ids
+        self._special_texts = tuple({*_special_tokens(backend).values(), *named.values()})
         self._templates = dict(templates or {})
 
     @classmethod
@@ -94,9 +94,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token stands for structure (a turn's end, a text's start) and not for text."""
-        return token_id in self._special_ids
+    def ends_with_special(self, text: str) -> bool:
+        """Whether the last thing in `text`, white space aside, is a special token: an end of turn or of text."""
+        return text.rstrip().endswith(self._special_texts)
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
