@@ -53,7 +53,7 @@ class Replay:
 
     def __init__(self, device: Device, plan: Plan, kernels: KernelCache | None = None) -> None:
         self.device, self.plan = device, plan
-        self.kernels = kernels or KernelCache(device)
+        self.kernels = kernels if kernels is not None else KernelCache(device)  # an empty cache is falsy
         self.tensors = plan.persistents
         self._buffers = {name: device.buffer(size, name) for name, size in plan.buffers.items()}
         self._batches = {name: self._cut(steps) for name, steps in plan.steps.items()}
@@ -78,6 +78,19 @@ class Replay:
             raise ValueError(f"{name}: got {data.shape} for {tensor!r}")
         buffer, offset, _ = self.buffer_of(name)
         self.device.write(buffer, data, offset)
+
+    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+        """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
+        buffer, offset, _ = self.buffer_of(name)
+        self.device.write(buffer, values, offset + first * values.dtype.itemsize)
+
+    def copy_from(self, other: Replay, source: str, target: str, offset: int) -> None:
+        """Copy all of a persistent tensor of `other`, on the same device, to `offset` bytes into one of this."""
+        buffer, start, nbytes = other.buffer_of(source)
+        into, into_start, _ = self.buffer_of(target)
+        encoder = self.device.handle.create_command_encoder()
+        encoder.copy_buffer_to_buffer(buffer, start, into, into_start + offset, nbytes)
+        self.device.handle.queue.submit([encoder.finish()])
 
     def read(self, name: str) -> np.ndarray:
         return self.read_temporary(self.tensors[name])
@@ -112,8 +125,8 @@ class Replay:
         return Report(self.device, staging, self.tensors[report]) if report is not None else None
 
     def wait(self) -> None:
-        """Wait until the device is idle."""
-        self.device.handle.queue.on_submitted_work_done_sync()
+        """Wait until the device is idle. wgpu-py 0.32 cannot wait for the queue itself, so this reads a word back."""
+        self.device.read(next(iter(self._buffers.values())), 0, 4)
 
     def _staging(self, report: str) -> Any:
         if report not in self._rings:

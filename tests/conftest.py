@@ -12,6 +12,7 @@ from entrenar_gpu.errors import UserError
 
 if TYPE_CHECKING:
     from entrenar_gpu.device import Device
+    from entrenar_gpu.kernel import KernelCache
 
 # Every run tries the same examples, so a failure is the change's and not the day's. Look for new ones with
 # `pytest --hypothesis-profile=explore`. No deadline: the first example on a GPU pays for compiling its shader.
@@ -44,6 +45,27 @@ def device(request: pytest.FixtureRequest) -> "Device":
         if request.config.getoption("--require-gpu"):
             pytest.fail(f"--require-gpu: {error}", pytrace=False)
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def kernels(device: "Device") -> "KernelCache":
+    """Compiled kernels of `device`, shared by all tests: compiling takes most of their time."""
+    from entrenar_gpu.kernel import KernelCache
+
+    return KernelCache(device)
+
+
+@pytest.fixture(scope="session")
+def limited_device(device: "Device") -> "Device":
+    """The same adapter asked for nothing but WebGPU's guaranteed limits, and no optional feature."""
+    return type(device).open(limited=True)
+
+
+@pytest.fixture(scope="session")
+def limited_kernels(limited_device: "Device") -> "KernelCache":
+    from entrenar_gpu.kernel import KernelCache
+
+    return KernelCache(limited_device)
 
 
 @pytest.fixture(autouse=True)
