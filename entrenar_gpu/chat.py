@@ -158,13 +158,13 @@ class ChatTemplate:
             before  = ... the question and the generation prompt, frame (Qwen3's last turn: an empty think block)
             after   = closing (the token that ends the turn), rest (a newline and the messages that follow)
         """
-        said = _saying(messages[i], _SAID)
+        said = {"role": "assistant", "content": _SAID}
         before, after = self._around(_SAID, [*messages[:i], said, *messages[i + 1 :]], tools)
 
         # The frame goes beyond the generation prompt. Both are read from the end of the question, which is marked too:
         # what comes earlier may render differently in the shorter conversation that ends with the prompt.
         context = messages[:i] or [{"role": "user"}]
-        asked = [*context[:-1], _saying(context[-1], _ASKED)]
+        asked = [*context[:-1], _asking(context[-1])]
         prompt = self._around(_ASKED, asked, tools, add_generation_prompt=True)[1]
         answered = self._around(_ASKED, [*asked, said, *messages[i + 1 :]], tools)[1].partition(_SAID)[0]
         frame = answered[_common_length(prompt, answered) :]
@@ -191,7 +191,7 @@ class ChatTemplate:
         """The rendering before and after `mark`, which stands in place of one message's content."""
         before, found, after = self._render(messages, tools, add_generation_prompt, marked=True).partition(mark)
         if not found:
-            raise self._untraceable(next(i for i, m in enumerate(messages) if m["content"] == mark))
+            raise self._untraceable(next(i for i, m in enumerate(messages) if mark in (m.get("content") or "")))
         return before, after
 
     def _untraceable(self, i: int) -> UserError:
@@ -229,9 +229,13 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _saying(message: Message, mark: str) -> Message:
-    """`message` with the mark as its content; an assistant's without tool calls, which can replace the content."""
-    return {"role": "assistant", "content": mark} if message["role"] == "assistant" else {**message, "content": mark}
+def _asking(message: Message) -> Message:
+    """`message` with a mark within its content: templates look at its ends (Qwen3 knows tool responses by them)."""
+    content = message.get("content")
+    if message["role"] == "assistant" or not isinstance(content, str):
+        return {"role": message["role"], "content": _ASKED}
+    middle = len(content) // 2
+    return {**message, "content": content[:middle] + _ASKED + content[middle:]}
 
 
 def _common_length(a: str, b: str) -> int:

@@ -130,7 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
 
 def _key(text: str) -> str:
-    return " " + re.sub(r"\W+", " ", text).lower().strip() + " "
+    return re.sub(r"\W+", " ", text).lower().strip()
 
 
 def _holds_any(text: str, pairs: Iterable[Pair]) -> bool:
