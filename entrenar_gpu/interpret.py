@@ -69,6 +69,10 @@ class NumpyExecutor:
         tensor = self.tensors[name]
         self._store[name][...] = np.asarray(array, NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
 
+    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+        """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
+        self._store[name].reshape(-1)[first : first + values.size] = values
+
     def read(self, name: str) -> np.ndarray:
         return self._store[name].copy()
 

@@ -179,12 +179,14 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> N
             )
             shared = {out: node.inputs[source] for out, source in op.inplace(node)}
             for out_index, tensor in enumerate(node.outputs):
-                if tensor.updates is not None:
-                    if shared.get(out_index) is None or _storage(plan, shared[out_index]) != _storage(plan, tensor):
-                        raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
-                    plan.slices[tensor.id] = plan.slices[tensor.updates.id]
-                    continue
                 source = shared.get(out_index)
+                if tensor.updates is not None:
+                    place = plan.slices[tensor.updates.id]
+                    readers = [t for t in node.inputs if t.persistent and plan.slices[t.id] == place]
+                    if readers and source not in readers:
+                        raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
+                    plan.slices[tensor.id] = place
+                    continue
                 if source is not None and not keep and _may_take(source, node, tensor, last_use, index, root, lives, now):
                     root[tensor.id] = root.get(source.id, source.id)
                     lives[root[tensor.id]].last = max(now, clock + last_use.get(tensor.id, index))
@@ -197,10 +199,6 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> N
     _assign(plan, list(lives.values()))
     for tensor_id, owner in root.items():
         plan.slices[tensor_id] = plan.slices[owner]
-
-
-def _storage(plan: Plan, tensor: Tensor) -> Slice:
-    return plan.slices[(tensor.updates or tensor).id]
 
 
 def _may_take(

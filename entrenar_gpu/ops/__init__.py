@@ -17,13 +17,13 @@ from entrenar_gpu.ops.elementwise import (
     zeros,
 )
 from entrenar_gpu.ops.embedding import embedding
-from entrenar_gpu.ops.loss import IGNORE, cross_entropy
+from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
 from entrenar_gpu.ops.matmul import matmul
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
 from entrenar_gpu.ops.optimizer import adam, decide, sgd, sum_of_squares
 from entrenar_gpu.ops.quantize import Nf4Tensors, nf4_quantize, nf4_quantize_scales
 from entrenar_gpu.ops.reduce import mean, softmax, sum, sum_columns, sum_rows
-from entrenar_gpu.ops.registry import in_place
+from entrenar_gpu.ops.registry import in_place, keep
 from entrenar_gpu.ops.rope import rope, rope_table
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "in_place",
+    "keep",
     "layer_norm",
     "matmul",
     "mean",
@@ -47,6 +48,7 @@ __all__ = [
     "nf4_quantize",
     "nf4_quantize_scales",
     "ones",
+    "project",
     "relu",
     "rms_norm",
     "rope",

@@ -241,3 +241,24 @@ register(
         inplace=lambda node: [(1 + i, 4 + node.attrs["pages"] + i) for i in range(node.attrs["pages"])],
     )
 )
+
+
+def project(x: Tensor, pages: Sequence[Tensor]) -> Tensor:
+    """x W^T for a W [V, D] kept in pages of rows: logits [T, V], for the few tokens that are wanted whole."""
+    return record("project", x, *pages)[0]
+
+
+def _project_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    x, *pages = node.inputs
+    return _logits_launches(x, pages, node.output, 0, x.rows, caps)
+
+
+register(
+    Op(
+        "project",
+        lambda node: [((node.inputs[0].rows, _vocabulary(node.inputs[1:])), "f32")],
+        lambda node, x, *pages: [x.reshape(-1, x.shape[-1]) @ _table(x, pages).T],
+        _project_launch,
+        flops=lambda node: 2 * node.inputs[0].columns * node.output.size,
+    )
+)

@@ -35,21 +35,23 @@ class Nf4Tensors:
     @classmethod
     def declare(cls, graph: Graph, name: str, shape: tuple[int, int], double: bool, rounded: str) -> Nf4Tensors:
         """Frozen tensors `name.codes` and so on."""
-        blocks = -(-shape[0] * shape[1] // BLOCK)
-
-        def part(suffix: str, size: int, dtype: str) -> Tensor:
-            return graph.tensor(f"{name}.{suffix}", (size,), dtype, "weight")
-
-        codes = part("codes", (shape[0] * shape[1] + 1) // 2, "u8")
-        if not double:
-            return cls(shape, (codes, part("absmax", blocks, "f32")), rounded)
-        scales = part("absmax_codes", blocks, "u8")
-        nested = part("nested", -(-blocks // SCALE_BLOCK), "f32")
-        return cls(shape, (codes, scales, nested, part("table", TABLE, "f32")), rounded)
+        size = shape[0] * shape[1]
+        blocks = -(-size // BLOCK)
+        sizes = [((size + 1) // 2, "u8"), (blocks, "f32")]
+        if double:
+            sizes[1:] = [(blocks, "u8"), (-(-blocks // SCALE_BLOCK), "f32"), (TABLE, "f32")]
+        names = nf4_part_names(name, double)
+        parts = [graph.tensor(n, (count,), dtype, "weight") for n, (count, dtype) in zip(names, sizes, strict=True)]
+        return cls(shape, tuple(parts), rounded)
 
     def dequantize(self) -> Tensor:
         """The weight in f32, [N, K]: scratch that the backward pass computes again."""
         return record("nf4_dequantize", *self.parts, shape=self.shape, rounded=self.rounded)[0]
+
+
+def nf4_part_names(name: str, double: bool) -> list[str]:
+    """The names of a quantised weight's tensors, in the order of `Nf4Tensors.parts`."""
+    return [f"{name}.{part}" for part in (("codes", "absmax_codes", "nested", "table") if double else ("codes", "absmax"))]
 
 
 def host_parts(weight: Nf4Weight) -> list[np.ndarray]:

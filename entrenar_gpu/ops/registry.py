@@ -86,8 +86,14 @@ def place(node: Node) -> tuple[Tensor, ...]:
 
 
 def in_place(output: Tensor, target: Tensor) -> Tensor:
-    """Declare that `output` overwrites the storage of the persistent tensor `target`."""
+    """Declare that `output` overwrites the storage of the persistent tensor `target`, which its node reads."""
     output.updates = target.updates or target
+    return output
+
+
+def keep(output: Tensor, name: str) -> Tensor:
+    """Leave `output` in a persistent tensor `name` of its graph, which the host can read after a run."""
+    output.updates = output.graph.tensor(name, output.shape, output.dtype, "state")
     return output
 
 

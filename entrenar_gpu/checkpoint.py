@@ -1,0 +1,149 @@
+"""A run's own checkpoints: weights, optimizer moments and counters, data position, and what makes the run itself.
+
+A checkpoint is a folder `checkpoint-000123`, written under another name and renamed, so that it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.adapters import load_adapter, save_adapter
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.loader import is_projection
+from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
+from entrenar_gpu.session import Session
+from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+# What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
+IDENTITY = ("method", "rank", "alpha", "target", "rslora", "dropout", "double_quant", "batch", "seq", "accumulate")
+IDENTITY += ("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision")
+
+
+def save_result(session: Session, folder: Path) -> None:
+    """The trained weights as others read them: a PEFT adapter, or after full training a model folder."""
+    if session.adapters is not None:
+        save_adapter(folder, session.adapters, session.adapter_values(), session.config.model)
+        return
+    copy_model_files(session.checkpoint.folder, folder, "float32")
+    save_checkpoint(folder, [_full_source(session, n, s) for n, s in session.shape.model.parameter_shapes().items()])
+
+
+def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorSource:
+    def produce() -> np.ndarray:
+        if name in session.executor.tensors:
+            return session.executor.read(name)
+        pages = [n for n in session.executor.tensors if n.startswith(f"{name}.page") and not n.endswith(".grad")]
+        return np.concatenate([session.executor.read(page) for page in pages])
+
+    return TensorSource(name, shape, "F32", produce)
+
+
+def save_run(session: Session, output: Path, step: int, data_state: Mapping[str, Any], keep: int | None) -> Path:
+    """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
+    target = output / f"checkpoint-{step:06}"
+    temporary = output / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_result(session, temporary)
+        tensors = session.executor.tensors
+        moments = [n for n, t in tensors.items() if n.startswith(("moment1.", "moment2.")) or n == "optimizer_state"]
+        save_safetensors(temporary / OPTIMIZER_FILE, {n: session.executor.read(n) for n in moments})
+        state = {"step": step, "data": dict(data_state), "config": session.config.to_mapping()}
+        state["model"] = _model_identity(session.checkpoint)
+        write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep is not None:
+        for old in find_checkpoints(output)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def find_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def resolve_resume(resume: str, output: Path) -> Path:
+    """The checkpoint that --resume names: a folder, or the newest of the run."""
+    if resume != "latest":
+        folder = Path(resume)
+        if not (folder / STATE_FILE).is_file():
+            newest = find_checkpoints(folder)
+            if not newest:
+                raise UserError(f"--resume: {folder} is not a checkpoint: it holds no {STATE_FILE}")
+            folder = newest[-1]
+        return folder
+    found = find_checkpoints(output)
+    if not found:
+        raise UserError(f"--resume: {output} holds no checkpoint")
+    return found[-1]
+
+
+def load_run(session: Session, folder: Path) -> dict[str, Any]:
+    """Put a checkpoint's weights, moments and counters on the device; returns {"step", "data"}.
+
+    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        step, data, saved, model = state["step"], state["data"], state["config"], state["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the state of a training run") from None
+    if model != _model_identity(session.checkpoint):
+        raise UserError(f"{path}: the checkpoint of another model than {session.config.model}")
+    now = session.config.to_mapping()
+    for key in IDENTITY:
+        if saved.get(key) != now[key]:
+            raise UserError(f"{path}: made with {key} {saved.get(key)!r}, this run has {now[key]!r}")
+    _load_weights(session, folder)
+    file = SafetensorsFile(folder / OPTIMIZER_FILE)
+    for name, info in file.tensors.items():
+        held = session.executor.tensors.get(name)
+        if held is None or info.shape != held.shape:
+            raise UserError(f"{folder / OPTIMIZER_FILE}: tensor {name!r} does not fit this run")
+        session.executor.write(name, np.asarray(file[name]))
+    return {"step": int(step), "data": data}
+
+
+def _load_weights(session: Session, folder: Path) -> None:
+    if session.adapters is None:
+        from entrenar_gpu.loader import load_weights
+
+        load_weights(session.executor, Checkpoint.open(folder), session.shape.storage)
+        return
+    spec, values = load_adapter(folder, session.checkpoint.config)
+    if spec.shapes() != session.adapters.shapes():
+        raise UserError(f"{folder}: its adapter has other modules or ranks than this run's")
+    for name, array in values.items():
+        session.executor.write(name, array)
+
+
+def _model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells one base model from another: its configuration and a sample of its weights."""
+    import hashlib
+
+    digest = hashlib.sha256(repr(checkpoint.config).encode())
+    for name, shape in checkpoint.config.parameter_shapes().items():
+        if is_projection(name) or len(shape) == 1:
+            digest.update(np.ascontiguousarray(checkpoint.raw(name).reshape(-1)[:64]).view(np.uint8).tobytes())
+    return {"sha256": digest.hexdigest()}

@@ -1,0 +1,199 @@
+"""The transformer, traced: one decoder whose differences (Qwen3, Qwen2, Llama) are configuration.
+
+Where its weights come from is the business of `Parameters`: frozen and quantised, frozen as stored, or trainable.
+Letters as in model_config.py: T = B*S tokens, D hidden, F feed-forward, H and K heads of E, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from entrenar_gpu import ops
+from entrenar_gpu.adapters import LoraModule
+from entrenar_gpu.graph import Caps, Graph, Tensor
+from entrenar_gpu.model_config import PROJECTIONS, ModelConfig
+from entrenar_gpu.ops import Nf4Tensors
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+PAGE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of a run are kept on the device.
+
+    method: "qlora" (projections as NF4), "lora" (as stored) or "full" (every weight trainable, f32).
+    dtypes: storage dtype of each checkpoint tensor that stays dense ("bf16", "half" or "f32"); missing ones are
+    `dense`. `double_quant` and `rounded` describe the NF4 states, by tensor where a checkpoint brought its own.
+    """
+
+    method: str = "qlora"
+    dense: str = "bf16"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    double_quant: bool = True
+    nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
+    adapters: Mapping[str, LoraModule] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
+
+    def nf4_state(self, name: str) -> tuple[bool, str]:
+        return self.nf4_states.get(name, (self.double_quant, "float32"))
+
+
+def page_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:
+    """Row counts of the pages that a [rows, columns] table is kept in; a multiple of 64 but for the last."""
+    limit = min(PAGE_BYTES, caps.max_binding_bytes, caps.max_buffer_bytes)
+    fit = max(limit // (columns * dtype_bytes) // 64 * 64, 64)
+    return [min(fit, rows - start) for start in range(0, rows, fit)]
+
+
+class Parameters:
+    """Declares the weights of a model in a graph, as its `Storage` keeps them."""
+
+    def __init__(self, graph: Graph, config: ModelConfig, storage: Storage, caps: Caps) -> None:
+        self._graph, self._config, self._storage, self._caps = graph, config, storage, caps
+        self._shapes = config.parameter_shapes()
+        self._nf4: dict[str, Nf4Tensors] = {}
+        self._tables: dict[str, list[Tensor]] = {}
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias, f32."""
+        if self._storage.method == "full":
+            return self._graph.parameter(name, self._shapes[name])
+        return self._graph.tensor(name, self._shapes[name], "f32", "weight")
+
+    def matrix(self, name: str) -> Tensor:
+        """A projection's weight [N, K], ready to be multiplied by."""
+        shape = self._shapes[name]
+        if self._storage.method == "full":
+            return self._graph.parameter(name, shape)
+        if self._storage.method == "lora":
+            return self._graph.tensor(name, shape, self._storage.dtypes.get(name, self._storage.dense), "weight")
+        if name not in self._nf4:
+            double, rounded = self._storage.nf4_state(name)
+            self._nf4[name] = Nf4Tensors.declare(self._graph, name, (shape[0], shape[1]), double, rounded)
+        return self._nf4[name].dequantize()
+
+    def table(self, name: str) -> list[Tensor]:
+        """The rows of an embedding, in pages `name.page0`, ... that an adapter can bind."""
+        if name not in self._tables:
+            full = self._storage.method == "full"
+            dtype = "f32" if full else self._storage.dtypes.get(name, self._storage.dense)
+            rows, columns = self._shapes[name]
+            pages = []
+            for i, count in enumerate(page_rows(rows, columns, 4 if dtype == "f32" else 2, self._caps)):
+                page, shape = f"{name}.page{i}", (count, columns)
+                made = self._graph.parameter(page, shape) if full else self._graph.tensor(page, shape, dtype, "weight")
+                pages.append(made)
+            self._tables[name] = pages
+        return self._tables[name]
+
+    def adapter(self, module: str) -> tuple[Tensor, Tensor, float] | None:
+        """(A [R, K], B [N, R], scale) of a projection, or None where it has none."""
+        lora = self._storage.adapters.get(module)
+        if lora is None:
+            return None
+        a = self._graph.parameter(lora.a_name, (lora.rank, lora.in_features))
+        b = self._graph.parameter(lora.b_name, (lora.out_features, lora.rank))
+        return a, b, lora.scale
+
+
+class Transformer:
+    """A decoder traced into one graph for rows of a fixed length.
+
+    Inputs by name: input_ids u32 [T], positions u32 [T], segment_start u32 [T]; for training also targets i32 [T],
+    inv_tokens f32 [1] (1 / unmasked tokens of the whole step), rng u32 [3] with dropout, and id_order u32 [T] (a
+    stable argsort of the ids) when the embedding is trained. rope_table f32 [S, E] is written once.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        config: ModelConfig,
+        storage: Storage,
+        caps: Caps,
+        rows: int,
+        seq: int,
+        dropout: float = 0.0,
+    ) -> None:
+        self.graph, self.config, self.storage = graph, config, storage
+        self.rows, self.seq, self._dropout = rows, seq, dropout
+        self.parameters = Parameters(graph, config, storage, caps)
+        tokens = (rows * seq,)
+        self.input_ids = graph.tensor("input_ids", tokens, "u32")
+        self.positions = graph.tensor("positions", tokens, "u32")
+        self.segment_start = graph.tensor("segment_start", tokens, "u32")
+        self.rope_table = graph.tensor("rope_table", (seq, config.head_dim), "f32", "weight")
+        self._rng = graph.tensor("rng", (3,), "u32") if dropout else None
+        self._dropouts = 0
+
+    def hidden(self) -> Tensor:
+        """The final normalised hidden states [T, D]."""
+        order = self.graph.tensor("id_order", (self.rows * self.seq,), "u32") if self.storage.method == "full" else None
+        with self.graph.within("embed_tokens"):
+            x = ops.embedding(self.input_ids, self.parameters.table(EMBEDDING), order)
+        for layer in range(self.config.num_layers):
+            with self.graph.within(f"layers.{layer}", layer=layer):
+                x = self._block(x, f"model.layers.{layer}")
+        with self.graph.within("norm"):
+            return self._norm(x, "model.norm.weight")
+
+    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
+        """Sum over unmasked tokens of the cross-entropy, [1]."""
+        targets = self.graph.tensor("targets", (self.rows * self.seq,), "i32")
+        x = self.hidden()
+        with self.graph.within("lm_head"):
+            return ops.cross_entropy(x, targets, self._head(), smoothing)
+
+    def last_logits(self) -> Tensor:
+        """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""
+        at = self.graph.tensor("logits_at", (1,), "u32")
+        x = ops.embedding(at, [self.hidden()])
+        with self.graph.within("lm_head"):
+            return ops.project(x, self._head())
+
+    def _head(self) -> list[Tensor]:
+        return self.parameters.table(EMBEDDING if self.config.tie_word_embeddings else HEAD)
+
+    def _norm(self, x: Tensor, weight: str) -> Tensor:
+        return ops.rms_norm(x, self.parameters.vector(weight), self.config.rms_norm_eps)
+
+    def _block(self, x: Tensor, prefix: str) -> Tensor:
+        with self.graph.within("self_attn"):
+            x = self._attention(x, self._norm(x, f"{prefix}.input_layernorm.weight"), prefix)
+        with self.graph.within("mlp"):
+            h = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
+            gate, up = self._linear(h, prefix, "gate_proj"), self._linear(h, prefix, "up_proj")
+            return self._linear(ops.swiglu(gate, up), prefix, "down_proj", residual=x)
+
+    def _attention(self, x: Tensor, h: Tensor, prefix: str) -> Tensor:
+        c = self.config
+        q, k, v = (self._linear(h, prefix, name) for name in ("q_proj", "k_proj", "v_proj"))
+        if c.qk_norm:
+            q = self._norm(q, f"{prefix}.self_attn.q_norm.weight")
+            k = self._norm(k, f"{prefix}.self_attn.k_norm.weight")
+        q = ops.rope(q, self.rope_table, self.positions)
+        k = ops.rope(k, self.rope_table, self.positions)
+        attended = ops.attention(q, k, v, self.segment_start, self.rows, c.num_heads, c.num_kv_heads)
+        return self._linear(attended, prefix, "o_proj", residual=x)
+
+    def _linear(self, x: Tensor, prefix: str, name: str, residual: Tensor | None = None) -> Tensor:
+        """x W^T + scale * (x A^T) B^T + bias + residual, in one product (LoRA, arXiv 2106.09685, equation 3)."""
+        module = f"{prefix}.{PROJECTIONS[name]}.{name}"
+        with self.graph.within(name):
+            bias = None
+            if self.config.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
+                bias = self.parameters.vector(f"{module}.bias")
+            adapter = self.parameters.adapter(module)
+            pair = None
+            if adapter is not None:
+                a, b, scale = adapter
+                pair = (ops.matmul(self._dropped(x), a, transpose_b=True), b, scale)
+            weight = self.parameters.matrix(f"{module}.weight")
+            return ops.matmul(x, weight, transpose_b=True, pair=pair, bias=bias, residual=residual)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self._rng is None:
+            return x
+        self._dropouts += 1
+        return ops.dropout(x, self._rng, self._dropout, self._dropouts)

@@ -1,0 +1,130 @@
+"""The graphs of a run, traced: the micro-step, the update, evaluation and last-token logits.
+
+They share weights by name. `RunShape` is what fixes their shapes; everything here is plain data, so that `plan` can
+answer for a model without a GPU or its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from entrenar_gpu import autodiff, ops
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.model import Storage, Transformer
+from entrenar_gpu.model_config import ModelConfig
+from entrenar_gpu.ops.optimizer import STATE
+from entrenar_gpu.plan import page_layout, page_sizes
+from entrenar_gpu.recompute import MemoryBudgetError, Recompute, fit
+
+STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """Everything that the graphs of a run depend on, the optimizer's constants included."""
+
+    model: ModelConfig
+    storage: Storage
+    train: TrainConfig
+
+    @property
+    def dropout(self) -> float:
+        return self.train.dropout if self.storage.method != "full" else 0.0
+
+
+def micro_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Forward and backward of one micro-batch: gradients and the loss are added to what is there."""
+    graph = Graph("micro")
+    model = _transformer(graph, shape, caps, shape.dropout)
+    inverse = graph.tensor("inv_tokens", (1,))
+    loss = ops.mul(model.loss_sum(shape.train.label_smoothing), inverse)
+    total = graph.tensor(LOSS_NAME, (1,), role="state")
+    ops.in_place(ops.add(total, loss), total)
+    autodiff.backward(loss, [t for t in graph.persistents.values() if t.role == "param"])
+    return graph
+
+
+def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Sum of the losses of one batch, added to `eval_loss`; without dropout, smoothing or gradients."""
+    graph = Graph("evaluate")
+    model = _transformer(graph, shape, caps)
+    for tensor in graph.persistents.values():
+        tensor.requires_grad = False
+    loss = model.loss_sum()
+    total = graph.tensor(EVAL_LOSS_NAME, (1,), role="state")
+    ops.in_place(ops.add(total, loss), total)
+    return graph
+
+
+def logits_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Logits [1, V] of one token, left in `logits`."""
+    graph = Graph("logits")
+    ops.keep(_transformer(graph, shape, caps).last_logits(), "logits")
+    return graph
+
+
+def update_graph(shape: RunShape, micro: Graph) -> Graph:
+    """The optimizer step over the pages of the parameters of `micro`."""
+    graph, c = Graph("update"), shape.train
+    parameters = [t for t in micro.persistents.values() if t.role == "param"]
+    pages = page_sizes(page_layout(parameters, "param"))
+    state = graph.tensor(STATE_NAME, (STATE,), role="state")
+    loss = graph.tensor(LOSS_NAME, (1,), role="state")
+    lr = graph.tensor("lr", (1,))
+    with graph.within("clip", phase="optimizer"):
+        grads = {name: graph.tensor(f"grad{name[5:]}", (size // 4,), role="page") for name, size in pages.items()}
+        partials = [ops.sum_of_squares(g) for g in grads.values()]
+        state = ops.decide(state, loss, partials, c.clip, (c.beta1, c.beta2))
+    with graph.within("step", phase="optimizer"):
+        for name, size in pages.items():
+            page = graph.tensor(name, (size // 4,), role="page")
+            decay = 0.0 if ".vector." in name and shape.storage.method == "full" else c.weight_decay
+            first = graph.tensor(f"moment1{name[5:]}", page.shape, role="state")
+            if c.optimizer == "sgd":
+                ops.sgd(page, grads[name], first if c.momentum else None, state, lr, c.momentum, decay)
+                continue
+            second = graph.tensor(f"moment2{name[5:]}", page.shape, role="state")
+            betas, decoupled = (c.beta1, c.beta2), c.optimizer == "adamw"
+            ops.adam(page, grads[name], first, second, state, lr, betas, c.eps, decay, decoupled)
+    return graph
+
+
+def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0) -> Transformer:
+    return Transformer(graph, shape.model, shape.storage, caps, shape.train.batch, shape.train.seq, dropout)
+
+
+def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, Graph]:
+    """The graphs of a training run: micro, update and, where there is data to evaluate on, evaluate."""
+    micro = micro_graph(shape, caps)
+    graphs = {"micro": micro, "update": update_graph(shape, micro)}
+    if evaluates:
+        graphs["evaluate"] = evaluate_graph(shape, caps)
+    return graphs
+
+
+def fit_training(
+    shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool
+) -> tuple[Recompute, object, Mapping[str, Graph]]:
+    """`recompute.fit` for a training run. Says which batch would fit where this one does not."""
+    try:
+        return fit(lambda: training_graphs(shape, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
+    except MemoryBudgetError as error:
+        fits = _largest_batch(shape, caps, budget_bytes, evaluates)
+        advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
+        error.args = (f"--batch {shape.train.batch} at --seq {shape.train.seq} {error.args[0]}; {advice}",)
+        raise
+
+
+def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:
+    low, high = 0, shape.train.batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        smaller = replace(shape, train=replace(shape.train, batch=middle))
+        try:
+            fit(lambda s=smaller: training_graphs(s, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
+            low = middle
+        except MemoryBudgetError:
+            high = middle - 1
+    return low

@@ -1,0 +1,135 @@
+"""A model on an executor: checkpoint, adapter, plan and weights, ready to run. What train, eval and generate share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu import loader, ops
+from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.hub import resolve_model
+from entrenar_gpu.interpret import NumpyExecutor
+from entrenar_gpu.plan import Plan
+from entrenar_gpu.programs import RunShape
+from entrenar_gpu.recompute import Recompute
+from entrenar_gpu.replay import Replay
+from entrenar_gpu.weights import Checkpoint
+
+Floats = np.ndarray
+DEFAULT_BUDGET_GIB = 16.0
+MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
+HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50)
+
+Fit = Callable[[RunShape, Caps, int], tuple[Recompute, Plan, Mapping[str, Graph]]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Device memory a run may use, and where the figure comes from, in words."""
+
+    nbytes: int
+    source: str
+
+
+def memory_budget(config: TrainConfig, caps: Caps) -> Budget:
+    """--memory-budget, else what the adapter has less a margin, else 16 GiB."""
+    if config.memory_budget is not None:
+        return Budget(int(config.memory_budget * 2**30), "--memory-budget")
+    if caps.memory_bytes is not None:
+        return Budget(int(caps.memory_bytes * MARGIN), f"{caps.memory_bytes / 2**30:.1f} GiB of the adapter less 10%")
+    return Budget(int(DEFAULT_BUDGET_GIB * 2**30), "the system does not tell the adapter's memory; 16 GiB assumed")
+
+
+@dataclass
+class Session:
+    """An executor with a model's weights on it. `plan` is None on the NumPy executor, which plans nothing."""
+
+    config: TrainConfig
+    checkpoint: Checkpoint
+    adapters: AdapterSpec | None
+    shape: RunShape
+    executor: Replay | NumpyExecutor
+    graphs: Mapping[str, Graph]
+    plan: Plan | None
+    budget: Budget | None
+    level: Recompute
+    adapter_info: dict[str, str]
+
+    @classmethod
+    def open(cls, config: TrainConfig, fit: Fit, with_adapter: bool = True) -> Session:
+        """Open the model of `config`, plan with `fit`, allocate, and load weights and adapter.
+
+        Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
+        """
+        checkpoint = Checkpoint.open(resolve_model(config.model))
+        spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
+        shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
+        if config.seq > checkpoint.config.max_positions:
+            from entrenar_gpu.errors import UserError
+
+            raise UserError(f"--seq: {config.seq} exceeds the model's {checkpoint.config.max_positions} positions")
+        executor: Replay | NumpyExecutor
+        if config.device == "numpy":
+            level, _, graphs = fit(shape, HOST_CAPS, 1 << 50)
+            executor, plan, budget = NumpyExecutor(graphs), None, None
+            info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
+        else:
+            from entrenar_gpu.device import Device
+
+            device = Device.open(config.device)
+            budget = memory_budget(config, device.caps)
+            level, plan, graphs = fit(shape, device.caps, budget.nbytes)
+            executor = Replay(device, plan)
+            info = {
+                "adapter": device.info["device"],
+                "backend": device.info["backend_type"],
+                "driver": device.info["description"],
+            }
+        session = cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, level, info)
+        loader.load_weights(executor, checkpoint, shape.storage)
+        frequencies = checkpoint.config.rope_frequencies()
+        executor.write("rope_table", ops.rope_table(frequencies, config.seq))
+        for name, array in values.items():
+            executor.write(name, array)
+        return session
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.executor.device.allocated_bytes if isinstance(self.executor, Replay) else 0
+
+    def trainable(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is trained."""
+        return {t.name: t.shape for t in self.executor.tensors.values() if t.role == "param"}
+
+    def write_batch(self, batch: Mapping[str, Any]) -> None:
+        """The arrays of a batch that the graphs take."""
+        for name, array in batch.items():
+            if name in self.executor.tensors:
+                self.executor.write(name, array.reshape(-1))
+        if "id_order" in self.executor.tensors:
+            order = np.argsort(batch["input_ids"].reshape(-1), kind="stable")
+            self.executor.write("id_order", order.astype(np.uint32))
+
+    def adapter_values(self) -> dict[str, Floats]:
+        """The adapter's tensors, read from the device."""
+        assert self.adapters is not None
+        return {name: self.executor.read(name) for name in self.adapters.shapes()}
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def _adapter(config: TrainConfig, checkpoint: Checkpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:
+    """The adapter of a run and its first values: given, fresh, or none in full training."""
+    if config.method == "full":
+        return None, {}
+    if config.adapter_init is not None:
+        return load_adapter(Path(config.adapter_init), checkpoint.config)
+    spec = AdapterSpec.from_config(config, checkpoint.config)
+    return spec, init_adapter(spec, config.seed, config.lora_init)

@@ -1,0 +1,353 @@
+"""The training loop: batches in, losses out, checkpoints and records on the way.
+
+The host is one step ahead of the device: while the device runs step n, the host prepares step n+1, and then reads the
+few numbers that step n left behind. Nothing else is read back between evaluations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import entrenar_gpu
+from entrenar_gpu import checkpoint as run_checkpoint
+from entrenar_gpu.batches import Step, TrainBatches, eval_batches
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import data_files, load_samples
+from entrenar_gpu.errors import TrainingDiverged, UserError
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, notify
+from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.hub import resolve_model
+from entrenar_gpu.model_config import load_model_config
+from entrenar_gpu.ops.optimizer import field
+from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.programs import EVAL_LOSS_NAME, STATE_NAME, fit_training
+from entrenar_gpu.samples import IGNORE, Samples
+from entrenar_gpu.schedule import learning_rate
+from entrenar_gpu.session import Session
+from entrenar_gpu.tokenizer import Tokenizer
+
+MAX_SKIPPED_IN_A_ROW = 10
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "run.json"
+
+
+@dataclass
+class _Flying:
+    """A step the device is still at: what its record needs besides what the device will report."""
+
+    number: int
+    epoch: float
+    lr: float
+    tokens: int
+    start_ns: int
+    report: Any
+
+
+class Trainer:
+    """One training run, from its configuration to its result.
+
+    >>> Trainer(TrainConfig(model="Qwen3-0.6B", data="train.jsonl", output="run")).run()
+
+    Observers (events.StepObserver) are told of every step; metrics.jsonl in the run folder holds the same in short.
+    """
+
+    def __init__(self, config: TrainConfig, observers: Sequence[Any] = ()) -> None:
+        """Read and check model, data and checkpoint, plan, and put the weights on the device."""
+        for key in ("model", "data", "output"):
+            if not getattr(config, key):
+                raise UserError(f"--{key}: missing")
+        self.config, self._observers = config, (*observers, MetricsFile(Path(config.output)))
+        self.output = Path(config.output)
+        resume = run_checkpoint.resolve_resume(config.resume, self.output) if config.resume is not None else None
+        if resume is None:
+            _refuse_used(self.output)
+        self.train_samples, self.eval_samples = load_data(config)
+        self.batches = TrainBatches(
+            self.train_samples,
+            batch=config.batch,
+            seq=config.seq,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            pack=config.pack,
+        )
+        epochs = 3.0 if config.epochs is None else config.epochs
+        self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
+        evaluates = self.eval_samples is not None
+        self.session = Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates))
+        self.first_step = 1
+        self._skipped_before = 0
+        if resume is not None:
+            state = run_checkpoint.load_run(self.session, resume)
+            self.batches.restore(state["data"])
+            self.first_step = state["step"] + 1
+        self._make_output()
+        self._last_end = 0
+        self._skipped = 0
+        self._loss = math.nan
+
+    @property
+    def executor(self) -> Any:
+        return self.session.executor
+
+    def run(self) -> RunSummary:
+        """Train to the last step, evaluate, save, and return how it went.
+
+        An interrupt saves a checkpoint first. Raises TrainingDiverged after ten steps in a row whose loss or gradient
+        was not finite, DeviceLost when the device went away; the checkpoints written before stand.
+        """
+        start = time.time_ns()
+        self._tell("run_started", self._run_info(start))
+        status = "failed"
+        try:
+            for _ in self.steps():
+                pass
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except Exception as error:
+            status = f"failed: {error}"
+            raise
+        finally:
+            taken = self._done - self.first_step + 1
+            seconds = (time.time_ns() - start) / 1e9
+            summary = RunSummary(
+                taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns()
+            )
+            self._tell("run_finished", summary)
+        return summary
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Train step by step; each record comes when its step is done on the device, one step late."""
+        c = self.config
+        self._done = self.first_step - 1
+        flying: _Flying | None = None
+        if self.eval_samples is not None and self.first_step == 1:
+            self.evaluate(0)
+        try:
+            for number in range(self.first_step, self.total_steps + 1):
+                launched = self._launch(number, next(self.batches))
+                if flying is not None:
+                    yield self._land(flying)
+                flying = launched
+                evaluates = self.eval_samples is not None and c.eval_every and number % c.eval_every == 0
+                saves = c.save_every and number % c.save_every == 0
+                if number < self.total_steps and (evaluates or saves):
+                    yield self._land(flying)
+                    flying = None
+                    if evaluates:
+                        self.evaluate(number)
+                    if saves:
+                        self.save(number)
+            if flying is not None:
+                yield self._land(flying)
+        except KeyboardInterrupt:
+            if self._done >= self.first_step:
+                self.executor.wait()
+                self.save(self._done)
+            raise
+        if self.eval_samples is not None:
+            self.evaluate(self.total_steps)
+        self.save(self.total_steps)
+        run_checkpoint.save_result(self.session, self.output)
+
+    def _launch(self, number: int, step: Step) -> _Flying:
+        """Hand a step to the device."""
+        start = time.time_ns()
+        lr = learning_rate(self.config, number, self.total_steps)
+        write = self.executor.write
+        write("inv_tokens", np.array([1 / step.tokens]))
+        write("lr", np.array([lr]))
+        for micro, batch in enumerate(step.micro_batches):
+            self.session.write_batch(batch)
+            if "rng" in self.executor.tensors:
+                write("rng", np.array([self.config.seed, number, micro]))
+            self.executor.run("micro")
+        report = self.executor.run("update", report=STATE_NAME)
+        return _Flying(number, step.epoch, lr, step.tokens, start, report)
+
+    def _land(self, flying: _Flying) -> StepRecord:
+        """Wait for a step and tell of it."""
+        state = flying.report.result()
+        end = time.time_ns()
+        start = max(flying.start_ns, self._last_end)
+        self._last_end = end
+        self._done = flying.number
+        seconds = max((end - start) / 1e9, 1e-9)
+        skipped = not field(state, "apply")
+        self._skipped += skipped
+        self._loss = field(state, "loss")
+        record = StepRecord(
+            step=flying.number,
+            epoch=flying.epoch,
+            loss=self._loss,
+            lr=flying.lr,
+            grad_norm=field(state, "grad_norm"),
+            tokens=flying.tokens,
+            row_tokens=self.config.batch * self.config.seq * self.config.accumulate,
+            step_seconds=seconds,
+            tokens_per_second=flying.tokens / seconds,
+            start_ns=start,
+            end_ns=end,
+            skipped=skipped,
+            allocated_bytes=self.session.allocated_bytes,
+            flops=self._flops,
+        )
+        self._tell("step_finished", record)
+        if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"step {flying.number}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
+                f" lower --lr. {self._last_checkpoint()}"
+            )
+        return record
+
+    def evaluate(self, step: int) -> EvalRecord:
+        """Mean loss over all unmasked tokens of the evaluation data, as the weights stand."""
+        assert self.eval_samples is not None
+        start = time.time_ns()
+        loss, tokens = evaluate(self.session, self.eval_samples)
+        record = EvalRecord(step, loss, math.exp(min(loss, 700.0)), tokens, start, time.time_ns())
+        self._last_end = record.end_ns
+        self._tell("eval_finished", record)
+        return record
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of the run as it stands after `step`."""
+        start = time.time_ns()
+        c = self.config
+        path = run_checkpoint.save_run(self.session, self.output, step, self.batches.state(), c.save_total_limit)
+        nbytes = sum(f.stat().st_size for f in path.iterdir())
+        self._last_end = time.time_ns()
+        self._tell("checkpoint_saved", CheckpointRecord(step, str(path), nbytes, start, self._last_end))
+        return path
+
+    def _tell(self, method: str, record: object) -> None:
+        notify(self._observers, method, record)
+
+    def _last_checkpoint(self) -> str:
+        found = run_checkpoint.find_checkpoints(self.output)
+        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+    @property
+    def _flops(self) -> int:
+        if not hasattr(self, "_flops_cache"):
+            micro, update = (
+                sum(OPS[n.op].flops(n) for n in self.session.graphs[name].nodes) for name in ("micro", "update")
+            )
+            self._flops_cache = micro * self.config.accumulate + update
+        return self._flops_cache
+
+    def _run_info(self, start: int) -> RunInfo:
+        shapes = self.session.shape.model.parameter_shapes()
+        return RunInfo(
+            run_id=uuid.uuid4().hex,
+            output=str(self.output),
+            project_version=entrenar_gpu.__version__,
+            **self.session.adapter_info,
+            model=self.config.model,
+            method=self.config.method,
+            precision=self.config.precision,
+            total_steps=self.total_steps,
+            first_step=self.first_step,
+            parameters=sum(math.prod(s) for s in shapes.values()),
+            trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
+            planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,
+            config=self.config.to_mapping(),
+            start_ns=start,
+        )
+
+    def _make_output(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.output, error) from None
+        saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
+        write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+        if self.first_step > 1:
+            MetricsFile(self.output).truncate(self.first_step - 1)
+
+
+def _refuse_used(output: Path) -> None:
+    """A run never overwrites another."""
+    if any((output / name).exists() for name in (METRICS_FILE, "adapter_model.safetensors", "model.safetensors")):
+        raise UserError(f"--output: {output} already holds a run or a model; use --resume, or another folder")
+
+
+def load_data(config: TrainConfig) -> tuple[Samples, Samples | None]:
+    """Tokenised training and evaluation data of a run."""
+    folder = resolve_model(config.model)
+    model = load_model_config(folder)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    train, held_out = data_files(config.data, config.eval_data)
+    read = {"vocab_size": model.vocab_size, "seq": config.seq, "loss_on": config.loss_on}
+    return (
+        load_samples(train, tokenizer, **read),
+        load_samples(held_out, tokenizer, **read) if held_out is not None else None,
+    )
+
+
+def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
+    """(mean loss over unmasked tokens, their number) of samples, as the weights stand. Sums in float64 on the host."""
+    total, tokens, pending = 0.0, 0, None
+    zero = np.zeros(1, np.float32)
+    c = session.config
+    for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
+        session.write_batch(batch)
+        session.executor.write(EVAL_LOSS_NAME, zero)
+        report = session.executor.run("evaluate", report=EVAL_LOSS_NAME)
+        if pending is not None:
+            total += float(pending.result()[0])
+        pending = report
+        tokens += int(np.count_nonzero(batch["targets"] != IGNORE))
+    if pending is not None:
+        total += float(pending.result()[0])
+    return total / tokens, tokens
+
+
+class MetricsFile:
+    """Observer that appends one JSON line a step to metrics.jsonl; numbers that are not finite become null."""
+
+    FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS_FILE
+
+    def truncate(self, last_step: int) -> None:
+        """Forget the steps after `last_step`, which a resumed run will take again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= last_step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+    def step_finished(self, record: StepRecord) -> None:
+        self._append({key: _finite(getattr(record, key)) for key in self.FIELDS} | {"skipped": record.skipped})
+
+    def eval_finished(self, record: EvalRecord) -> None:
+        self._append({"step": record.step, "eval_loss": _finite(record.loss), "eval_tokens": record.tokens})
+
+    def _append(self, values: dict[str, Any]) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise cannot_write(self._path, error) from None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62  # a line cut off by a crash
+
