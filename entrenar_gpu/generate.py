@@ -1,0 +1,79 @@
+"""Text from a model and its adapter: one forward pass a token, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.programs import RunShape, logits_graph
+from entrenar_gpu.recompute import fit
+from entrenar_gpu.session import Session
+from entrenar_gpu.tokenizer import Tokenizer
+
+
+class Generator:
+    """Samples continuations of prompts of at most `config.seq` tokens, the continuation included."""
+
+    def __init__(self, config: TrainConfig, with_adapter: bool) -> None:
+        """Load the model, and the adapter of `config.adapter_init` when `with_adapter`."""
+
+        def planned(shape: RunShape, caps: Caps, budget: int):  # type: ignore[no-untyped-def]
+            return fit(lambda: {"logits": logits_graph(shape, caps)}, shape.model.num_layers, caps, budget)
+
+        self.config = replace(config, batch=1)
+        self.session = Session.open(self.config, planned, with_adapter)
+        self.tokenizer = Tokenizer.load(self.session.checkpoint.folder)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt as a user's message in the model's chat template where it has one, else as it is."""
+        if not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(prompt)
+        text = self.tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+        """The continuation of a prompt, without special tokens."""
+        ids = list(self.tokens(self.encode(prompt), max_tokens, temperature, seed))
+        return self.tokenizer.decode(ids)
+
+    def tokens(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+        """Token ids until an end of turn or text, or `max_tokens`; `temperature` 0 takes the likeliest each time."""
+        ids = list(prompt)
+        if len(ids) + max_tokens > self.config.seq:
+            raise UserError(f"--prompt: {len(ids)} tokens and --max-tokens {max_tokens} exceed --seq {self.config.seq}")
+        rng = np.random.default_rng(seed)
+        for _ in range(max_tokens):
+            token = _draw(next_logits(self.session, ids), temperature, rng)
+            if token in self.tokenizer.eos_ids:
+                return
+            ids.append(token)
+            yield token
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def next_logits(session: Session, ids: Sequence[int]) -> np.ndarray:
+    """Logits [V] of the token after `ids`."""
+    seq = session.config.seq
+    padded = np.zeros(seq, np.uint32)
+    padded[: len(ids)] = ids
+    segment = np.arange(seq, dtype=np.uint32)
+    segment[: len(ids)] = 0
+    session.write_batch({"input_ids": padded, "positions": np.arange(seq, dtype=np.uint32), "segment_start": segment})
+    session.executor.write("logits_at", np.array([len(ids) - 1], np.uint32))
+    session.executor.run("logits")
+    return session.executor.read("logits")[0]
+
+
+def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    if temperature <= 0:
+        return int(np.argmax(logits))
+    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    weights = np.exp(scaled)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))

@@ -1,0 +1,41 @@
+"""An adapter folded into its base model, tensor by tensor, as safetensors that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from entrenar_gpu.adapters import AdapterSpec, load_adapter
+from entrenar_gpu.loader import is_projection
+from entrenar_gpu.safetensors_file import TensorSource
+from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
+
+Floats = np.ndarray
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def merge(checkpoint: Checkpoint, adapter: Path, output: Path) -> None:
+    """Write W + scale * B A for every adapted W, the rest as it is, in the dtype the checkpoint is stored in.
+
+    Weights stored as NF4 are dequantised and written in F32. Memory stays at the largest tensor.
+    """
+    spec, values = load_adapter(adapter, checkpoint.config)
+    names = checkpoint.config.parameter_shapes()
+    stored = {name: "F32" if checkpoint.is_nf4(name) else checkpoint.info(name).dtype for name in names}
+    wide = "F32" if "F32" in stored.values() else stored["model.embed_tokens.weight"]
+    copy_model_files(checkpoint.folder, output, TORCH_NAMES[wide])
+    save_checkpoint(output, [_source(checkpoint, spec, values, n, wide) for n in names])
+
+
+def _source(
+    checkpoint: Checkpoint, spec: AdapterSpec, values: dict[str, Floats], name: str, dtype: str
+) -> TensorSource:
+    def produce() -> Floats:
+        weight = checkpoint.f32(name)
+        lora = spec.modules.get(name.removesuffix(".weight")) if is_projection(name) else None
+        if lora is not None:
+            weight += np.float32(lora.scale) * (values[lora.b_name] @ values[lora.a_name])
+        return weight
+
+    return TensorSource(name, checkpoint.config.parameter_shapes()[name], dtype, produce)
