@@ -1,0 +1,23 @@
+"""Watching a training run: OpenTelemetry spans and metrics out, anomalies and reports from them.
+
+This package imports nothing of the trainer: it takes the trainer's records by their attributes, and reads traces from
+files or Jaeger. Importing it is cheap; OpenTelemetry is imported by `observe`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from observability.observer import TraceObserver
+
+__all__ = ["observe"]
+
+
+def observe(output_dir: str | Path, **options: Any) -> TraceObserver:
+    """Make the observer that traces a run into `output_dir`; see `observability.observer.observe` for the options."""
+    from observability.observer import observe as make
+
+    return make(output_dir, **options)

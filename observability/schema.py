@@ -22,8 +22,8 @@ The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSO
 hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
 "-Infinity" (a skipped step has them), no `parentSpanId` on a root. A step's spans come in one line, the step first;
 lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A run that was
-killed has no `train` span, so what describes the run, its id above all, also stands in each line's resource. A resumed run appends: it is
-a second trace id (and `service.instance.id`) in the same file.
+killed has no `train` span, so what describes the run, its id above all, also stands in each line's resource. A resumed
+run appends: it is a second trace id (and `service.instance.id`) in the same file.
 """
 
 from __future__ import annotations

@@ -305,10 +305,10 @@ def test_a_slow_collector_does_not_hold_up_training(
     with receiver(delay=1.0) as received:
         observer = observe(tmp_path, otlp=received.url, flush_seconds=0.5)
         observer.run_started(run_info())
-        assert timed_steps(observer, 1000) < 4.0
+        assert timed_steps(observer, 1000) < 8.0
         start = time.perf_counter()
         observer.run_finished(run_summary(1000))
-        assert time.perf_counter() - start < 4.0
+        assert time.perf_counter() - start < 8.0
     summary = observer.close()
     assert summary.written == 9001
     assert summary.dropped > 0
@@ -322,10 +322,10 @@ def test_a_dead_collector_costs_spans_and_no_time(
     observer = observe(tmp_path, otlp=f"{scheme}://127.0.0.1:{closed_port}", flush_seconds=0.5)
     observer.run_started(run_info())
     with caplog.at_level(logging.WARNING):
-        assert timed_steps(observer, 1000) < 4.0
+        assert timed_steps(observer, 1000) < 8.0
         start = time.perf_counter()
         observer.run_finished(run_summary(1000))
-        assert time.perf_counter() - start < 4.0
+        assert time.perf_counter() - start < 8.0
     summary = observer.close()
     assert (summary.written, summary.sent, summary.dropped) == (9001, 0, 9001)
     said = [record.getMessage() for record in caplog.records if record.name == "observability.observer"]

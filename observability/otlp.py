@@ -1,0 +1,116 @@
+"""Which collector to export to, over which protocol: the `--otlp` flag and OpenTelemetry's environment variables.
+
+Without the flag and without a variable nothing is sent: the run's file is the default. What a variable can say beyond
+the choice (headers, certificates, compression, timeouts) the SDK's exporters read for themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.metrics.export import MetricExporter
+from opentelemetry.sdk.trace.export import SpanExporter
+
+from observability.errors import TraceError
+
+Signal = Literal["traces", "metrics"]
+_GRPC = {"grpc": "http", "grpcs": "https"}  # the scheme that the SDK's exporter takes: without and with TLS
+_SCHEMES = ("http", "https", *_GRPC)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One signal's collector. `endpoint` is None where the SDK's exporter reads it from the environment."""
+
+    signal: Signal
+    protocol: Literal["http", "grpc"]
+    endpoint: str | None
+    name: str  # what messages call it
+
+
+def sdk_disabled() -> bool:
+    """Whether OTEL_SDK_DISABLED switches all of OpenTelemetry off."""
+    return os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+
+
+def target(signal: Signal, url: str | None) -> Target | None:
+    """Where `signal` goes: to `url` if there is one, else where the environment says, else nowhere (None).
+
+    Raises TraceError for an address or protocol that cannot be used.
+    """
+    if url is not None:
+        return _from_url(signal, url)
+    endpoint = _variable(signal, "ENDPOINT")
+    exporter = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER")
+    if exporter == "none" or (exporter != "otlp" and endpoint is None):
+        return None
+    protocol = _protocol(signal)
+    return Target(signal, protocol, None, endpoint or f"the collector on this machine ({protocol})")
+
+
+def _from_url(signal: Signal, url: str) -> Target:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port  # raises where it is not a number
+    except ValueError as error:
+        raise TraceError(f"--otlp: {url!r} is no address: {error}") from None
+    if parts.scheme not in _SCHEMES or not host:
+        raise TraceError(f"--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS), not {url!r}")
+    if parts.scheme in _GRPC:
+        return Target(signal, "grpc", f"{_GRPC[parts.scheme]}://{parts.netloc}", url)
+    if _protocol(signal) == "grpc":
+        return Target(signal, "grpc", url, url)
+    base = url.rstrip("/").removesuffix("/v1/traces")
+    return Target(signal, "http", f"{base}/v1/{signal}", url)
+
+
+def _variable(signal: Signal, name: str) -> str | None:
+    """The signal's own variable, else the general one; an empty one counts as unset, as the specification has it."""
+    own = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}")
+    return own or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or None
+
+
+def _protocol(signal: Signal) -> Literal["http", "grpc"]:
+    protocol = _variable(signal, "PROTOCOL") or "http/protobuf"
+    if protocol == "grpc":
+        return "grpc"
+    if protocol == "http/protobuf":
+        return "http"
+    raise TraceError(f"OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf or grpc, not {protocol!r}")
+
+
+def quiet_exporters() -> None:
+    """Keep the SDK's exporters from logging each failed try: Sender warns once and the summary has the counts.
+
+    A level that the program has chosen for them stands.
+    """
+    logger = logging.getLogger("opentelemetry.exporter")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
+
+
+def span_exporter(to: Target) -> SpanExporter:
+    """The SDK's span exporter for a target; the gRPC library is imported only where it is used."""
+    if to.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter(endpoint=to.endpoint)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+    return HttpExporter(endpoint=to.endpoint)
+
+
+def metric_exporter(to: Target) -> MetricExporter:
+    """The SDK's metric exporter for a target."""
+    if to.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+        return GrpcExporter(endpoint=to.endpoint)
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+    return HttpExporter(endpoint=to.endpoint)
