@@ -32,28 +32,25 @@ class _Reverse:
             return old
         return tensor.grad if _accumulates(tensor) else ops.zeros(tensor)
 
-    def add(self, tensor: Tensor, gradient: Tensor) -> None:
-        """Fold one more contribution into the gradient of `tensor`."""
+    def add(self, tensor: Tensor, gradient: Tensor, pending: Sequence[Tensor | None] = ()) -> None:
+        """Fold one more contribution into the gradient of `tensor`; `pending` are those still to be handed out."""
         if not self.wanted(tensor):
             return
-        if _accumulates(tensor):
-            if gradient.updates is tensor.grad:
-                self._sums[tensor.id] = gradient
-                return
-            old = self.take(tensor)
-            total = fold_sum(old, gradient)
-            if total is None:
-                total = ops.add(old, gradient)
-            self._sums[tensor.id] = ops.in_place(total, tensor.grad)
-            return
-        previous = self._sums.pop(tensor.id, None)
-        if previous is None:
+        if _accumulates(tensor) and gradient.updates is tensor.grad:  # the rule has added onto it already
             self._sums[tensor.id] = gradient
             return
-        # A tensor handed on by several rules (a residual's upstream) must not be rewritten: it has other readers.
-        shared = any(previous is t or gradient is t for t in self._sums.values())
-        total = None if shared or _read(previous) or _read(gradient) else fold_sum(previous, gradient)
-        self._sums[tensor.id] = ops.add(previous, gradient) if total is None else total
+        previous = self.take(tensor) if _accumulates(tensor) else self._sums.pop(tensor.id, None)
+        total = gradient if previous is None else self._sum(previous, gradient, pending)
+        self._sums[tensor.id] = ops.in_place(total, tensor.grad) if _accumulates(tensor) else total
+
+    def _sum(self, previous: Tensor, gradient: Tensor, pending: Sequence[Tensor | None]) -> Tensor:
+        """`previous` + `gradient`. One that has no other reader or holder may be recorded anew with the sum inside."""
+
+        def free(t: Tensor) -> bool:
+            return not (any(t is other for other in (*pending, *self._sums.values())) or _read(t))
+
+        total = fold_sum(previous, gradient, free)
+        return ops.add(previous, gradient) if total is None else total
 
 
 def _accumulates(tensor: Tensor) -> bool:
@@ -97,9 +94,10 @@ def backward(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None
             for tensor in node.outputs:
                 if tensor.id not in kept:
                     reverse.drop(tensor)
-            for tensor, gradient in zip(node.inputs, rule(node, gradients, reverse), strict=True):
+            parts = rule(node, gradients, reverse)
+            for index, (tensor, gradient) in enumerate(zip(node.inputs, parts, strict=True)):
                 if gradient is not None:
-                    reverse.add(tensor, gradient)
+                    reverse.add(tensor, gradient, parts[index + 1 :])
     return {t: g for t in targets if (g := reverse.get(t)) is not None}
 
 

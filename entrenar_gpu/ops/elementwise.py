@@ -93,7 +93,7 @@ def _reduced(gradient: Tensor, b: Tensor) -> Tensor:
     """`gradient` summed over what broadcasting `b` repeated."""
     from entrenar_gpu.ops.reduce import sum_all, sum_rows
 
-    if b.size == gradient.size:
+    if b.shape == gradient.shape:
         return gradient
     if b.size == 1:
         return sum_all(gradient, b.shape)
@@ -146,6 +146,12 @@ register(
 def fill(like: Tensor, value: float) -> Tensor:
     """A tensor of `like`'s shape holding `value` everywhere."""
     return record("fill", like, value=float(value), shape=like.shape)[0]
+
+
+def copy_launch(source: Tensor, out: Tensor, caps: Caps) -> Launch:
+    """out = source."""
+    constants = {"size": out.size, "loads": [("a", "source[i]")], "stores": [("out0", "a")], "functions": ""}
+    return Launch("elementwise", (reads("source", source), writes("out0", out)), constants, grid_of(-(-out.size // WORKGROUP), caps))
 
 
 def zeros(like: Tensor) -> Tensor:

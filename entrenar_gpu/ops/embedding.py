@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.ops.elementwise import copy_launch
 from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
 
 Aliased = Callable[[Tensor, Tensor], bool]
@@ -90,12 +91,11 @@ def _grad_reference(
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     held, dy, ids, order = node.inputs
-    if not aliased(node.output, held):
-        raise ValueError(f"{node.label()}: adds in place only")
+    copies = [] if aliased(node.output, held) else [copy_launch(held, node.output, caps)]
     constants = {"mode": "scatter", "T": ids.size, "D": held.columns, "first": node.attrs["first"]}
     constants |= {"rows": held.shape[0], "format": "f32"}
     bindings = (reads("ids", ids), reads("order", order), reads("dy", dy), writes("out", node.output))
-    return [Launch("embedding", bindings, constants, grid_of(ids.size, caps))]
+    return [*copies, Launch("embedding", bindings, constants, grid_of(ids.size, caps))]
 
 
 register(Op("embedding", _infer, _reference, _launch, _gradient))

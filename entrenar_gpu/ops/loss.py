@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.elementwise import literal, mul
+from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
 from entrenar_gpu.ops.embedding import page_starts
 from entrenar_gpu.ops.matmul import Block, gemm
 from entrenar_gpu.ops.reduce import rows_launch
@@ -189,11 +189,9 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, targets, lse, upstream, *rest = node.inputs
     pages, held = rest[: node.attrs["pages"]], rest[node.attrs["pages"] :]
     dx, *totals = node.outputs
-    if not all(aliased(t, h) for t, h in zip(totals, held, strict=True)):
-        raise ValueError(f"{node.label()}: adds in place only")
     logits, _ = node.workspace
     depth, vocabulary = x.columns, logits.columns
-    launches = []
+    launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += _logits_launches(x, pages, logits, at, count, caps)
         bindings = (

@@ -94,11 +94,12 @@ def _infer(node: Node) -> Sequence[Spec]:
 
 
 def _reference(node: Node, a: np.ndarray, b: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
-    attrs, dtype = node.attrs, a.dtype.type
+    attrs = node.attrs
+    dtype = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
 
     def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)
-        y = y.astype(dtype, copy=False)
+        y = y.reshape(-1, y.shape[-1]).astype(dtype, copy=False)
         return (x.T if attrs["transpose_a"] else x) @ (y.T if attrs["transpose_b"] else y)
 
     left = list(rest)
@@ -137,15 +138,18 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
     return grads
 
 
-def fold_sum(old: Tensor, new: Tensor) -> Tensor | None:
-    """old + new as an epilogue, where either is a matmul nobody has read yet; None where that cannot be done.
+def fold_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor | None:
+    """old + new as an epilogue, where either is a matmul that may be recorded anew; None where that cannot be done.
 
-    A skinny product joins the other as its low-rank pair; otherwise one becomes the residual of the other. The
-    caller vouches that temporaries given here have no consumers.
+    A skinny product joins the other as its low-rank pair; otherwise one becomes the residual of the other.
+    `free(t)` tells that nobody else reads or holds t.
     """
+    if old is new:
+        return None
 
     def plain(t: Tensor) -> bool:
-        return t.node is not None and t.node.op == "matmul" and not t.persistent and t.updates is None
+        matmul_output = t.node is not None and t.node.op == "matmul" and not t.persistent
+        return matmul_output and t.updates is None and free(t)
 
     def rebuilt(t: Tensor, **changes: Any) -> Tensor:
         assert t.node is not None
