@@ -120,6 +120,18 @@ GENERATION_TAGS = r"""
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' -}}{% endif -%}
 """
 
+# Ends the conversation with a token of its own, after the one that ends the turn.
+CLOSED = r"""
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{% endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt else '<|endoftext|>' -}}
+"""
+
+# No special token anywhere: nothing but the next speaker shows that a turn has ended.
+SCRIPT = r"""
+{%- for m in messages %}{{- m.role + ': ' + m.content + '\n' -}}{% endfor -%}
+{%- if add_generation_prompt %}{{- 'assistant: ' -}}{% endif -%}
+"""
+
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<s>", "</s>",

@@ -98,6 +98,16 @@ TURNS = {
         [user("a"), assistant("b"), user("c"), assistant("d")],
         [" b </s>", " d </s>"],
     ),
+    "the conversation ends after the turn does": (
+        chat_templates.CLOSED,
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        ["b<|im_end|>", "d<|im_end|>"],
+    ),
+    "no special tokens": (
+        chat_templates.SCRIPT,
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        ["b", "d"],
+    ),
     "generation tags": (
         chat_templates.GENERATION_TAGS,
         [user("a"), assistant("b"), user("c"), assistant("")],

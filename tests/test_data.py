@@ -33,11 +33,6 @@ def chat(tmp_path) -> Tokenizer:
     return Tokenizer.load(model_folder(tmp_path / "chat", config))
 
 
-def with_template(tmp_path: Path, template: str) -> Tokenizer:
-    config = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}
-    return Tokenizer.load(model_folder(tmp_path / "other", config))
-
-
 def load(
     tmp_path: Path, tokenizer: Tokenizer | None, *records: object, seq: int = 512, loss_on="completions"
 ) -> Samples:
@@ -90,8 +85,8 @@ def test_prompt_and_completion_go_through_the_chat_template(tmp_path, chat):
 
 
 def test_a_completion_that_its_template_leaves_open_ends_with_eos(tmp_path):
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    tokenizer = with_template(tmp_path, template)
+    config = {"eos_token": "</s>", "chat_template": chat_templates.SCRIPT}
+    tokenizer = Tokenizer.load(model_folder(tmp_path / "script", config))
     record = {"prompt": "a", "completion": "b"}
     for loss_on, expected in (("completions", "assistant: b</s>"), ("all", "ser: a\nassistant: b\n</s>")):
         assert trained(tokenizer, load(tmp_path, tokenizer, record, loss_on=loss_on)) == expected
@@ -112,6 +107,13 @@ def test_bos_of_a_template_is_not_doubled(tmp_path):
     assert read(tokenizer, samples[0][0]) == "<s>[INST] a [/INST] b </s>"
 
 
+def test_a_template_without_bos_gets_none(tmp_path):
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": chat_templates.GENERATION_TAGS}
+    tokenizer = Tokenizer.load(model_folder(tmp_path / "chatml", config, bos=True))
+    samples = load(tmp_path, tokenizer, {"prompt": "a", "completion": "b"})
+    assert read(tokenizer, samples[0][0]).startswith("<|im_start|>user")
+
+
 def test_lists_of_messages_train_the_completions_turns_only(tmp_path, chat):
     def said(role, content):
         return {"role": role, "content": content}
@@ -121,9 +123,10 @@ def test_lists_of_messages_train_the_completions_turns_only(tmp_path, chat):
     assert trained(chat, samples) == "<think>\n\n</think>\n\nd<|im_end|>"
 
 
-def test_tools_reach_the_template(tmp_path, chat):
+@pytest.mark.parametrize("loss_on", ["completions", "all"])
+def test_tools_reach_the_template(tmp_path, chat, loss_on):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    samples = load(tmp_path, chat, {"messages": messages, "tools": [{"name": "add"}]})
+    samples = load(tmp_path, chat, {"messages": messages, "tools": [{"name": "add"}]}, loss_on=loss_on)
     assert '<tools>\n{"name": "add"}\n</tools>' in read(chat, samples[0][0])
 
 
@@ -146,11 +149,13 @@ def test_loss_on_all(tmp_path, chat):
 
 
 def test_mixed_shapes_keep_file_order(tmp_path, chat):
-    records = [{"input_ids": [i, i, i]} if i % 3 else {"prompt": "a", "completion": chr(i)} for i in range(65, 80)]
-    samples = load(tmp_path, chat, b"", *records, b"  ")
-    for i, n in enumerate(range(65, 80)):
-        expected = [n] * 3 if n % 3 else chat.encode(chat.render([{"role": "user", "content": "a"}]))
-        assert samples[i][0][: len(expected)].tolist() == expected
+    kinds = [{"text": "0"}, {"prompt": "a", "completion": "1"}, {"input_ids": [50, 50]}, {"text": "3"},
+             {"input_ids": [52, 52]}, {"prompt": "a", "completion": "5"}]  # fmt: skip
+    samples = load(tmp_path, chat, b"", *kinds, b"  ")
+    digits = [next(t for t in read(chat, samples[i][0]) if t.isdigit()) for i in (0, 1, 3, 5)]
+    assert digits == ["0", "1", "3", "5"]
+    assert samples[2][0].tolist() == [50, 50]
+    assert samples[4][0].tolist() == [52, 52]
 
 
 def test_samples_are_skipped_and_cut_and_both_counted(tmp_path):
@@ -357,6 +362,10 @@ def test_no_packing_is_one_sample_a_row():
     batches = TrainBatches(made_of([3, 2, 4]), batch=3, seq=8, shuffle=False, pack=False)
     (batch,) = next(batches).micro_batches
     assert batch["input_ids"][:, :4].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9]]
+
+
+def test_a_sample_goes_where_it_leaves_the_least_room():
+    assert pack_rows([4, 7, 3, 6], range(4), 10) == [[0, 3], [1, 2]]
 
 
 def test_packing_fills_rows(rng):
