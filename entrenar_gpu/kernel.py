@@ -48,7 +48,7 @@ class KernelCache:
     """Pipelines of one device, by what distinguishes them: the rendered text and the access of each binding."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
+        self.device = device
         self._pipelines: dict[str, tuple[Any, Any]] = {}
         self._layouts: dict[tuple[bool, ...], Any] = {}
 
@@ -60,7 +60,7 @@ class KernelCache:
         code = render(launch)
         if code not in self._pipelines:
             layout = self._layout(tuple(b.write for b in launch.bindings))
-            handle = self._device.handle
+            handle = self.device.handle
             try:
                 module = handle.create_shader_module(label=launch.shader, code=code)
                 pipeline = handle.create_compute_pipeline(
@@ -77,7 +77,7 @@ class KernelCache:
     def _layout(self, writes: tuple[bool, ...]) -> Any:
         if writes not in self._layouts:
             kinds = wgpu.BufferBindingType
-            self._layouts[writes] = self._device.handle.create_bind_group_layout(
+            self._layouts[writes] = self.device.handle.create_bind_group_layout(
                 entries=[
                     {
                         "binding": index,

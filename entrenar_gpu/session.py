@@ -12,9 +12,11 @@ import numpy as np
 from entrenar_gpu import loader, ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.interpret import NumpyExecutor
+from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.plan import Plan
 from entrenar_gpu.programs import RunShape
 from entrenar_gpu.recompute import Recompute
@@ -62,30 +64,32 @@ class Session:
     adapter_info: dict[str, str]
 
     @classmethod
-    def open(cls, config: TrainConfig, fit: Fit, with_adapter: bool = True) -> Session:
+    def open(
+        cls, config: TrainConfig, fit: Fit, with_adapter: bool = True, kernels: KernelCache | None = None
+    ) -> Session:
         """Open the model of `config`, plan with `fit`, allocate, and load weights and adapter.
 
         Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
+        `kernels` is given by whoever has opened a device and goes on using it; it wins over `config.device`.
         """
         checkpoint = Checkpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
         if config.seq > checkpoint.config.max_positions:
-            from entrenar_gpu.errors import UserError
-
             raise UserError(f"--seq: {config.seq} exceeds the model's {checkpoint.config.max_positions} positions")
         executor: Replay | NumpyExecutor
-        if config.device == "numpy":
+        if config.device == "numpy" and kernels is None:
             level, _, graphs = fit(shape, HOST_CAPS, 1 << 50)
             executor, plan, budget = NumpyExecutor(graphs), None, None
             info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
         else:
             from entrenar_gpu.device import Device
 
-            device = Device.open(config.device)
+            kernels = kernels if kernels is not None else KernelCache(Device.open(config.device))
+            device = kernels.device
             budget = memory_budget(config, device.caps)
             level, plan, graphs = fit(shape, device.caps, budget.nbytes)
-            executor = Replay(device, plan)
+            executor = Replay(device, plan, kernels)
             info = {
                 "adapter": device.info["device"],
                 "backend": device.info["backend_type"],
