@@ -92,6 +92,10 @@ class TrainConfig:
     memory_budget: float | None = option(
         None, "device memory the run may use (default: what the adapter has less 10%, or 16)", "GiB", low=0.01
     )
+    trace_level: Literal["step", "phase", "layer", "kernel"] = option(
+        "layer", "how finely the GPU's time is measured and traced"
+    )
+    otlp: str | None = option(None, "also send traces and metrics to this OTLP endpoint, http://... or grpc://...")
     device: str | None = option(None, "adapter by index or name as `info` lists them, or numpy (default: the best)")
 
     @property

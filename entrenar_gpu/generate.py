@@ -10,6 +10,7 @@ import numpy as np
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps
+from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.programs import RunShape, logits_graph
 from entrenar_gpu.recompute import fit
 from entrenar_gpu.session import Session
@@ -19,14 +20,14 @@ from entrenar_gpu.tokenizer import Tokenizer
 class Generator:
     """Samples continuations of prompts of at most `config.seq` tokens, the continuation included."""
 
-    def __init__(self, config: TrainConfig, with_adapter: bool) -> None:
-        """Load the model, and the adapter of `config.adapter_init` when `with_adapter`."""
+    def __init__(self, config: TrainConfig, with_adapter: bool, kernels: KernelCache | None = None) -> None:
+        """Load the model, and the adapter of `config.adapter_init` when `with_adapter`; `kernels` as for a Session."""
 
         def planned(shape: RunShape, caps: Caps, budget: int):  # type: ignore[no-untyped-def]
-            return fit(lambda: {"logits": logits_graph(shape, caps)}, shape.model.num_layers, caps, budget)
+            return fit({"logits": logits_graph(shape, caps)}, shape.model.num_layers, caps, budget)
 
         self.config = replace(config, batch=1)
-        self.session = Session.open(self.config, planned, with_adapter)
+        self.session = Session.open(self.config, planned, with_adapter, kernels)
         self.tokenizer = Tokenizer.load(self.session.checkpoint.folder)
 
     def encode(self, prompt: str) -> list[int]:

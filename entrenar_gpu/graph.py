@@ -148,11 +148,18 @@ class Node:
 
 @dataclass
 class Graph:
-    """A recorded program: nodes in execution order and the persistent tensors they use."""
+    """A recorded program: nodes in execution order and the persistent tensors they use.
+
+    `report` names the persistent tensor that every run brings to the host. `traced` graphs are timed where the plan
+    says so; `repeats` is how often such a graph runs between two reports.
+    """
 
     name: str = "graph"
     nodes: list[Node] = field(default_factory=list)
     persistents: dict[str, Tensor] = field(default_factory=dict)
+    report: str | None = None
+    traced: bool = False
+    repeats: int = 1
     scope: str = ""
     layer: int | None = None
     phase: str = "forward"

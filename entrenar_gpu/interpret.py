@@ -42,6 +42,9 @@ class Report:
     def result(self) -> np.ndarray:
         return self._values
 
+    def ticks(self, graph: str, repeat: int) -> None:
+        """The host's own work is not timed node by node."""
+
 
 class NumpyExecutor:
     """Holds the persistent tensors of several graphs by name and runs the graphs (the interface of replay.Replay)."""
@@ -76,7 +79,7 @@ class NumpyExecutor:
     def read(self, name: str) -> np.ndarray:
         return self._store[name].copy()
 
-    def run(self, name: str, report: str | None = None) -> Report | None:
+    def run(self, name: str, repeat: int = 0) -> Report | None:
         graph = self._graphs[name]
         values = {t.id: self._store[key] for key, t in graph.persistents.items()}
         readers: dict[int, int] = {}
@@ -93,7 +96,7 @@ class NumpyExecutor:
         for key, tensor in graph.persistents.items():  # into the pages, which other tensors are views of
             if values[tensor.id] is not self._store[key]:
                 self._store[key][...] = values[tensor.id]
-        return Report(self.read(report)) if report is not None else None
+        return Report(self.read(graph.report)) if graph.report is not None else None
 
     def read_temporary(self, tensor: Tensor) -> np.ndarray:
         """A tensor named in `keep`, as the last run left it."""

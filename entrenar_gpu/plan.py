@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor
 from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.timing import TraceGroup, trace_groups
 
 # A trainable tensor is a slice of a page, aligned as every adapter accepts it (minStorageBufferOffsetAlignment <= 256).
 ALIGNMENT = 256
 PAGED_ROLES = ("param", "grad")
+RING = 3  # reports that may be on their way to the host at once
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Plan:
     slices: dict[int, Slice] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
     persistents: dict[str, Tensor] = field(default_factory=dict)
+    reports: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, list[TraceGroup]] = field(default_factory=dict)
+    ticks: dict[tuple[str, int], int] = field(default_factory=dict)  # (graph, repeat) -> byte offset of its ticks
 
     @property
     def pool_bytes(self) -> int:
@@ -72,16 +77,19 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(graphs: Mapping[str, Graph], caps: Caps, launches: bool = True, keep: bool = False) -> Plan:
+def make_plan(
+    graphs: Mapping[str, Graph], caps: Caps, launches: bool = True, keep: bool = False, trace_level: str = "step"
+) -> Plan:
     """Place every tensor of `graphs` and specialise their launches.
 
     `launches=False` stops after placement, which is all that a search over recomputation needs. `keep` gives every
-    tensor storage of its own, so that all of them can be read afterwards. Raises UserError naming the tensor when
-    one cannot be bound on such a device.
+    tensor storage of its own, so that all of them can be read afterwards. `trace_level` says how finely traced graphs
+    are timed. Raises UserError naming the tensor when one cannot be bound on such a device.
     """
     plan = Plan(caps)
     _place_persistents(plan, graphs)
     _place_temporaries(plan, graphs, keep)
+    _place_reports(plan, graphs, trace_level)
     for name, graph in graphs.items():
         plan.steps[name] = [Step(node, _launches(plan, node) if launches else ()) for node in graph.nodes]
     return plan
@@ -148,6 +156,30 @@ def _check_bindable(tensor: Tensor, caps: Caps) -> None:
             f"{tensor.name} takes {tensor.nbytes / 2**20:.0f} MiB, but {caps.name} binds at most"
             f" {limit / 2**20:.0f} MiB at once; lower --batch or --seq"
         )
+
+
+def queries_of(plan: Plan, name: str) -> int:
+    """Timestamps one run of a graph takes: one between groups where passes allow it, else two a group."""
+    groups = len(plan.groups.get(name, ()))
+    return 0 if not groups else groups + 1 if plan.caps.timestamps_inside_passes else 2 * groups
+
+
+def _place_reports(plan: Plan, graphs: Mapping[str, Graph], trace_level: str) -> None:
+    """Buffers that bring reports, and the ticks of traced graphs behind them, to the host."""
+    ticks_bytes = 0
+    for name, graph in graphs.items():
+        if graph.traced and plan.caps.timestamps:
+            plan.groups[name] = trace_groups(graph.nodes, trace_level)
+            for repeat in range(graph.repeats if plan.groups[name] else 0):
+                plan.ticks[name, repeat] = ticks_bytes
+                ticks_bytes += -(-8 * queries_of(plan, name) // ALIGNMENT) * ALIGNMENT
+    if ticks_bytes:
+        plan.buffers["ticks"] = ticks_bytes
+    for name, graph in graphs.items():
+        if graph.report is not None:
+            plan.reports[name] = graph.report
+            nbytes = -(-plan.persistents[graph.report].nbytes // 8) * 8 + (ticks_bytes if graph.traced else 0)
+            plan.buffers.update({f"report.{name}.{i}": nbytes for i in range(RING)})
 
 
 @dataclass

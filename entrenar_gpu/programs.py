@@ -15,7 +15,7 @@ from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import Storage, Transformer
 from entrenar_gpu.model_config import ModelConfig
 from entrenar_gpu.ops.optimizer import STATE
-from entrenar_gpu.plan import page_layout, page_sizes
+from entrenar_gpu.plan import Plan, page_layout, page_sizes
 from entrenar_gpu.recompute import MemoryBudgetError, Recompute, fit
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
@@ -36,7 +36,7 @@ class RunShape:
 
 def micro_graph(shape: RunShape, caps: Caps) -> Graph:
     """Forward and backward of one micro-batch: gradients and the loss are added to what is there."""
-    graph = Graph("micro")
+    graph = Graph("micro", traced=True, repeats=shape.train.accumulate)
     model = _transformer(graph, shape, caps, shape.dropout)
     inverse = graph.tensor("inv_tokens", (1,))
     loss = ops.mul(model.loss_sum(shape.train.label_smoothing), inverse)
@@ -48,7 +48,7 @@ def micro_graph(shape: RunShape, caps: Caps) -> Graph:
 
 def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
     """Sum of the losses of one batch, added to `eval_loss`; without dropout, smoothing or gradients."""
-    graph = Graph("evaluate")
+    graph = Graph("evaluate", report=EVAL_LOSS_NAME)
     model = _transformer(graph, shape, caps)
     for tensor in graph.persistents.values():
         tensor.requires_grad = False
@@ -67,7 +67,7 @@ def logits_graph(shape: RunShape, caps: Caps) -> Graph:
 
 def update_graph(shape: RunShape, micro: Graph) -> Graph:
     """The optimizer step over the pages of the parameters of `micro`."""
-    graph, c = Graph("update"), shape.train
+    graph, c = Graph("update", report=STATE_NAME, traced=True), shape.train
     parameters = [t for t in micro.persistents.values() if t.role == "param"]
     pages = page_sizes(page_layout(parameters, "param"))
     state = graph.tensor(STATE_NAME, (STATE,), role="state")
@@ -106,10 +106,11 @@ def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, G
 
 def fit_training(
     shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool
-) -> tuple[Recompute, object, Mapping[str, Graph]]:
+) -> tuple[Recompute, Plan, Mapping[str, Graph]]:
     """`recompute.fit` for a training run. Says which batch would fit where this one does not."""
     try:
-        return fit(lambda: training_graphs(shape, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
+        graphs = training_graphs(shape, caps, evaluates)
+        return fit(graphs, shape.model.num_layers, caps, budget_bytes, shape.train.trace_level)
     except MemoryBudgetError as error:
         fits = _largest_batch(shape, caps, budget_bytes, evaluates)
         advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
@@ -123,7 +124,7 @@ def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bo
         middle = (low + high + 1) // 2
         smaller = replace(shape, train=replace(shape.train, batch=middle))
         try:
-            fit(lambda s=smaller: training_graphs(s, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
+            fit(training_graphs(smaller, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
             low = middle
         except MemoryBudgetError:
             high = middle - 1

@@ -8,7 +8,7 @@ computed again; the levels say what else is, layer by layer from the first, whos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Node, Tensor
@@ -76,22 +76,21 @@ def rewrite(graph: Graph, level: Recompute) -> Graph:
             copy.phase, copy.recomputed = node.phase, node.recomputed
             node = copy
         nodes.append(node)
-    return Graph(graph.name, nodes, graph.persistents)
+    return replace(graph, nodes=nodes)
 
 
 def fit(
-    trace: Callable[[], Mapping[str, Graph]], layers: int, caps: Caps, budget_bytes: int, extra_bytes: int = 0
+    graphs: Mapping[str, Graph], layers: int, caps: Caps, budget_bytes: int, trace_level: str = "step"
 ) -> tuple[Recompute, Plan, Mapping[str, Graph]]:
-    """The least recomputation whose plan, with `extra_bytes` beside it, stays within `budget_bytes`.
+    """The least recomputation whose plan stays within `budget_bytes`.
 
     In order of cost: nothing, elementwise tensors of ever more layers, then whole layers. Returns the level, the
     full plan and the rewritten graphs. Raises UserError when even recomputing every layer does not fit.
     """
-    graphs = dict(trace())
 
     def planned(level: Recompute) -> tuple[int, dict[str, Graph]]:
         rewritten = {name: rewrite(g, level) for name, g in graphs.items()}
-        return make_plan(rewritten, caps, launches=False).peak_bytes + extra_bytes, rewritten
+        return make_plan(rewritten, caps, launches=False, trace_level=trace_level).peak_bytes, rewritten
 
     def least(make: Callable[[int], Recompute]) -> Recompute | None:
         """The smallest number of layers that fits, by bisection; None when all of them do not."""
@@ -108,7 +107,7 @@ def fit(
         peak, _ = planned(Recompute(layers, layers))
         raise MemoryBudgetError(peak, budget_bytes)
     _, rewritten = planned(level)
-    return level, make_plan(rewritten, caps), rewritten
+    return level, make_plan(rewritten, caps, trace_level=trace_level), rewritten
 
 
 class MemoryBudgetError(UserError):

@@ -1,7 +1,7 @@
 """The GPU executor: a plan's buffers, pipelines and bind groups made once, then replayed every step.
 
-A replay allocates nothing, compiles nothing and reads nothing back but what `run(..., report=...)` asks for; that
-comes through a ring of staging buffers, so that the host can collect it while the device is at the next step.
+A replay allocates nothing, compiles nothing and reads nothing back but the reports of its graphs; these come through a
+ring of staging buffers, so that the host can collect them while the device is at the next step.
 """
 
 from __future__ import annotations
@@ -11,41 +11,58 @@ from typing import Any
 
 import numpy as np
 import wgpu
+from wgpu.backends.wgpu_native.extras import write_timestamp
 
 from entrenar_gpu.device import Device
-from entrenar_gpu.graph import Tensor
+from entrenar_gpu.graph import Launch, Tensor
 from entrenar_gpu.interpret import NUMPY_TYPES
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.plan import Plan, Step
+from entrenar_gpu.plan import RING, Plan, Step, queries_of
 
 SUBMIT_SECONDS = 0.25  # display drivers reset a GPU that is busy for seconds
-RING = 3
+QUERY_SET = 4096  # timestamps a query set may hold
 
 
 @dataclass(frozen=True)
 class Dispatch:
+    """One dispatch; `group` is the trace group it belongs to, -1 where nothing is timed."""
+
     pipeline: Any
     bind_group: Any
     grid: tuple[int, int, int]
+    group: int
 
 
 class Report:
-    """A small tensor on its way to the host."""
+    """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
 
-    def __init__(self, device: Device, staging: Any, tensor: Tensor) -> None:
-        self._device, self._staging, self._tensor = device, staging, tensor
+    def __init__(self, replay: Replay, name: str, staging: Any) -> None:
+        self._replay, self._name, self._staging = replay, name, staging
         self._promise = staging.map_async(wgpu.MapMode.READ)
+        self._ticks = b""
 
     def result(self) -> np.ndarray:
-        """The values, waiting for the run that produced them (and no later one) to finish."""
+        """The tensor, waiting for the run that produced it."""
+        plan = self._replay.plan
+        tensor = plan.persistents[plan.reports[self._name]]
         try:
             self._promise.sync_wait()
-            raw = bytes(self._staging.read_mapped(0, self._tensor.nbytes))
+            raw = bytes(self._staging.read_mapped())
         except RuntimeError as error:
-            raise self._device.lost(error) from error
+            raise self._replay.device.lost(error) from error
         self._staging.unmap()
-        return np.frombuffer(raw, NUMPY_TYPES[self._tensor.dtype]).reshape(self._tensor.shape).copy()
+        self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
+        return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
+
+    def ticks(self, graph: str, repeat: int) -> np.ndarray | None:
+        """GPU nanoseconds [groups, 2] of one run of a traced graph; None where nothing was timed. After `result`."""
+        plan = self._replay.plan
+        start = plan.ticks.get((graph, repeat))
+        if start is None:
+            return None
+        times = np.frombuffer(self._ticks, np.uint64, queries_of(plan, graph), start).astype(np.int64)
+        return np.stack([times[:-1], times[1:]], axis=1) if plan.caps.timestamps_inside_passes else times.reshape(-1, 2)
 
 
 class Replay:
@@ -53,18 +70,18 @@ class Replay:
 
     def __init__(self, device: Device, plan: Plan, kernels: KernelCache | None = None) -> None:
         self.device, self.plan = device, plan
-        self.kernels = kernels if kernels is not None else KernelCache(device)  # an empty cache is falsy
+        self.kernels = KernelCache(device) if kernels is None else kernels
         self.tensors = plan.persistents
-        self._buffers = {name: device.buffer(size, name) for name, size in plan.buffers.items()}
-        self._batches = {name: self._cut(steps) for name, steps in plan.steps.items()}
-        self._rings: dict[str, list[Any]] = {}
-        self._turn: dict[str, int] = {}
+        self._buffers = {name: device.buffer(size, name, _usage(name)) for name, size in plan.buffers.items()}
+        self._batches = {name: self._cut(name, steps) for name, steps in plan.steps.items()}
+        self._turns = dict.fromkeys(plan.reports, 0)
+        self._queries = {name: self._query_sets(name) for name in plan.groups}
 
     def close(self) -> None:
         """Release every buffer."""
-        for buffer in [*self._buffers.values(), *(b for ring in self._rings.values() for b in ring)]:
+        for buffer in self._buffers.values():
             self.device.release(buffer)
-        self._buffers, self._rings = {}, {}
+        self._buffers = {}
 
     def buffer_of(self, name: str) -> tuple[Any, int, int]:
         """(buffer, offset, bytes) of a persistent tensor."""
@@ -102,58 +119,128 @@ class Replay:
         raw = self.device.read(self._buffers[place.buffer], place.offset, place.nbytes)
         return raw[: tensor.size * item.itemsize].view(item).reshape(tensor.shape)
 
-    def run(self, name: str, report: str | None = None) -> Report | None:
-        """Submit a graph; with `report`, also bring that persistent tensor to the host, without waiting."""
+    def run(self, name: str, repeat: int = 0) -> Report | None:
+        """Submit a graph. Returns its report, if it makes one, without waiting for it.
+
+        `repeat` counts the runs of a graph that runs several times between reports.
+        """
         batches = self._batches[name]
         staging = None
         try:
             for index, batch in enumerate(batches):
                 encoder = self.device.handle.create_command_encoder()
-                compute = encoder.begin_compute_pass()
-                for dispatch in batch:
-                    compute.set_pipeline(dispatch.pipeline)
-                    compute.set_bind_group(0, dispatch.bind_group)
-                    compute.dispatch_workgroups(*dispatch.grid)
-                compute.end()
-                if report is not None and index == len(batches) - 1:
-                    staging = self._staging(report)
-                    buffer, offset, nbytes = self.buffer_of(report)
-                    encoder.copy_buffer_to_buffer(buffer, offset, staging, 0, nbytes)
+                self._encode(encoder, name, batch, final=index == len(batches) - 1)
+                if index == len(batches) - 1:
+                    staging = self._finish(encoder, name, repeat)
                 self.device.handle.queue.submit([encoder.finish()])
         except RuntimeError as error:
             raise self.device.lost(error) from error
-        return Report(self.device, staging, self.tensors[report]) if report is not None else None
+        return Report(self, name, staging) if staging is not None else None
+
+    def _encode(self, encoder: Any, name: str, batch: list[Dispatch], final: bool) -> None:
+        """The dispatches of one submit, with a timestamp wherever a trace group begins, and after the last."""
+        sets = self._queries.get(name, [])
+        inside = self.plan.caps.timestamps_inside_passes
+        if sets and not inside:
+            self._encode_by_pass(encoder, sets, batch)
+            return
+        compute = encoder.begin_compute_pass()
+        for dispatch in batch:
+            if sets and dispatch.group >= 0:
+                write_timestamp(compute, sets[dispatch.group // QUERY_SET], dispatch.group % QUERY_SET)
+            compute.set_pipeline(dispatch.pipeline)
+            compute.set_bind_group(0, dispatch.bind_group)
+            compute.dispatch_workgroups(*dispatch.grid)
+        if sets and final:
+            last = len(self.plan.groups[name])
+            write_timestamp(compute, sets[last // QUERY_SET], last % QUERY_SET)
+        compute.end()
+
+    def _encode_by_pass(self, encoder: Any, sets: list[Any], batch: list[Dispatch]) -> None:
+        """One pass a trace group, timed at its ends: for devices without timestamps inside passes."""
+        compute, current = None, -1
+        for dispatch in batch:
+            if compute is None or dispatch.group >= 0:
+                if compute is not None:
+                    compute.end()
+                current = max(current, dispatch.group)
+                at = 2 * max(current, 0)
+                writes = {
+                    "query_set": sets[at // QUERY_SET],
+                    "beginning_of_pass_write_index": at % QUERY_SET,
+                    "end_of_pass_write_index": at % QUERY_SET + 1,
+                }
+                compute = encoder.begin_compute_pass(timestamp_writes=writes)
+            compute.set_pipeline(dispatch.pipeline)
+            compute.set_bind_group(0, dispatch.bind_group)
+            compute.dispatch_workgroups(*dispatch.grid)
+        if compute is not None:
+            compute.end()
+
+    def _finish(self, encoder: Any, name: str, repeat: int) -> Any:
+        """Resolve a traced run's ticks; copy a reporting graph's report, with all ticks behind it, to the host's side."""
+        start = self.plan.ticks.get((name, repeat))
+        if start is not None:
+            count = queries_of(self.plan, name)
+            for number, queries in enumerate(self._queries[name]):
+                first = number * QUERY_SET
+                here = min(QUERY_SET, count - first)
+                encoder.resolve_query_set(queries, 0, here, self._buffers["ticks"], start + 8 * first)
+        source = self.plan.reports.get(name)
+        if source is None:
+            return None
+        self._turns[name] = (self._turns[name] + 1) % RING
+        staging = self._buffers[f"report.{name}.{self._turns[name]}"]
+        buffer, offset, nbytes = self.buffer_of(source)
+        encoder.copy_buffer_to_buffer(buffer, offset, staging, 0, nbytes)
+        if name in self.plan.groups and "ticks" in self._buffers:
+            ticks = self._buffers["ticks"]
+            encoder.copy_buffer_to_buffer(ticks, 0, staging, -(-nbytes // 8) * 8, ticks.size)
+        return staging
+
+    def _query_sets(self, name: str) -> list[Any]:
+        count = queries_of(self.plan, name)
+        return [
+            self.device.handle.create_query_set(type=wgpu.QueryType.timestamp, count=min(QUERY_SET, count - first))
+            for first in range(0, count, QUERY_SET)
+        ]
 
     def wait(self) -> None:
         """Wait until the device is idle. wgpu-py 0.32 cannot wait for the queue itself, so this reads a word back."""
         self.device.read(next(iter(self._buffers.values())), 0, 4)
 
-    def _staging(self, report: str) -> Any:
-        if report not in self._rings:
-            usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
-            nbytes = self.tensors[report].nbytes
-            self._rings[report] = [self.device.buffer(nbytes, f"{report}.staging", usage) for _ in range(RING)]
-        turn = self._turn[report] = (self._turn.get(report, -1) + 1) % RING
-        return self._rings[report][turn]
-
-    def _cut(self, steps: list[Step]) -> list[list[Dispatch]]:
+    def _cut(self, name: str, steps: list[Step]) -> list[list[Dispatch]]:
         """The dispatches of a graph, in submits that keep the device busy for about SUBMIT_SECONDS each."""
         batches: list[list[Dispatch]] = [[]]
         budget = self.device.caps.flops_per_second * SUBMIT_SECONDS
         spent = 0.0
-        for step in steps:
+        begins = {group.first: number for number, group in enumerate(self.plan.groups.get(name, ()))}
+        for number, step in enumerate(steps):
             flops = OPS[step.node.op].flops(step.node)
             for launch in step.launches:
                 if batches[-1] and spent + flops / len(step.launches) > budget:
                     batches.append([])
                     spent = 0.0
                 spent += flops / len(step.launches)
-                pipeline, layout = self.kernels.pipeline(launch)
-                entries = []
-                for index, binding in enumerate(launch.bindings):
-                    place = self.plan.slices[binding.tensor.id]
-                    resource = {"buffer": self._buffers[place.buffer], "offset": place.offset, "size": place.nbytes}
-                    entries.append({"binding": index, "resource": resource})
-                group = self.device.handle.create_bind_group(layout=layout, entries=entries)
-                batches[-1].append(Dispatch(pipeline, group, launch.grid))
+                batches[-1].append(self._dispatch(launch, begins.pop(number, -1)))
         return batches
+
+    def _dispatch(self, launch: Launch, group: int) -> Dispatch:
+        pipeline, layout = self.kernels.pipeline(launch)
+        entries = []
+        for index, binding in enumerate(launch.bindings):
+            place = self.plan.slices[binding.tensor.id]
+            resource = {"buffer": self._buffers[place.buffer], "offset": place.offset, "size": place.nbytes}
+            entries.append({"binding": index, "resource": resource})
+        bind_group = self.device.handle.create_bind_group(layout=layout, entries=entries)
+        return Dispatch(pipeline, bind_group, launch.grid, group)
+
+
+def _usage(name: str) -> int | None:
+    """What a plan's buffer is for, by its name: reports are mapped, ticks are resolved into, all others are storage."""
+    usage = wgpu.BufferUsage
+    if name.startswith("report."):
+        return int(usage.MAP_READ | usage.COPY_DST)
+    if name == "ticks":
+        return int(usage.QUERY_RESOLVE | usage.COPY_SRC)
+    return None

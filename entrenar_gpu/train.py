@@ -26,10 +26,11 @@ from entrenar_gpu.errors import TrainingDiverged, UserError
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, notify
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.hub import resolve_model
+from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.model_config import load_model_config
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.programs import EVAL_LOSS_NAME, STATE_NAME, fit_training
+from entrenar_gpu.programs import EVAL_LOSS_NAME, fit_training
 from entrenar_gpu.samples import IGNORE, Samples
 from entrenar_gpu.schedule import learning_rate
 from entrenar_gpu.session import Session
@@ -59,8 +60,13 @@ class Trainer:
     Observers (events.StepObserver) are told of every step; metrics.jsonl in the run folder holds the same in short.
     """
 
-    def __init__(self, config: TrainConfig, observers: Sequence[Any] = ()) -> None:
-        """Read and check model, data and checkpoint, plan, and put the weights on the device."""
+    def __init__(
+        self, config: TrainConfig, observers: Sequence[Any] = (), kernels: KernelCache | None = None
+    ) -> None:
+        """Read and check model, data and checkpoint, plan, and put the weights on the device.
+
+        `kernels` shares an open device and what was compiled for it; by default the run opens its own.
+        """
         for key in ("model", "data", "output"):
             if not getattr(config, key):
                 raise UserError(f"--{key}: missing")
@@ -82,7 +88,9 @@ class Trainer:
         epochs = 3.0 if config.epochs is None else config.epochs
         self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
         evaluates = self.eval_samples is not None
-        self.session = Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates))
+        self.session = Session.open(
+            config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates), kernels=kernels
+        )
         self.first_step = 1
         self._skipped_before = 0
         if resume is not None:
@@ -170,8 +178,8 @@ class Trainer:
             self.session.write_batch(batch)
             if "rng" in self.executor.tensors:
                 write("rng", np.array([self.config.seed, number, micro]))
-            self.executor.run("micro")
-        report = self.executor.run("update", report=STATE_NAME)
+            self.executor.run("micro", micro)
+        report = self.executor.run("update")
         return _Flying(number, step.epoch, lr, step.tokens, start, report)
 
     def _land(self, flying: _Flying) -> StepRecord:
@@ -302,7 +310,7 @@ def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
     for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
         session.write_batch(batch)
         session.executor.write(EVAL_LOSS_NAME, zero)
-        report = session.executor.run("evaluate", report=EVAL_LOSS_NAME)
+        report = session.executor.run("evaluate")
         if pending is not None:
             total += float(pending.result()[0])
         pending = report

@@ -1,0 +1,109 @@
+"""Where the time of a step went: groups of nodes to time, GPU ticks to host time, host time to spans.
+
+A traced graph is cut into groups (phases, layers or single nodes). The GPU writes its clock between them; the ticks
+come back with the step's report. WebGPU has no clock calibration, so the offset between the two clocks is held to
+what must be true: no work of a step begins before the host submitted it, none ends after its report arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrenar_gpu.events import Span
+from entrenar_gpu.graph import Node
+from entrenar_gpu.ops.registry import OPS
+
+LEVELS = ("step", "phase", "layer", "kernel")
+
+
+@dataclass(frozen=True)
+class TraceGroup:
+    """Consecutive nodes timed together: `first` to `last` of a graph, both included."""
+
+    first: int
+    last: int
+    phase: str
+    layer: int | None
+    name: str
+    flops: int
+    bytes: int
+    shape: str
+
+
+def trace_groups(nodes: Sequence[Node], level: str) -> list[TraceGroup]:
+    """The groups of a graph at a level: runs of nodes of one phase, of one phase and layer, or single nodes."""
+    if level == "step":
+        return []
+    groups: list[TraceGroup] = []
+    start = 0
+    for index in range(1, len(nodes) + 1):
+        if index == len(nodes) or level == "kernel" or _key(nodes[index], level) != _key(nodes[start], level):
+            groups.append(_group(nodes, start, index - 1, level))
+            start = index
+    return groups
+
+
+def _key(node: Node, level: str) -> tuple[str, int | None]:
+    return (node.phase, node.layer if level == "layer" else None)
+
+
+def _group(nodes: Sequence[Node], first: int, last: int, level: str) -> TraceGroup:
+    members, head = nodes[first : last + 1], nodes[first]
+    layer = None if level == "phase" else head.layer
+    name = head.label() if level == "kernel" else head.phase if layer is None else f"layer {layer}"
+    moved = sum(t.nbytes for n in members for t in (*n.inputs, *n.outputs))
+    shape = "x".join(str(d) for d in head.output.shape) if level == "kernel" else ""
+    return TraceGroup(first, last, head.phase, layer, name, sum(OPS[n.op].flops(n) for n in members), moved, shape)
+
+
+class GpuClock:
+    """Maps GPU nanoseconds onto the host's clock, by an offset that each step's known bounds correct."""
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+
+    def place(self, ticks: np.ndarray, earliest_ns: int, latest_ns: int) -> np.ndarray:
+        """Host times of a step's ticks, which all lie between submission and arrival of the report."""
+        low, high = int(ticks.min()), int(ticks.max())
+        if self._offset is None or high + self._offset > latest_ns:
+            self._offset = latest_ns - high
+        if low + self._offset < earliest_ns:
+            self._offset = earliest_ns - low
+        return ticks.astype(np.int64) + int(self._offset)
+
+
+def phase_spans(groups: Sequence[TraceGroup], times: np.ndarray, parent: int) -> list[Span]:
+    """Spans of one run of a graph: a phase span around each run of groups of that phase, layers and kernels within.
+
+    `times` [groups, 2] are host nanoseconds; `parent` is the index that the first span returned will have in its
+    step's list. Groups without a layer belong to their phase itself and show at kernel level only.
+    """
+    spans: list[Span] = []
+    phase_at = layer_at = -1
+    for index, group in enumerate(groups):
+        begin, end = int(times[index, 0]), int(times[index, 1])
+        if index == 0 or groups[index - 1].phase != group.phase:
+            phase_at, layer_at = len(spans), -1
+            spans.append(Span(group.phase, "phase", begin, end, None, True, {"flops": 0, "bytes": 0}))
+        spans[phase_at] = _extended(spans[phase_at], end, group)
+        if group.layer is not None:
+            if layer_at < 0 or spans[layer_at].attributes["layer"] != group.layer:
+                layer_at = len(spans)
+                attributes = {"layer": group.layer, "flops": 0, "bytes": 0}
+                spans.append(Span(f"layer {group.layer}", "layer", begin, end, parent + phase_at, True, attributes))
+            spans[layer_at] = _extended(spans[layer_at], end, group)
+        if group.shape:
+            owner = layer_at if group.layer is not None else phase_at
+            attributes = {"kernel": group.name, "shape": group.shape, "flops": group.flops, "bytes": group.bytes}
+            spans.append(Span(group.name, "kernel", begin, end, parent + owner, True, attributes))
+    return spans
+
+
+def _extended(span: Span, end: int, group: TraceGroup) -> Span:
+    attributes = dict(span.attributes)
+    attributes["flops"] += group.flops
+    attributes["bytes"] += group.bytes
+    return Span(span.name, span.kind, span.start_ns, max(span.end_ns, end), span.parent, True, attributes)
