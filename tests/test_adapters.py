@@ -70,6 +70,7 @@ def test_options_choose_targets_and_scale():
         ({"target_modules": r".*\.1\..*\.(q|up)_proj"}, {"1.q_proj", "1.up_proj"}),
         ({"target_modules": "all-linear", "exclude_modules": r".*self_attn.*|.*\.\d\d?\.mlp\.(up|gate)_proj"},
          {f"{i}.down_proj" for i in range(12)}),
+        ({"target_modules": r"model\.layers\.1\.mlp\.(up|gate)_proj|q_proj"}, {"1.up_proj", "1.gate_proj"}),
         ({"layers_to_transform": 1}, {"1.q_proj"}),
         ({"layers_to_transform": [1, 11]}, {"1.q_proj", "11.q_proj"}),
         ({"layers_to_transform": []}, {f"{i}.q_proj" for i in range(12)}),
@@ -147,6 +148,12 @@ def test_scale_follows_each_modules_rank(tmp_path, rslora):
 def test_what_is_not_supported_is_refused_by_its_key(tmp_path, changes, message):
     with pytest.raises(UserError, match=rf"adapter_config.json: .*{message}"):
         spec_of(tmp_path, **changes)
+
+
+def test_the_kind_of_adapter_must_be_told(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in PEFT.items() if k != "peft_type"}))
+    with pytest.raises(UserError, match=r"adapter_config.json: peft_type is missing"):
+        AdapterSpec.from_peft(tmp_path, MODEL)
 
 
 def test_what_does_not_change_the_result_is_accepted(tmp_path):

@@ -26,6 +26,10 @@ def inputs() -> dict[str, np.ndarray]:
     outliers[:, ::37] *= 100.0
     blocks = np.zeros((6, 64))
     blocks[1], blocks[2], blocks[3, 5], blocks[4] = 0.5, -0.25, -1e-30, rng.standard_normal(64) * 1e-20
+    # around 3 times each midpoint between codes, dividing by 3 and multiplying by 1/3 do not always round alike
+    codes = get_4bit_type("nf4", device="cpu").numpy()
+    edges = np.float32(3) * ((codes[:-1] + codes[1:]) / np.float32(2))
+    near_edges = np.concatenate([edges, np.nextafter(edges, np.float32(9)), np.nextafter(edges, np.float32(-9)), [3.0]])
     # one value a block keeps the file small: the other 63 repeat it, and the scales still differ
     many = np.repeat(rng.standard_normal((260, 1)) * np.exp(rng.standard_normal((260, 1))), 64, axis=1)
     cases = {
@@ -37,6 +41,8 @@ def inputs() -> dict[str, np.ndarray]:
         "partial": rng.standard_normal((5, 30)),
         "partial_odd": rng.standard_normal(131),
         "partial_zero": np.zeros((3, 30)),
+        "edges_whole": np.pad(near_edges, (0, 64 - near_edges.size)),
+        "edges_partial": near_edges,
         "many_blocks": many,
     }
     return {name: values.astype(np.float32) for name, values in cases.items()}
