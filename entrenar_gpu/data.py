@@ -148,8 +148,11 @@ class _Reader:
             prompt, completion = [{"role": "user", "content": asked}], [{"role": "assistant", "content": said}]
         earlier = sum(message["role"] == "assistant" for message in prompt)
         draft = self._conversation(number, [*prompt, *completion], record.get("tools"), earlier)
-        closed = self.tokenizer.ends_with_special(draft.text)
-        return _Draft(number, draft.text, draft.spans, eos=not closed, rendered=True)
+        if self.tokenizer.ends_with_special(draft.text):
+            return draft
+        # EOS comes last: what the template writes before it (a newline) is said too
+        spans = draft.spans and [*draft.spans[:-1], (draft.spans[-1][0], len(draft.text))]
+        return _Draft(number, draft.text, spans, eos=True, rendered=True)
 
     def _conversation(self, number: int, messages: list[Message], tools: Any, earlier: int = 0) -> _Draft:
         """The conversation; the first `earlier` turns of the assistant are not trained."""

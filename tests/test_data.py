@@ -88,7 +88,7 @@ def test_a_completion_that_its_template_leaves_open_ends_with_eos(tmp_path):
     config = {"eos_token": "</s>", "chat_template": chat_templates.SCRIPT}
     tokenizer = Tokenizer.load(model_folder(tmp_path / "script", config))
     record = {"prompt": "a", "completion": "b"}
-    for loss_on, expected in (("completions", "assistant: b</s>"), ("all", "ser: a\nassistant: b\n</s>")):
+    for loss_on, expected in (("completions", "b\n</s>"), ("all", "ser: a\nassistant: b\n</s>")):
         assert trained(tokenizer, load(tmp_path, tokenizer, record, loss_on=loss_on)) == expected
     assert read(tokenizer, load(tmp_path, tokenizer, record)[0][0]) == "user: a\nassistant: b\n</s>"
 
