@@ -7,8 +7,10 @@ what must be true: no work of a step begins before the host submitted it, none e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +19,12 @@ from entrenar_gpu.graph import Node
 from entrenar_gpu.ops.registry import OPS
 
 LEVELS = ("step", "phase", "layer", "kernel")
+
+
+class Report(Protocol):
+    """What an executor hands over when a step is done."""
+
+    def ticks(self, graph: str, repeat: int) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,27 @@ class GpuClock:
         if low + self._offset < earliest_ns:
             self._offset = earliest_ns - low
         return ticks.astype(np.int64) + int(self._offset)
+
+
+def step_spans(
+    report: Report, groups: Mapping[str, Sequence[TraceGroup]], repeats: int, clock: GpuClock, submitted_ns: int
+) -> tuple[list[Span], int]:
+    """(GPU spans of a step, host time of its end) from a report that has just arrived; ([], now) if nothing was timed.
+
+    `repeats` micro-steps, then the update. Parents count from the first span returned.
+    """
+    now = time.time_ns()
+    runs = [("micro", r) for r in range(repeats)] + [("update", 0)]
+    timed = [(groups[name], ticks) for name, r in runs if (ticks := report.ticks(name, r)) is not None]
+    if not timed:
+        return [], now
+    placed = clock.place(np.concatenate([ticks for _, ticks in timed]), submitted_ns, now)
+    spans: list[Span] = []
+    at = 0
+    for members, ticks in timed:
+        spans += phase_spans(members, placed[at : at + len(ticks)], len(spans))
+        at += len(ticks)
+    return spans, int(placed.max())
 
 
 def phase_spans(groups: Sequence[TraceGroup], times: np.ndarray, parent: int) -> list[Span]:

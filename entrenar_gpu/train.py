@@ -19,11 +19,11 @@ import numpy as np
 
 import entrenar_gpu
 from entrenar_gpu import checkpoint as run_checkpoint
-from entrenar_gpu.batches import Step, TrainBatches, eval_batches
+from entrenar_gpu.batches import TrainBatches, eval_batches
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import data_files, load_samples
 from entrenar_gpu.errors import TrainingDiverged, UserError
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, notify
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord, notify
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
@@ -34,6 +34,7 @@ from entrenar_gpu.programs import EVAL_LOSS_NAME, fit_training
 from entrenar_gpu.samples import IGNORE, Samples
 from entrenar_gpu.schedule import learning_rate
 from entrenar_gpu.session import Session
+from entrenar_gpu.timing import GpuClock, step_spans
 from entrenar_gpu.tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -48,7 +49,7 @@ class _Flying:
     epoch: float
     lr: float
     tokens: int
-    start_ns: int
+    data_ns: tuple[int, int]  # when the host began and ended to make its batches
     report: Any
 
 
@@ -92,13 +93,13 @@ class Trainer:
             config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates), kernels=kernels
         )
         self.first_step = 1
-        self._skipped_before = 0
         if resume is not None:
             state = run_checkpoint.load_run(self.session, resume)
             self.batches.restore(state["data"])
             self.first_step = state["step"] + 1
         self._make_output()
         self._last_end = 0
+        self._clock = GpuClock()
         self._skipped = 0
         self._loss = math.nan
 
@@ -142,7 +143,7 @@ class Trainer:
             self.evaluate(0)
         try:
             for number in range(self.first_step, self.total_steps + 1):
-                launched = self._launch(number, next(self.batches))
+                launched = self._launch(number)
                 if flying is not None:
                     yield self._land(flying)
                 flying = launched
@@ -167,9 +168,11 @@ class Trainer:
         self.save(self.total_steps)
         run_checkpoint.save_result(self.session, self.output)
 
-    def _launch(self, number: int, step: Step) -> _Flying:
-        """Hand a step to the device."""
+    def _launch(self, number: int) -> _Flying:
+        """Make a step's batches and hand it to the device."""
         start = time.time_ns()
+        step = next(self.batches)
+        made = time.time_ns()
         lr = learning_rate(self.config, number, self.total_steps)
         write = self.executor.write
         write("inv_tokens", np.array([1 / step.tokens]))
@@ -180,13 +183,15 @@ class Trainer:
                 write("rng", np.array([self.config.seed, number, micro]))
             self.executor.run("micro", micro)
         report = self.executor.run("update")
-        return _Flying(number, step.epoch, lr, step.tokens, start, report)
+        return _Flying(number, step.epoch, lr, step.tokens, (start, made), report)
 
     def _land(self, flying: _Flying) -> StepRecord:
         """Wait for a step and tell of it."""
         state = flying.report.result()
-        end = time.time_ns()
-        start = max(flying.start_ns, self._last_end)
+        groups = self.session.plan.groups if self.session.plan is not None else {}
+        spans, end = step_spans(flying.report, groups, self.config.accumulate, self._clock, flying.data_ns[1])
+        start = min(max(flying.data_ns[0], self._last_end), end)
+        data = Span("data", "phase", max(flying.data_ns[0], start), max(flying.data_ns[1], start))
         self._last_end = end
         self._done = flying.number
         seconds = max((end - start) / 1e9, 1e-9)
@@ -208,6 +213,7 @@ class Trainer:
             skipped=skipped,
             allocated_bytes=self.session.allocated_bytes,
             flops=self._flops,
+            spans=(*spans, data),
         )
         self._tell("step_finished", record)
         if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:
