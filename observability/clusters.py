@@ -1,0 +1,155 @@
+"""Kinds of steps: KMeans over standardised features, and what sets the slowest kind apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from observability.spans import Floats, Ints
+from observability.steps import StepTable
+
+MOST_CLUSTERS: Final = 5
+_LEAST_STEPS: Final = 10
+_SAMPLE: Final = 2000  # steps that the silhouette is computed on: it takes time with their square
+_DISTINCT: Final = 1.0  # sigmas between cluster and rest from which a feature is worth naming
+# Bands of Kaufman and Rousseeuw, "Finding Groups in Data" (1990), chapter 2.
+_MEANING: Final = (
+    (0.7, "the kinds of steps are clearly apart"),
+    (0.5, "the kinds of steps are reasonably apart"),
+    (0.25, "the kinds of steps overlap; the split may be artificial"),
+    (-1.0, "there are no distinct kinds of steps: all are much alike"),
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of features; `values` in their own unit."""
+
+    name: str
+    unit: str  # s, share, B, tokens
+    group: str  # features of a group together weigh as much as one
+    values: Floats
+
+
+@dataclass(frozen=True)
+class HighLatency:
+    """The slowest cluster: which steps, how slow, and the features that differ most, in words."""
+
+    cluster: int
+    steps: list[int]
+    mean_seconds: float
+    others_mean_seconds: float
+    distinguished_by: list[str]
+    feature: str
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """`labels` gives each step's cluster. `k` is 1 (and `silhouette` None) for runs too short or too uniform to split."""
+
+    k: int
+    silhouette: float | None
+    labels: Ints
+    high_latency: HighLatency | None
+
+    @property
+    def meaning(self) -> str:
+        if self.silhouette is None:
+            return "too few different steps to sort into kinds"
+        return next(text for least, text in _MEANING if self.silhouette >= least)
+
+    def to_json(self) -> dict[str, Any]:
+        high = self.high_latency
+        return {
+            "k": self.k,
+            "silhouette": self.silhouette,
+            "meaning": self.meaning,
+            "high_latency": None
+            if high is None
+            else {
+                "steps": high.steps,
+                "mean_seconds": high.mean_seconds,
+                "others_mean_seconds": high.others_mean_seconds,
+                "distinguished_by": high.distinguished_by,
+            },
+        }
+
+
+def step_features(table: StepTable) -> list[Feature]:
+    """Total time, phase shares, time by layer, memory and tokens; columns that never change are left out."""
+    features = [Feature("step time", "s", "total", table.wall_seconds)]
+    for index, kind in enumerate(table.kinds):
+        column = table.durations[:, index]
+        if kind.level == "phase":
+            features.append(Feature(f"share of {kind.name}", "share", "phases", column / table.wall_seconds))
+        elif kind.level == "layer":
+            features.append(Feature(f"time in {kind.label}", "s", "layers", column))
+    paused = table.wall_seconds - table.seconds
+    features.append(Feature("share of checkpoints and evaluations", "share", "phases", paused / table.wall_seconds))
+    for key, name, unit in (("allocated_bytes", "memory", "B"), ("tokens", "tokens", "tokens")):
+        values = table.values[key]
+        if np.all(np.isfinite(values)):
+            features.append(Feature(name, unit, key, values))
+    return [feature for feature in features if np.ptp(feature.values) > 1e-9 * np.max(np.abs(feature.values))]
+
+
+def cluster_steps(table: StepTable, k: int | None = None) -> Clusters:
+    """Clusters of a run's steps; `k` overrides the number of clusters that the silhouette would choose."""
+    # scikit-learn takes over a second to import: live detection must not pay for it.
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    features = step_features(table)
+    matrix = _standardised(features) if features else np.zeros((len(table), 1))
+    distinct = len(np.unique(matrix, axis=0))
+    if len(table) < _LEAST_STEPS or distinct < 3:
+        return Clusters(1, None, np.zeros(len(table), dtype=np.int64), None)
+    choices = [min(k, distinct - 1)] if k else range(2, min(MOST_CLUSTERS, distinct - 1) + 1)
+    best: tuple[float, int, Ints] | None = None
+    for count in choices:
+        labels = KMeans(n_clusters=count, n_init=4, random_state=0).fit_predict(matrix).astype(np.int64)
+        if count < 2 or len(np.unique(labels)) < 2:
+            continue
+        value = float(silhouette_score(matrix, labels, sample_size=min(_SAMPLE, len(labels)), random_state=0))
+        if best is None or value > best[0]:
+            best = (value, count, labels)
+    if best is None:
+        return Clusters(1, None, np.zeros(len(table), dtype=np.int64), None)
+    value, count, labels = best
+    return Clusters(count, value, labels, _slowest(table, features, labels))
+
+
+def _standardised(features: list[Feature]) -> Floats:
+    from sklearn.preprocessing import StandardScaler
+
+    matrix: Floats = StandardScaler().fit_transform(np.stack([feature.values for feature in features], axis=1))
+    groups = [feature.group for feature in features]
+    return matrix / np.sqrt([groups.count(group) for group in groups])
+
+
+def _slowest(table: StepTable, features: list[Feature], labels: Ints) -> HighLatency:
+    means = [float(np.mean(table.wall_seconds[labels == c])) for c in range(int(labels.max()) + 1)]
+    slowest = int(np.argmax(means))
+    members = labels == slowest
+    distances = []
+    for feature in features:
+        inside, outside = feature.values[members], feature.values[~members]
+        apart = float(np.mean(inside) - np.mean(outside)) / max(float(np.std(feature.values)), 1e-30)
+        distances.append((abs(apart), feature, float(np.mean(inside)), float(np.mean(outside))))
+    distances.sort(key=lambda item: -item[0])
+    named = [
+        f"{feature.name} {_shown(inside, feature.unit)} against {_shown(outside, feature.unit)}"
+        for apart, feature, inside, outside in distances[:4]
+        if apart >= _DISTINCT
+    ]
+    telling = next((f.name for _, f, _, _ in distances if f.group in ("phases", "layers")), "")
+    others = float(np.mean(table.wall_seconds[~members]))
+    return HighLatency(slowest, table.step[members].tolist(), means[slowest], others, named, telling)
+
+
+def _shown(value: float, unit: str) -> str:
+    from observability.findings import duration, size
+
+    return {"s": duration(value), "share": f"{value:.1%}", "B": size(value)}.get(unit, f"{value:.0f}")

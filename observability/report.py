@@ -1,0 +1,91 @@
+"""The report of a run: `python -m observability.report RUN|TRACE|JAEGER`, with or without the trainer installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from observability.analysis import Analysis, analyse
+from observability.compare import compare
+from observability.errors import TraceError
+from observability.otlp_read import read_trace
+from observability.steps import step_table
+
+
+def report(
+    source: str,
+    html: str | None = None,
+    json_out: str | None = None,
+    perfetto: str | None = None,
+    against: str | None = None,
+    clusters: int | None = None,
+    console: Console | None = None,
+) -> Analysis:
+    """Analyses `source` (run folder, trace file or Jaeger address), prints the report and writes the files asked for.
+
+    `json_out` "-" writes JSON to standard output instead of the table. Raises TraceError on input that cannot be used.
+    """
+    if clusters is not None and not 1 <= clusters <= 50:
+        raise TraceError(f"--clusters: {clusters} is not between 1 and 50")
+    analysis = analyse(source, clusters)
+    comparison = None
+    if against is not None:
+        comparison = compare(analysis.table, step_table(read_trace(against), against), against)
+    if json_out != "-":
+        # Imported here, as the plain JSON answer needs neither tables nor pages.
+        from observability.terminal import print_report
+
+        print_report(analysis, comparison, console or Console())
+    try:
+        if json_out == "-":
+            print(_json(analysis))
+        elif json_out:
+            _write(Path(json_out), _json(analysis) + "\n")
+        if html:
+            from observability.html_report import write_html
+
+            write_html(analysis, Path(html), comparison)
+        if perfetto:
+            from observability.perfetto import write_perfetto
+
+            write_perfetto(analysis, Path(perfetto))
+    except OSError as error:
+        raise TraceError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    return analysis
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 on input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m observability.report", description=__doc__)
+    parser.add_argument("source", metavar="RUN|TRACE", help="run folder, OTLP JSON-lines file, or Jaeger address")
+    parser.add_argument("--html", metavar="OUT", help="write a self-contained HTML report")
+    parser.add_argument("--json", metavar="OUT", dest="json_out", help="write the findings as JSON (- for stdout)")
+    parser.add_argument("--perfetto", metavar="OUT", help="write a trace for ui.perfetto.dev (.gz compresses)")
+    parser.add_argument("--against", metavar="RUN", help="compare with another run, step by step")
+    parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette, up to 5)")
+    try:
+        report(**vars(parser.parse_args(arguments)))
+    except TraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _json(analysis: Analysis) -> str:
+    return json.dumps(analysis.to_json(), indent=2, allow_nan=False)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Spans of a trace as columns: what the readers fill and everything else works on.
+
+A column is a NumPy array with one entry a span, so that 100,000 spans take some megabytes and no Python object each.
+Only runs, steps, checkpoints and evaluations keep their attributes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from observability import schema
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+OTHER, RUN, RUN_STEP, PHASE, LAYER, KERNEL = range(6)
+_LEVELS: Final = {"run": RUN, "step": RUN_STEP, "phase": PHASE, "layer": LAYER, "kernel": KERNEL}
+_BY_NAME: Final = {schema.TRAIN: RUN, schema.STEP: RUN_STEP} | dict.fromkeys(schema.PHASES, PHASE)
+_KEEP_ATTRIBUTES: Final = frozenset({schema.TRAIN, schema.STEP, schema.CHECKPOINT, schema.EVAL})
+_MAX_DEPTH: Final = 64
+NO_STEP: Final = -1
+
+
+@dataclass(frozen=True)
+class SpanTable:
+    """Spans in file order; `parent` indexes the table, -1 where the parent is missing or there is none.
+
+    `start` and `end` are nanoseconds since the epoch; `step` is the optimizer step, -1 where unknown; `run` indexes
+    `runs`; `shape` indexes `labels`, as `name` does ("" where a span has none).
+    """
+
+    labels: list[str]
+    name: Ints
+    shape: Ints
+    start: Ints
+    end: Ints
+    parent: Ints
+    level: Ints
+    step: Ints
+    run: Ints
+    on_gpu: npt.NDArray[np.bool_]
+    runs: list[str]
+    attributes: dict[int, Mapping[str, Any]]
+    resource: Mapping[str, Any]
+    skipped: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def label(self, index: int) -> str:
+        return self.labels[self.name[index]]
+
+
+@dataclass
+class SpanCollector:
+    """Collects spans one by one; what cannot be used is counted under its reason instead."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    resource: dict[str, Any] = field(default_factory=dict)
+    _labels: dict[str, int] = field(default_factory=lambda: {"": 0})
+    _runs: dict[str, int] = field(default_factory=dict)
+    _index: dict[str, int] = field(default_factory=dict)
+    _parents: list[str] = field(default_factory=list)
+    _rows: list[tuple[int, int, int, int, int, int, int, bool]] = field(default_factory=list)
+    _attributes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self, trace: str, span: str, parent: str, name: str, start: int, end: int, attributes: Mapping[str, Any]
+    ) -> None:
+        """One span. `parent` is "" for a root; times are nanoseconds since the epoch."""
+        if not 0 < start < 2**62 or not 0 < end < 2**62:
+            self.skipped["spans without usable times"] += 1
+            return
+        if end < start:
+            self.skipped["spans that end before they start"] += 1
+            return
+        key = trace + span
+        if key in self._index:
+            self.skipped["spans given twice"] += 1
+            return
+        row = len(self._rows)
+        self._index[key] = row
+        self._parents.append(trace + parent if parent else "")
+        run = str(attributes.get(schema.RUN_ID) or printable(trace))
+        name, shape = printable(name), attributes.get(schema.KERNEL_SHAPE)
+        self._rows.append(
+            (
+                self._labels.setdefault(name, len(self._labels)),
+                self._labels.setdefault(str(shape), len(self._labels)) if shape else 0,
+                start,
+                end,
+                _level(name, attributes),
+                whole(attributes.get(schema.STEP_NUMBER), NO_STEP),
+                self._runs.setdefault(run, len(self._runs)),
+                attributes.get(schema.CLOCK) == "gpu",
+            )
+        )
+        if name in _KEEP_ATTRIBUTES:
+            self._attributes[row] = attributes
+
+    def table(self) -> SpanTable:
+        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 8).T
+        name, shape, start, end, level, step, run, on_gpu = (np.ascontiguousarray(c) for c in columns)
+        parent = np.array([self._index.get(key, -1) if key else -1 for key in self._parents], dtype=np.int64)
+        orphans = sum(1 for key in self._parents if key and key not in self._index)
+        if orphans:
+            self.skipped["spans whose parent is not in the trace (kept where they name their step)"] += orphans
+        step, level = _from_ancestors(step, level, parent)
+        return SpanTable(
+            list(self._labels),
+            name,
+            shape,
+            start,
+            end,
+            parent,
+            level,
+            step,
+            run,
+            on_gpu.astype(bool),
+            list(self._runs),
+            self._attributes,
+            self.resource,
+            self.skipped,
+        )
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """`text` fit for terminals, files and pages: at most so many characters, and none that steers a terminal."""
+    text = text[:most]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def whole(value: Any, default: int) -> int:
+    """`value` as a whole number below 2^53; `default` where it is none."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return number if abs(number) < 2**53 else default
+
+
+def _level(name: str, attributes: Mapping[str, Any]) -> int:
+    told = _LEVELS.get(str(attributes.get(schema.SPAN_LEVEL)))
+    if told is not None:
+        return told
+    return LAYER if name.startswith(schema.LAYER_PREFIX) else _BY_NAME.get(name, OTHER)
+
+
+def _from_ancestors(step: Ints, level: Ints, parent: Ints) -> tuple[Ints, Ints]:
+    """Fills missing steps from the nearest ancestor that has one; what is unnamed below a step is a kernel."""
+    step, level, ancestor = step.copy(), level.copy(), parent.copy()
+    for _ in range(_MAX_DEPTH):
+        open_rows = np.flatnonzero((step == NO_STEP) & (ancestor >= 0))
+        if not len(open_rows):
+            break
+        step[open_rows] = step[ancestor[open_rows]]
+        ancestor[open_rows] = parent[ancestor[open_rows]]
+    has_parent = parent >= 0
+    below = has_parent & (level == OTHER) & (level[np.maximum(parent, 0)] >= RUN_STEP)
+    level[below & (step != NO_STEP)] = KERNEL
+    return step, level
