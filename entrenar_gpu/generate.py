@@ -42,6 +42,17 @@ class Generator:
         ids = list(self.tokens(self.encode(prompt), max_tokens, temperature, seed))
         return self.tokenizer.decode(ids)
 
+    def pieces(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """The same, piece by piece as it is made; bytes that do not yet make a character wait for the next."""
+        ids: list[int] = []
+        shown = ""
+        for token in self.tokens(self.encode(prompt), max_tokens, temperature, seed):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+
     def tokens(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
         """Token ids until an end of turn or text, or `max_tokens`; `temperature` 0 takes the likeliest each time."""
         ids = list(prompt)

@@ -124,6 +124,11 @@ def load_model_config(path: str | Path) -> ModelConfig:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
+    return parse_model_config(read_json_object(path), source=str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises UserError naming the file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -134,7 +139,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object")
-    return parse_model_config(raw, source=str(path))
+    return raw
 
 
 ARCHITECTURES = {

@@ -48,6 +48,7 @@ class Plan:
     slices: dict[int, Slice] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
     persistents: dict[str, Tensor] = field(default_factory=dict)
+    scratch: set[str] = field(default_factory=set)  # pool buffers made for workspace or dequantised weights
     reports: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[TraceGroup]] = field(default_factory=dict)
     ticks: dict[tuple[str, int], int] = field(default_factory=dict)  # (graph, repeat) -> byte offset of its ticks
@@ -271,6 +272,8 @@ def _assign(plan: Plan, lives: list[_Life]) -> None:
         if choice < 0:
             choice = len(slots)
             slots.append((max(life.nbytes, 4), [], []))
+            if _is_scratch(life.tensor):
+                plan.scratch.add(f"pool.{choice}")
         _, starts, ends = slots[choice]
         at = bisect.bisect_left(starts, life.first)
         starts.insert(at, life.first)
@@ -278,6 +281,11 @@ def _assign(plan: Plan, lives: list[_Life]) -> None:
         plan.slices[life.tensor.id] = Slice(f"pool.{choice}", 0, life.nbytes)
     for number, (nbytes, _, _) in enumerate(slots):
         plan.buffers[f"pool.{number}"] = nbytes
+
+
+def _is_scratch(tensor: Tensor) -> bool:
+    node = tensor.node
+    return node is not None and (OPS[node.op].transient or tensor not in node.outputs)
 
 
 def _launches(plan: Plan, node: Node) -> tuple[Launch, ...]:

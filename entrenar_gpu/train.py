@@ -103,6 +103,10 @@ class Trainer:
         self._skipped = 0
         self._loss = math.nan
 
+    def observe(self, *observers: Any) -> None:
+        """Add observers, before `run`."""
+        self._observers = (*observers, *self._observers)
+
     @property
     def executor(self) -> Any:
         return self.session.executor

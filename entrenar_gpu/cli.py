@@ -1,0 +1,227 @@
+"""The command line: parses, calls one function a command, and turns bad input into one line and exit status 2.
+
+The only module that wires observers (progress, tracing) to a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entrenar_gpu import __version__, options
+from entrenar_gpu.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune language models on any Vulkan, Metal or DX12 GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer carries its own copy of click in newer versions; these are the exceptions of whichever it uses.
+_ClickError: type[Any] = typer.BadParameter.__mro__[2]
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter folder")]
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"entrenar-gpu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fine-tune language models on any Vulkan, Metal or DX12 GPU."""
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """List adapters, features and limits, and what the trainer would use."""
+    from entrenar_gpu import info as adapters
+
+    found = adapters.describe()
+    _print_json(found) if as_json else adapters.show(found)
+
+
+@app.command()
+@options.with_options(
+    "model", "method", "rank", "target", "batch", "seq", "accumulate", "optimizer", "momentum", "dropout",
+    "double_quant", "precision", "trace_level", "memory_budget", "device",
+)  # fmt: skip
+def plan(
+    given: Mapping[str, Any],
+    profile: Annotated[
+        str | None, typer.Option(help="plan for these abilities instead of a device's: webgpu, desktop")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would allocate, and what it would compute again, without weights or a GPU."""
+    from entrenar_gpu.plan_report import plan_run
+    from entrenar_gpu.session import memory_budget
+
+    # One row unless told otherwise: the question is usually whether a model fits at all.
+    config = options.make_config(given, batch=1)
+    caps = _caps(config.device, profile)
+    report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
+    if as_json:
+        _print_json(report.to_mapping())
+        return
+    if verbose:
+        print(report.plan.describe())
+    from entrenar_gpu.display import show_plan
+
+    show_plan(report.to_mapping())
+
+
+def _caps(device: str | None, profile: str | None) -> Any:
+    """Abilities to plan for: of --profile, of --device, or of a common desktop driver."""
+    from entrenar_gpu.plan_report import PROFILES
+
+    if profile is not None and device is not None:
+        raise UserError("--profile: give it or --device, not both")
+    if device is not None:
+        from entrenar_gpu.device import adapter_caps, choose_adapter
+
+        return adapter_caps(choose_adapter(device))
+    if profile is not None and profile not in PROFILES:
+        raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
+    return PROFILES[profile or "desktop"]
+
+
+@app.command()
+@options.with_options(*options.FIELDS)
+def train(
+    given: Mapping[str, Any],
+    config: Annotated[str | None, typer.Option("--config", help="YAML file with any of these keys; flags win")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:
+    """Fine-tune a model on JSONL data."""
+    from entrenar_gpu.display import Progress, show_start
+    from entrenar_gpu.train import Trainer
+
+    settings = options.make_config(given, config)
+    trainer = Trainer(settings, observers=[])
+    show_start(trainer)
+    trainer.observe(Progress(quiet), *_tracing(trainer))
+    summary = trainer.run()
+    if summary.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _tracing(trainer: Any) -> list[Any]:
+    """The observers that trace a run: spans to its folder and to --otlp, and anomalies as they happen."""
+    import observability
+
+    c = trainer.config
+    return [observability.observe(c.output, level=c.trace_level, otlp=c.otlp)]
+
+
+@app.command("eval")
+@options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "pack")
+def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
+    """Mean loss over all unmasked tokens of a data set, and its perplexity."""
+    from entrenar_gpu.evaluate import evaluate_data
+
+    result = evaluate_data(options.make_config(given, adapter_init=adapter), adapter is not None)
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"loss {result['loss']:.6f}   perplexity {result['perplexity']:.4f}   tokens {result['tokens']}")
+
+
+@app.command()
+@options.with_options(*options.RUNTIME, "seq", "seed")
+def generate(
+    given: Mapping[str, Any],
+    prompt: Annotated[str, typer.Option("--prompt", help="what to say to the model")],
+    adapter: Adapter = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="longest continuation")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token")] = 0.0,
+) -> None:
+    """Continue a prompt with a model and its adapter."""
+    from entrenar_gpu.generate import Generator
+
+    config = options.make_config(given, adapter_init=adapter)
+    generator = Generator(config, adapter is not None)
+    try:
+        for piece in generator.pieces(prompt, max_tokens, temperature, config.seed):
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        generator.close()
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Option("--model", help="model folder or Hub id")],
+    adapter: Annotated[str, typer.Option("--adapter", help="PEFT adapter folder")],
+    output: Annotated[str, typer.Option("--output", help="folder for the merged model")],
+) -> None:
+    """Fold an adapter into its base model, as safetensors that transformers loads."""
+    from entrenar_gpu.hub import resolve_model
+    from entrenar_gpu.merge import merge as fold
+    from entrenar_gpu.weights import Checkpoint
+
+    fold(Checkpoint.open(resolve_model(model)), Path(adapter), Path(output))
+    print(f"merged model: {output}")
+
+
+def main() -> None:
+    """Entry point of the `entrenar-gpu` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
+        return int(result or 0)
+    except UserError as error:
+        return _complain(str(error))
+    except _ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        return _complain(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _with_resume(arguments: list[str]) -> list[str]:
+    """`--resume` may stand alone, for the newest checkpoint of --output."""
+    result = []
+    for index, word in enumerate(arguments):
+        result.append(word)
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if word == "--resume" and following.startswith("-"):
+            result.append("latest")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a person sees in the terminal: the plan, the start of a run, and its progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord
+
+_MEANINGS = {
+    "nf4_bytes": "weights as NF4 codes",
+    "scale_bytes": "scales of the codes",
+    "embedding_bytes": "embedding and output projection",
+    "dense_bytes": "norms, biases, rotary table, unquantised projections",
+    "adapter_bytes": "trainable weights",
+    "gradient_bytes": "their gradients",
+    "optimizer_bytes": "moments and state",
+    "activation_bytes": "activations",
+    "scratch_bytes": "scratch",
+    "transfer_bytes": "inputs and reports",
+    "peak_bytes": "in all",
+}
+
+
+def size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.3f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def show_plan(parts: Mapping[str, Any]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for key, meaning in _MEANINGS.items():
+        table.add_row(key, size(parts[key]), meaning, style="bold" if key == "peak_bytes" else "")
+    console = Console()
+    console.print(table)
+    console.print(Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"))
+
+
+def show_start(trainer: Any) -> None:
+    """Model, data, device and memory of a run that is about to begin."""
+    session, samples = trainer.session, trainer.train_samples
+    console = Console()
+
+    def line(name: str, text: str) -> None:
+        console.print(Text.assemble((f"{name:9}", "dim"), text), highlight=False)
+
+    shapes = session.trainable().values()
+    trainable = sum(math.prod(shape) for shape in shapes)
+    total = sum(math.prod(shape) for shape in session.shape.model.parameter_shapes().values())
+    line("model", f"{trainer.config.model}  {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained")
+    dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []
+    dropped += [f"{samples.cut} cut at --seq"] if samples.cut else []
+    line("data", ", ".join([f"{len(samples):,} samples, {samples.trained_tokens:,} trained tokens", *dropped]))
+    info = session.adapter_info
+    line("device", f"{info['adapter']} ({info['backend']}, {info['driver']})")
+    if session.plan is not None and session.budget is not None:
+        again = f"computes again: {session.level.describe()}"
+        budget = f"budget {size(session.budget.nbytes)} ({session.budget.source})"
+        line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {again}")
+
+
+class Progress:
+    """Observer: a bar with loss, learning rate, tokens a second and time left; evaluations and checkpoints as lines."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self._console = console or Console()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
+        self._quiet = quiet
+        self._shown = 0
+
+    def run_started(self, info: RunInfo) -> None:
+        self._task = self._bar.add_task("", total=info.total_steps, completed=info.first_step - 1)
+        self._every = max((info.total_steps - info.first_step + 1) // 20, 1)
+        self._total = info.total_steps
+        self._bar.start()
+
+    def step_finished(self, record: StepRecord) -> None:
+        text = f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tok/s"
+        self._bar.update(self._task, completed=record.step, description=text)
+        if record.skipped:
+            self._say(f"step {record.step}: skipped, loss or gradient not finite", "yellow")
+        elif self._bar.disable and not self._quiet and (record.step % self._every == 0 or record.step == self._total):
+            self._say(f"step {record.step}/{self._total}  {text}")
+
+    def eval_finished(self, record: EvalRecord) -> None:
+        self._say(f"step {record.step}: evaluation loss {record.loss:.4f}, perplexity {record.perplexity:.2f}", "cyan")
+
+    def checkpoint_saved(self, record: CheckpointRecord) -> None:
+        self._say(f"step {record.step}: saved {record.path} ({size(record.bytes)})", "dim")
+
+    def run_finished(self, summary: RunSummary) -> None:
+        self._bar.stop()
+        rate = summary.steps / summary.seconds if summary.seconds else 0.0
+        skipped = f", {summary.skipped_steps} skipped" if summary.skipped_steps else ""
+        self._say(
+            f"{summary.status}: {summary.steps} steps{skipped} in {summary.seconds:.1f} s ({rate:.2f} steps/s),"
+            f" last loss {summary.final_loss:.4f}; {summary.output}",
+            "bold",
+        )
+
+    def _say(self, text: str, style: str = "") -> None:
+        if not self._quiet:
+            self._bar.console.print(Text(text, style=style), highlight=False)

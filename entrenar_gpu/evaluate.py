@@ -1,0 +1,43 @@
+"""`entrenar-gpu eval`: the loss of a model, with or without an adapter, on a data set."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import load_samples
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.hub import resolve_model
+from entrenar_gpu.model_config import load_model_config
+from entrenar_gpu.programs import RunShape, evaluate_graph
+from entrenar_gpu.recompute import fit
+from entrenar_gpu.session import Session
+from entrenar_gpu.tokenizer import Tokenizer
+from entrenar_gpu.train import evaluate
+
+
+def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
+    """{"loss", "perplexity", "tokens", "samples"} of --data; the loss is the mean over all unmasked tokens."""
+    folder = resolve_model(config.model)
+    if not config.data:
+        raise UserError("--data: missing")
+    path = Path(config.data)
+    path = path / "valid.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--data: {path} not found")
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    vocabulary = load_model_config(folder).vocab_size
+    samples = load_samples(path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on)
+
+    def planned(shape: RunShape, caps: Caps, budget: int):  # type: ignore[no-untyped-def]
+        return fit({"evaluate": evaluate_graph(shape, caps)}, shape.model.num_layers, caps, budget)
+
+    session = Session.open(config, planned, with_adapter)
+    try:
+        loss, tokens = evaluate(session, samples)
+    finally:
+        session.close()
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "samples": len(samples)}
