@@ -31,7 +31,7 @@ from observability.tracing import OwnSpans, SpanBuilder, SpanSource, span_source
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
-_BACKLOG_SPANS = 100_000  # records that wait for the tracing thread; only a disk that hangs gets there
+_BACKLOG_SPANS = 100_000  # in records that wait for the tracing thread; only a disk that hangs gets there
 _QUEUE_SPANS = 16_384  # spans that wait for the collector: some minutes of steps, about 25 MB
 _BATCH_SPANS = 512
 _SEND_MILLIS = 1_000
@@ -46,7 +46,7 @@ class TraceSummary:
     written: int  # to the file
     sent: int  # to the collector
     dropped: int  # not sent, as the collector was dead or slow
-    lost: int  # never built or not written: the disk was full or hung
+    lost: int  # never built or not written: the disk was full, or tracing fell behind
 
     def __str__(self) -> str:
         text = f"{self.written} spans written"
@@ -55,7 +55,7 @@ class TraceSummary:
         if self.dropped:
             text += f", {self.dropped} dropped as it was down or slow"
         if self.lost:
-            text += f", {self.lost} lost as the disk was full or slow"
+            text += f", {self.lost} lost as the disk was full or tracing fell behind"
         return text
 
 
