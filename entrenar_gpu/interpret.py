@@ -104,6 +104,9 @@ class NumpyExecutor:
         assert value is not None
         return value
 
+    def read_clock(self) -> None:
+        """There is no second clock."""
+
     def wait(self) -> None:
         """Everything has run already."""
 

@@ -176,6 +176,7 @@ def _place_reports(plan: Plan, graphs: Mapping[str, Graph], trace_level: str) ->
                 ticks_bytes += -(-8 * queries_of(plan, name) // ALIGNMENT) * ALIGNMENT
     if ticks_bytes:
         plan.buffers["ticks"] = ticks_bytes
+        plan.buffers["clock"] = 16  # a pair of ticks, for calibration
     for name, graph in graphs.items():
         if graph.report is not None:
             plan.reports[name] = graph.report

@@ -6,6 +6,7 @@ ring of staging buffers, so that the host can collect them while the device is a
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class Replay:
         self._batches = {name: self._cut(name, steps) for name, steps in plan.steps.items()}
         self._turns = dict.fromkeys(plan.reports, 0)
         self._queries = {name: self._query_sets(name) for name in plan.groups}
+        self._clock_queries: Any = None
 
     def close(self) -> None:
         """Release every buffer."""
@@ -205,6 +207,27 @@ class Replay:
             for first in range(0, count, QUERY_SET)
         ]
 
+    def read_clock(self) -> tuple[int, int, int] | None:
+        """(GPU nanoseconds, host time before, host time after) of one reading of an idle device's clock."""
+        if "clock" not in self._buffers:
+            return None
+        if self._clock_queries is None:
+            self._clock_queries = self.device.handle.create_query_set(type=wgpu.QueryType.timestamp, count=2)
+        writes = {"query_set": self._clock_queries, "beginning_of_pass_write_index": 0, "end_of_pass_write_index": 1}
+        best = None
+        self.wait()
+        for _ in range(4):  # the first warms up; the tightest bracket wins
+            encoder = self.device.handle.create_command_encoder()
+            encoder.begin_compute_pass(timestamp_writes=writes).end()
+            encoder.resolve_query_set(self._clock_queries, 0, 2, self._buffers["clock"], 0)
+            before = time.time_ns()
+            self.device.handle.queue.submit([encoder.finish()])
+            tick = int(self.device.read(self._buffers["clock"], 0, 8).view(np.uint64)[0])
+            after = time.time_ns()
+            if best is None or after - before < best[2] - best[1]:
+                best = (tick, before, after)
+        return best
+
     def wait(self) -> None:
         """Wait until the device is idle. wgpu-py 0.32 cannot wait for the queue itself, so this reads a word back."""
         self.device.read(next(iter(self._buffers.values())), 0, 4)
@@ -241,6 +264,6 @@ def _usage(name: str) -> int | None:
     usage = wgpu.BufferUsage
     if name.startswith("report."):
         return int(usage.MAP_READ | usage.COPY_DST)
-    if name == "ticks":
+    if name in ("ticks", "clock"):
         return int(usage.QUERY_RESOLVE | usage.COPY_SRC)
     return None

@@ -1,8 +1,9 @@
 """Where the time of a step went: groups of nodes to time, GPU ticks to host time, host time to spans.
 
 A traced graph is cut into groups (phases, layers or single nodes). The GPU writes its clock between them; the ticks
-come back with the step's report. WebGPU has no clock calibration, so the offset between the two clocks is held to
-what must be true: no work of a step begins before the host submitted it, none ends after its report arrived.
+come back with the step's report. WebGPU has no clock calibration: the offset between the two clocks comes from the
+host times before and after the GPU reads its clock on an idle device, and is held to what must be true: no work of a
+step begins before the host submitted it, none ends after its report arrived.
 """
 
 from __future__ import annotations
@@ -68,10 +69,14 @@ def _group(nodes: Sequence[Node], first: int, last: int, level: str) -> TraceGro
 
 
 class GpuClock:
-    """Maps GPU nanoseconds onto the host's clock, by an offset that each step's known bounds correct."""
+    """Maps GPU nanoseconds onto the host's clock, by an offset that every step's known bounds correct."""
 
     def __init__(self) -> None:
-        self._offset: float | None = None
+        self._offset: int | None = None
+
+    def calibrate(self, tick: int, before_ns: int, after_ns: int) -> None:
+        """Take the middle of the host times between which the GPU read its clock as `tick`."""
+        self._offset = (before_ns + after_ns) // 2 - tick
 
     def place(self, ticks: np.ndarray, earliest_ns: int, latest_ns: int) -> np.ndarray:
         """Host times of a step's ticks, which all lie between submission and arrival of the report."""
@@ -80,7 +85,7 @@ class GpuClock:
             self._offset = latest_ns - high
         if low + self._offset < earliest_ns:
             self._offset = earliest_ns - low
-        return ticks.astype(np.int64) + int(self._offset)
+        return ticks + self._offset
 
 
 def step_spans(

@@ -143,6 +143,7 @@ class Trainer:
         c = self.config
         self._done = self.first_step - 1
         flying: _Flying | None = None
+        self._calibrate()
         if self.eval_samples is not None and self.first_step == 1:
             self.evaluate(0)
         try:
@@ -233,7 +234,8 @@ class Trainer:
         start = time.time_ns()
         loss, tokens = evaluate(self.session, self.eval_samples)
         record = EvalRecord(step, loss, math.exp(min(loss, 700.0)), tokens, start, time.time_ns())
-        self._last_end = record.end_ns
+        self._calibrate()
+        self._last_end = time.time_ns()
         self._tell("eval_finished", record)
         return record
 
@@ -243,9 +245,17 @@ class Trainer:
         c = self.config
         path = run_checkpoint.save_run(self.session, self.output, step, self.batches.state(), c.save_total_limit)
         nbytes = sum(f.stat().st_size for f in path.iterdir())
+        record = CheckpointRecord(step, str(path), nbytes, start, time.time_ns())
+        self._calibrate()
         self._last_end = time.time_ns()
-        self._tell("checkpoint_saved", CheckpointRecord(step, str(path), nbytes, start, self._last_end))
+        self._tell("checkpoint_saved", record)
         return path
+
+    def _calibrate(self) -> None:
+        """Line up the device's clock with the host's, while the device is idle."""
+        reading = self.executor.read_clock()
+        if reading is not None:
+            self._clock.calibrate(*reading)
 
     def _tell(self, method: str, record: object) -> None:
         notify(self._observers, method, record)
