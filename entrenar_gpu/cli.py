@@ -183,6 +183,33 @@ def merge(
     print(f"merged model: {output}")
 
 
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+@options.with_options(
+    "method", "rank", "target", "batch", "seq", "accumulate", "precision", "trace_level", "double_quant",
+    "memory_budget", "device",
+)  # fmt: skip
+def bench_train(
+    given: Mapping[str, Any],
+    shape: Annotated[str, typer.Option("--shape", help="qwen3-0.6b, 1.7b, 4b, 8b, 14b or llama2-7b")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps measured")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Train a model's shape with random weights: tokens/s, seconds by phase, bytes."""
+    from entrenar_gpu.bench_train import bench_train as measure
+
+    result = measure(shape, options.make_config(given, batch=1), steps)
+    if as_json:
+        _print_json(result)
+        return
+    from entrenar_gpu.display import show_bench
+
+    show_bench(result)
+
+
 def main() -> None:
     """Entry point of the `entrenar-gpu` script."""
     sys.exit(run(sys.argv[1:]))

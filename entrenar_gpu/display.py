@@ -44,6 +44,23 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console.print(Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"))
 
 
+def show_bench(result: Mapping[str, Any]) -> None:
+    """The result of `bench train`."""
+    console = Console()
+    lines = [
+        f"{result['shape']} {result['batch']}x{result['seq']} rank {result['rank']} {result['precision']}"
+        f" on {result['adapter']} ({result['driver']})",
+        f"{result['tokens_per_second']:,.1f} tokens/s, {result['step_seconds'] * 1e3:.1f} ms a step,"
+        f" {result['tflops']:.2f} TFLOP/s",
+        "  ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in result["seconds"].items()),
+        f"planned {size(result['planned_bytes'])}, allocated {size(result['allocated_bytes'])}"
+        + (f", driver {size(result['driver_bytes'])}" if result["driver_bytes"] else "")
+        + f"; computed again: {result['recompute']}",
+    ]
+    for line in lines:
+        console.print(Text(line), highlight=False)
+
+
 def show_start(trainer: Any) -> None:
     """Model, data, device and memory of a run that is about to begin."""
     session, samples = trainer.session, trainer.train_samples

@@ -139,6 +139,17 @@ class Replay:
             raise self.device.lost(error) from error
         return Report(self, name, staging) if staging is not None else None
 
+    def launch(self, launch: Launch) -> None:
+        """Run one launch over the plan's tensors, once."""
+        dispatch = self._dispatch(launch, -1)
+        encoder = self.device.handle.create_command_encoder()
+        compute = encoder.begin_compute_pass()
+        compute.set_pipeline(dispatch.pipeline)
+        compute.set_bind_group(0, dispatch.bind_group)
+        compute.dispatch_workgroups(*dispatch.grid)
+        compute.end()
+        self.device.handle.queue.submit([encoder.finish()])
+
     def _encode(self, encoder: Any, name: str, batch: list[Dispatch], final: bool) -> None:
         """The dispatches of one submit, with a timestamp wherever a trace group begins, and after the last."""
         sets = self._queries.get(name, [])

@@ -1,0 +1,161 @@
+"""`entrenar-gpu bench train`: training steps of a model's shape with random weights made on the GPU, without files."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu import ops
+from entrenar_gpu.adapters import AdapterSpec, init_adapter
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.device import Device
+from entrenar_gpu.graph import Launch, Tensor, grid_of, writes
+from entrenar_gpu.kernel import KernelCache
+from entrenar_gpu.model import Storage
+from entrenar_gpu.ops.elementwise import literal
+from entrenar_gpu.ops.optimizer import field
+from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.programs import RunShape, fit_training
+from entrenar_gpu.replay import Replay
+from entrenar_gpu.session import memory_budget
+from entrenar_gpu.shapes import model_shape
+
+WARM_UP = 2
+
+
+def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Median over `steps` optimizer steps, after two to warm up: tokens/s, seconds by phase, bytes, FLOP/s.
+
+    Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
+    wall time in which the GPU ran nothing of it.
+    """
+    model = model_shape(shape_name)
+    spec = AdapterSpec.from_config(config, model)
+    shape = RunShape(model, Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules), config)
+    device = Device.open(config.device)
+    level, plan, graphs = fit_training(shape, device.caps, memory_budget(config, device.caps).nbytes, False)
+    replay = Replay(device, plan, KernelCache(device))
+    allocated = device.allocated_bytes
+    randomise(replay)
+    replay.write("rope_table", ops.rope_table(model.rope_frequencies(), config.seq))
+    for name, values in init_adapter(spec, 0).items():
+        replay.write(name, values)
+    timings = _run(replay, config, model.vocab_size, steps)
+    flops = sum(OPS[n.op].flops(n) for n in graphs["micro"].nodes) * config.accumulate
+    seconds = statistics.median(timings["wall"])
+    busy = {phase: statistics.median(timings[phase]) for phase in ("forward", "backward", "optimizer")}
+    tokens = config.batch * config.seq * config.accumulate
+    return {
+        "shape": shape_name,
+        "batch": config.batch,
+        "seq": config.seq,
+        "rank": config.rank,
+        "precision": config.precision,
+        "adapter": device.caps.name,
+        "driver": device.info["description"],
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "seconds": {**busy, "encode": statistics.median(timings["encode"]), "idle": max(seconds - sum(busy.values()), 0.0)},
+        "planned_bytes": plan.peak_bytes,
+        "allocated_bytes": allocated,
+        "driver_bytes": driver_bytes(device),
+        "recompute": level.describe(),
+        "flops_per_step": flops,
+        "tflops": flops / seconds / 1e12,
+        "loss": timings["loss"][-1],
+    }
+
+
+def randomise(replay: Replay) -> None:
+    """Fill every frozen weight on the device: codes with random bits, scales and tables with small numbers."""
+    for number, tensor in enumerate(list(replay.tensors.values())):
+        if tensor.role != "weight" or tensor.name == "rope_table":
+            continue
+        if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
+            values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(tensor.name.rsplit(".", 1)[1], _ones)
+            replay.write(tensor.name, values(tensor.size))
+        else:
+            replay.launch(_random_launch(replay, tensor, number))
+
+
+def _ones(size: int) -> np.ndarray:
+    return np.ones(size, np.float32)
+
+
+def _small(size: int) -> np.ndarray:
+    return np.full(size, 0.03, np.float32)
+
+
+def _scale_table(size: int) -> np.ndarray:
+    """256 scales around 0.03, offset 0 and the zero of ops/quantize.py."""
+    return np.concatenate([np.linspace(0.02, 0.04, 256), [0.0, 0.0]]).astype(np.float32)
+
+
+def _random_launch(replay: Replay, tensor: Tensor, seed: int) -> Launch:
+    words = tensor.nbytes // 4
+    constants = {"words": words, "seed": seed, "dtype": tensor.dtype, "spread": literal(0.03)}
+    return Launch("random", (writes("out", tensor),), constants, grid_of(-(-words // 256), replay.device.caps))
+
+
+def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> dict[str, list[float]]:
+    rng = np.random.default_rng(0)
+    size = config.batch * config.seq
+    timings: dict[str, list[float]] = defaultdict(list)
+    replay.write("positions", np.tile(np.arange(config.seq), config.batch))
+    replay.write("segment_start", np.zeros(size))
+    replay.write("inv_tokens", np.array([1 / (size * config.accumulate)]))
+    replay.write("lr", np.array([1e-4]))
+    flying = None
+    last = time.perf_counter()
+    for number in range(steps + WARM_UP + 1):
+        begin = time.perf_counter()
+        for micro in range(config.accumulate):
+            replay.write("input_ids", rng.integers(0, vocabulary, size))
+            replay.write("targets", rng.integers(0, vocabulary, size))
+            replay.run("micro", micro)
+        report = replay.run("update")
+        encode = time.perf_counter() - begin
+        if flying is not None:
+            state = flying.result()
+            now = time.perf_counter()
+            if number > WARM_UP:
+                timings["wall"].append(now - last)
+                timings["encode"].append(encode)
+                timings["loss"].append(field(state, "loss"))
+                for phase, seconds in _phases(replay, flying, config.accumulate).items():
+                    timings[phase].append(seconds)
+            last = now
+        flying = report
+    assert flying is not None
+    flying.result()
+    return timings
+
+
+def _phases(replay: Replay, report: Any, repeats: int) -> dict[str, float]:
+    """GPU seconds by phase; zeros where the device has no timestamps."""
+    totals = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    for name, repeat in [*(("micro", r) for r in range(repeats)), ("update", 0)]:
+        ticks = report.ticks(name, repeat)
+        if ticks is not None:
+            for group, (begin, end) in zip(replay.plan.groups[name], ticks, strict=True):
+                totals[group.phase] += float(end - begin) / 1e9
+    return totals
+
+
+def driver_bytes(device: Device) -> int | None:
+    """What the driver says this process holds on the card, where it says; None elsewhere."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(",") for line in text.splitlines() if line.count(",") == 1]
+    used = [int(mib) << 20 for pid, mib in rows if pid.strip() == str(os.getpid()) and mib.strip().isdigit()]
+    return used[0] if used else None
+
