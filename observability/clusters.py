@@ -7,12 +7,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability.findings import duration, size
 from observability.spans import Floats, Ints
 from observability.steps import StepTable
 
 MOST_CLUSTERS: Final = 5
 _LEAST_STEPS: Final = 10
 _SAMPLE: Final = 2000  # steps that the silhouette is computed on: it takes time with their square
+_WINSORISED: Final = (0.005, 0.995)  # features are cut off at these quantiles
 _DISTINCT: Final = 1.0  # sigmas between cluster and rest from which a feature is worth naming
 # Bands of Kaufman and Rousseeuw, "Finding Groups in Data" (1990), chapter 2.
 _MEANING: Final = (
@@ -95,36 +97,46 @@ def step_features(table: StepTable) -> list[Feature]:
     return [feature for feature in features if np.ptp(feature.values) > 1e-9 * np.max(np.abs(feature.values))]
 
 
-def cluster_steps(table: StepTable, k: int | None = None) -> Clusters:
-    """Clusters of a run's steps; `k` overrides the number of clusters that the silhouette would choose."""
+def cluster_steps(table: StepTable, warm_up: int = 0, k: int | None = None) -> Clusters:
+    """Clusters of a run's steps after the warm-up; `k` overrides the number that the silhouette would choose.
+
+    Steps of the warm-up are labelled -1: one that compiles is so far from all others that it would be a cluster.
+    """
     # scikit-learn takes over a second to import: live detection must not pay for it.
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
     features = step_features(table)
-    matrix = _standardised(features) if features else np.zeros((len(table), 1))
+    body = slice(warm_up, len(table))
+    matrix = _standardised(features, body) if features else np.zeros((len(table) - warm_up, 1))
     distinct = len(np.unique(matrix, axis=0))
-    if len(table) < _LEAST_STEPS or distinct < 3:
-        return Clusters(1, None, np.zeros(len(table), dtype=np.int64), None)
+    labels = np.full(len(table), -1)
+    labels[body] = 0
+    whole = Clusters(1, None, labels, None)
+    if len(matrix) < _LEAST_STEPS or distinct < 3:
+        return whole
     choices = [min(k, distinct - 1)] if k else range(2, min(MOST_CLUSTERS, distinct - 1) + 1)
     best: tuple[float, int, Ints] | None = None
     for count in choices:
-        labels = KMeans(n_clusters=count, n_init=4, random_state=0).fit_predict(matrix).astype(np.int64)
-        if count < 2 or len(np.unique(labels)) < 2:
+        found = KMeans(n_clusters=count, n_init=4, random_state=0).fit_predict(matrix).astype(np.int64)
+        if len(np.unique(found)) < 2:
             continue
-        value = float(silhouette_score(matrix, labels, sample_size=min(_SAMPLE, len(labels)), random_state=0))
+        value = float(silhouette_score(matrix, found, sample_size=min(_SAMPLE, len(found)), random_state=0))
         if best is None or value > best[0]:
-            best = (value, count, labels)
+            best = (value, count, found)
     if best is None:
-        return Clusters(1, None, np.zeros(len(table), dtype=np.int64), None)
-    value, count, labels = best
+        return whole
+    value, count, labels[body] = best
     return Clusters(count, value, labels, _slowest(table, features, labels))
 
 
-def _standardised(features: list[Feature]) -> Floats:
+def _standardised(features: list[Feature], rows: slice) -> Floats:
     from sklearn.preprocessing import StandardScaler
 
-    matrix: Floats = StandardScaler().fit_transform(np.stack([feature.values for feature in features], axis=1))
+    columns = np.stack([feature.values[rows] for feature in features], axis=1)
+    # Without this a single odd step would be a cluster of its own.
+    columns = np.clip(columns, *np.quantile(columns, _WINSORISED, axis=0))
+    matrix: Floats = StandardScaler().fit_transform(columns)
     groups = [feature.group for feature in features]
     return matrix / np.sqrt([groups.count(group) for group in groups])
 
@@ -132,10 +144,10 @@ def _standardised(features: list[Feature]) -> Floats:
 def _slowest(table: StepTable, features: list[Feature], labels: Ints) -> HighLatency:
     means = [float(np.mean(table.wall_seconds[labels == c])) for c in range(int(labels.max()) + 1)]
     slowest = int(np.argmax(means))
-    members = labels == slowest
+    members, rest = labels == slowest, (labels != slowest) & (labels >= 0)
     distances = []
     for feature in features:
-        inside, outside = feature.values[members], feature.values[~members]
+        inside, outside = feature.values[members], feature.values[rest]
         apart = float(np.mean(inside) - np.mean(outside)) / max(float(np.std(feature.values)), 1e-30)
         distances.append((abs(apart), feature, float(np.mean(inside)), float(np.mean(outside))))
     distances.sort(key=lambda item: -item[0])
@@ -145,11 +157,9 @@ def _slowest(table: StepTable, features: list[Feature], labels: Ints) -> HighLat
         if apart >= _DISTINCT
     ]
     telling = next((f.name for _, f, _, _ in distances if f.group in ("phases", "layers")), "")
-    others = float(np.mean(table.wall_seconds[~members]))
+    others = float(np.mean(table.wall_seconds[rest]))
     return HighLatency(slowest, table.step[members].tolist(), means[slowest], others, named, telling)
 
 
 def _shown(value: float, unit: str) -> str:
-    from observability.findings import duration, size
-
     return {"s": duration(value), "share": f"{value:.1%}", "B": size(value)}.get(unit, f"{value:.0f}")

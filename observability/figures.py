@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from observability.analysis import Analysis
+from observability.baseline import moving_median
 from observability.compare import Comparison
 from observability.findings import HIGH, LOW, MEDIUM, Finding, duration
 from observability.spans import Floats, Ints
@@ -100,9 +101,7 @@ def step_plot(analysis: Analysis) -> Figure:
         for f in analysis.alarms
         if f.last_step > f.first_step and f.cause != "periodic"
     ][:50]
-    typical = float(np.median(wall))
-    if float(wall.max()) > 20 * typical:
-        figure["layout"]["yaxis"]["type"] = "log"
+    _show_from_zero(figure, wall[analysis.scored.warm_up :])
     return figure
 
 
@@ -226,7 +225,9 @@ def comparison_plot(comparison: Comparison) -> Figure:
         _line(comparison.steps[rows], comparison.other_seconds[rows] * 1e3, "the other run", "#e0a43a", 1),
         _line(comparison.steps[rows], comparison.seconds[rows] * 1e3, "this run", "#2f6fde", 1),
     ]
-    return _figure(traces, "step", "step time (ms)")
+    figure = _figure(traces, "step", "step time (ms)")
+    _show_from_zero(figure, np.maximum(comparison.seconds, comparison.other_seconds)[1:] * 1e3)
+    return figure
 
 
 def comparison_loss_plot(comparison: Comparison) -> Figure | None:
@@ -240,14 +241,19 @@ def comparison_loss_plot(comparison: Comparison) -> Figure | None:
     return _figure(traces, "step", "loss, smoothed (nats a token)")
 
 
+def _show_from_zero(figure: Figure, values: Floats) -> None:
+    """The axis at first shows zero to the greatest of `values`; a double click in the plot shows everything."""
+    if len(values):
+        figure["layout"]["yaxis"]["range"] = [0, 1.08 * float(np.max(values))]
+
+
 def _smooth(values: Floats) -> Floats:
-    """Mean over about a fiftieth of the run, ignoring what is not finite."""
-    width = max(1, len(values) // 50)
-    finite = np.isfinite(values)
-    kernel = np.ones(width)
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    count = np.convolve(finite.astype(float), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    """Median over about a fortieth of the run, ignoring what is not finite."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if not len(finite):
+        return values
+    filled = np.interp(np.arange(len(values)), finite, values[finite])
+    return moving_median(filled, max(1, len(values) // 40))
 
 
 def _line(x: Ints, y: Floats, name: str, colour: str, width: float) -> Figure:

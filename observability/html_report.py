@@ -49,7 +49,8 @@ _TEXTS: Final = {
     "steps": (
         "Step time",
         "How long each step took, pauses for checkpoints and evaluations included, beside what was expected of it."
-        " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow.",
+        " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow. First steps that compile may"
+        " lie above the plot: double-click to see all, drag to zoom in.",
     ),
     "phases": (
         "Where the time goes",

@@ -14,8 +14,11 @@ from rich.console import Console
 from observability.analysis import Analysis, analyse
 from observability.compare import compare
 from observability.errors import TraceError
-from observability.otlp_read import read_trace
+from observability.otlp_read import newest_run, read_trace
 from observability.steps import step_table
+
+
+_PLAIN_WIDTH = 160  # characters a line where the output is no terminal
 
 
 def report(
@@ -41,7 +44,7 @@ def report(
         # Imported here, as the plain JSON answer needs neither tables nor pages.
         from observability.terminal import print_report
 
-        print_report(analysis, comparison, console or Console())
+        print_report(analysis, comparison, console or Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     try:
         if json_out == "-":
             print(_json(analysis))
@@ -64,13 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 on input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m observability.report", description=__doc__)
     parser.add_argument("source", metavar="RUN|TRACE", help="run folder, OTLP JSON-lines file, or Jaeger address")
+    parser.add_argument("--newest", action="store_true", help="RUN is a folder of runs: report the last one below it")
     parser.add_argument("--html", metavar="OUT", help="write a self-contained HTML report")
     parser.add_argument("--json", metavar="OUT", dest="json_out", help="write the findings as JSON (- for stdout)")
     parser.add_argument("--perfetto", metavar="OUT", help="write a trace for ui.perfetto.dev (.gz compresses)")
     parser.add_argument("--against", metavar="RUN", help="compare with another run, step by step")
     parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette, up to 5)")
+    options = vars(parser.parse_args(arguments))
     try:
-        report(**vars(parser.parse_args(arguments)))
+        if options.pop("newest") and not Path(options["source"]).is_file():
+            options["source"] = str(newest_run(Path(options["source"])))
+        report(**options)
     except TraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -108,9 +108,6 @@ class SpanCollector:
         columns = np.array(self._rows, dtype=np.int64).reshape(-1, 8).T
         name, shape, start, end, level, step, run, on_gpu = (np.ascontiguousarray(c) for c in columns)
         parent = np.array([self._index.get(key, -1) if key else -1 for key in self._parents], dtype=np.int64)
-        orphans = sum(1 for key in self._parents if key and key not in self._index)
-        if orphans:
-            self.skipped["spans whose parent is not in the trace (kept where they name their step)"] += orphans
         step, level = _from_ancestors(step, level, parent)
         return SpanTable(
             list(self._labels),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from observability import schema
 from observability.errors import TraceError
-from observability.spans import KERNEL, LAYER, PHASE, RUN_STEP, Floats, Ints, SpanTable, whole
+from observability.spans import KERNEL, LAYER, NO_STEP, PHASE, RUN_STEP, Floats, Ints, SpanTable, whole
 
 PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
 _MAX_KINDS: Final = 1000
@@ -160,6 +160,10 @@ def _children(
     """Kinds, seconds by step and kind, pauses, and the seconds of pauses that lie inside their step."""
     inside = np.zeros(len(step))
     child = np.flatnonzero((spans.run == run) & (spans.level >= PHASE))
+    homeless = spans.step[child] == NO_STEP
+    if homeless.any():
+        notes.append(f"{int(homeless.sum())} spans without a parent or step number")
+        child = child[~homeless]
     position = np.searchsorted(step, spans.step[child])
     known = (position < len(step)) & (step[np.minimum(position, len(step) - 1)] == spans.step[child])
     pause_names = [i for i, label in enumerate(spans.labels) if label in PAUSES]
@@ -173,7 +177,7 @@ def _children(
             inside[place] += seconds
     lost = int(np.sum(~known & ~is_pause))
     if lost:
-        notes.append(f"{lost} spans of steps that are not in the trace")
+        notes.append(f"{lost} spans whose step is not in the trace")
     keep = known & ~is_pause
     kinds, durations = _by_kind(spans, child[keep], position[keep], len(step), notes)
     return kinds, durations, pauses, inside

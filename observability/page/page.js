@@ -3,7 +3,7 @@
 window.plotsDrawn = 0;
 (function () {
   const plots = JSON.parse(document.getElementById("plots").textContent);
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const options = { responsive: true, displayModeBar: false };
   for (const [name, plot] of Object.entries(plots)) {
     Plotly.newPlot(document.getElementById(name), plot.data, plot.layout, options).then(function () {
       window.plotsDrawn += 1;
