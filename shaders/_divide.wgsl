@@ -1,5 +1,6 @@
-// a / b rounded to nearest, ties to even, for finite a and b with normal results: WGSL's own division may be 2.5 ulp
-// off. Long division of the 24-bit significands, 26 quotient bits and a sticky one.
+// a / b rounded to nearest for normal a and b; quotients too small to be normal become 0. WGSL's own division may be
+// 2.5 ulp off. Long division of the 24-bit significands to 25 bits, the last of which decides: no quotient lies halfway
+// between two floats, since 25 significant bits times those of b do not fit in a.
 fn divide(a: f32, b: f32) -> f32 {
   let a_bits = bitcast<u32>(a);
   let b_bits = bitcast<u32>(b);
@@ -12,8 +13,9 @@ fn divide(a: f32, b: f32) -> f32 {
     rest <<= 1u;
     exponent -= 1;
   }
+  if (exponent < 1) { return 0.0; }
   var quotient = 0u;
-  for (var bit = 0u; bit < 26u; bit++) {
+  for (var bit = 0u; bit < 25u; bit++) {
     quotient <<= 1u;
     if (rest >= divisor) {
       rest -= divisor;
@@ -21,11 +23,7 @@ fn divide(a: f32, b: f32) -> f32 {
     }
     rest <<= 1u;
   }
-  // 26 bits: 24 kept, a half and a quarter; what remains is sticky.
-  let kept = quotient >> 2u;
-  let tail = ((quotient & 3u) << 1u) | select(0u, 1u, rest != 0u);
-  let up = tail > 4u || (tail == 4u && (kept & 1u) == 1u);
-  let significand = kept + select(0u, 1u, up);
+  let significand = (quotient >> 1u) + (quotient & 1u);
   // A carry out of the significand flows into the exponent, as it should.
   return bitcast<f32>(sign | ((u32(exponent) << 23u) + (significand - 0x800000u)));
 }

@@ -81,11 +81,10 @@ def _dims(shape: Sequence[int]) -> str:
 def elementwise() -> list[Case]:
     shapes = [(1,), (3, 5), (15, 17), (16, 16), (257,), (2, 31, 33)]
     cases = [Case(f"{op}-{_dims(s)}", (x(*s), x(*s)), getattr(ops, op)) for op in ("add", "sub", "mul") for s in shapes]
-    for op in ("add", "sub", "mul"):
-        for b in [(33,), (31, 33), (1,)]:
-            cases.append(Case(f"{op}-broadcast-{_dims(b)}", (x(2, 31, 33), x(*b)), getattr(ops, op)))
-        cases.append(Case(f"{op}-one-row", (x(1, 33), param(33)), getattr(ops, op)))
-        cases.append(Case(f"{op}-itself", (x(5, 33),), lambda a, f=getattr(ops, op): f(a, a)))
+    for op, f in [("add", ops.add), ("sub", ops.sub), ("mul", ops.mul)]:
+        cases += [Case(f"{op}-broadcast-{_dims(b)}", (x(2, 31, 33), x(*b)), f) for b in [(33,), (31, 33), (1,)]]
+        cases.append(Case(f"{op}-one-row", (x(1, 33), param(33)), f))
+        cases.append(Case(f"{op}-itself", (x(5, 33),), lambda a, f=f: f(a, a)))
     cases += [Case(f"scale-{_dims(s)}", (x(*s),), lambda a: ops.scale(a, -0.3)) for s in shapes]
     for op, make in [("relu", off_zero), ("gelu", normal), ("gelu_tanh", normal), ("swish", normal)]:
         cases += [Case(f"{op}-{_dims(s)}", (x(*s, make=make),), getattr(ops, op)) for s in shapes]
@@ -96,14 +95,12 @@ def elementwise() -> list[Case]:
 
 
 def reductions() -> list[Case]:
-    cases = []
-    for shape in [(1,), (63,), (65,), (4096,), (4097,), (129, 65)]:
-        cases.append(Case(f"sum-{_dims(shape)}", (x(*shape),), ops.sum))
+    cases = [Case(f"sum-{_dims(s)}", (x(*s),), ops.sum) for s in [(1,), (63,), (65,), (4096,), (4097,), (129, 65)]]
     cases += [Case(f"mean-{_dims(s)}", (x(*s),), ops.mean) for s in [(1,), (17, 33), (2, 4097)]]
     cases += [Case(f"sum_rows-{_dims(s)}", (x(*s),), ops.sum_rows) for s in [(1, 5), (128, 3), (129, 65), (300, 17)]]
     cases.append(Case("sum_rows-3x5x7", (x(3, 5, 7),), lambda a: ops.sum_rows(a, (5, 7))))
     cases += [Case(f"sum_columns-{_dims(s)}", (x(*s),), ops.sum_columns) for s in [(5, 1), (17, 63), (3, 129)]]
-    cases += [Case(f"softmax-{_dims(s)}", (x(*s),), ops.softmax) for s in [(3, 1), (17, 33), (2, 64), (2, 3, 129)]]
+    cases += [Case(f"softmax-{_dims(s)}", (x(*s),), ops.softmax) for s in [(17, 33), (3, 1), (2, 64), (2, 3, 129)]]
     return cases
 
 
@@ -173,10 +170,8 @@ def attentions() -> list[Case]:
 
 def dropouts() -> list[Case]:
     words = Input((3,), "input", "u32", lambda rng, s: rng.integers(0, 2**32, s, dtype=np.uint32))
-    cases = []
-    for p in (0.0, 0.1, 0.9):
-        cases.append(Case(f"dropout-{p}", (x(17, 33), words), functools.partial(ops.dropout, probability=p, key=7)))
-    return cases
+    drop = functools.partial(ops.dropout, key=7)
+    return [Case(f"dropout-{p}", (x(17, 33), words), functools.partial(drop, probability=p)) for p in (0.0, 0.1, 0.9)]
 
 
 def matmul_shape(m: int, n: int, k: int, ta: bool, tb: bool) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -276,8 +271,10 @@ def embeddings() -> list[Case]:
         fixed = [
             Input((tokens,), "input", "u32", lambda rng, shape, a=a: a) for a in (ids, np.argsort(ids, kind="stable"))
         ]
-        for role in ("param", "temp"):
-            cases.append(Case(f"embedding-learn-{name}-{role}", (*fixed, *(Input(p, role) for p in pages)), learn))
+        cases += [
+            Case(f"embedding-learn-{name}-{role}", (*fixed, *(Input(p, role) for p in pages)), learn)
+            for role in ("param", "temp")
+        ]
     return cases
 
 

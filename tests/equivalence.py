@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import ops
+from entrenar_gpu import kernel, ops
 from entrenar_gpu.autodiff import backward
-from entrenar_gpu.graph import Caps, Graph, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor
 from entrenar_gpu.interpret import NUMPY_TYPES, run_node
 from entrenar_gpu.ops import loss as loss_ops
 from entrenar_gpu.ops.registry import OPS
@@ -23,7 +23,7 @@ from entrenar_gpu.replay import Replay
 from tests.cases import Case
 
 # Relative Frobenius error of an op's output, GPU against NumPy float32, as a multiple of 1e-6. Products have a bar of
-# their own below. WGSL grants exp and the like 3 + 2 |x| ulp and division 2.5, which is what the factors above 1 are for.
+# their own below. WGSL grants exp and the like 3 + 2 |x| ulp and division 2.5: hence factors above 1.
 FACTORS = {
     "gelu": 2,  # erf's fit is good for 1.2e-7 of erfc, and 1 + erf(x) cancels for negative x
     "gelu_grad": 2,
@@ -116,13 +116,12 @@ def intact(graph: Graph, plan: Plan) -> list[Tensor]:
     """Tensors that lie undisturbed in their storage when the graph has run."""
     owner: dict[Any, Tensor] = {plan.slices[t.id]: t for t in graph.persistents.values()}
     for node in graph.nodes:
-        for tensor in node.outputs:
+        for tensor in (*node.workspace, *node.outputs):
             place = plan.slices[tensor.id]
-            overwritten = [p for p in owner if p.buffer == place.buffer and _overlap(p, place)]
-            for other in overwritten:
+            for other in [p for p in owner if p.buffer == place.buffer and _overlap(p, place)]:
                 del owner[other]
             owner[place] = tensor
-    return list(owner.values())
+    return [t for t in owner.values() if t.persistent or t in t.node.outputs]
 
 
 def _overlap(a: Any, b: Any) -> bool:
@@ -199,3 +198,23 @@ def check_program(program: Program, got: Mapping[int, np.ndarray], want: Mapping
             if tensor.id in got:
                 what = f"{program.graph.name}: {tensor!r}"
                 check_close(got[tensor.id], want[tensor.id], sizes[tensor.id], bar, what)
+
+
+@contextmanager
+def fault(shader: str, old: str, new: str) -> Iterator[None]:
+    """Replaces `old` by `new` in the rendered WGSL of one shader; fails if no kernel compiled meanwhile holds it."""
+    render, hits = kernel.render, []
+
+    def broken(launch: Launch) -> str:
+        code = render(launch)
+        if launch.shader == shader and old in code:
+            hits.append(launch)
+            code = code.replace(old, new)
+        return code
+
+    kernel.render = broken
+    try:
+        yield
+    finally:
+        kernel.render = render
+    assert hits, f"{shader} holds no {old!r}"

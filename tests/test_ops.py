@@ -61,7 +61,7 @@ def test_gradient_rules_equal_central_differences(name, rng):
     check_gradients(CASES[name], rng)
 
 
-@pytest.mark.parametrize("name", {CASES[name].op: name for name in DIFFERENTIATED}.values())
+@pytest.mark.parametrize("name", {CASES[name].op: name for name in reversed(DIFFERENTIATED)}.values())
 def test_a_gradient_that_is_off_by_a_few_times_the_bar_is_caught(name, rng):
     with pytest.raises(AssertionError, match=name):
         check_gradients(CASES[name], rng, error=4 * BAR)

@@ -17,7 +17,6 @@ from entrenar_gpu import nf4
 from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.reduce import CHUNK, rows_launch
 from entrenar_gpu.ops.registry import Op, Spec, record, register
 
 Aliased = Callable[[Tensor, Tensor], bool]
@@ -158,13 +157,14 @@ def _scales_reference(node: Node, absmax: np.ndarray, code: np.ndarray, steps: n
 
 
 def _scales_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    return [((-(-node.inputs[0].size // CHUNK),), "f32"), ((1,), "f32")]
+    return [((1,), "f32")]
 
 
 def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     absmax, code, steps = node.inputs
     codes, nested, table = node.outputs
-    partial, mean = node.workspace
+    (mean,) = node.workspace
+    average = {"blocks": absmax.size, "zero": int(np.flatnonzero(nf4.SCALE_CODE == 0)[0])}
     bindings = (
         reads("absmax", absmax),
         reads("mean", mean),
@@ -177,8 +177,7 @@ def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
     value = "select(select(0.0, mean[0], i == 256u), code[min(i, 255u)], i < 256u)"
     fill = {"size": TABLE, "loads": [], "stores": [("out0", value)], "functions": ""}
     return [
-        rows_launch(absmax, partial, partial.size, CHUNK, caps),
-        rows_launch(partial, mean, 1, partial.size, caps, 1.0 / absmax.size),
+        Launch("nf4_mean", (reads("absmax", absmax), reads("code", code), writes("mean", mean)), average, (1, 1, 1)),
         quantize,
         Launch("elementwise", fill_bindings, fill, grid_of(2, caps)),
     ]
