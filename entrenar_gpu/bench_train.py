@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import time
@@ -22,7 +23,7 @@ from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.programs import RunShape, fit_training
-from entrenar_gpu.replay import Replay
+from entrenar_gpu.replay import Replay, Report
 from entrenar_gpu.session import memory_budget
 from entrenar_gpu.shapes import model_shape
 
@@ -69,6 +70,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         "flops_per_step": flops,
         "tflops": flops / seconds / 1e12,
         "loss": timings["loss"][-1],
+        "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
     }
 
 
@@ -103,10 +105,16 @@ def _random_launch(replay: Replay, tensor: Tensor, seed: int) -> Launch:
     return Launch("random", (writes("out", tensor),), constants, grid_of(-(-words // 256), replay.device.caps))
 
 
-def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> dict[str, list[float]]:
+class Timings(defaultdict[str, list[float]]):
+    """Seconds by name, one entry a step, and the report of the last step."""
+
+    last: Report
+
+
+def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> Timings:
     rng = np.random.default_rng(0)
     size = config.batch * config.seq
-    timings: dict[str, list[float]] = defaultdict(list)
+    timings = Timings(list)
     replay.write("positions", np.tile(np.arange(config.seq), config.batch))
     replay.write("segment_start", np.zeros(size))
     replay.write("inv_tokens", np.array([1 / (size * config.accumulate)]))
@@ -134,13 +142,43 @@ def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> di
         flying = report
     assert flying is not None
     flying.result()
+    timings.last = flying
     return timings
 
 
-def _phases(replay: Replay, report: Any, repeats: int) -> dict[str, float]:
+def _slowest(replay: Replay, repeats: int, timings: Timings) -> list[dict[str, Any]]:
+    """Nodes of the last step, layers added up: seconds, share, TFLOP/s and GB/s, slowest first."""
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for name, repeat in _runs(repeats):
+        ticks = timings.last.ticks(name, repeat)
+        for group, (begin, end) in zip(replay.plan.groups.get(name, ()), [] if ticks is None else ticks, strict=False):
+            key = f"{group.phase} {re.sub(r'layers[.][0-9]+', 'layers.*', group.name)} {group.shape}"
+            for index, value in enumerate((float(end - begin) / 1e9, 1.0, float(group.flops), float(group.bytes))):
+                totals[key][index] += value
+    whole = sum(t[0] for t in totals.values()) or 1.0
+    rows = sorted(totals.items(), key=lambda item: -item[1][0])
+    return [
+        {
+            "kernel": key,
+            "count": int(count),
+            "seconds": seconds,
+            "share": seconds / whole,
+            "tflops": flops / max(seconds, 1e-12) / 1e12,
+            "gbytes_per_second": nbytes / max(seconds, 1e-12) / 1e9,
+        }
+        for key, (seconds, count, flops, nbytes) in rows
+    ]
+
+
+def _runs(repeats: int) -> list[tuple[str, int]]:
+    """The runs of traced graphs that make a step."""
+    return [*(("micro", r) for r in range(repeats)), ("update", 0)]
+
+
+def _phases(replay: Replay, report: Report, repeats: int) -> dict[str, float]:
     """GPU seconds by phase; zeros where the device has no timestamps."""
     totals = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-    for name, repeat in [*(("micro", r) for r in range(repeats)), ("update", 0)]:
+    for name, repeat in _runs(repeats):
         ticks = report.ticks(name, repeat)
         if ticks is not None:
             for group, (begin, end) in zip(replay.plan.groups[name], ticks, strict=True):

@@ -57,8 +57,13 @@ def show_bench(result: Mapping[str, Any]) -> None:
         + (f", driver {size(result['driver_bytes'])}" if result["driver_bytes"] else "")
         + f"; computed again: {result['recompute']}",
     ]
+    for row in result["kernels"][:20]:
+        lines.append(
+            f"{row['share']:6.1%} {row['seconds'] * 1e3:9.2f} ms {row['count']:5}x {row['tflops']:7.2f} TFLOP/s"
+            f" {row['gbytes_per_second']:8.1f} GB/s  {row['kernel']}"
+        )
     for line in lines:
-        console.print(Text(line), highlight=False)
+        console.print(Text(line), highlight=False, soft_wrap=True)
 
 
 def show_start(trainer: Any) -> None:

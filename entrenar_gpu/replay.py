@@ -14,6 +14,7 @@ import numpy as np
 import wgpu
 from wgpu.backends.wgpu_native.extras import write_timestamp
 
+from entrenar_gpu import native
 from entrenar_gpu.device import Device
 from entrenar_gpu.graph import Launch, Tensor
 from entrenar_gpu.interpret import NUMPY_TYPES
@@ -38,21 +39,18 @@ class Dispatch:
 class Report:
     """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
 
-    def __init__(self, replay: Replay, name: str, staging: Any) -> None:
-        self._replay, self._name, self._staging = replay, name, staging
-        self._promise = staging.map_async(wgpu.MapMode.READ)
+    def __init__(self, replay: Replay, name: str, staging: Any, submission: int) -> None:
+        self._replay, self._name, self._staging, self._submission = replay, name, staging, submission
         self._ticks = b""
 
     def result(self) -> np.ndarray:
-        """The tensor, waiting for the run that produced it."""
-        plan = self._replay.plan
+        """The tensor, waiting for the run that produced it and for no later one."""
+        plan, device = self._replay.plan, self._replay.device
         tensor = plan.persistents[plan.reports[self._name]]
         try:
-            self._promise.sync_wait()
-            raw = bytes(self._staging.read_mapped())
+            raw = native.read_after(device.handle, self._staging, self._submission)
         except RuntimeError as error:
-            raise self._replay.device.lost(error) from error
-        self._staging.unmap()
+            raise device.lost(error) from error
         self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
         return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
 
@@ -127,17 +125,17 @@ class Replay:
         `repeat` counts the runs of a graph that runs several times between reports.
         """
         batches = self._batches[name]
-        staging = None
+        staging, submission = None, 0
         try:
             for index, batch in enumerate(batches):
                 encoder = self.device.handle.create_command_encoder()
                 self._encode(encoder, name, batch, final=index == len(batches) - 1)
                 if index == len(batches) - 1:
                     staging = self._finish(encoder, name, repeat)
-                self.device.handle.queue.submit([encoder.finish()])
+                submission = native.submit(self.device.handle, [encoder.finish()])
         except RuntimeError as error:
             raise self.device.lost(error) from error
-        return Report(self, name, staging) if staging is not None else None
+        return Report(self, name, staging, submission) if staging is not None else None
 
     def launch(self, launch: Launch) -> None:
         """Run one launch over the plan's tensors, once."""
