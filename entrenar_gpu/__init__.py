@@ -1,8 +1,35 @@
 """Fine-tune language models on any Vulkan, Metal or DX12 GPU: QLoRA through WGSL."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 try:
     __version__ = version("entrenar-gpu")
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
+
+if TYPE_CHECKING:
+    from entrenar_gpu.config import TrainConfig as TrainConfig
+    from entrenar_gpu.eager import tensor as tensor
+    from entrenar_gpu.errors import UserError as UserError
+    from entrenar_gpu.events import EvalRecord as EvalRecord, StepRecord as StepRecord
+    from entrenar_gpu.train import Trainer as Trainer
+
+# Loaded when first used: importing the package must not open a GPU or read tokenizers.
+_HOMES = {
+    "EvalRecord": "events",
+    "StepRecord": "events",
+    "TrainConfig": "config",
+    "Trainer": "train",
+    "UserError": "errors",
+    "tensor": "eager",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"entrenar_gpu.{_HOMES[name]}"), name)

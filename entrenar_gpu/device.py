@@ -7,7 +7,7 @@ import glob
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from entrenar_gpu.graph import Caps
 
 NO_ADAPTER = (
     "no Vulkan, Metal or DX12 adapter found. Install your card's driver, or the software one:"
-    " Debian/Ubuntu `apt-get install mesa-vulkan-drivers`, Fedora `dnf install mesa-vulkan-drivers`;"
+    " Debian/Ubuntu `apt-get install mesa-vulkan-drivers libvulkan1`, Fedora `dnf install mesa-vulkan-drivers`;"
     " macOS (Metal) and Windows (DX12) bring theirs: update the system or the card's driver."
     " `--device numpy` runs without one, slowly"
 )
@@ -50,6 +50,8 @@ def adapters() -> tuple[Any, ...]:
 
     OpenGL is left out of the instance: it lists each card a second time, with fewer limits.
     """
+    # Mesa's device-select layer asks for a display that servers lack, and says so four times a process.
+    os.environ.setdefault("NODEVICE_SELECT", "1")
     set_instance_extras(backends=("Primary",), flags=("Default", "AutomaticTimestampNormalization"))
     found = wgpu.gpu.enumerate_adapters_sync()
     return tuple(sorted(found, key=lambda a: _RANKS.get(a.info["adapter_type"], 3)))
@@ -166,8 +168,6 @@ class Device:
             except (RuntimeError, KeyError):
                 pass
         handle = _request(adapter, features, limits)
-        from dataclasses import replace
-
         return cls(handle, replace(caps, cooperative_matrix=False), info)
 
     def buffer(self, nbytes: int, label: str, usage: int | None = None) -> Any:

@@ -20,7 +20,7 @@ _HINTS = typing.get_type_hints(TrainConfig)
 RUNTIME = ("model", "method", "double_quant", "memory_budget", "device")
 
 
-def _kind(name: str) -> tuple[type, tuple[str, ...]]:
+def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
     """(type that the command line parses, choices) of a field."""
     hint = _HINTS[name]
     if isinstance(hint, types.UnionType):
@@ -33,7 +33,7 @@ def _kind(name: str) -> tuple[type, tuple[str, ...]]:
 def help_of(name: str) -> str:
     """The help text of a field: what it does, its unit, its choices and its default."""
     f = FIELDS[name]
-    _, choices = _kind(name)
+    _, choices = kind_of(name)
     text = f.metadata["help"]
     if choices:
         text += f" ({', '.join(choices)})"
@@ -54,7 +54,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
         parameters = []
         for name in names:
-            kind, _ = _kind(name)
+            kind, _ = kind_of(name)
             declared = f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name)
             # None tells a flag that was not given; numbers are text here, so that config.py alone judges them
             option = typer.Option(None, declared, help=help_of(name), show_default=False)

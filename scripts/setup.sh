@@ -11,7 +11,7 @@
 # Variables:
 #   PYTHON  interpreter to build the environments with (default: the first of $interpreters that is new enough)
 #   TORCH   pip's arguments for torch (default: $torch). Where PyPI's build brings CUDA along, the CPU build is smaller:
-#           TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu'
+#           TORCH='torch==2.13.0'
 # Exit status 2: something has to be installed by hand; the last line says what.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -160,7 +160,7 @@ case "${1:-}" in
     tools) make_environment .venv --group dev ;;
     parity)
         # shellcheck disable=SC2086  # TORCH may hold pip options beside the requirement
-        make_environment .venv-parity --group test ${TORCH:-$torch} transformers peft bitsandbytes
+        make_environment .venv-parity --group parity ${TORCH:-$torch}
         make_adapter .venv-parity
         ;;
     browser) make_browser ;;
