@@ -54,7 +54,8 @@ def save_run(session: Session, output: Path, step: int, data_state: Mapping[str,
     """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
     target = output / f"checkpoint-{step:06}"
     temporary = output / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in output.glob(".checkpoint-*.tmp"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         save_result(session, temporary)
@@ -64,7 +65,7 @@ def save_run(session: Session, output: Path, step: int, data_state: Mapping[str,
         state = {"step": step, "data": dict(data_state), "config": session.config.to_mapping()}
         state["model"] = _model_identity(session.checkpoint)
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         os.rename(temporary, target)
     except OSError as error:
         raise cannot_write(target, error) from error
@@ -72,8 +73,16 @@ def save_run(session: Session, output: Path, step: int, data_state: Mapping[str,
         shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
         for old in find_checkpoints(output)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint under another name: one that is half deleted must not be taken for a whole one."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoints(output: Path) -> list[Path]:

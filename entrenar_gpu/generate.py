@@ -56,6 +56,8 @@ class Generator:
     def tokens(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
         """Token ids until an end of turn or text, or `max_tokens`; `temperature` 0 takes the likeliest each time."""
         ids = list(prompt)
+        if not ids:
+            raise UserError("--prompt: empty; the model needs a token to continue")
         if len(ids) + max_tokens > self.config.seq:
             raise UserError(f"--prompt: {len(ids)} tokens and --max-tokens {max_tokens} exceed --seq {self.config.seq}")
         rng = np.random.default_rng(seed)

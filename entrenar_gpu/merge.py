@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from entrenar_gpu.adapters import AdapterSpec, load_adapter
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.loader import is_projection
 from entrenar_gpu.safetensors_file import TensorSource
-from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
+from entrenar_gpu.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, copy_model_files, save_checkpoint
 
 Floats = np.ndarray
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -21,6 +22,8 @@ def merge(checkpoint: Checkpoint, adapter: Path, output: Path) -> None:
     Weights stored as NF4 are dequantised and written in F32. Memory stays at the largest tensor.
     """
     spec, values = load_adapter(adapter, checkpoint.config)
+    if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise UserError(f"--output: {output} already holds a model; choose another folder")
     names = checkpoint.config.parameter_shapes()
     stored = {name: "F32" if checkpoint.is_nf4(name) else checkpoint.info(name).dtype for name in names}
     wide = "F32" if "F32" in stored.values() else stored["model.embed_tokens.weight"]

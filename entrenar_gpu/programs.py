@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from entrenar_gpu import autodiff, ops
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import Storage, Transformer
 from entrenar_gpu.model_config import ModelConfig
 from entrenar_gpu.ops.optimizer import STATE
 from entrenar_gpu.plan import Plan, page_layout, page_sizes
-from entrenar_gpu.recompute import MemoryBudgetError, Recompute, fit
+from entrenar_gpu.recompute import Recompute, fit
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
 
@@ -111,11 +112,10 @@ def fit_training(
     try:
         graphs = training_graphs(shape, caps, evaluates)
         return fit(graphs, shape.model.num_layers, caps, budget_bytes, shape.train.trace_level)
-    except MemoryBudgetError as error:
+    except UserError as error:  # over the budget, or a tensor larger than the device binds
         fits = _largest_batch(shape, caps, budget_bytes, evaluates)
         advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
-        error.args = (f"--batch {shape.train.batch} at --seq {shape.train.seq} {error.args[0]}; {advice}",)
-        raise
+        raise UserError(f"--batch {shape.train.batch} at --seq {shape.train.seq}: {error}; {advice}") from error
 
 
 def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:
@@ -126,6 +126,6 @@ def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bo
         try:
             fit(training_graphs(smaller, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
             low = middle
-        except MemoryBudgetError:
+        except UserError:
             high = middle - 1
     return low

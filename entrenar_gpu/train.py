@@ -6,8 +6,11 @@ few numbers that step n left behind. Nothing else is read back between evaluatio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -61,9 +64,7 @@ class Trainer:
     Observers (events.StepObserver) are told of every step; metrics.jsonl in the run folder holds the same in short.
     """
 
-    def __init__(
-        self, config: TrainConfig, observers: Sequence[Any] = (), kernels: KernelCache | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, observers: Sequence[Any] = (), kernels: KernelCache | None = None) -> None:
         """Read and check model, data and checkpoint, plan, and put the weights on the device.
 
         `kernels` shares an open device and what was compiled for it; by default the run opens its own.
@@ -97,10 +98,13 @@ class Trainer:
             state = run_checkpoint.load_run(self.session, resume)
             self.batches.restore(state["data"])
             self.first_step = state["step"] + 1
+            if state["step"] > self.total_steps:
+                raise UserError(f"--steps: {resume} is at step {state['step']} already, past {self.total_steps}")
         self._make_output()
         self._last_end = 0
         self._clock = GpuClock()
         self._skipped = 0
+        self._stopping = False
         self._loss = math.nan
 
     def observe(self, *observers: Any) -> None:
@@ -114,27 +118,28 @@ class Trainer:
     def run(self) -> RunSummary:
         """Train to the last step, evaluate, save, and return how it went.
 
-        An interrupt saves a checkpoint first. Raises TrainingDiverged after ten steps in a row whose loss or gradient
-        was not finite, DeviceLost when the device went away; the checkpoints written before stand.
+        An interrupt lets the step under way finish and saves a checkpoint; a second one stops at once. Raises
+        TrainingDiverged after ten steps in a row whose loss or gradient was not finite, DeviceLost when the device
+        went away; the checkpoints written before stand.
         """
         start = time.time_ns()
         self._tell("run_started", self._run_info(start))
         status = "failed"
         try:
-            for _ in self.steps():
-                pass
-            status = "finished"
+            with self._interruptible():
+                for _ in self.steps():
+                    pass
+            status = "interrupted" if self._stopping else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
+            raise
         except Exception as error:
             status = f"failed: {error}"
             raise
         finally:
             taken = self._done - self.first_step + 1
             seconds = (time.time_ns() - start) / 1e9
-            summary = RunSummary(
-                taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns()
-            )
+            summary = RunSummary(taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns())
             self._tell("run_finished", summary)
         return summary
 
@@ -146,32 +151,48 @@ class Trainer:
         self._calibrate()
         if self.eval_samples is not None and self.first_step == 1:
             self.evaluate(0)
-        try:
-            for number in range(self.first_step, self.total_steps + 1):
-                launched = self._launch(number)
-                if flying is not None:
-                    yield self._land(flying)
-                flying = launched
-                evaluates = self.eval_samples is not None and c.eval_every and number % c.eval_every == 0
-                saves = c.save_every and number % c.save_every == 0
-                if number < self.total_steps and (evaluates or saves):
-                    yield self._land(flying)
-                    flying = None
-                    if evaluates:
-                        self.evaluate(number)
-                    if saves:
-                        self.save(number)
+        for number in range(self.first_step, self.total_steps + 1):
+            if self._stopping:
+                break
+            launched = self._launch(number)
             if flying is not None:
                 yield self._land(flying)
-        except KeyboardInterrupt:
-            if self._done >= self.first_step:
-                self.executor.wait()
-                self.save(self._done)
-            raise
+            flying = launched
+            evaluates = self.eval_samples is not None and c.eval_every and number % c.eval_every == 0
+            saves = c.save_every and number % c.save_every == 0
+            if number < self.total_steps and (evaluates or saves):
+                yield self._land(flying)
+                flying = None
+                if evaluates:
+                    self.evaluate(number)
+                if saves:
+                    self.save(number)
+        if flying is not None:
+            yield self._land(flying)
+        if self._done < self.total_steps:
+            self.save(self._done)
+            return
         if self.eval_samples is not None:
             self.evaluate(self.total_steps)
         self.save(self.total_steps)
         run_checkpoint.save_result(self.session, self.output)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Turns the first interrupt into a request to stop between steps, where weights and counters agree."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread gets signals
+            return
+
+        def stop(signum: int, frame: Any) -> None:
+            self._stopping = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _launch(self, number: int) -> _Flying:
         """Make a step's batches and hand it to the device."""
@@ -378,4 +399,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 2**62  # a line cut off by a crash
-
