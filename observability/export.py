@@ -85,7 +85,7 @@ def _value(value: str | bool | int | float) -> str:
 
 
 class TraceFile:
-    """The run's trace file, appended to in whole lines. A failing disk loses spans, and ends no run."""
+    """The run's trace file, appended to by the line. A failing disk loses spans, and ends no run."""
 
     def __init__(self, path: Path, head: str) -> None:
         self.path = path
@@ -116,7 +116,7 @@ class TraceFile:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Cut off what a power failure left of a last line, so that what is appended starts a line."""
+    """Cut off what a kill or a power failure left of a last line, so that what is appended starts a line."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -18,12 +18,13 @@ spans timed by the GPU included (CLOCK says which); those carry the error of tha
 some microseconds outside its parent. `backward` holds the layers in falling order.
 
 The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSON lines: UTF-8, one
-`{"resourceSpans": [...]}` object a line, one or more steps a line, written whole. As OTLP/JSON asks: ids in lower-case
+`{"resourceSpans": [...]}` object a line. As OTLP/JSON asks: ids in lower-case
 hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
 "-Infinity" (a skipped step has them), no `parentSpanId` on a root. A step's spans come in one line, the step first;
-lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A run that was
-killed has no `train` span, so what describes the run, its id above all, also stands in each line's resource. A resumed
-run appends: it is a second trace id (and `service.instance.id`) in the same file.
+lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A killed run may
+leave a part of a last line (readers pass over it, a resumed run cuts it off) and has no `train` span, so what describes
+the run, its id above all, also stands in each line's resource. A resumed run appends: it is a second trace id (and
+`service.instance.id`) in the same file.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class CallerSpans:
         around = trace.set_span_in_context(trace.NonRecordingSpan(parent or trace.INVALID_SPAN_CONTEXT))
         span = self._tracer.start_span(name, context=around, start_time=start_ns)
         context = span.get_span_context()
-        if not context.is_valid:  # a provider that is switched off
+        if not context.is_valid or context == parent:  # a provider that is switched off gives the parent back
             context = self._own.begin(name, start_ns, parent)
         self._open[context.span_id] = span
         return context

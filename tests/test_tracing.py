@@ -260,6 +260,19 @@ def test_a_callers_tracer_provider_gets_the_same_spans(
     assert told == (ours if sampled else set())
 
 
+def test_a_callers_provider_that_is_switched_off_costs_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Off(trace.TracerProvider):
+        def get_tracer(self, *arguments: Any, **options: Any) -> trace.Tracer:
+            return trace.NoOpTracer()
+
+    monkeypatch.setattr(trace, "get_tracer_provider", Off)
+    spans = run(tmp_path)
+    assert len({span["spanId"] for span in spans}) == 2 * 9 + 1
+    assert len({span["traceId"] for span in spans}) == 1
+
+
 def test_processors_get_every_span_and_the_end(tmp_path: Path) -> None:
     class Collect(SpanProcessor):
         def __init__(self) -> None:
@@ -311,6 +324,7 @@ def test_logs_carry_the_ids_of_the_step_being_computed(tmp_path: Path) -> None:
     observer.run_finished(run_summary(2))
     steps = [span for span in file_spans(tmp_path / schema.TRACE_FILE) if span["name"] == "step"]
     assert ids == [(span["traceId"], span["spanId"]) for span in steps]
+    assert len(set(ids)) == 2
 
 
 def test_otel_sdk_disabled_switches_everything_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
