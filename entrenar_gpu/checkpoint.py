@@ -18,7 +18,7 @@ import numpy as np
 from entrenar_gpu.adapters import load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cannot_write, write_text
-from entrenar_gpu.loader import is_projection
+from entrenar_gpu.model_config import is_projection
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
 from entrenar_gpu.session import Session
 from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint

@@ -15,7 +15,7 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.interpret import NUMPY_TYPES, NumpyExecutor
 from entrenar_gpu.model import Storage
-from entrenar_gpu.model_config import PROJECTIONS
+from entrenar_gpu.model_config import is_projection
 from entrenar_gpu.nf4 import Nf4Weight
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.plan import make_plan
@@ -24,10 +24,6 @@ from entrenar_gpu.weights import Checkpoint
 
 CHUNK_BYTES = 32 << 20
 STORED = {"BF16": "bf16", "F16": "half", "F32": "f32"}
-
-
-def is_projection(name: str) -> bool:
-    return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
 
 
 def storage_of(checkpoint: Checkpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:

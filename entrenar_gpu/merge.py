@@ -8,7 +8,7 @@ import numpy as np
 
 from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.loader import is_projection
+from entrenar_gpu.model_config import is_projection
 from entrenar_gpu.safetensors_file import TensorSource
 from entrenar_gpu.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, copy_model_files, save_checkpoint
 

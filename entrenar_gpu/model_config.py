@@ -26,6 +26,11 @@ PROJECTIONS = {
 }
 
 
+def is_projection(name: str) -> bool:
+    """Whether a checkpoint tensor is the weight of one of the seven projections."""
+    return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's frequency scaling (`rope_type: llama3`)."""

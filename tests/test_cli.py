@@ -1,0 +1,153 @@
+"""The command line: flags from the configuration, one line and status 2 for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from entrenar_gpu import cli, options
+from entrenar_gpu.config import TrainConfig, flag
+from entrenar_gpu.errors import UserError
+from tests.tiny import make_data, make_model
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a failing command prints."""
+    assert cli.run(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--rank", "0"], "--rank: 0 is below 1"),
+        (["train", "--rank", "many"], "--rank: 'many' is not a whole number"),
+        (["train", "--schedule", "zigzag"], "--schedule: 'zigzag' is not one of constant"),
+        (["train", "--target", "q,nose"], "--target: nose_proj"),
+        (["train", "--lr", "nan"], "--lr: 'nan' is not a number"),
+        (["train", "--no-such-flag"], "No such option: --no-such-flag"),
+        (["train"], "--model: missing"),
+        (["train", "--model", "/nowhere"], "--data: missing"),
+        (["plan", "--model", "/nowhere"], "--model: /nowhere: no such folder"),
+        (["plan", "--model", "/nowhere", "--profile", "x"], "--profile: 'x' is not one of webgpu"),
+        (["frobnicate"], "frobnicate"),
+        (["bench", "train", "--shape", "qwen9"], "--shape: 'qwen9' is not one of qwen3-0.6b"),
+    ],
+)
+def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert says in failure(capsys, *arguments)
+
+
+def test_yaml_file_and_flags_that_win(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rank: 4\nlr: 2e-4\nsave-every: 10\npack: false\n")
+    config = options.make_config({"rank": "8"}, str(path))
+    assert (config.rank, config.lr, config.save_every, config.pack) == (8, 2e-4, 10, False)
+    assert config.lora_alpha == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rnak: 4\n", "unknown key 'rnak'; did you mean 'rank'?"),
+        ("rank: [1\n", "line 2 not valid YAML"),
+        ("- rank\n", "expected `key: value` lines"),
+        ("rank: true\n", "--rank: True is not a whole number"),
+    ],
+)
+def test_bad_yaml_names_the_file_or_key(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        options.make_config({}, str(path))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_has_help_and_a_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, f in options.FIELDS.items():
+        assert flag(name) in text
+        assert f.metadata["help"]
+
+
+def test_options_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+
+    root = Path(__file__).parent.parent
+    runpy.run_path(str(root / "scripts" / "options_table.py"), run_name="__main__")
+    assert capsys.readouterr().out == (root / "docs" / "options.md").read_text()
+
+
+def test_resume_may_stand_alone() -> None:
+    assert cli._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
+    assert cli._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]
+    assert cli._with_resume(["train", "--resume", "run/checkpoint-000003"])[-1] == "run/checkpoint-000003"
+
+
+def test_plan_sums_up_and_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert cli.run(["plan", "--model", str(folder / "config.json"), "--json", "--rank", "4", "--seq", "32"]) == 0
+    parts = json.loads(capsys.readouterr().out)
+    kinds = "nf4 scale embedding dense adapter gradient optimizer activation scratch transfer".split()
+    assert parts["peak_bytes"] == sum(parts[f"{kind}_bytes"] for kind in kinds)
+    weights = sum(2 * (4 * 24 * 64 + 2 * 2 * 24 * 64 + 64 * 96 + 3 * 64 * 160) for _ in range(1))
+    assert parts["nf4_bytes"] == weights // 2
+
+
+def test_qwen3_4b_fits_four_gib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from entrenar_gpu.shapes import SHAPES
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SHAPES["qwen3-4b"]))
+    arguments = ["plan", "--model", str(config), "--method", "qlora", "--rank", "16", "--batch", "1", "--seq", "512"]
+    assert cli.run([*arguments, "--memory-budget", "4", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)
+    assert parts["peak_bytes"] <= 4 * 2**30
+    assert parts["nf4_bytes"] == 3_633_315_840 // 2
+    assert parts["recompute"] != "nothing"
+
+
+def test_a_batch_that_cannot_fit_names_the_largest_that_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model")
+    arguments = ["plan", "--model", str(folder), "--seq", "64", "--rank", "4", "--memory-budget", "0.01"]
+    line = failure(capsys, *arguments, "--batch", "64")
+    fits = int(line.split("--batch ")[2].split()[0])
+    assert cli.run([*arguments, "--batch", str(fits)]) == 0
+    capsys.readouterr()
+    failure(capsys, *arguments, "--batch", str(fits + 1))
+
+
+@pytest.mark.gpu
+def test_train_eval_merge_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "train.jsonl")
+    run = tmp_path / "run"
+    common = ["--model", str(model), "--data", str(data), "--seq", "48"]
+    short = ["--steps", "2", "--batch", "2", "--rank", "4"]
+    assert cli.run(["train", *common, *short, "--output", str(run), "--eval-data", str(data)]) == 0
+    capsys.readouterr()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds"} <= set(lines[1])
+    assert (run / "trace.jsonl").stat().st_size > 0
+
+    assert cli.run(["eval", *common, "--adapter", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(lines[-1]["eval_loss"], abs=1e-6)
+    assert "already holds a run" in failure(capsys, "train", *common, *short, "--output", str(run))
+    merged = tmp_path / "merged"
+    assert cli.run(["merge", "--model", str(model), "--adapter", str(run), "--output", str(merged)]) == 0
+    assert cli.run(["eval", "--model", str(merged), "--data", str(data), "--seq", "48", "--method", "lora", "--json"]) == 0
+
+
+def test_config_round_trip() -> None:
+    config = TrainConfig(rank=3, lr=1e-3, target="q,v")
+    assert TrainConfig.from_mapping(config.to_mapping(), "saved") == config
+    assert config.targets == ("q_proj", "v_proj")
