@@ -103,6 +103,8 @@ def _place_persistents(plan: Plan, graphs: Mapping[str, Graph]) -> None:
         for name, tensor in graph.persistents.items():
             known = plan.persistents.get(name)
             if known is not None:  # the same tensor, declared in another graph
+                if (known.shape, known.dtype, known.role) != (tensor.shape, tensor.dtype, tensor.role):
+                    raise ValueError(f"{name}: {known!r} ({known.role}) in one graph, {tensor!r} ({tensor.role}) in another")
                 plan.slices[tensor.id] = plan.slices.get(known.id, Slice(name, 0, tensor.nbytes))
                 if tensor.role in PAGED_ROLES:
                     groups[tensor.role].append(tensor)
