@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 
 from entrenar_gpu import __version__, options
 from entrenar_gpu.errors import UserError
+from observability.errors import TraceError
 
 app = typer.Typer(
     help="Fine-tune language models on any Vulkan, Metal or DX12 GPU.",
@@ -116,21 +118,58 @@ def train(
     from entrenar_gpu.display import Progress, show_start
     from entrenar_gpu.train import Trainer
 
-    settings = options.make_config(given, config)
-    trainer = Trainer(settings, observers=[])
+    trainer = Trainer(options.make_config(given, config))
     show_start(trainer)
-    trainer.observe(Progress(quiet), *_tracing(trainer))
-    summary = trainer.run()
+    progress = Progress(quiet)
+    tracer, observers = _tracing(trainer.config, progress)
+    trainer.observe(progress, *observers)
+    try:
+        summary = trainer.run()
+    finally:
+        told = tracer.close()
+    if told.dropped or told.lost:
+        progress.say(str(told), "yellow")
     if summary.status == "interrupted":
         raise typer.Exit(130)
 
 
-def _tracing(trainer: Any) -> list[Any]:
-    """The observers that trace a run: spans to its folder and to --otlp, and anomalies as they happen."""
+def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
+    """(tracer, all observers that watch a run): spans to its folder and to --otlp, anomalies as they happen."""
     import observability
+    from observability.live import LiveDetector
 
-    c = trainer.config
-    return [observability.observe(c.output, level=c.trace_level, otlp=c.otlp)]
+    tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
+    detector = LiveDetector(
+        emit=lambda line: progress.say(line, "magenta"),
+        on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity),
+    )
+    return tracer, [tracer, detector]
+
+
+@app.command()
+def demo(
+    output: Annotated[str | None, typer.Option("--output", help="new run folder (default runs/demo-DATE)")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name, or numpy")] = None,
+) -> None:
+    """Fine-tune the model that ships with the project on Python's own docstrings; downloads nothing."""
+    from entrenar_gpu.demo import RUN, default_output, run_demo
+    from entrenar_gpu.display import Progress
+
+    folder = output or default_output()
+    progress = Progress()
+    _, observers = _tracing(replace(RUN, output=folder), progress)
+    run_demo(folder, steps, [progress, *observers], device=device)
+
+
+@app.command(
+    "report", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def report(context: typer.Context) -> None:
+    """Explain a run from its trace: anomalies, causes, HTML, Perfetto (RUN|TRACE --html OUT --json OUT --against RUN)."""
+    from observability.report import main as explain
+
+    raise typer.Exit(explain(context.args))
 
 
 @app.command("eval")
@@ -221,7 +260,7 @@ def run(arguments: list[str]) -> int:
     try:
         result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
         return int(result or 0)
-    except UserError as error:
+    except (UserError, TraceError) as error:
         return _complain(str(error))
     except _ClickError as error:
         if type(error).__name__ == "NoArgsIsHelpError":

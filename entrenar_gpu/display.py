@@ -109,26 +109,27 @@ class Progress:
         text = f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tok/s"
         self._bar.update(self._task, completed=record.step, description=text)
         if record.skipped:
-            self._say(f"step {record.step}: skipped, loss or gradient not finite", "yellow")
+            self.say(f"step {record.step}: skipped, loss or gradient not finite", "yellow")
         elif self._bar.disable and not self._quiet and (record.step % self._every == 0 or record.step == self._total):
-            self._say(f"step {record.step}/{self._total}  {text}")
+            self.say(f"step {record.step}/{self._total}  {text}")
 
     def eval_finished(self, record: EvalRecord) -> None:
-        self._say(f"step {record.step}: evaluation loss {record.loss:.4f}, perplexity {record.perplexity:.2f}", "cyan")
+        self.say(f"step {record.step}: evaluation loss {record.loss:.4f}, perplexity {record.perplexity:.2f}", "cyan")
 
     def checkpoint_saved(self, record: CheckpointRecord) -> None:
-        self._say(f"step {record.step}: saved {record.path} ({size(record.bytes)})", "dim")
+        self.say(f"step {record.step}: saved {record.path} ({size(record.bytes)})", "dim")
 
     def run_finished(self, summary: RunSummary) -> None:
         self._bar.stop()
         rate = summary.steps / summary.seconds if summary.seconds else 0.0
         skipped = f", {summary.skipped_steps} skipped" if summary.skipped_steps else ""
-        self._say(
+        self.say(
             f"{summary.status}: {summary.steps} steps{skipped} in {summary.seconds:.1f} s ({rate:.2f} steps/s),"
             f" last loss {summary.final_loss:.4f}; {summary.output}",
             "bold",
         )
 
-    def _say(self, text: str, style: str = "") -> None:
+    def say(self, text: str, style: str = "") -> None:
+        """A line above the bar."""
         if not self._quiet:
             self._bar.console.print(Text(text, style=style), highlight=False)
