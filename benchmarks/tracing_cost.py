@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,13 @@ def overhead(seconds: Sequence[float], block: int) -> Overhead:
 def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
     """Training of the demo's model on the demo's data, in a folder that is thrown away."""
     from entrenar_gpu import corpus
-    from entrenar_gpu.config import TrainConfig
     from entrenar_gpu.demo import RUN
     from entrenar_gpu.train import Trainer
 
     def train(observers: Sequence[Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             corpus.collect().write(Path(folder) / "data")
-            config = TrainConfig(**RUN, data=f"{folder}/data", output=f"{folder}/run", steps=steps)
+            config = replace(RUN, data=f"{folder}/data", output=f"{folder}/run", steps=steps)
             return Trainer(config, list(observers)).run()
 
     return train
