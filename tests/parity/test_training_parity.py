@@ -1,0 +1,82 @@
+"""Fifty steps of training against torch's AdamW over transformers and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from entrenar_gpu.train import Trainer  # noqa: E402
+from tests.parity import reference  # noqa: E402
+from tests.runs import config_of  # noqa: E402
+from tests.tiny import make_data  # noqa: E402
+
+pytestmark = [pytest.mark.parity, pytest.mark.gpu]
+
+STEPS, LOSS_BAR = 50, 5e-5  # DESIGN's bar for 50 AdamW steps
+OPTIONS = {"steps": STEPS, "lr": 1e-3, "weight_decay": 0.1, "schedule": "constant", "clip": 0.5}
+
+
+def make_run(folder: Path, architecture: str) -> Path:
+    reference.save_model(folder / "model", architecture)
+    make_data(folder / "train.jsonl", vocab=reference.SMALL["vocab_size"])
+    return folder
+
+
+def train_reference(trainer: Trainer, model: Any, groups: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of torch over the batches that `trainer` is going to take."""
+    optimizer = torch.optim.AdamW(groups, lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
+    trained = [p for group in groups for p in group["params"]]
+    losses, norms = [], []
+    for _ in range(STEPS):
+        loss = reference.loss_of(model, next(trainer.batches).micro_batches)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, OPTIONS["clip"])))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def check(trainer: Trainer, model: Any, groups: list[dict[str, Any]]) -> None:
+    start = trainer.batches.state()
+    losses, norms = train_reference(trainer, model, groups)
+    trainer.batches.restore(start)
+    records = list(trainer.steps())
+    assert sum(norm > OPTIONS["clip"] for norm in norms) > STEPS / 2  # clipping is at work
+    np.testing.assert_allclose([r.loss for r in records], losses, rtol=0, atol=LOSS_BAR)
+    np.testing.assert_allclose([r.grad_norm for r in records], norms, rtol=1e-3)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3-tied", "qwen2", "llama31"])
+def test_fifty_steps_of_qlora(tmp_path, kernels, architecture):
+    """From one adapter over one batch order, packed, two micro-steps a step."""
+    folder = make_run(tmp_path, architecture)
+    base = reference.load_model(folder / "model", quantised=True)
+    model = reference.random_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    adapter = str(tmp_path / "adapter")
+    trainer = Trainer(config_of(folder, adapter_init=adapter, accumulate=2, **OPTIONS), kernels=kernels)
+    try:
+        check(trainer, model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
+    finally:
+        trainer.session.close()
+
+
+def test_fifty_steps_of_full_training(tmp_path, kernels):
+    """Weight decay leaves norms and biases alone, as transformers' own trainer does."""
+    folder = make_run(tmp_path, "qwen2")
+    model = reference.load_model(folder / "model")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    trainer = Trainer(config_of(folder, method="full", **OPTIONS), kernels=kernels)
+    try:
+        check(trainer, model, [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    finally:
+        trainer.session.close()
