@@ -105,6 +105,6 @@ def _dependents(graph: Graph, targets: list[Tensor]) -> set[int]:
     """Ids of the targets and of everything computed from them."""
     wanted = {t.id for t in targets}
     for node in graph.nodes:
-        if OPS[node.op].gradient is not None and any(t.id in wanted for t in node.inputs):
+        if any(t.id in wanted for t in node.inputs):
             wanted.update(t.id for t in node.outputs if t.dtype in ("f32", "f16"))
     return wanted

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Op, Spec, not_differentiable, record, register, same_as
 
 WORKGROUP = 256
 Aliased = Callable[[Tensor, Tensor], bool]
@@ -175,6 +175,7 @@ register(
         same_as(0),
         lambda node, like: [np.full(like.shape, node.attrs["value"], like.dtype)],
         _fill_launch,
+        not_differentiable,
         cheap=True,
     )
 )
