@@ -149,8 +149,8 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     launches = []
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += _logits_launches(x, pages, logits, at, count, caps)
-        bindings = (reads("targets", targets), writes("logits", logits), writes("losses", losses), writes("lse", lse))
-        mode = "loss and slopes" if node.attrs["emit"] else "loss"
+        mode, use = ("loss and slopes", writes) if node.attrs["emit"] else ("loss", reads)
+        bindings = (reads("targets", targets), use("logits", logits), writes("losses", losses), writes("lse", lse))
         constants = _row_constants(node, logits.columns, at, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         if node.attrs["emit"]:
