@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from entrenar_gpu.config import TrainConfig as TrainConfig
     from entrenar_gpu.eager import tensor as tensor
     from entrenar_gpu.errors import UserError as UserError
-    from entrenar_gpu.events import EvalRecord as EvalRecord, StepRecord as StepRecord
+    from entrenar_gpu.events import EvalRecord as EvalRecord
+    from entrenar_gpu.events import StepRecord as StepRecord
     from entrenar_gpu.train import Trainer as Trainer
 
 # Loaded when first used: importing the package must not open a GPU or read tokenizers.

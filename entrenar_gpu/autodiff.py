@@ -30,18 +30,20 @@ class _Reverse:
         old = self._sums.pop(tensor.id, None)
         if old is not None:
             return old
-        return tensor.grad if _accumulates(tensor) else ops.zeros(tensor)
+        held = _accumulator(tensor)
+        return ops.zeros(tensor) if held is None else held
 
     def add(self, tensor: Tensor, gradient: Tensor, pending: Sequence[Tensor | None] = ()) -> None:
         """Fold one more contribution into the gradient of `tensor`; `pending` are those still to be handed out."""
         if not self.wanted(tensor):
             return
-        if _accumulates(tensor) and gradient.updates is tensor.grad:  # the rule has added onto it already
+        held = _accumulator(tensor)
+        if held is not None and gradient.updates is held:  # the rule has added onto it already
             self._sums[tensor.id] = gradient
             return
-        previous = self.take(tensor) if _accumulates(tensor) else self._sums.pop(tensor.id, None)
+        previous = self._sums.pop(tensor.id, held)
         total = gradient if previous is None else self._sum(previous, gradient, pending)
-        self._sums[tensor.id] = ops.in_place(total, tensor.grad) if _accumulates(tensor) else total
+        self._sums[tensor.id] = total if held is None else ops.in_place(total, held)
 
     def _sum(self, previous: Tensor, gradient: Tensor, pending: Sequence[Tensor | None]) -> Tensor:
         """`previous` + `gradient`. One that has no other reader or holder may be recorded anew with the sum inside."""
@@ -53,9 +55,9 @@ class _Reverse:
         return ops.add(previous, gradient) if total is None else total
 
 
-def _accumulates(tensor: Tensor) -> bool:
-    """Whether the gradient of `tensor` lives on the device between runs and is added to."""
-    return tensor.grad is not None and tensor.grad.role == "grad"
+def _accumulator(tensor: Tensor) -> Tensor | None:
+    """The gradient of `tensor` that lives on the device between runs and is added to, if it has one."""
+    return tensor.grad if tensor.grad is not None and tensor.grad.role == "grad" else None
 
 
 def _read(tensor: Tensor) -> bool:

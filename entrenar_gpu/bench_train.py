@@ -38,7 +38,9 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     """
     model = model_shape(shape_name)
     spec = AdapterSpec.from_config(config, model)
-    shape = RunShape(model, Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules), config)
+    shape = RunShape(
+        model, Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules), config
+    )
     device = Device.open(config.device)
     level, plan, graphs = fit_training(shape, device.caps, memory_budget(config, device.caps).nbytes, False)
     replay = Replay(device, plan, KernelCache(device))
@@ -62,7 +64,11 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         "driver": device.info["description"],
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
-        "seconds": {**busy, "encode": statistics.median(timings["encode"]), "idle": max(seconds - sum(busy.values()), 0.0)},
+        "seconds": {
+            **busy,
+            "encode": statistics.median(timings["encode"]),
+            "idle": max(seconds - sum(busy.values()), 0.0),
+        },
         "planned_bytes": plan.peak_bytes,
         "allocated_bytes": allocated,
         "driver_bytes": driver_bytes(device),
@@ -80,7 +86,9 @@ def randomise(replay: Replay) -> None:
         if tensor.role != "weight" or tensor.name == "rope_table":
             continue
         if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
-            values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(tensor.name.rsplit(".", 1)[1], _ones)
+            values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(
+                tensor.name.rsplit(".", 1)[1], _ones
+            )
             replay.write(tensor.name, values(tensor.size))
         else:
             replay.launch(_random_launch(replay, tensor, number))
@@ -196,4 +204,3 @@ def driver_bytes(device: Device) -> int | None:
     rows = [line.split(",") for line in text.splitlines() if line.count(",") == 1]
     used = [int(mib) << 20 for pid, mib in rows if pid.strip() == str(os.getpid()) and mib.strip().isdigit()]
     return used[0] if used else None
-

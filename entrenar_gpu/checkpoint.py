@@ -27,8 +27,10 @@ OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
-IDENTITY = ("method", "rank", "alpha", "target", "rslora", "dropout", "double_quant", "batch", "seq", "accumulate")
-IDENTITY += ("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision")
+IDENTITY = (
+    *("method", "rank", "alpha", "target", "rslora", "dropout", "double_quant", "batch", "seq", "accumulate"),
+    *("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision"),
+)
 
 
 def save_result(session: Session, folder: Path) -> None:

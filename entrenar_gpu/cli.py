@@ -141,7 +141,7 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
     detector = LiveDetector(
         emit=lambda line: progress.say(line, "magenta"),
-        on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity),
+        on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity or "noticed"),
     )
     return tracer, [tracer, detector]
 
@@ -166,7 +166,7 @@ def demo(
     "report", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def report(context: typer.Context) -> None:
-    """Explain a run from its trace: anomalies, causes, HTML, Perfetto (RUN|TRACE --html OUT --json OUT --against RUN)."""
+    """Explain a run from its trace: RUN|TRACE [--html OUT] [--json OUT] [--perfetto OUT] [--against RUN]."""
     from observability.report import main as explain
 
     raise typer.Exit(explain(context.args))

@@ -32,7 +32,7 @@ def option(default: Any, help: str, unit: str = "", low: float | None = None, hi
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `entrenar-gpu train` can be told. Field `save_every` is the flag `--save-every` and the YAML key `save_every`."""
+    """What `entrenar-gpu train` can be told: field `save_every` is the flag `--save-every` and a YAML key."""
 
     model: str = option("", "model folder in Hugging Face layout, or a Hub id (downloaded once)")
     data: str = option("", "JSONL file, or a folder with train.jsonl and valid.jsonl")
@@ -65,7 +65,9 @@ class TrainConfig:
     )
     min_lr: float = option(0.0, "floor of every schedule", low=0)
     step_size: int | None = option(None, "steps between drops of the step schedule (default: a third)", "steps", low=1)
-    gamma: float | None = option(None, "factor a drop (step, default 0.1) or a step (exponential, default 0.999)", low=0)
+    gamma: float | None = option(
+        None, "factor a drop (step, default 0.1) or a step (exponential, default 0.999)", low=0
+    )
     optimizer: Optimizer = option("adamw", "adamw: decoupled decay (arXiv 1711.05101); adam, sgd: decay as L2")
     momentum: float = option(0.9, "momentum of sgd", low=0, high=0.9999)
     weight_decay: float = option(0.0, "weight decay; norms and biases are left out in full training", low=0)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +42,9 @@ def show_plan(parts: Mapping[str, Any]) -> None:
         table.add_row(key, size(parts[key]), meaning, style="bold" if key == "peak_bytes" else "")
     console = Console()
     console.print(table)
-    console.print(Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"))
+    console.print(
+        Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}")
+    )
 
 
 def show_bench(result: Mapping[str, Any]) -> None:
@@ -57,11 +60,11 @@ def show_bench(result: Mapping[str, Any]) -> None:
         + (f", driver {size(result['driver_bytes'])}" if result["driver_bytes"] else "")
         + f"; computed again: {result['recompute']}",
     ]
-    for row in result["kernels"][:20]:
-        lines.append(
-            f"{row['share']:6.1%} {row['seconds'] * 1e3:9.2f} ms {row['count']:5}x {row['tflops']:7.2f} TFLOP/s"
-            f" {row['gbytes_per_second']:8.1f} GB/s  {row['kernel']}"
-        )
+    lines += [
+        f"{row['share']:6.1%} {row['seconds'] * 1e3:9.2f} ms {row['count']:5}x {row['tflops']:7.2f} TFLOP/s"
+        f" {row['gbytes_per_second']:8.1f} GB/s  {row['kernel']}"
+        for row in result["kernels"][:20]
+    ]
     for line in lines:
         console.print(Text(line), highlight=False, soft_wrap=True)
 

@@ -29,7 +29,10 @@ def describe() -> dict[str, Any]:
         "adapters": [
             {
                 "index": index,
-                **{key: adapter.info[key] for key in ("device", "vendor", "description", "adapter_type", "backend_type")},
+                **{
+                    key: adapter.info[key]
+                    for key in ("device", "vendor", "description", "adapter_type", "backend_type")
+                },
                 "uses": dataclasses.asdict(adapter_caps(adapter)),
                 "features": sorted(adapter.features),
                 "limits": dict(adapter.limits),
@@ -45,7 +48,9 @@ def show(found: dict[str, Any]) -> None:
     console.print(f"entrenar-gpu {found['version']}, wgpu {found['wgpu']}, Python {found['python']}", highlight=False)
     for adapter in found["adapters"]:
         uses, chosen = adapter["uses"], adapter["index"] == found["chosen"]
-        console.print(Text(f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}", "bold" if chosen else ""))
+        console.print(
+            Text(f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}", "bold" if chosen else "")
+        )
         memory = uses["memory_bytes"]
         known = "memory not told" if memory is None else f"{memory / 2**30:.1f} GiB"
         has = [name for name in ("f16", "subgroups", "timestamps", "cooperative_matrix") if uses[name]]

@@ -106,7 +106,7 @@ class HostQuantizer:
 
 
 class DeviceQuantizer:
-    """Quantises on the GPU: chunks of a weight through `nf4_quantize`, then its scales through `nf4_quantize_scales`."""
+    """Quantises on the GPU: chunks of a weight by `nf4_quantize`, then its scales by `nf4_quantize_scales`."""
 
     def __init__(self, target: Replay) -> None:
         self._target = target

@@ -104,7 +104,9 @@ def _place_persistents(plan: Plan, graphs: Mapping[str, Graph]) -> None:
             known = plan.persistents.get(name)
             if known is not None:  # the same tensor, declared in another graph
                 if (known.shape, known.dtype, known.role) != (tensor.shape, tensor.dtype, tensor.role):
-                    raise ValueError(f"{name}: {known!r} ({known.role}) in one graph, {tensor!r} ({tensor.role}) in another")
+                    raise ValueError(
+                        f"{name}: {known!r} ({known.role}) in one graph, {tensor!r} ({tensor.role}) in another"
+                    )
                 plan.slices[tensor.id] = plan.slices.get(known.id, Slice(name, 0, tensor.nbytes))
                 if tensor.role in PAGED_ROLES:
                     groups[tensor.role].append(tensor)
@@ -223,7 +225,11 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> N
                         raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
                     plan.slices[tensor.id] = place
                     continue
-                if source is not None and not keep and _may_take(source, node, tensor, last_use, index, root, lives, now):
+                if (
+                    source is not None
+                    and not keep
+                    and _may_take(source, node, tensor, last_use, index, root, lives, now)
+                ):
                     root[tensor.id] = root.get(source.id, source.id)
                     lives[root[tensor.id]].last = max(now, clock + last_use.get(tensor.id, index))
                     continue

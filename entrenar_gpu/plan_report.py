@@ -25,6 +25,10 @@ PROFILES = {
     "desktop": Caps(name="desktop", max_binding_bytes=(2 << 30) - 4, max_buffer_bytes=(4 << 30) - 4, timestamps=True),
 }
 DENSE = {"float32": "f32", "float16": "half", "bfloat16": "bf16"}
+PURPOSES = (
+    *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
+    *("optimizer_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
+)
 SCALE_PARTS = (".absmax", ".absmax_codes", ".nested", ".table")
 
 
@@ -38,11 +42,7 @@ class PlanReport:
     budget_bytes: int
 
     def to_mapping(self) -> dict[str, Any]:
-        parts = dict.fromkeys(
-            "nf4_bytes scale_bytes embedding_bytes dense_bytes adapter_bytes gradient_bytes optimizer_bytes"
-            " activation_bytes scratch_bytes transfer_bytes".split(),
-            0,
-        )
+        parts = dict.fromkeys(PURPOSES, 0)
         purposes = self._purposes()
         for name, nbytes in self.plan.buffers.items():
             parts[purposes.get(name, "transfer_bytes")] += nbytes

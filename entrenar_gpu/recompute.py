@@ -93,10 +93,14 @@ def fit(
         return make_plan(rewritten, caps, launches=False, trace_level=trace_level).peak_bytes, rewritten
 
     def least(make: Callable[[int], Recompute]) -> Recompute | None:
-        """The smallest number of layers that fits, by bisection; None when all of them do not."""
-        if planned(make(layers))[0] > budget_bytes:
+        """The smallest number of layers that fits, by bisection; None when neither all nor all but one do.
+
+        The last layer's tensors are needed at once: computing them again can cost more than it saves.
+        """
+        enough = [n for n in (layers - 1, layers) if planned(make(n))[0] <= budget_bytes]
+        if not enough:
             return None
-        low, high = 0, layers
+        low, high = 0, enough[0]
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if planned(make(middle))[0] <= budget_bytes else (middle + 1, high)
@@ -104,8 +108,7 @@ def fit(
 
     level = least(lambda n: Recompute(n, 0)) or least(lambda n: Recompute(layers, n))
     if level is None:
-        peak, _ = planned(Recompute(layers, layers))
-        raise MemoryBudgetError(peak, budget_bytes)
+        raise MemoryBudgetError(min(planned(Recompute(layers, n))[0] for n in (layers - 1, layers)), budget_bytes)
     _, rewritten = planned(level)
     return level, make_plan(rewritten, caps, trace_level=trace_level), rewritten
 

@@ -189,7 +189,7 @@ class Replay:
             compute.end()
 
     def _finish(self, encoder: Any, name: str, repeat: int) -> Any:
-        """Resolve a traced run's ticks; copy a reporting graph's report, with all ticks behind it, to the host's side."""
+        """Resolve a traced run's ticks; copy a reporting graph's report, all ticks behind it, towards the host."""
         start = self.plan.ticks.get((name, repeat))
         if start is not None:
             count = queries_of(self.plan, name)

@@ -131,8 +131,8 @@ def phase_spans(groups: Sequence[TraceGroup], times: np.ndarray, parent: int) ->
             spans[layer_at] = _extended(spans[layer_at], end, group)
         if group.shape:
             owner = layer_at if group.layer is not None else phase_at
-            attributes = {"kernel": group.name, "shape": group.shape, "flops": group.flops, "bytes": group.bytes}
-            spans.append(Span(group.name, "kernel", begin, end, parent + owner, True, attributes))
+            facts = {"kernel": group.name, "shape": group.shape, "flops": group.flops, "bytes": group.bytes}
+            spans.append(Span(group.name, "kernel", begin, end, parent + owner, True, facts))
     return spans
 
 

@@ -336,11 +336,11 @@ def load_data(config: TrainConfig) -> tuple[Samples, Samples | None]:
     model = load_model_config(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     train, held_out = data_files(config.data, config.eval_data)
-    read = {"vocab_size": model.vocab_size, "seq": config.seq, "loss_on": config.loss_on}
-    return (
-        load_samples(train, tokenizer, **read),
-        load_samples(held_out, tokenizer, **read) if held_out is not None else None,
-    )
+
+    def read(path: Path) -> Samples:
+        return load_samples(path, tokenizer, vocab_size=model.vocab_size, seq=config.seq, loss_on=config.loss_on)
+
+    return read(train), read(held_out) if held_out is not None else None
 
 
 def evaluate(session: Session, samples: Samples) -> tuple[float, int]:

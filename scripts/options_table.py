@@ -7,9 +7,9 @@ from entrenar_gpu.options import FIELDS, kind_of
 
 HEAD = """# Options of `entrenar-gpu train`
 
-Made by `python scripts/options_table.py > docs/options.md` from `entrenar_gpu/config.py`, the one place where options are
-declared. The same names, with underscores, are keys of a `--config` YAML file and fields of `TrainConfig`; flags win over
-the file. `--resume` may stand alone and then means the newest checkpoint of `--output`.
+Made by `python scripts/options_table.py > docs/options.md` from `entrenar_gpu/config.py`, which declares them. The same
+names, with underscores, are keys of a `--config` YAML file and fields of `TrainConfig`; flags win over the file.
+`--resume` may stand alone and then means the newest checkpoint of `--output`.
 
 | flag | default | unit | what it does |
 |---|---|---|---|"""
@@ -21,7 +21,7 @@ With t the optimizer step (1 is the first), w the warm-up steps, s = t - w - 1 a
 
 | | |
 |---|---|
-| loss of a step | sum of the cross-entropies of its unmasked tokens, over all rows and micro-steps, divided by their number |
+| loss of a step | mean cross-entropy of its unmasked tokens, over all rows and micro-steps together |
 | label smoothing e | a token costs (1 - e) (-log p[target]) + e mean over the vocabulary of (-log p) |
 | adapter | y = W x + scale B A dropout(x); scale = alpha / R, or alpha / sqrt(R) with `--rslora` |
 | warm-up | lr t / w for t <= w, in front of every schedule |
@@ -29,10 +29,11 @@ With t the optimizer step (1 is the first), w the warm-up steps, s = t - w - 1 a
 | cosine, warmup-cosine | lr (1 + cos(pi s/n)) / 2 |
 | step, exponential | lr gamma^floor(s / step-size); lr gamma^s |
 | clipping | g <- g min(1, clip / (norm + 1e-6)), norm over all gradients together |
-| adamw | p <- p (1 - lr wd); m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) |
+| moments | m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; m' = m / (1 - b1^t); v' = v / (1 - b2^t) |
+| adamw | p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps) |
 | adam | the same with g <- g + wd p and no decay of p |
 | sgd | v <- momentum v + g + wd p; p <- p - lr v |
-| skipped step | where the loss or a gradient is not finite nothing moves and t does not count; ten in a row end the run |
+| skipped step | loss or gradient not finite: nothing moves, t does not count; ten in a row end the run |
 """
 
 

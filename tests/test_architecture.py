@@ -31,7 +31,7 @@ def imports(path: Path, of: str, everywhere: bool = True) -> set[str]:
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {(a.name.split(".") + [""])[1] for a in node.names if a.name.split(".")[0] == of}
+            found |= {[*a.name.split("."), ""][1] for a in node.names if a.name.split(".")[0] == of}
     return found
 
 
@@ -50,7 +50,9 @@ def block_of() -> dict[str, int]:
 
 def test_every_module_is_on_the_map() -> None:
     known = block_of()
-    missing = [m for m in modules() if m not in known and not any(m.startswith(k[:-1]) for k in known if k.endswith("*"))]
+    missing = [
+        m for m in modules() if m not in known and not any(m.startswith(k[:-1]) for k in known if k.endswith("*"))
+    ]
     assert not missing
     gone = [k for k in known if not k.endswith("*") and k not in modules()]
     assert not gone

@@ -1,5 +1,6 @@
 """GPU ticks to spans on the host's clock."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_a_steps_spans_lie_within_it(tmp_path: Path, level: str) -> None:
     assert trainer.session.plan is not None
     assert trainer.session.plan.peak_bytes == trainer.session.allocated_bytes
     trainer.session.close()
-    for before, record in zip(records, records[1:], strict=False):
+    for before, record in pairwise(records):
         assert before.end_ns <= record.start_ns
     for record in records:
         kinds = {s.kind for s in record.spans}
