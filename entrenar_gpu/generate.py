@@ -10,6 +10,7 @@ import numpy as np
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps
+from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.programs import RunShape, logits_graph
 from entrenar_gpu.recompute import fit
@@ -27,8 +28,8 @@ class Generator:
             return fit({"logits": logits_graph(shape, caps)}, shape.model.num_layers, caps, budget)
 
         self.config = replace(config, batch=1)
+        self.tokenizer = Tokenizer.load(resolve_model(config.model))
         self.session = Session.open(self.config, planned, with_adapter, kernels)
-        self.tokenizer = Tokenizer.load(self.session.checkpoint.folder)
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt as a user's message in the model's chat template where it has one, else as it is."""

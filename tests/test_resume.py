@@ -1,0 +1,175 @@
+"""Runs that stop and go on: bit-equal to those that never stopped; checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrenar_gpu import checkpoint
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.train import Trainer
+from tests.runs import config_of, train
+from tests.tiny import make_data, make_model
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    make_model(path / "model", **TINY)
+    make_data(path / "train.jsonl", vocab=96)
+    return path
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "qlora, dropout": {"dropout": 0.2, "accumulate": 2},
+    "lora, sgd": {"method": "lora", "optimizer": "sgd", "lr": 0.1, "pack": False},
+    "full": {"method": "full", "lr": 2e-3},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path, kernels, run):
+    """To the bit, over the end of an epoch; and so are two runs of the same."""
+    options = {"steps": 9, "schedule": "cosine", "save_every": 4} | RUNS[run]
+    whole = train(folder, str(tmp_path / "whole"), kernels, **options)
+    assert whole == train(folder, str(tmp_path / "again"), kernels, **options)
+    resumed = train(
+        folder, str(tmp_path / "whole2"), kernels, resume=str(tmp_path / "whole/checkpoint-000004"), **options
+    )
+    assert resumed == whole[4:]
+    result = "model.safetensors" if run == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "whole" / result).read_bytes() == (tmp_path / "whole2" / result).read_bytes()
+    assert len(set(whole)) == len(whole)
+
+
+@pytest.mark.gpu
+def test_the_newest_checkpoint_is_resumed_and_metrics_go_on(folder, tmp_path, kernels):
+    """An interrupted run: `--resume` without a folder takes up where it was, and metrics hold each step once."""
+    output = str(tmp_path / "run")
+    trainer = Trainer(config_of(folder, output, save_every=3), kernels=kernels)
+    losses = {}
+    for record in trainer.steps():
+        losses[record.step] = record.loss
+        if record.step == 5:
+            break
+    trainer.session.close()
+    for loss in train(folder, output, kernels, resume="latest", save_every=3):
+        losses[len([s for s in losses if s <= 3]) + 1 if 4 not in losses else max(losses)] = loss
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+@pytest.mark.gpu
+def test_an_interrupt_saves_what_was_done(folder, tmp_path, kernels):
+    whole = train(folder, str(tmp_path / "whole"), kernels)
+    summary = None
+
+    class Interrupter:
+        def step_finished(self, record: Any) -> None:
+            if record.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = Trainer(config_of(folder, str(tmp_path / "run")), [Interrupter()], kernels)
+    summary = trainer.run()
+    trainer.session.close()
+    assert summary.status == "interrupted"
+    assert summary.steps in (4, 5)  # the device may have been at the next one already
+    resumed = train(folder, str(tmp_path / "run"), kernels, resume="latest")
+    assert resumed == whole[summary.steps :]
+
+
+def numpy_run(folder: Path, output: Path, **options: Any) -> list[float]:
+    return train(folder, str(output), device="numpy", **({"steps": 4} | options))
+
+
+def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    numpy_run(folder, tmp_path / "run", steps=6, save_every=1, save_total_limit=2)
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-000005", "checkpoint-000006"]
+
+
+KILLED = """
+import os, signal, sys
+from entrenar_gpu import checkpoint
+from tests.runs import train
+from pathlib import Path
+saved, real = [], checkpoint.save_safetensors
+def save(path, *rest):
+    saved.append(path)
+    real(path, *rest)
+    if len(saved) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_safetensors = save
+train(Path(sys.argv[1]), sys.argv[2], device="numpy", steps=5, save_every=1)
+"""
+
+
+def test_a_run_killed_while_saving_leaves_the_checkpoints_before(folder, tmp_path):
+    """Killed with the optimizer's moments of step 3 on the disk, but not its state."""
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(tmp_path / "run")], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-000001", "checkpoint-000002"]
+    assert (tmp_path / "run/.checkpoint-000003.tmp").exists()
+    resumed = numpy_run(folder, tmp_path / "run", resume="latest", steps=5)
+    assert resumed == numpy_run(folder, tmp_path / "whole", steps=5)[2:]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_checkpoint_is_deleted_under_another_name(folder, tmp_path, monkeypatch):
+    """Else a run killed while deleting one would leave half a checkpoint to resume from."""
+    numpy_run(folder, tmp_path / "run", save_every=2)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    checkpoint._remove(tmp_path / "run/checkpoint-000002")
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"rank": 5}, "made with rank 4, this run has 5"),
+    "method": ({"method": "lora"}, "made with method 'qlora'"),
+    "optimizer": ({"optimizer": "sgd"}, "made with optimizer 'adamw'"),
+    "seed": ({"seed": 3}, "made with seed 0"),
+    "batch": ({"batch": 3}, "made with batch 2"),
+    "shuffling": ({"shuffle": False}, "other data, or another"),
+    "steps": ({"steps": 2}, "is at step 4 already"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_checkpoint_of_another_run_is_refused(folder, tmp_path, change):
+    numpy_run(folder, tmp_path / "run")
+    options, message = CHANGES[change]
+    with pytest.raises(UserError, match=message):
+        numpy_run(folder, tmp_path / "run", resume="latest", **options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_checkpoint_of_another_model_or_other_data_is_refused(folder, tmp_path):
+    numpy_run(folder, tmp_path / "run")
+    other = tmp_path / "other"
+    make_model(other / "model", seed=5, **TINY)
+    make_data(other / "train.jsonl", vocab=96, seed=5)
+    with pytest.raises(UserError, match="checkpoint of another model"):
+        numpy_run(folder, tmp_path / "run", resume="latest", model=str(other / "model"))
+    with pytest.raises(UserError, match="made with other data"):
+        numpy_run(folder, tmp_path / "run", resume="latest", data=str(other / "train.jsonl"))
+
+
+def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        numpy_run(folder, tmp_path / "run", resume="latest")
+    with pytest.raises(UserError, match=r"--resume: .* is not a checkpoint"):
+        numpy_run(folder, tmp_path / "run", resume=str(folder))
+    numpy_run(folder, tmp_path / "run")
+    (tmp_path / "run/checkpoint-000004/trainer_state.json").write_text("[]")
+    with pytest.raises(UserError, match="not the state of a training run"):
+        numpy_run(folder, tmp_path / "run", resume="latest")
