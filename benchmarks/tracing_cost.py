@@ -125,7 +125,7 @@ def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
     def train(observers: Sequence[Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             corpus.collect().write(Path(folder) / "data")
-            config = replace(RUN, data=f"{folder}/data", output=f"{folder}/run", steps=steps)
+            config = replace(RUN, data=f"{folder}/data/train.jsonl", output=f"{folder}/run", steps=steps)
             return Trainer(config, list(observers)).run()
 
     return train
