@@ -141,6 +141,12 @@ def test_a_template_that_drops_a_turn_is_refused_by_message():
         template(source).render_turns([user("a"), assistant("b")])
 
 
+def test_a_template_whose_other_text_depends_on_the_answer_is_refused():
+    source = "{{ messages|map(attribute='content')|join|length }}{% for m in messages %}:{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"m/template\.jinja: cannot tell where the chat template puts message 2"):
+        template(source).render_turns([user("a"), assistant("bcd")])
+
+
 def test_environment_is_that_of_transformers():
     source = (
         "{%- for m in messages %}\n"
