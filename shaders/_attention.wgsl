@@ -1,27 +1,43 @@
-// Pieces shared by attention's forward and backward kernels. Tiles of BLOCK = 32 tokens; a workgroup is 8x8
-// invocations, and invocation (ty, tx) owns rows ty + 8i and columns tx + 8j of every product. Head vectors are
-// staged EC columns at a time, so that workgroup memory does not grow with the head size.
-{% set BLOCK = 32 %}
-{% set CHUNKS = (E + EC - 1) // EC %}
+// Pieces shared by attention's forward and backward kernels. A workgroup of 8x8 invocations owns 32 tokens ("mine") and
+// meets the others 32 at a time. Of every 32x32 product, invocation (ty, tx) holds rows 4*ty + i and columns tx + 8*j;
+// of the 32 vectors that come out, rows 4*ty + i and, of each 32 columns, the four from 4*tx on.
+// Head vectors are staged 32 columns at a time as vec4, a row padded to nine, so that neither the columns tx + 8*j nor
+// the rows 4*ty + i of a read share a bank.
+{% set CHUNKS = (E + 31) // 32 %}
 const MASKED = -1e30;
-const STRIDE = {{ EC + 1 }}u;
-var<workgroup> left: array<f32, {{ BLOCK * (EC + 1) }}>;
-var<workgroup> right: array<f32, {{ BLOCK * (EC + 1) }}>;
+const PITCH = 9u;
+var<workgroup> left: array<vec4<f32>, 288>;
+var<workgroup> right: array<vec4<f32>, 288>;
+var<workgroup> weights: array<vec4<f32>, 288>;
 
-{# Stage columns c*EC.. of 32 tokens from `first`, of head `head` in a tensor of `heads` heads; zero past the end. #}
-{% macro stage(tile, source, first, head, heads, c) %}
-  for (var i = thread; i < {{ BLOCK * EC }}u; i += 64u) {
-    let token = {{ first }} + i / {{ EC }}u;
-    let column = {{ c * EC }}u + i % {{ EC }}u;
-    var value = 0.0;
-    if (token < {{ S }}u && column < {{ E }}u) {
-      value = {{ source }}[((row_start + token) * {{ heads }}u + {{ head }}) * {{ E }}u + column];
+{# Four columns from `column` of a token's head; zero past the last token or column. #}
+{% macro fetch(source, token, head, heads, column) %}
+{% if E % 4 == 0 %}
+    var value = vec4<f32>();
+    if ({{ token }} < {{ S }}u && {{ column }} < {{ E }}u) {
+      value = {{ source }}[(((row_start + {{ token }}) * {{ heads }}u + {{ head }}) * {{ E }}u + {{ column }}) / 4u];
     }
-    {{ tile }}[(i / {{ EC }}u) * STRIDE + i % {{ EC }}u] = value;
+{% else %}
+    var value = vec4<f32>();
+    for (var x = 0u; x < 4u; x++) {
+      if ({{ token }} < {{ S }}u && {{ column }} + x < {{ E }}u) {
+        value[x] = {{ source }}[((row_start + {{ token }}) * {{ heads }}u + {{ head }}) * {{ E }}u + {{ column }} + x];
+      }
+    }
+{% endif %}
+{% endmacro %}
+
+{# Stage columns 32*c.. of 32 tokens from `first`, of one head. #}
+{% macro stage(tile, source, first, head, heads, c) %}
+  for (var i = thread; i < 256u; i += 64u) {
+    let token = {{ first }} + i / 8u;
+    let column = {{ 32 * c }}u + (i % 8u) * 4u;
+    {{ fetch(source, "token", head, heads, "column") }}
+    {{ tile }}[(i / 8u) * PITCH + i % 8u] = value;
   }
 {% endmacro %}
 
-{# s = A B^T over the whole head, for 32 tokens of A and 32 of B, into registers NAME{i}{j}. #}
+{# NAMEij = sum over the head of A[4*ty + i] B[tx + 8*j]. #}
 {% macro scores(name, a, a_first, a_head, a_heads, b, b_first, b_head, b_heads) %}
 {% for i in range(4) %}{% for j in range(4) %}
   var {{ name }}{{ i }}{{ j }} = 0.0;
@@ -31,57 +47,65 @@ var<workgroup> right: array<f32, {{ BLOCK * (EC + 1) }}>;
   {{ stage("left", a, a_first, a_head, a_heads, c) }}
   {{ stage("right", b, b_first, b_head, b_heads, c) }}
   workgroupBarrier();
-  for (var e = 0u; e < {{ EC }}u; e++) {
+  for (var e = 0u; e < 8u; e++) {
 {% for i in range(4) %}
-    let a{{ i }} = left[(ty + {{ 8 * i }}u) * STRIDE + e];
-    let b{{ i }} = right[(tx + {{ 8 * i }}u) * STRIDE + e];
+    let a{{ i }} = left[(4u * ty + {{ i }}u) * PITCH + e];
+    let b{{ i }} = right[(tx + {{ 8 * i }}u) * PITCH + e];
 {% endfor %}
-{% for i in range(4) %}{% for j in range(4) %}
-    {{ name }}{{ i }}{{ j }} = fma(a{{ i }}, b{{ j }}, {{ name }}{{ i }}{{ j }});
-{% endfor %}{% endfor %}
+{% for x in range(4) %}{% for i in range(4) %}{% for j in range(4) %}
+    {{ name }}{{ i }}{{ j }} = fma(a{{ i }}[{{ x }}], b{{ j }}[{{ x }}], {{ name }}{{ i }}{{ j }});
+{% endfor %}{% endfor %}{% endfor %}
   }
 {% endfor %}
 {% endmacro %}
 
 {% macro declare(name) %}
-{% for c in range(CHUNKS) %}{% for i in range(4) %}{% for j in range(EC // 8) %}
-  var {{ name }}{{ c }}_{{ i }}{{ j }} = 0.0;
-{% endfor %}{% endfor %}{% endfor %}
+{% for c in range(CHUNKS) %}{% for i in range(4) %}
+  var {{ name }}{{ c }}_{{ i }} = vec4<f32>();
+{% endfor %}{% endfor %}
 {% endmacro %}
 
-{# NAME += W B (or W^T B), W a 32x32 tile of weights in workgroup memory, B 32 tokens of a head. #}
-{% macro combine(name, weights, transposed, b, b_first, b_head, b_heads) %}
+{# Leave a product NAMEij in a tile, so that `combine` finds the four rows of an invocation in one vec4. #}
+{% macro keep(tile, name) %}
+{% for j in range(4) %}
+  {{ tile }}[(tx + {{ 8 * j }}u) * PITCH + ty] =
+    vec4<f32>({{ name }}0{{ j }}, {{ name }}1{{ j }}, {{ name }}2{{ j }}, {{ name }}3{{ j }});
+{% endfor %}
+{% endmacro %}
+
+{# NAME[4*ty + i] += sum over the others of TILE[other][4*ty + i] B[other]. #}
+{% macro combine(name, tile, b, b_first, b_head, b_heads) %}
 {% for c in range(CHUNKS) %}
   workgroupBarrier();
   {{ stage("right", b, b_first, b_head, b_heads, c) }}
   workgroupBarrier();
-  for (var t = 0u; t < {{ BLOCK }}u; t++) {
+  for (var t = 0u; t < 32u; t++) {
+    let w = {{ tile }}[t * PITCH + ty];
+    let b = right[t * PITCH + tx];
 {% for i in range(4) %}
-{% if transposed %}
-    let w{{ i }} = {{ weights }}[t * {{ BLOCK + 1 }}u + ty + {{ 8 * i }}u];
-{% else %}
-    let w{{ i }} = {{ weights }}[(ty + {{ 8 * i }}u) * {{ BLOCK + 1 }}u + t];
-{% endif %}
+    {{ name }}{{ c }}_{{ i }} = fma(vec4<f32>(w[{{ i }}]), b, {{ name }}{{ c }}_{{ i }});
 {% endfor %}
-{% for j in range(EC // 8) %}
-    let b{{ j }} = right[t * STRIDE + tx + {{ 8 * j }}u];
-{% endfor %}
-{% for i in range(4) %}{% for j in range(EC // 8) %}
-    {{ name }}{{ c }}_{{ i }}{{ j }} = fma(w{{ i }}, b{{ j }}, {{ name }}{{ c }}_{{ i }}{{ j }});
-{% endfor %}{% endfor %}
   }
 {% endfor %}
 {% endmacro %}
 
-{% macro store(out, name, first, head, heads, factor) %}
+{# out[4*ty + i] = NAME, times FACTORS[i] where given. #}
+{% macro store(out, name, first, head, heads, factors) %}
 {% for i in range(4) %}
   {
-    let token = {{ first }} + ty + {{ 8 * i }}u;
+    let token = {{ first }} + 4u * ty + {{ i }}u;
     if (token < {{ S }}u) {
-      let start = ((row_start + token) * {{ heads }}u + {{ head }}) * {{ E }}u;
-{% for c in range(CHUNKS) %}{% for j in range(EC // 8) %}
-      if ({{ c * EC + 8 * j }}u + tx < {{ E }}u) { {{ out }}[start + {{ c * EC + 8 * j }}u + tx] = {{ name }}{{ c }}_{{ i }}{{ j }}{{ factor % i if factor else "" }}; }
-{% endfor %}{% endfor %}
+      let start = ((row_start + token) * {{ heads }}u + {{ head }}) * {{ E }}u + 4u * tx;
+{% for c in range(CHUNKS) %}
+{% set value = name ~ c ~ "_" ~ i ~ (" * " ~ factors ~ "[" ~ i ~ "]" if factors else "") %}
+{% if E % 4 == 0 %}
+      if ({{ 32 * c }}u + 4u * tx < {{ E }}u) { {{ out }}[(start + {{ 32 * c }}u) / 4u] = {{ value }}; }
+{% else %}
+{% for x in range(4) %}
+      if ({{ 32 * c + x }}u + 4u * tx < {{ E }}u) { {{ out }}[start + {{ 32 * c + x }}u] = ({{ value }})[{{ x }}]; }
+{% endfor %}
+{% endif %}
+{% endfor %}
     }
   }
 {% endfor %}

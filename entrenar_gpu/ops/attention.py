@@ -14,6 +14,7 @@ from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, registe
 
 Aliased = Callable[[Tensor, Tensor], bool]
 BLOCK = 32  # tokens a tile, as in _attention.wgsl
+BUSY_WORKGROUPS = 1024  # below this many a large GPU has idle multiprocessors
 
 
 def attention(
@@ -74,22 +75,23 @@ def _reference(node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, seg: np.
     return [out, lse.transpose(0, 2, 1).reshape(-1, s["H"])]
 
 
-def _columns_staged(s: dict[str, int], limit: int) -> int:
-    return min(limit, -(-s["E"] // 8) * 8)
-
-
-def _constants(node: Node, staged: int) -> dict[str, Any]:
+def _constants(node: Node) -> dict[str, Any]:
     s = _shape(node)
-    return {**s, "EC": _columns_staged(s, staged), "scale": literal(1 / math.sqrt(s["E"]))}
+    return {**s, "scale": literal(1 / math.sqrt(s["E"]))}
+
+
+def _vector(node: Node) -> int:
+    """Width in which head vectors are bound."""
+    return 4 if _shape(node)["E"] % 4 == 0 else 1
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    s = _shape(node)
-    names = ("q", "k", "v", "segment_start")
-    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=True)]
-    bindings += [writes("out", node.outputs[0]), writes("lse", node.outputs[1])]
+    s, width = _shape(node), _vector(node)
+    bindings = [reads(n, t, width) for n, t in zip(("q", "k", "v"), node.inputs, strict=False)]
+    bindings += [reads("segment_start", node.inputs[3])]
+    bindings += [writes("out", node.outputs[0], width), writes("lse", node.outputs[1])]
     grid = (-(-s["S"] // BLOCK), s["H"], s["B"])
-    return [Launch("attention", tuple(bindings), _constants(node, 32), grid)]
+    return [Launch("attention", tuple(bindings), _constants(node), grid)]
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
@@ -133,26 +135,40 @@ def _grad_reference(
     ]
 
 
-def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _splits_groups(node: Node, caps: Caps) -> bool:
+    """Whether dk and dv are computed by query head and then summed: where key blocks alone would leave a GPU idle."""
     s = _shape(node)
-    names = ("q", "k", "v", "dout", "statistics", "segment_start")
-    inputs = tuple(reads(n, t) for n, t in zip(names, node.inputs, strict=True))
+    return s["H"] > s["K"] and s["B"] * s["K"] * -(-s["S"] // BLOCK) < BUSY_WORKGROUPS and not caps.software
+
+
+def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
+    return [(node.inputs[0].shape, "f32")] * 2 if _splits_groups(node, caps) else []
+
+
+def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    s, width = _shape(node), _vector(node)
+    inputs = [reads(n, t, width) for n, t in zip(("q", "k", "v", "dout"), node.inputs, strict=False)]
+    inputs += [reads("statistics", node.inputs[4]), reads("segment_start", node.inputs[5])]
     dq, dk, dv = node.outputs
-    blocks = -(-s["S"] // BLOCK)
+    blocks, group = -(-s["S"] // BLOCK), s["H"] // s["K"]
     query = Launch(
         "attention_grad",
-        (*inputs, writes("dq", dq)),
-        {**_constants(node, 32), "mode": "query"},
+        (*inputs, writes("dq", dq, width)),
+        {**_constants(node), "mode": "query", "MEMBERS": group},
         (blocks, s["H"], s["B"]),
     )
-    # Two tiles of weights leave 8 KiB of the portable 16 for staging.
+    members, (to_k, to_v) = (1, node.workspace) if node.workspace else (group, (dk, dv))
     key = Launch(
         "attention_grad",
-        (*inputs, writes("dk", dk), writes("dv", dv)),
-        {**_constants(node, 16), "mode": "key"},
-        (blocks, s["K"], s["B"]),
+        (*inputs, writes("dk", to_k, width), writes("dv", to_v, width)),
+        {**_constants(node), "mode": "key", "MEMBERS": members},
+        (blocks, s["H"] // members, s["B"]),
     )
-    return [query, key]
+    if not node.workspace:
+        return [query, key]
+    bindings = (reads("partial_k", to_k), reads("partial_v", to_v), writes("dk", dk), writes("dv", dv))
+    constants = {"SIZE": dk.size, "E": s["E"], "GROUP": group}
+    return [query, key, Launch("attention_group_sum", bindings, constants, grid_of(-(-dk.size // 256), caps))]
 
 
 def _flops(products: int) -> Callable[[Node], int]:
@@ -181,6 +197,7 @@ register(
         lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
         _grad_reference,
         _grad_launch,
+        workspace=_grad_workspace,
         flops=_flops(7),
     )
 )
