@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,22 +196,25 @@ class Device:
         if raw.size % 4:
             raw = np.concatenate([raw, np.zeros(-raw.size % 4, np.uint8)])
         if raw.size:
-            self.handle.queue.write_buffer(buffer, offset, raw)
+            with self.watched():
+                self.handle.queue.write_buffer(buffer, offset, raw)
 
     def read(self, buffer: Any, offset: int, nbytes: int) -> np.ndarray:
         """The bytes of a buffer, waiting for the device."""
         padded = -(-nbytes // 4) * 4
-        try:
+        with self.watched():
             return np.frombuffer(self.handle.queue.read_buffer(buffer, offset, padded), np.uint8)[:nbytes]
-        except RuntimeError as error:
-            raise self.lost(error) from error
 
-    def lost(self, error: Exception) -> Exception:
-        """`error` as DeviceLost if that is what it says."""
-        text = str(error)
-        if "lost" in text.lower():
-            return DeviceLost(f"device {self.caps.name} was lost ({text.splitlines()[0]}); the last checkpoint stands")
-        return error
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around work on the device: raises DeviceLost where wgpu says, in an error of any kind, that it is gone."""
+        try:
+            yield
+        except (RuntimeError, wgpu.GPUError) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if "lost" in line.lower()), None)
+            if reason is None:
+                raise
+            raise DeviceLost(f"device {self.caps.name} was lost ({reason}); the last checkpoint stands") from error
 
 
 def _request(adapter: Any, features: list[str], limits: dict[str, int]) -> Any:

@@ -47,10 +47,8 @@ class Report:
         """The tensor, waiting for the run that produced it and for no later one."""
         plan, device = self._replay.plan, self._replay.device
         tensor = plan.persistents[plan.reports[self._name]]
-        try:
+        with device.watched():
             raw = native.read_after(device.handle, self._staging, self._submission)
-        except RuntimeError as error:
-            raise device.lost(error) from error
         self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
         return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
 
@@ -126,15 +124,13 @@ class Replay:
         """
         batches = self._batches[name]
         staging, submission = None, 0
-        try:
+        with self.device.watched():
             for index, batch in enumerate(batches):
                 encoder = self.device.handle.create_command_encoder()
                 self._encode(encoder, name, batch, final=index == len(batches) - 1)
                 if index == len(batches) - 1:
                     staging = self._finish(encoder, name, repeat)
                 submission = native.submit(self.device.handle, [encoder.finish()])
-        except RuntimeError as error:
-            raise self.device.lost(error) from error
         return Report(self, name, staging, submission) if staging is not None else None
 
     def launch(self, launch: Launch) -> None:
