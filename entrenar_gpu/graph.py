@@ -219,6 +219,7 @@ class Caps:
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
     flops_per_second: float = 1e11  # assumed pace of matrix products; cuts a run into submits
+    tiles: Mapping[str, tuple[int, ...]] | None = None  # measured blockings of matrix products (tiles.py)
 
     def limited(self) -> Caps:
         """The same device asked for nothing but WebGPU's guaranteed limits and no optional feature."""
@@ -237,12 +238,17 @@ class Binding:
 
 @dataclass(frozen=True)
 class Launch:
-    """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid."""
+    """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid.
+
+    A `trusted` shader runs without the checks of indices and loops that WebGPU adds: for shaders whose every index
+    follows from their constants, never from data.
+    """
 
     shader: str
     bindings: tuple[Binding, ...]
     constants: Mapping[str, Any]
     grid: tuple[int, int, int]
+    trusted: bool = False
 
 
 def reads(name: str, tensor: Tensor, vector: int = 1) -> Binding:

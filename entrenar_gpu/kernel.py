@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import wgpu
 
+from entrenar_gpu import native
 from entrenar_gpu.device import Device
 from entrenar_gpu.graph import WGSL_TYPES, Launch
 
@@ -62,7 +63,7 @@ class KernelCache:
             layout = self._layout(tuple(b.write for b in launch.bindings))
             handle = self.device.handle
             try:
-                module = handle.create_shader_module(label=launch.shader, code=code)
+                module = native.shader_module(handle, launch.shader, code, launch.trusted)
                 pipeline = handle.create_compute_pipeline(
                     label=launch.shader,
                     layout=handle.create_pipeline_layout(bind_group_layouts=[layout]),

@@ -28,7 +28,7 @@ def read_after(device: Any, buffer: Any, submission: int) -> bytes:
     """
     outcome: list[str] = []
 
-    @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")
+    @ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")  # type: ignore[untyped-decorator]
     def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
         text = "" if status == lib.WGPUMapAsyncStatus_Success else _text(message) or f"status {status}"
         outcome.append(text)
@@ -47,6 +47,26 @@ def read_after(device: Any, buffer: Any, submission: int) -> bytes:
         return bytes(ffi.buffer(pointer, buffer.size))
     finally:
         _api.libf.wgpuBufferUnmap(buffer._internal)
+
+
+def shader_module(device: Any, label: str, code: str, trusted: bool) -> Any:
+    """A shader module from WGSL. A `trusted` one is compiled without bounds checks and loop counters.
+
+    Raises wgpu.GPUError when the code is not valid, trusted or not.
+    """
+    if not trusted:
+        return device.create_shader_module(label=label, code=code)
+    source = _api.new_struct_p("WGPUShaderSourceWGSL *", code=_api.to_c_string_view(code))
+    source[0].chain.next = ffi.NULL
+    source[0].chain.sType = lib.WGPUSType_ShaderSourceWGSL
+    descriptor = _api.new_struct_p(
+        "WGPUShaderModuleDescriptor *",
+        nextInChain=ffi.cast("WGPUChainedStruct *", source),
+        label=_api.to_c_string_view(label),
+    )
+    checks = 0  # WGPUShaderRuntimeChecks_None
+    module = _api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, checks)
+    return _api.GPUShaderModule(label, module, device)
 
 
 def _text(view: Any) -> str:

@@ -3,20 +3,25 @@
 // A [M, K] or, transposed, [K, M]; B [K, N] or, transposed, [N, K]; the optional pair P, Q has the same layouts with
 // inner length R: an adapter's low-rank product rides along in the same accumulators. B may be bf16 or half, two
 // to a u32. Offsets and leading dimensions let a launch work on a block of a larger matrix.
-// Grid: (ceil(N / BN), ceil(M / BM)). C is overwritten (=); with an in-place residual it is added to (+=).
+// Grid: (ceil(M / BM), ceil(N / BN), slices of K). C is overwritten (=); with an in-place residual it is added to (+=).
+// With several slices, slice z writes its partial sum to C + z * M * N, and matmul_sum.wgsl adds them up.
 //
 // Tiles lie k-major in workgroup memory as vec4 along m (A) or n (B). A thread stages 4x4 blocks: four vec4 loads along
-// the contiguous axis, transposed in registers where that axis is k, so that no two threads write one vec4.
+// the contiguous axis, transposed in registers where that axis is k, so that no two threads write one vec4. The next
+// tile is loaded into registers while this one is multiplied; with two buffers one barrier a tile is enough.
 {% set TX = BN // TN %}{% set TY = BM // TM %}{% set THREADS = TX * TY %}
+{% set SIZE_A = BK * BM // 4 %}{% set SIZE_B = BK * BN // 4 %}
 
 {% include "_widen.wgsl" %}
-var<workgroup> tile_a: array<vec4<f32>, {{ BK * BM // 4 }}>;
-var<workgroup> tile_b: array<vec4<f32>, {{ BK * BN // 4 }}>;
+var<workgroup> tile_a: array<vec4<f32>, {{ SIZE_A * buffers }}>;
+var<workgroup> tile_b: array<vec4<f32>, {{ SIZE_B * buffers }}>;
 
 {% macro fetch(name, operand) %}
 // Four elements of row `major` starting at `minor`, zero outside the matrix.
 fn fetch_{{ name }}(major: u32, minor: u32) -> vec4<f32> {
+{% if operand.guard_majors or operand.guard_minors %}
   if (major >= {{ operand.majors }}u || minor >= {{ operand.minors }}u) { return vec4<f32>(); }
+{% endif %}
   let at = {{ operand.base }}u + major * {{ operand.stride }}u + minor;
 {% if operand.vector and operand.format != "f32" %}
   let bits = {{ name }}[at >> 2u];
@@ -45,43 +50,106 @@ fn fetch_{{ name }}(major: u32, minor: u32) -> vec4<f32> {
 {{ fetch("q", Q) }}
 {% endif %}
 
-{% macro stage(tile, name, operand, width, origin, factor) %}
-  for (var block = thread; block < {{ BK * width // 16 }}u; block += {{ THREADS }}u) {
-{% if operand.k_contiguous %}
-    let k = (block % {{ BK // 4 }}u) * 4u;
-    let m = block / {{ BK // 4 }}u;
-{% for i in range(4) %}
-    let row{{ i }} = fetch_{{ name }}({{ origin }} + m * 4u + {{ i }}u, k0 + k){{ factor }};
-{% endfor %}
-{% for i in range(4) %}
-    {{ tile }}[(k + {{ i }}u) * {{ width // 4 }}u + m] = vec4<f32>(row0[{{ i }}], row1[{{ i }}], row2[{{ i }}], row3[{{ i }}]);
-{% endfor %}
+{# A thread's share of a tile: `count` 4x4 blocks spread over the threads, in registers NAME{block}_{row}. #}
+{% macro shares(width) %}{{ (BK * width // 16 + THREADS - 1) // THREADS }}{% endmacro %}
+{% macro for_each_share(width, share) %}
+{% if (share + 1) * THREADS > BK * width // 16 %}
+    if (thread < {{ BK * width // 16 - share * THREADS }}u) {
 {% else %}
-    let m = block % {{ width // 4 }}u;
-    let k = (block / {{ width // 4 }}u) * 4u;
-{% for i in range(4) %}
-    {{ tile }}[(k + {{ i }}u) * {{ width // 4 }}u + m] = fetch_{{ name }}(k0 + k + {{ i }}u, {{ origin }} + m * 4u){{ factor }};
-{% endfor %}
+    {
 {% endif %}
-  }
+      let block = thread + {{ share * THREADS }}u;
 {% endmacro %}
 
-{% macro multiply(a, a_operand, b, b_operand, length, factor) %}
-  for (var k0 = 0u; k0 < {{ length }}u; k0 += {{ BK }}u) {
-  {{ stage("tile_a", a, a_operand, BM, "m0", factor) }}
-  {{ stage("tile_b", b, b_operand, BN, "n0", "") }}
-    workgroupBarrier();
-    for (var k = 0u; k < {{ BK }}u; k++) {
+{% macro declare(name, width) %}
+{% for share in range(shares(width) | int) %}{% for i in range(4) %}
+  var {{ name }}{{ share }}_{{ i }} = vec4<f32>();
+{% endfor %}{% endfor %}
+{% endmacro %}
+
+{% macro load(registers, source, operand, width, origin, k0) %}
+{% for share in range(shares(width) | int) %}
+  {{ for_each_share(width, share) }}
+{% if operand.k_contiguous %}
+      let k = (block % {{ BK // 4 }}u) * 4u;
+      let m = block / {{ BK // 4 }}u;
+{% for i in range(4) %}
+      {{ registers }}{{ share }}_{{ i }} = fetch_{{ source }}({{ origin }} + m * 4u + {{ i }}u, {{ k0 }} + k);
+{% endfor %}
+{% else %}
+      let m = block % {{ width // 4 }}u;
+      let k = (block / {{ width // 4 }}u) * 4u;
+{% for i in range(4) %}
+      {{ registers }}{{ share }}_{{ i }} = fetch_{{ source }}({{ k0 }} + k + {{ i }}u, {{ origin }} + m * 4u);
+{% endfor %}
+{% endif %}
+    }
+{% endfor %}
+{% endmacro %}
+
+{% macro store(tile, registers, operand, width, buffer, factor) %}
+{% for share in range(shares(width) | int) %}
+  {{ for_each_share(width, share) }}
+{% if operand.k_contiguous %}
+      let at = {{ buffer }} + (block % {{ BK // 4 }}u) * {{ width }}u + block / {{ BK // 4 }}u;
+{% for i in range(4) %}
+      {{ tile }}[at + {{ i * width // 4 }}u] = vec4<f32>({% for j in range(4) %}{{ registers }}{{ share }}_{{ j }}[{{ i }}]{{ ", " if j < 3 }}{% endfor %}){{ factor }};
+{% endfor %}
+{% else %}
+      let at = {{ buffer }} + (block / {{ width // 4 }}u) * {{ width }}u + block % {{ width // 4 }}u;
+{% for i in range(4) %}
+      {{ tile }}[at + {{ i * width // 4 }}u] = {{ registers }}{{ share }}_{{ i }}{{ factor }};
+{% endfor %}
+{% endif %}
+    }
+{% endfor %}
+{% endmacro %}
+
+{% macro multiply() %}
+    for (var k = 0u; k < {{ BK }}u; k += {{ unroll }}u) {
+{% for u in range(unroll) %}
+      {
 {% for i in range(TM // 4) %}
-      let va{{ i }} = tile_a[k * {{ BM // 4 }}u + {{ i * TY }}u + ty];
+        let va{{ i }} = tile_a[buffer_a + (k + {{ u }}u) * {{ BM // 4 }}u + {{ i * TY }}u + ty];
 {% endfor %}
 {% for j in range(TN // 4) %}
-      let vb{{ j }} = tile_b[k * {{ BN // 4 }}u + {{ j * TX }}u + tx];
+        let vb{{ j }} = tile_b[buffer_b + (k + {{ u }}u) * {{ BN // 4 }}u + {{ j * TX }}u + tx];
 {% endfor %}
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
-      acc{{ i }}_{{ j }} = fma(vec4<f32>(va{{ i // 4 }}[{{ i % 4 }}]), vb{{ j }}, acc{{ i }}_{{ j }});
+        acc{{ i }}_{{ j }} = fma(vec4<f32>(va{{ i // 4 }}[{{ i % 4 }}]), vb{{ j }}, acc{{ i }}_{{ j }});
 {% endfor %}{% endfor %}
+      }
+{% endfor %}
     }
+{% endmacro %}
+
+{% macro product(a, a_operand, b, b_operand, from, to, factor) %}
+  {{ load("ra", a, a_operand, BM, "m0", from) }}
+  {{ load("rb", b, b_operand, BN, "n0", from) }}
+{% if buffers == 2 %}
+  {{ store("tile_a", "ra", a_operand, BM, "buffer_a", factor) }}
+  {{ store("tile_b", "rb", b_operand, BN, "buffer_b", "") }}
+  workgroupBarrier();
+{% endif %}
+  for (var k0 = {{ from }}; k0 < {{ to }}; k0 += {{ BK }}u) {
+{% if buffers == 1 %}
+    {{ store("tile_a", "ra", a_operand, BM, "buffer_a", factor) }}
+    {{ store("tile_b", "rb", b_operand, BN, "buffer_b", "") }}
+    workgroupBarrier();
+{% endif %}
+    if (k0 + {{ BK }}u < {{ to }}) {
+    {{ load("ra", a, a_operand, BM, "m0", "k0 + %du" % BK) }}
+    {{ load("rb", b, b_operand, BN, "n0", "k0 + %du" % BK) }}
+    }
+    {{ multiply() }}
+{% if buffers == 2 %}
+    buffer_a = {{ SIZE_A }}u - buffer_a;
+    buffer_b = {{ SIZE_B }}u - buffer_b;
+    if (k0 + {{ BK }}u < {{ to }}) {
+    {{ store("tile_a", "ra", a_operand, BM, "buffer_a", factor) }}
+    {{ store("tile_b", "rb", b_operand, BN, "buffer_b", "") }}
+    }
+{% endif %}
     workgroupBarrier();
   }
 {% endmacro %}
@@ -90,19 +158,35 @@ fn fetch_{{ name }}(major: u32, minor: u32) -> vec4<f32> {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let tx = thread % {{ TX }}u;
   let ty = thread / {{ TX }}u;
-  let m0 = group.y * {{ BM }}u;
-  let n0 = group.x * {{ BN }}u;
+  let m0 = group.x * {{ BM }}u;
+  let n0 = group.y * {{ BN }}u;
+  {{ "var" if buffers == 2 else "let" }} buffer_a = 0u;
+  {{ "var" if buffers == 2 else "let" }} buffer_b = 0u;
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
   var acc{{ i }}_{{ j }} = vec4<f32>();
 {% endfor %}{% endfor %}
-{{ multiply("a", A, "b", B, K, "") }}
+  {{ declare("ra", BM) }}
+  {{ declare("rb", BN) }}
+{% if slices > 1 %}
+  let from_k = group.z * {{ slice }}u;
+  let to_k = min(from_k + {{ slice }}u, {{ K }}u);
+  {{ product("a", A, "b", B, "from_k", "to_k", "") }}
+{% else %}
+  {{ product("a", A, "b", B, "0u", "%du" % K, "") }}
+{% endif %}
 {% if alpha != 1.0 %}
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
   acc{{ i }}_{{ j }} *= f32({{ alpha }});
 {% endfor %}{% endfor %}
 {% endif %}
 {% if R %}
-{{ multiply("p", P, "q", Q, R, "" if beta == 1.0 else " * f32(%r)" % beta) }}
+{% if slices > 1 %}
+  if (group.z == 0u) {
+{% endif %}
+  {{ product("p", P, "q", Q, "0u", "%du" % R, "" if beta == 1.0 else " * f32(%r)" % beta) }}
+{% if slices > 1 %}
+  }
+{% endif %}
 {% endif %}
 {% for i in range(TM) %}
   {
@@ -111,7 +195,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for j in range(TN // 4) %}
       {
         let n = n0 + {{ j * TX * 4 }}u + tx * 4u;
-        let at = {{ c_base }}u + m * {{ ldc }}u + n;
+        let at = {{ "group.z * %du + " % (M * N) if slices > 1 }}{{ c_base }}u + m * {{ ldc }}u + n;
 {% if c_vector %}
         if (n < {{ N }}u) {
           var value = acc{{ i }}_{{ j }};

@@ -2,34 +2,7 @@
 // {{ "Scales are 8-bit codes: table[code] * nested[block / 256] + table[256], two roundings." if double else "Scales are f32." }}
 // One invocation a word of eight codes, the first of two in the high nibble. Grid: ceil(size / 2048), folded.
 {% include "_grid.wgsl" %}
-const CODEBOOK = array<f32, 16>({{ codebook }});
-
-fn scale_of(block: u32) -> f32 {
-{% if double %}
-  let code = (absmax_codes[block >> 2u] >> (8u * (block & 3u))) & 0xffu;
-  // The XOR with a zero that the compiler does not know keeps the product and the sum apart.
-  let product = bitcast<u32>(table[code] * nested[block >> 8u]) ^ bitcast<u32>(table[257]);
-  return bitcast<f32>(product) + table[256];
-{% else %}
-  return absmax[block];
-{% endif %}
-}
-
-fn rounded(value: f32) -> f32 {
-{% if rounded == "bfloat16" %}
-  let bits = bitcast<u32>(value);
-  return bitcast<f32>((bits + 0x7fffu + ((bits >> 16u) & 1u)) & 0xffff0000u);
-{% elif rounded == "float16" %}
-  // By hand, since WGSL leaves open which way a conversion to binary16 rounds. Below 2^-14 halves are 2^-24 apart.
-  let size = abs(value);
-  if (size < 6.103515625e-5) { return round(value * 16777216.0) * 5.9604644775390625e-8; }
-  let bits = bitcast<u32>(value);
-  let nearest = (bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u;
-  return bitcast<f32>(select(nearest, (bits & 0x80000000u) | 0x7f800000u, size >= 65520.0));
-{% else %}
-  return value;
-{% endif %}
-}
+{% include "_nf4.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

@@ -14,7 +14,7 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
 from entrenar_gpu.ops.embedding import page_starts
-from entrenar_gpu.ops.matmul import Block, gemm
+from entrenar_gpu.ops.gemm import Block, gemm
 from entrenar_gpu.ops.reduce import rows_launch
 from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
 

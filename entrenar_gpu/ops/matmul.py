@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, reads, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor
+from entrenar_gpu.ops.gemm import Block, Product, layout_of, partial_shapes, product_launches, whole
 from entrenar_gpu.ops.registry import GradientContext, Op, Spec, place, record, register
+from entrenar_gpu.tiles import Choice, choose
 
 
 def matmul(
@@ -95,9 +97,9 @@ def _infer(node: Node) -> Sequence[Spec]:
 
 def _reference(node: Node, a: np.ndarray, b: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
     attrs = node.attrs
-    dtype = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+    dtype: Any = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
 
-    def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def product(x: np.ndarray, y: np.ndarray) -> Any:
         x = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)
         y = y.reshape(-1, y.shape[-1]).astype(dtype, copy=False)
         return (x.T if attrs["transpose_a"] else x) @ (y.T if attrs["transpose_b"] else y)
@@ -179,116 +181,32 @@ def fold_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor
     return None
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Blocking of a matmul: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread."""
-
-    BM: int
-    BN: int
-    BK: int
-    TM: int
-    TN: int
+def _choice(node: Node, caps: Caps) -> Choice:
+    m, n, k, _ = _sizes(node)
+    return choose("f32", m, n, k, layout_of(node.attrs["transpose_a"], node.attrs["transpose_b"]), caps)
 
 
-def choose_tile(m: int, n: int, caps: Caps) -> Tile:
-    if min(m, n) <= 16:
-        return Tile(16, 64, 32, 4, 4) if m <= n else Tile(64, 16, 32, 4, 4)
-    if min(m, n) <= 32 or m * n <= 64 * 64 * 16:
-        return Tile(32, 32, 16, 4, 4)
-    if m * n < 128 * 128 * 64 or min(m, n) < 128 or caps.software:
-        return Tile(64, 64, 16, 8, 4)
-    return Tile(128, 128, 16 if caps.max_workgroup_bytes >= 16384 else 8, 8, 8)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A row-major matrix inside a tensor: `base` element offset, `stride` elements a row."""
-
-    tensor: Tensor
-    base: int
-    stride: int
-
-
-def whole(tensor: Tensor) -> Block:
-    return Block(tensor, 0, tensor.columns)
-
-
-def _operand(block: Block, outer: int, inner: int, k_contiguous: bool) -> dict[str, Any]:
-    majors, minors = (outer, inner) if k_contiguous else (inner, outer)
-    return {
-        "majors": majors,
-        "minors": minors,
-        "base": block.base,
-        "stride": block.stride,
-        "k_contiguous": k_contiguous,
-        "format": block.tensor.dtype,
-        "vector": minors % 4 == 0 and block.stride % 4 == 0 and block.base % 4 == 0,
-    }
-
-
-def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
-    width = 1 if not operand["vector"] else 4 if operand["format"] == "f32" else 2
-    return reads(name, block.tensor, width)
-
-
-def gemm(
-    caps: Caps,
-    sizes: tuple[int, int, int],
-    a: Block,
-    b: Block,
-    c: Block,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
-    alpha: float = 1.0,
-    pair: tuple[Tensor, Tensor, float, int] | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    accumulate: bool = False,
-) -> Launch:
-    """The launch of C (+)= alpha op(A) op(B) + ...; `sizes` is M, N, K; `pair` is (p, q, beta, R).
-
-    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout.
-    """
-    m, n, k = sizes
-    tile = choose_tile(m, n, caps)
-    a_op, b_op = _operand(a, m, k, not transpose_a), _operand(b, n, k, transpose_b)
-    bindings = [_bind("a", a, a_op), _bind("b", b, b_op)]
-    constants: dict[str, Any] = {**vars(tile), "M": m, "N": n, "K": k, "A": a_op, "B": b_op, "R": 0, "alpha": alpha}
-    if pair is not None:
-        p, q, beta, r = pair
-        constants.update(R=r, beta=beta, P=_operand(whole(p), m, r, not transpose_a))
-        constants.update(Q=_operand(whole(q), n, r, transpose_b))
-        bindings += [_bind("p", whole(p), constants["P"]), _bind("q", whole(q), constants["Q"])]
-    vector = n % 4 == 0 and c.stride % 4 == 0 and c.base % 4 == 0
-    if bias is not None:
-        bindings.append(reads("bias", bias, 4 if vector else 1))
-    if residual is not None and not accumulate:
-        bindings.append(reads("residual", residual, 4 if vector else 1))
-    bindings.append(writes("c", c.tensor, 4 if vector else 1))
-    constants.update(c_base=c.base, ldc=c.stride, c_vector=vector, bias=bias is not None)
-    constants["residual"] = "c" if accumulate else "residual" if residual is not None else ""
-    return Launch("matmul", tuple(bindings), constants, (-(-n // tile.BN), -(-m // tile.BM), 1))
+def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
+    return partial_shapes(_sizes(node)[:3], _choice(node, caps))
 
 
 def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -> Sequence[Launch]:
     m, n, k, r = _sizes(node)
     o, attrs = operands(node), node.attrs
-    return [
-        gemm(
-            caps,
-            (m, n, k),
-            whole(o.a),
-            whole(o.b),
-            Block(node.output, 0, n),
-            attrs["transpose_a"],
-            attrs["transpose_b"],
-            attrs["alpha"],
-            (o.p, o.q, attrs["beta"], r) if o.p is not None and o.q is not None else None,
-            o.bias,
-            o.residual,
-            accumulate=o.residual is not None and aliased(node.output, o.residual),
-        )
-    ]
+    product = Product(
+        (m, n, k),
+        whole(o.a),
+        whole(o.b),
+        Block(node.output, 0, n),
+        attrs["transpose_a"],
+        attrs["transpose_b"],
+        attrs["alpha"],
+        (o.p, o.q, attrs["beta"], r) if o.p is not None and o.q is not None else None,
+        o.bias,
+        o.residual,
+        accumulate=o.residual is not None and aliased(node.output, o.residual),
+    )
+    return product_launches(product, _choice(node, caps), next(iter(node.workspace), None), caps)
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, int]]:
@@ -300,4 +218,4 @@ def _flops(node: Node) -> int:
     return 2 * m * n * (k + r)
 
 
-register(Op("matmul", _infer, _reference, _launch, _gradient, flops=_flops, inplace=_inplace))
+register(Op("matmul", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops, inplace=_inplace))

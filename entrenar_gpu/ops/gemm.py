@@ -1,0 +1,164 @@
+"""Launches of f32 matrix products over blocks of tensors (shaders/matmul.wgsl), for ops that are made of products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, writes
+from entrenar_gpu.tiles import Choice, choose, slice_length
+
+
+@dataclass(frozen=True)
+class Block:
+    """A row-major matrix inside a tensor: `base` element offset, `stride` elements a row."""
+
+    tensor: Tensor
+    base: int
+    stride: int
+
+
+def whole(tensor: Tensor) -> Block:
+    return Block(tensor, 0, tensor.columns)
+
+
+def layout_of(transpose_a: bool, transpose_b: bool) -> str:
+    return ("t" if transpose_a else "n") + ("t" if transpose_b else "n")
+
+
+@dataclass(frozen=True)
+class Product:
+    """C (+)= alpha op(A) op(B) + beta op(P) op(Q) + bias + residual; M, N, K and the pair's inner length R.
+
+    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout.
+    """
+
+    sizes: tuple[int, int, int]
+    a: Block
+    b: Block
+    c: Block
+    transpose_a: bool = False
+    transpose_b: bool = False
+    alpha: float = 1.0
+    pair: tuple[Tensor, Tensor, float, int] | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    accumulate: bool = False
+
+    @property
+    def layout(self) -> str:
+        return layout_of(self.transpose_a, self.transpose_b)
+
+    @property
+    def vector(self) -> bool:
+        """Whether four consecutive elements of C may be written at once."""
+        return self.sizes[1] % 4 == 0 and self.c.stride % 4 == 0 and self.c.base % 4 == 0
+
+
+def gemm(
+    caps: Caps,
+    sizes: tuple[int, int, int],
+    a: Block,
+    b: Block,
+    c: Block,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    accumulate: bool = False,
+) -> Launch:
+    """One launch of C (+)= op(A) op(B), for callers without a workspace to split K in."""
+    product = Product(sizes, a, b, c, transpose_a, transpose_b, accumulate=accumulate)
+    return product_launch(product, choose("f32", *sizes, product.layout, caps, split=False))
+
+
+def product_launches(product: Product, choice: Choice, partial: Tensor | None, caps: Caps) -> list[Launch]:
+    """The product in one launch, or split along K into `partial` [slices, M, N] and added up by a second one."""
+    if partial is None:
+        return [product_launch(product, choice)]
+    n = product.sizes[1]
+    apart = Product(
+        product.sizes,
+        product.a,
+        product.b,
+        Block(partial, 0, n),
+        product.transpose_a,
+        product.transpose_b,
+        product.alpha,
+        product.pair,
+    )
+    return [product_launch(apart, choice), sum_launch(product, partial, caps)]
+
+
+def product_launch(product: Product, choice: Choice) -> Launch:
+    """The multiplication itself: into C, or with several slices into the partial sums that C then names."""
+    (m, n, k), tile = product.sizes, choice.tile
+    length = slice_length(k, choice)
+    slices = -(-k // length)
+    a = _operand(product.a, (m, k), (tile.BM, tile.BK), not product.transpose_a)
+    b = _operand(product.b, (n, k), (tile.BN, tile.BK), product.transpose_b)
+    bindings = [_bind("a", product.a, a), _bind("b", product.b, b)]
+    constants: dict[str, Any] = {**asdict(tile), "M": m, "N": n, "K": k, "A": a, "B": b, "R": 0, "alpha": product.alpha}
+    constants.update(slices=slices, slice=length)
+    if product.pair is not None:
+        p, q, beta, r = product.pair
+        constants.update(R=r, beta=beta, P=_operand(whole(p), (m, r), (tile.BM, tile.BK), not product.transpose_a))
+        constants.update(Q=_operand(whole(q), (n, r), (tile.BN, tile.BK), product.transpose_b))
+        bindings += [_bind("p", whole(p), constants["P"]), _bind("q", whole(q), constants["Q"])]
+    extra, epilogue = _epilogue(product)
+    constants.update(epilogue, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector)
+    bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1)]
+    grid = (-(-m // tile.BM), -(-n // tile.BN), slices)
+    return Launch("matmul", tuple(bindings), constants, grid, trusted=True)
+
+
+def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
+    """C (+)= the sum of the partial products + bias + residual; C is a whole tensor."""
+    (m, n, _), width = product.sizes, 4 if product.vector else 1
+    extra, epilogue = _epilogue(product)
+    bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width))
+    constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **epilogue}
+    return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
+
+
+def _epilogue(product: Product) -> tuple[list[Binding], dict[str, Any]]:
+    """Bindings and constants of what is added to a product as it is written."""
+    width = 4 if product.vector else 1
+    bindings = [reads("bias", product.bias, width)] if product.bias is not None else []
+    apart = product.residual is not None and not product.accumulate
+    if product.residual is not None and apart:
+        bindings.append(reads("residual", product.residual, width))
+    named = "c" if product.accumulate else "residual" if apart else ""
+    return bindings, {"bias": product.bias is not None, "residual": named}
+
+
+def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_contiguous: bool) -> dict[str, Any]:
+    """How the shader reads an operand of (outer, inner) `lengths`, in tiles of `steps`.
+
+    Guards against reading past an edge are left out where tiles fit exactly.
+    """
+    (outer, inner), (outer_step, inner_step) = lengths, steps
+    guards = outer % outer_step != 0, inner % inner_step != 0
+    majors, minors = (outer, inner) if k_contiguous else (inner, outer)
+    return {
+        "majors": majors,
+        "minors": minors,
+        "guard_majors": guards[0] if k_contiguous else guards[1],
+        "guard_minors": guards[1] if k_contiguous else guards[0],
+        "base": block.base,
+        "stride": block.stride,
+        "k_contiguous": k_contiguous,
+        "format": block.tensor.dtype,
+        "vector": minors % 4 == 0 and block.stride % 4 == 0 and block.base % 4 == 0,
+    }
+
+
+def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
+    width = 1 if not operand["vector"] else 4 if operand["format"] == "f32" else 2
+    return reads(name, block.tensor, width)
+
+
+def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int, ...], str]]:
+    """The workspace that a choice needs, as specs for `Op.workspace`."""
+    m, n, k = sizes
+    slices = -(-k // slice_length(k, choice))
+    return [((slices, m, n), "f32")] if slices > 1 else []

@@ -1,0 +1,165 @@
+"""How matrix products are cut up: tile shapes, slices of K, and the choice of both for a product on a device.
+
+`choose` is a pure function of the product and of `Caps`: measured choices in `Caps.tiles` win, else a model of waves
+of workgroups picks among the tiles below. So a choice is the same wherever it is made, and a checkpoint that stores
+`Caps.tiles` resumes with equal arithmetic (another tile sums in another order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from entrenar_gpu.graph import Caps
+
+Arithmetic = Literal["f32", "f16", "int8"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocking of a product: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread.
+
+    `unroll` steps of k (in int8, of 16) are written out in the inner loop. With two `buffers` in workgroup memory, one
+    barrier a slice is enough.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    TM: int
+    TN: int
+    unroll: int = 1
+    buffers: int = 1
+
+    @property
+    def threads(self) -> int:
+        return (self.BM // self.TM) * (self.BN // self.TN)
+
+    def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
+        """Workgroup memory of the tile. In int8, BK counts bytes and rows are padded against bank conflicts."""
+        if arithmetic == "int8":
+            return (self.BM + self.BN) * (self.BK + 16) * self.buffers
+        return (self.BM + self.BN) * self.BK * (4 if arithmetic == "f32" else 2) * self.buffers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile, and how many slices of K are summed apart and then added up."""
+
+    tile: Tile
+    slices: int = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile with its pace when the device is full, relative to the best of its arithmetic, and how many workgroups
+    a compute unit holds at once. Both from an H200 (docs/gemm.md); other cards are measured by the autotuner."""
+
+    tile: Tile
+    pace: float
+    resident: int
+
+
+CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
+    "f32": (
+        Candidate(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2), 1.00, 1),
+        Candidate(Tile(128, 128, 8, 8, 8, unroll=8, buffers=2), 0.80, 2),
+        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 6),
+        Candidate(Tile(32, 64, 16, 4, 8, unroll=16, buffers=2), 0.60, 8),
+        Candidate(Tile(16, 64, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(64, 16, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 0.35, 12),
+    ),
+    "f16": (
+        Candidate(Tile(128, 64, 32, 8, 8, unroll=32), 1.0, 3),
+        Candidate(Tile(64, 64, 32, 8, 8, unroll=32), 0.9, 6),
+    ),
+    "int8": (
+        Candidate(Tile(64, 64, 64, 8, 8, unroll=4), 1.0, 6),
+        Candidate(Tile(128, 64, 64, 8, 8, unroll=4), 0.93, 3),
+    ),
+}
+# lavapipe runs a workgroup on one core: small tiles, and code that compiles fast.
+SOFTWARE: dict[Arithmetic, Tile] = {
+    "f32": Tile(64, 64, 16, 8, 4),
+    "f16": Tile(64, 64, 32, 8, 8),
+    "int8": Tile(64, 64, 64, 8, 8),
+}
+
+# Compute units and flops a second that the model of waves assumes where nothing was measured.
+_UNITS = {True: 128, False: 16}
+_DISCRETE_PACE = 1e12
+_LAUNCH_FLOPS = 1e8  # what a second launch costs, in flops: about 3 us at 35 TFLOP/s
+_WORKSPACE_BYTES = 64 << 20  # of partial sums
+_SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
+    """The name of a product in `Caps.tiles`; `layout` says which operands are transposed, as in "nt"."""
+    return f"{arithmetic} {layout} {m}x{n}x{k}"
+
+
+def choose(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True) -> Choice:
+    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums."""
+    measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
+    if measured is not None:
+        return from_numbers(measured)
+    if caps.software:
+        return Choice(software_tile(arithmetic, m, n))
+    return min(choices(arithmetic, m, n, k, caps, split), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
+
+
+def choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True) -> list[Choice]:
+    """Every blocking that fits the device and does not waste most of its work on padding."""
+    found = []
+    for candidate in CANDIDATES[arithmetic]:
+        tile = candidate.tile
+        if tile.workgroup_bytes(arithmetic) > caps.max_workgroup_bytes or tile.threads > caps.max_invocations:
+            continue
+        for slices in _SLICES if split else (1,):
+            fits = slices * m * n * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
+            if slices == 1 or (fits and k >= slices * max(4 * tile.BK, 64)):
+                found.append(Choice(tile, slices))
+    return found
+
+
+def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
+    if arithmetic == "f32" and min(m, n) <= 16:
+        return Tile(16, 64, 32, 4, 4) if m <= n else Tile(64, 16, 32, 4, 4)
+    if arithmetic == "f32" and (min(m, n) <= 32 or m * n <= 64 * 64 * 16):
+        return Tile(32, 32, 16, 4, 4)
+    return SOFTWARE[arithmetic]
+
+
+def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: Caps) -> float:
+    """Predicted time in flops of one fully busy device: waves of workgroups, then the sum of the slices."""
+    candidate = next(c for c in CANDIDATES[arithmetic] if c.tile == choice.tile)
+    tile, units = choice.tile, _UNITS[caps.flops_per_second >= _DISCRETE_PACE]
+    workgroups = -(-m // tile.BM) * -(-n // tile.BN) * choice.slices
+    depth = -(-k // (choice.slices * tile.BK)) * tile.BK + tile.BK  # one slice more fills the pipeline
+    busiest = -(-workgroups // units)
+    # A unit with fewer workgroups than it can hold cannot hide their latency.
+    hidden = min(1.0, 0.4 + 0.6 * busiest / candidate.resident)
+    time = 2.0 * busiest * units * tile.BM * tile.BN * depth / (candidate.pace * hidden)
+    if choice.slices > 1:
+        time += _LAUNCH_FLOPS + 10.0 * 4 * (choice.slices + 1) * m * n
+    return time
+
+
+def to_numbers(choice: Choice) -> tuple[int, ...]:
+    """A choice as JSON and safetensors metadata can hold it."""
+    return (*astuple(choice.tile), choice.slices)
+
+
+def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
+    *tile, slices = numbers
+    return Choice(Tile(*tile), slices)
+
+
+def slice_length(k: int, choice: Choice) -> int:
+    """Length of a slice of K: whole steps of the tile, so that no two slices share one."""
+    return -(-k // (choice.slices * choice.tile.BK)) * choice.tile.BK
+
+
+TileTable = Mapping[str, tuple[int, ...]]

@@ -1,0 +1,26 @@
+// C = sum of the partial products of a matmul split along K, in order of the slices, + bias + residual (= or +=).
+// partial [slices, M, N]. One invocation four consecutive elements, or one where N is no multiple of four.
+// Grid: ceil(M * N / (256 * width)), folded.
+{% include "_grid.wgsl" %}
+{% set WIDTH = 4 if vector else 1 %}
+
+@compute @workgroup_size(256)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let i = linear_workgroup(group, groups) * 256u + thread;
+  if (i >= {{ M * N // WIDTH }}u) { return; }
+  var value = partial[i];
+{% for slice in range(1, slices) %}
+  value += partial[i + {{ slice * M * N // WIDTH }}u];
+{% endfor %}
+{% if bias %}
+  value += bias[i % {{ N // WIDTH }}u];
+{% endif %}
+{% if residual %}
+  value += {{ residual }}[i];
+{% endif %}
+  c[i] = value;
+}
