@@ -1,41 +1,51 @@
 """What a step should have taken, and how far off "far" is: robust centre and scale of times that are never Gaussian.
 
 Times on a shared machine have heavy tails and come in bursts, so a scale from the median absolute deviation alone
-would call every tenth step an anomaly. `noise_scale` therefore also looks at how the upper tail of the run itself falls
-off and never lets four of its units be rarer than the run's own tail says (peaks over threshold; Siffer et al.,
-"Anomaly detection in streams with extreme value theory", KDD 2017, with an exponential tail fitted to two quantiles,
-because quantiles stay put when a few steps of the tail are faults).
+would call every tenth step an anomaly. `noise_scale` is therefore also no smaller than the run's own upper tail says,
+read off at one quantile. Extreme-value fits (peaks over threshold) were tried on recorded runs: their extrapolation
+varied by a factor of two from run to run, the quantile by a quarter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from scipy.ndimage import median_filter
 
 from observability.spans import Floats
 from observability.steps import StepTable
 
+Mask = npt.NDArray[np.bool_]
+
 WINDOW: Final = 101  # steps of the moving baseline
 HEALTHY_START: Final = 100  # steps after the warm-up that give the fixed baseline
 MAD_TO_SIGMA: Final = 1.4826  # of a Gaussian
 _FLOOR: Final = 0.005  # of the centre: below half a percent a difference matters to nobody
-_TAIL: Final = (0.90, 0.95)  # quantiles that the tail's slope is taken from
-_RARE: Final = 5e-4  # how often a clean step may pass _RARE_AT units of scale
-_RARE_AT: Final = 4.0
+# (quantile, how many sigmas of a Gaussian it lies at): sigma by the tail is the excess at that quantile over that many.
+# The further out, the nearer to the alarms, and the fewer faulty steps it takes to spoil it. A kind of span on its own
+# bears 3% faulty steps; steps, whose faults the kinds of span show first, and alike kinds pooled bear 1.5%.
+NEAR_TAIL: Final = (0.97, 1.88)
+FAR_TAIL: Final = (0.985, 2.17)
+_SURE_TAIL: Final = 40  # times below which quantiles so far out mean nothing
 _LONG_BATCH: Final = 1.02  # so much more work than usual is "a longer batch"
 _SUPERLINEAR: Final = 1.35  # attention makes time grow faster than tokens: time <= work^1.35
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Times of steps (rows), in one or many kinds of span (columns), against their moving baseline; seconds."""
+    """Times of steps (rows), in one or many kinds of span (columns), against their moving baseline; seconds.
+
+    `factor` is what a step's work made of the baseline: `expected` over the moving median.
+    """
 
     expected: Floats
     excess: Floats
     scale: Floats
+    factor: Floats
 
     @property
     def z(self) -> Floats:
@@ -53,19 +63,26 @@ def relative_work(table: StepTable) -> Floats:
     return np.ones(len(table))
 
 
-def score(times: Floats, work: Floats, exclude: Floats | None = None) -> Scores:
+def score(times: Floats, work: Floats, exclude: Mask | None = None, pools: Sequence[Hashable] = ()) -> Scores:
     """`times` [steps] or [steps, kinds] against a moving median, given the relative work [steps] of each step.
 
     Where work varies from step to step the dependence on it is learned; where it only jumps now and then, any time
     between "no dependence" and "somewhat more than proportional" is taken as explained. Steps in the mask `exclude`
-    do not shape the noise scale.
+    do not shape the noise scale. Columns with the same entry in `pools` are alike (layers of one pass) and share the
+    tail of their noise, so that a fault in one of them does not pass for its noise.
     """
     columns = times.reshape(len(times), -1)
-    expected, excess, scale = (np.empty_like(columns) for _ in range(3))
+    parts = tuple(np.empty_like(columns) for _ in range(4))
+    expected, excess, scale, factor = parts
     for k in range(columns.shape[1]):
-        expected[:, k], excess[:, k] = _against_median(columns[:, k], work)
-        scale[:, k] = local_scale(excess[:, k], columns[:, k], exclude)
-    return Scores(*(part.reshape(times.shape) for part in (expected, excess, scale)))
+        expected[:, k], factor[:, k] = _expected(columns[:, k], work)
+        excess[:, k] = columns[:, k] - expected[:, k]
+    kept = np.ones(len(columns), dtype=bool) if exclude is None or np.all(exclude) else ~exclude
+    for k, tail in enumerate(_tails(columns[kept], excess[kept], factor[kept], pools)):
+        per_work = excess[:, k] / factor[:, k]
+        around = MAD_TO_SIGMA * moving_median(np.abs(per_work))
+        scale[:, k] = np.maximum(max(core_scale(per_work[kept]), tail), around) * factor[:, k]
+    return Scores(*(part.reshape(times.shape) for part in parts))
 
 
 def moving_median(values: Floats, window: int = WINDOW) -> Floats:
@@ -74,38 +91,45 @@ def moving_median(values: Floats, window: int = WINDOW) -> Floats:
     return result
 
 
-def noise_scale(excess: Floats, centre: float) -> float:
+def core_scale(excess: Floats) -> float:
+    """One sigma of the bulk of `excess`, whatever its tails."""
+    return MAD_TO_SIGMA * float(np.median(np.abs(excess - np.median(excess))))
+
+
+def noise_scale(excess: Floats, centre: float, tail: tuple[float, float] = FAR_TAIL) -> float:
     """One sigma of `excess`: the robust core, or the tail where that is heavier; never below the floor."""
-    core = MAD_TO_SIGMA * float(np.median(np.abs(excess - np.median(excess))))
-    return max(core, tail_scale(excess), _FLOOR * centre, 1e-9)
+    return max(core_scale(excess), tail_scale(excess, tail), _FLOOR * centre, 1e-9)
 
 
-def tail_scale(excess: Floats) -> float:
-    """The scale at which only `_RARE` of the steps pass `_RARE_AT` units, by an exponential upper tail."""
-    if len(excess) < 40:
+def tail_scale(excess: Floats, tail: tuple[float, float]) -> float:
+    """One sigma of the upper tail of `excess`; zero where there are too few to have a tail."""
+    if len(excess) < _SURE_TAIL:
         return 0.0
-    low, high = (float(q) for q in np.quantile(excess, _TAIL))
-    decay = (high - low) / np.log((1 - _TAIL[0]) / (1 - _TAIL[1]))
-    return float(low + decay * np.log((1 - _TAIL[0]) / _RARE)) / _RARE_AT
+    quantile, sigmas = tail
+    return float(np.quantile(excess, quantile)) / sigmas
 
 
-def local_scale(excess: Floats, times: Floats, exclude: Floats | None = None) -> Floats:
-    """Noise of the whole run, raised where the surroundings of a step are noisier than the run."""
-    kept = excess if exclude is None or np.all(exclude) else excess[~exclude.astype(bool)]
-    whole = noise_scale(kept, float(np.median(times)))
-    around = MAD_TO_SIGMA * moving_median(np.abs(excess))
-    result: Floats = np.maximum(whole, around)
+def _tails(columns: Floats, excess: Floats, factor: Floats, pools: Sequence[Hashable]) -> list[float]:
+    """Sigma by the tail of each column, or of all columns of its pool relative to their medians; with the floor."""
+    centres = np.maximum(np.median(columns / factor, axis=0), 1e-12)
+    relative = excess / factor / centres
+    result = []
+    for k in range(columns.shape[1]):
+        alike = [i for i, pool in enumerate(pools) if pool == pools[k]] if pools else [k]
+        # steps have no pool; a kind of span on its own has one of its own
+        tail = FAR_TAIL if not pools or len(alike) > 2 else NEAR_TAIL
+        result.append(float(centres[k]) * max(tail_scale(relative[:, alike].reshape(-1), tail), _FLOOR, 1e-9))
     return result
 
 
-def _against_median(times: Floats, work: Floats) -> tuple[Floats, Floats]:
-    """(expected, excess) of one column."""
+def _expected(times: Floats, work: Floats) -> tuple[Floats, Floats]:
+    """(expected, factor) of one column."""
     low, high = _explained_by_work(times, work)
     middle = np.sqrt(low * high)
     centre = moving_median(times / middle)
-    bounded = np.clip(times, centre * low, centre * high)
     # What is expected of a step is the time within the explained range that is nearest to what it took.
-    return bounded, times - bounded
+    expected = np.clip(times, centre * low, centre * high)
+    return expected, np.where(centre > 0, expected / np.where(centre > 0, centre, 1.0), 1.0)
 
 
 def _explained_by_work(times: Floats, work: Floats) -> tuple[Floats, Floats]:

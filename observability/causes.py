@@ -34,6 +34,8 @@ _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to 
 _MEMORY_RISE: Final = 1.05
 _PAUSE_HISTORY: Final = 3  # checkpoints of the same cost after which that cost is routine
 _ROUTINE_SPREAD: Final = 0.25  # of the usual cost
+_FELT: Final = 0.02  # of a step: the sigma of a pause is at least that much
+_FELT_FIRST: Final = 0.1  # the same, where no earlier pause tells what is usual
 _COSTLY: Final = 0.10  # share of the run's time in checkpoints that is worth a line
 
 
@@ -104,37 +106,34 @@ def of_period(table: StepTable, step: Scores, kinds: Scores, period: Period, off
 
 
 def of_pauses(table: StepTable, scale: float) -> list[Finding]:
-    """Checkpoints and evaluations: slow against the ones before; the first ones against not having paused at all."""
+    """Checkpoints and evaluations that were slow against the others; where there are few, against no pause at all."""
     findings = []
     for name in (schema.CHECKPOINT, schema.EVAL):
-        seen: list[float] = []
         pauses = [pause for pause in table.pauses if pause.name == name]
-        for pause in pauses:
-            finding = judge_pause(pause, seen, typical_step(table), scale)
+        for index, pause in enumerate(pauses):
+            others = [other.seconds for other in pauses[:index] + pauses[index + 1 :]]
+            finding = judge_pause(pause, others, typical_step(table), scale)
             if finding is not None:
                 findings.append(finding)
-            seen.append(pause.seconds)
     written = [pause for pause in table.pauses if pause.name == schema.CHECKPOINT]
     total, wall = sum(pause.seconds for pause in written), float(np.sum(table.wall_seconds))
     if total > _COSTLY * wall:
         text = f"{len(written)} checkpoints took {duration(total)}, {total / wall:.0%} of the run"
         first, last, typical = written[0].step, written[-1].step, total / len(written)
-        findings.append(
-            Finding(CHECKPOINT_STALL, first, last, first, schema.CHECKPOINT, typical, 0.0, 0.0, None, text)
-        )
+        findings.append(Finding(CHECKPOINT_STALL, first, last, first, schema.CHECKPOINT, typical, 0.0, 0.0, None, text))
     return findings
 
 
-def judge_pause(pause: Pause, earlier: list[float], step_seconds: float, scale: float) -> Finding | None:
-    """The finding for one checkpoint or evaluation, given the seconds of the `earlier` ones; None when it is normal.
+def judge_pause(pause: Pause, others: list[float], step_seconds: float, scale: float) -> Finding | None:
+    """The finding for one checkpoint or evaluation, given the seconds of the `others` like it; None when it is normal.
 
     `step_seconds` and `scale` are a typical step and its sigma.
     """
-    usual, spread = 0.0, scale
-    if len(earlier) >= _PAUSE_HISTORY:
-        usual = float(np.median(earlier))
-        deviation = MAD_TO_SIGMA * float(np.median(np.abs(np.array(earlier) - usual)))
-        spread = max(scale, deviation, _ROUTINE_SPREAD * usual)
+    usual, spread = 0.0, max(scale, _FELT_FIRST * step_seconds)
+    if len(others) >= _PAUSE_HISTORY:
+        usual = float(np.median(others))
+        deviation = MAD_TO_SIGMA * float(np.median(np.abs(np.array(others) - usual)))
+        spread = max(deviation, _ROUTINE_SPREAD * usual, _FELT * step_seconds)
     elif pause.name == schema.EVAL:
         return None  # evaluations are asked for and take what they take
     z = (pause.seconds - usual) / spread

@@ -49,7 +49,7 @@ class HighLatency:
 
 @dataclass(frozen=True)
 class Clusters:
-    """`labels` gives each step's cluster. `k` is 1 (and `silhouette` None) for runs too short or too uniform to split."""
+    """`labels` gives each step's cluster; `k` is 1 (and `silhouette` None) for runs too short or uniform to split."""
 
     k: int
     silhouette: float | None

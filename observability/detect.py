@@ -7,26 +7,24 @@ explained, not flagged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from observability import causes, health
-from observability.baseline import Scores, local_scale, moving_median, noise_scale, relative_work, score
+from observability.baseline import Mask, Scores, core_scale, noise_scale, relative_work, score
 from observability.findings import ALARM_AT, COMPILE, NOTICED_AT, Finding, severity
 from observability.periodic import find_period
 from observability.spans import Floats
 from observability.steps import StepTable
 from observability.sustained import Shift, find_shifts
 
-Mask = npt.NDArray[np.bool_]
-
 LEAST_STEPS: Final = 8  # fewer say nothing about what is normal
 _WARM_UP: Final = 10  # steps at most
 _COMPILE_FACTOR: Final = 1.5  # a first step that compiles takes at least so many times the typical step
-_MATERIAL: Final = 2.0  # sigmas of the step by which a kind of span must be over to matter to the step
+_MATERIAL: Final = 3.0  # sigmas of the step by which a kind of span must be over to matter to the step
+_PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,19 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     body = slice(warm_up, len(table))
     if len(table) - warm_up < LEAST_STEPS:
         return health.findings(table), _unscored(table, work, warm_up)
-    times = score(table.seconds[body], work[body])
-    shifts = find_shifts(table.seconds[body] * moving_median(times.expected) / times.expected)
-    calm = _outside(shifts, len(times.excess))
-    period = find_period(np.where(calm, times.excess, 0.0) / _core(times.excess))
-    taken = np.zeros(len(times.excess), dtype=bool)
+    seconds, pools = table.seconds[body], [(kind.level, kind.phase) for kind in table.kinds]
+    times = score(seconds, work[body])
+    core = max(core_scale(times.excess), 1e-9)
+    kinds = score(table.durations[body], work[body], pools=pools)
+    plain = np.any((kinds.z >= _PLAIN_AT) & (kinds.excess >= _PLAIN_AT * core), axis=1)
+    # A burst of steps that one layer explains is no slowdown of the run.
+    shifts = find_shifts(np.where(plain, times.expected, seconds) / times.factor)
+    period = find_period(np.where(_outside(shifts, len(seconds)), times.excess, 0.0) / core)
+    taken = np.zeros(len(seconds), dtype=bool)
     if period is not None:
         taken[period.rows] = True
-    times = _rescaled(times, table.seconds[body], taken)
-    kinds = score(table.durations[body], work[body], taken)
+        kinds = score(table.durations[body], work[body], taken, pools)
+    times = score(seconds, work[body], taken | plain)
     scored = Scored(_padded(times, table.seconds, warm_up), _padded(kinds, table.durations, warm_up), work, warm_up)
 
     findings = _compilation(table, scored)
@@ -84,15 +86,6 @@ def warm_up_steps(seconds: Floats) -> int:
     return int(np.argmin(slow)) if not slow.all() else 0
 
 
-def _core(excess: Floats) -> float:
-    """Scale of the bulk alone: periodic pauses are in the tail, and must not hide in it."""
-    return max(1.4826 * float(np.median(np.abs(excess))), 1e-9)
-
-
-def _rescaled(scores: Scores, times: Floats, exclude: Mask) -> Scores:
-    return replace(scores, scale=local_scale(scores.excess, times, exclude))
-
-
 def _outside(shifts: list[Shift], count: int) -> Mask:
     mask = np.ones(count, dtype=bool)
     for shift in shifts:
@@ -105,14 +98,17 @@ def _padded(scores: Scores, times: Floats, warm_up: int) -> Scores:
     """Scores of the body with the warm-up in front, held against the first expectation after it."""
     if not warm_up:
         return scores
-    expected = np.concatenate([np.repeat(scores.expected[:1], warm_up, axis=0), scores.expected])
-    scale = np.concatenate([np.repeat(scores.scale[:1], warm_up, axis=0), scores.scale])
-    return Scores(expected, times - expected, scale)
+
+    def padded(values: Floats) -> Floats:
+        return np.concatenate([np.repeat(values[:1], warm_up, axis=0), values])
+
+    expected = padded(scores.expected)
+    return Scores(expected, times - expected, padded(scores.scale), padded(scores.factor))
 
 
 def _unscored(table: StepTable, work: Floats, warm_up: int) -> Scored:
     def flat(times: Floats) -> Scores:
-        return Scores(times, np.zeros_like(times), np.ones_like(times))
+        return Scores(times, np.zeros_like(times), np.ones_like(times), np.ones_like(times))
 
     return Scored(flat(table.seconds), flat(table.durations), work, warm_up)
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from observability.baseline import noise_scale, moving_median
+from observability.baseline import moving_median, noise_scale
 from observability.findings import HIGH, LOSS_SPIKE, MEMORY_PRESSURE, SKIPPED_STEP, Finding, severity, size
 from observability.steps import StepTable
 

@@ -49,8 +49,8 @@ _TEXTS: Final = {
     "steps": (
         "Step time",
         "How long each step took, pauses for checkpoints and evaluations included, beside what was expected of it."
-        " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow. First steps that compile may"
-        " lie above the plot: double-click to see all, drag to zoom in.",
+        " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow. First"
+        " steps that compile may lie above the plot: double-click to see all, drag to zoom in.",
     ),
     "phases": (
         "Where the time goes",
@@ -133,9 +133,7 @@ def _plots(analysis: Analysis, comparison: Comparison | None) -> dict[str, figur
     return {name: plot for name, plot in plots.items() if plot is not None}
 
 
-def _body(
-    analysis: Analysis, comparison: Comparison | None, plots: dict[str, figures.Figure], title: str
-) -> list[str]:
+def _body(analysis: Analysis, comparison: Comparison | None, plots: dict[str, figures.Figure], title: str) -> list[str]:
     grade = "bad" if any(f.severity == "high" for f in analysis.alarms) else "warn" if analysis.alarms else ""
     return [
         f"<h1>{html.escape(title)}</h1>",

@@ -10,6 +10,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from typing import Any, Final
 
 from observability import schema
@@ -55,7 +56,7 @@ def _api_url(address: str) -> str:
         raise TraceError(f"{address}: not an address: it names no host")
     head, _, identity = parts.path.rpartition("/")
     if identity and (head.endswith(("/trace", "/traces"))):
-        prefix = head[: -len("/trace")] if head.endswith("/trace") else head.removesuffix("/traces").removesuffix("/api")
+        prefix = head.removesuffix("/trace").removesuffix("/traces").removesuffix("/api")
         path, query = f"{prefix}/api/traces/{identity}", ""
     else:
         path = parts.path.rstrip("/").removesuffix("/search").removesuffix("/api/traces") + "/api/traces"
@@ -109,4 +110,8 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-_CONVERTERS: Final = {"int64": int, "float64": float, "bool": lambda value: value is True or value == "true"}
+_CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "int64": int,
+    "float64": float,
+    "bool": lambda value: value is True or value == "true",
+}

@@ -120,8 +120,7 @@ class LiveDetector:
         factor = max(row.values["row_tokens"] / baseline.work, 1.0) if baseline.work > 0 else 1.0
         over = row.seconds - baseline.step * factor
         suspicious = over >= ALARM_AT * baseline.step_scale or any(
-            row.durations.get(kind, 0.0) - centre * factor
-            >= max(ALARM_AT * scale, _MATERIAL * baseline.step_scale)
+            row.durations.get(kind, 0.0) - centre * factor >= max(ALARM_AT * scale, _MATERIAL * baseline.step_scale)
             for kind, (centre, scale) in baseline.phases.items()
         )
         if not suspicious:
@@ -177,7 +176,8 @@ class LiveDetector:
         text = finding.evidence.split(", beside steps of")[0]
         if finding.span == "step":  # the line itself says how long the step took
             text = text.split(": ", 1)[-1]
-        self._count(finding, f"step {finding.step}: {duration(seconds)}, {shown:.1f}σ over {duration(expected)}: {text}")
+        times = f"{duration(seconds)}, {shown:.1f}σ over {duration(expected)}"
+        self._count(finding, f"step {finding.step}: {times}: {text}")
 
     def _count(self, finding: Finding, line: str) -> None:
         self.counts[finding.cause] += 1
@@ -268,5 +268,3 @@ def _row_of(record: Any) -> tuple[_Row, list[Pause]]:
 
 def _seconds(interval: Any) -> float:
     return max(float(interval.end_ns - interval.start_ns) / 1e9, 0.0)
-
-

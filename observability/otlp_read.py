@@ -8,7 +8,7 @@ Jaeger's user interface saved is understood too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -136,7 +136,7 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 
 
 # 64-bit integers are strings in OTLP/JSON, doubles may be "NaN" or "Infinity"
-_DECODERS: Final = {
+_DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "stringValue": lambda value: printable(str(value)),
     "intValue": int,
     "doubleValue": float,

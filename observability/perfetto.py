@@ -36,8 +36,8 @@ _COUNTERS: Final = {"loss": "loss", "allocated_bytes": "GPU memory (bytes)"}
 def write_perfetto(analysis: Analysis, path: Path) -> None:
     """Writes every span, with loss, memory and anomalies beside them. A name that ends in .gz is compressed."""
     temporary = path.with_name(path.name + ".tmp")
-    opened = gzip.open(temporary, "wt", encoding="utf-8") if path.suffix == ".gz" else temporary.open("w", encoding="utf-8")
-    with opened as stream:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(temporary, "wt", encoding="utf-8") as stream:
         stream.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         for index, event in enumerate(_events(analysis)):
             stream.write((",\n" if index else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))
@@ -69,8 +69,9 @@ def _level_events(spans: SpanTable, rows: Any, process: int, level: int, zero: i
         if track == len(track_ends):
             track_ends.append(end)
             name = _TRACK_NAMES[level] + (f" ({track + 1})" if track else "")
-            yield {"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": {"name": name}}
-            yield {"ph": "M", "pid": process, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}}
+            about = {"ph": "M", "pid": process, "tid": thread}
+            yield about | {"name": "thread_name", "args": {"name": name}}
+            yield about | {"name": "thread_sort_index", "args": {"sort_index": thread}}
         track_ends[track] = max(track_ends[track], end)
         arguments: dict[str, Any] = {"step": int(spans.step[row])} if spans.step[row] >= 0 else {}
         if spans.shape[row]:

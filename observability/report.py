@@ -17,7 +17,6 @@ from observability.errors import TraceError
 from observability.otlp_read import newest_run, read_trace
 from observability.steps import step_table
 
-
 _PLAIN_WIDTH = 160  # characters a line where the output is no terminal
 
 
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", dest="json_out", help="write the findings as JSON (- for stdout)")
     parser.add_argument("--perfetto", metavar="OUT", help="write a trace for ui.perfetto.dev (.gz compresses)")
     parser.add_argument("--against", metavar="RUN", help="compare with another run, step by step")
-    parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette, up to 5)")
+    parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette)")
     options = vars(parser.parse_args(arguments))
     try:
         if options.pop("newest") and not Path(options["source"]).is_file():

@@ -203,7 +203,8 @@ def _by_kind(
         unique, inverse = unique[:, longest], new_index[inverse][kept]
         seconds, position = seconds[kept], position[kept]
     width = unique.shape[1]
-    durations = np.bincount(position * width + inverse, weights=seconds, minlength=steps * width)
+    durations = np.zeros(steps * width)
+    np.add.at(durations, position * width + inverse, seconds)
     kinds = tuple(
         Kind(_LEVEL_NAMES[level], spans.labels[name], spans.labels[shape], spans.labels[phase_name])
         for level, name, shape, phase_name in unique.T.tolist()

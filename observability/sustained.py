@@ -11,13 +11,14 @@ from typing import Final
 
 import numpy as np
 
-from observability.baseline import HEALTHY_START, MAD_TO_SIGMA
-from observability.spans import Floats
+from observability.baseline import HEALTHY_START, MAD_TO_SIGMA, core_scale
+from observability.spans import Floats, Ints
 
 BLOCK: Final = 10  # steps a block
 _SPLIT_AT: Final = 5.0  # sigmas of the difference of two means at which a stretch is split
 _LEAST_BLOCKS: Final = 3
-_LEAST_RISE: Final = 0.04  # a smaller slowdown is not worth a line
+_LEAST_RISE: Final = 0.03  # a smaller slowdown is not worth a line
+_RISE_OF_NOISE: Final = 2.0  # sigmas of the bulk of single steps: a smaller one is within what steps do anyway
 _RISE_AT: Final = 4.0  # sigmas of one block's median
 _LEAST_RAMP_BLOCKS: Final = 6  # a shorter ramp cannot be told from a step
 
@@ -48,7 +49,8 @@ def find_shifts(times: Floats) -> list[Shift]:
     stretches = _split(blocks, 0, count, sigma)
     start = max(_LEAST_BLOCKS, min(HEALTHY_START // BLOCK, count // 4))
     healthy = float(np.median(blocks[:start]))
-    threshold = max(np.log1p(_LEAST_RISE), _RISE_AT * sigma)
+    steps = np.diff(np.log(times))
+    threshold = max(np.log1p(_LEAST_RISE), _RISE_AT * sigma, _RISE_OF_NOISE * core_scale(steps) / np.sqrt(2))
     shifts = []
     for first, last in _elevated(blocks, stretches, healthy, threshold):
         shifts.append(_shape(blocks, first, last, healthy, sigma, len(times)))
@@ -100,7 +102,7 @@ def _shape(blocks: Floats, first: int, end: int, healthy: float, sigma: float, r
     part = blocks[begin:end]
     position = np.arange(begin, end)
     level = float(np.median(blocks[first:end]))
-    as_step = _best_step(part, position, healthy)
+    as_step = _best_step(part, healthy)
     onset, slope, as_ramp = _best_ramp(part, position, healthy)
     last = rows - 1 if end == len(blocks) else end * BLOCK - 1
     rise = np.sqrt(end - first) * (level - healthy) / sigma
@@ -112,17 +114,15 @@ def _shape(blocks: Floats, first: int, end: int, healthy: float, sigma: float, r
     return Shift("throttle", first * BLOCK, last, float(np.exp(healthy)), float(np.exp(level)), float(rise))
 
 
-def _best_step(part: Floats, position: Floats, healthy: float) -> float:
+def _best_step(part: Floats, healthy: float) -> float:
     """Absolute error of the best single step up from the healthy level."""
-    errors = []
-    for cut in range(len(part)):
-        errors.append(
-            np.sum(np.abs(part[:cut] - healthy)) + np.sum(np.abs(part[cut:] - np.median(part[cut:])))
-        )
-    return float(min(errors))
+    return min(
+        float(np.sum(np.abs(part[:cut] - healthy)) + np.sum(np.abs(part[cut:] - np.median(part[cut:]))))
+        for cut in range(len(part))
+    )
 
 
-def _best_ramp(part: Floats, position: Floats, healthy: float) -> tuple[int, float, float]:
+def _best_ramp(part: Floats, position: Ints, healthy: float) -> tuple[int, float, float]:
     """(onset block, slope a block, absolute error) of the best ramp from the healthy level to the end of the part."""
     best = (int(position[0]), 0.0, float("inf"))
     for onset in position[:-2]:

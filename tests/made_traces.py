@@ -102,7 +102,9 @@ def _value(value: Any) -> dict[str, Any]:
     return {"stringValue": value}
 
 
-def span(name: str, start: float, end: float, identity: int, parent: int, run: str, **attributes: Any) -> dict[str, Any]:
+def span(
+    name: str, start: float, end: float, identity: int, parent: int, run: str, **attributes: Any
+) -> dict[str, Any]:
     """One OTLP span; times in nanoseconds, `attributes` by the constants' names in the schema."""
     named = {getattr(schema, key): value for key, value in attributes.items()}
     result = {
@@ -136,7 +138,9 @@ def _spans(step: Step, start: int, ids: Iterator[int], run: str) -> tuple[list[d
                 for k in range(step.kernels):
                     each = layer_ms * MS / step.kernels
                     kernel = {"SPAN_LEVEL": "kernel", "KERNEL_SHAPE": "512x64x64", "CLOCK": "gpu", **common}
-                    spans.append(span(f"matmul {k}", now + k * each, now + (k + 1) * each, next(ids), layer, run, **kernel))
+                    spans.append(
+                        span(f"matmul {k}", now + k * each, now + (k + 1) * each, next(ids), layer, run, **kernel)
+                    )
                 now = end
         now = begin + ms * MS
     head = span(schema.STEP, start, now, whole, 1, run, SPAN_LEVEL="step", STEP_NUMBER=step.number)

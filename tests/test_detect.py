@@ -1,0 +1,324 @@
+"""The detector on made-up steps: each cause named with its evidence, and nothing said of healthy runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from observability import schema
+from observability.analysis import Analysis, analyse, verdict
+from observability.baseline import noise_scale, score, work_exponent
+from observability.detect import detect
+from observability.findings import CAUSES, Finding, duration, severity
+from observability.otlp_read import read_trace
+from observability.periodic import find_period
+from observability.steps import step_table
+from observability.sustained import find_shifts
+from tests import made_traces as made
+
+Change = Callable[[list[made.Step]], None]
+
+
+def alarms_of(folder: Path, steps: list[made.Step]) -> list[Finding]:
+    findings, _ = detect(step_table(read_trace(made.write(folder / "trace.jsonl", steps)), "made up"))
+    return [finding for finding in findings if finding.is_alarm]
+
+
+def analysed(folder: Path, steps: list[made.Step]) -> Analysis:
+    return analyse(made.write(folder / "trace.jsonl", steps))
+
+
+def only(folder: Path, steps: list[made.Step]) -> Finding:
+    """The one alarm of a run."""
+    (finding,) = alarms_of(folder, steps)
+    return finding
+
+
+def slower(steps: list[made.Step], factor: float) -> None:
+    for step in steps:
+        for times in (step.phases, step.layers):
+            for name in times:
+                times[name] *= factor
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_healthy_runs_raise_no_alarm(tmp_path: Path, seed: int) -> None:
+    assert alarms_of(tmp_path, made.plain_steps(400, seed)) == []
+
+
+def test_verdict_of_a_healthy_run(tmp_path: Path) -> None:
+    assert verdict(analysed(tmp_path, made.plain_steps(100))).startswith("Healthy: 100 steps of typically ")
+
+
+def test_slow_data(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    steps[120].phases["data"] += 60
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.step, finding.span, finding.severity) == ("data-stall", 121, "data", "high")
+    assert finding.seconds == pytest.approx(0.065, abs=0.001)
+    assert "data took 64.9 ms instead of 4.99 ms" in finding.evidence
+
+
+def test_slow_layer_in_one_pass(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    made.slow_layer(steps[120], "backward 1", 40)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.span) == ("slow-kernel", "layer 1 (backward)")
+
+
+def test_slow_kernel_is_named_with_its_shape(tmp_path: Path) -> None:
+    steps = made.plain_steps(60)
+    for step in steps:
+        step.kernels = 1
+    made.slow_layer(steps[40], "backward 1", 40)
+    assert only(tmp_path, steps).span == "matmul 0 512x64x64"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_slow_checkpoint(tmp_path: Path, inside: bool) -> None:
+    steps = made.plain_steps(200)
+    for step in steps[19::20]:
+        step.checkpoint_beside = 4
+    steps[119].checkpoint_beside = 0 if inside else 290
+    if inside:
+        steps[119].phases["checkpoint"] = 290
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.step, finding.span) == ("checkpoint-stall", 120, "checkpoint")
+    assert "checkpoint write took 290 ms" in finding.evidence
+
+
+def test_checkpoints_of_the_usual_cost_are_routine_but_counted(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    for step in steps[4::5]:
+        step.checkpoint_beside = 120
+    analysis = analysed(tmp_path, steps)
+    assert analysis.alarms == []
+    (costly,) = analysis.explained
+    assert costly.cause == "checkpoint-stall"
+    assert "60 checkpoints took 7.2 s, 19% of the run" in costly.evidence
+
+
+def test_spike_of_every_phase(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    slower(steps[120:121], 2)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.step, finding.span) == ("spike", 121, "step")
+    assert "time lost in backward 59%, forward 31%" in finding.evidence
+
+
+def test_time_outside_every_phase_is_said(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    lines = list(made.lines(steps, "r"))
+    head = lines[120]["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+    head["endTimeUnixNano"] = str(int(head["endTimeUnixNano"]) + 80 * made.MS)
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    findings, _ = detect(step_table(read_trace(path), "made up"))
+    evidence = next(finding.evidence for finding in findings if finding.step == 121)
+    assert re.search(r"(78|79|80)\.?\d* ms of it outside every phase", evidence)
+
+
+def test_throttle_has_its_stretch(tmp_path: Path) -> None:
+    steps = made.plain_steps(500)
+    slower(steps[250:400], 1.2)
+    finding = only(tmp_path, steps)
+    assert finding.cause == "throttle"
+    assert abs(finding.first_step - 251) <= 10
+    assert abs(finding.last_step - 400) <= 10
+    assert "+20%" in finding.evidence
+
+
+def test_drift_has_its_slope(tmp_path: Path) -> None:
+    steps = made.plain_steps(600)
+    for index, step in enumerate(steps[200:]):
+        slower([step], 1 + index / 1000)
+    finding = only(tmp_path, steps)
+    assert finding.cause == "drift"
+    assert abs(finding.first_step - 201) <= 60
+    assert "every 10 steps" in finding.evidence
+    assert 0.006 < float(finding.evidence.split("%")[0]) / 100 < 0.013
+
+
+def test_sustained_slowdown_of_one_layer_is_that_layer(tmp_path: Path) -> None:
+    steps = made.plain_steps(500)
+    for step in steps[250:]:
+        made.slow_layer(step, "forward 2", 12)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.span) == ("slow-kernel", "layer 2 (forward)")
+    assert finding.last_step == 500
+
+
+def test_periodic_pause_has_its_period(tmp_path: Path) -> None:
+    steps = made.plain_steps(500)
+    for step in steps[30::25]:
+        slower([step], 1.4)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.first_step) == ("periodic", 31)
+    assert "every 25 steps" in finding.evidence
+
+
+def test_first_step_that_compiles(tmp_path: Path) -> None:
+    steps = made.plain_steps(100)
+    slower(steps[:1], 9)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.step) == ("compile", 1)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_longer_batches_are_explained_not_flagged(tmp_path: Path, share: float) -> None:
+    rng = np.random.default_rng(1)
+    steps = made.plain_steps(300, seed=1)
+    for step in steps[20:]:
+        if rng.random() < share:
+            step.attributes[schema.ROW_TOKENS] = 4096
+            slower([step], 2)
+    analysis = analysed(tmp_path, steps)
+    assert analysis.alarms == []
+    if share < 0.1:
+        assert {f.cause for f in analysis.explained} == {"longer-batch"}
+        assert "2.00x the usual tokens" in analysis.explained[0].evidence
+
+
+def test_longer_batch_does_not_hide_a_stall(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    for step in steps[150:152]:
+        step.attributes[schema.ROW_TOKENS] = 4096
+        slower([step], 2)
+    steps[151].phases["data"] += 80
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.step) == ("data-stall", 152)
+
+
+def test_memory_that_rises_with_the_slowdown(tmp_path: Path) -> None:
+    steps = made.plain_steps(400)
+    slower(steps[200:], 1.3)
+    for step in steps[200:]:
+        step.attributes[schema.ALLOCATED_BYTES] = 4 << 30
+    finding = only(tmp_path, steps)
+    assert finding.cause == "memory-pressure"
+    assert "memory rose from 3 GiB to 4 GiB" in finding.evidence
+
+
+def test_memory_that_keeps_growing(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    for step in steps:
+        step.attributes[schema.ALLOCATED_BYTES] = (3 << 30) + step.number * (10 << 20)
+    analysis = analysed(tmp_path, steps)
+    assert [f.cause for f in analysis.explained] == ["memory-pressure"]
+
+
+def test_skipped_steps_and_spikes_of_loss_and_gradient(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    steps[60].attributes |= {schema.LOSS: float("nan"), schema.SKIPPED: True}
+    steps[100].attributes[schema.LOSS] = 9.0
+    steps[140].attributes[schema.GRAD_NORM] = 50.0
+    found = {f.step: (f.cause, f.evidence) for f in alarms_of(tmp_path, steps)}
+    assert found[61][0] == "skipped-step"
+    assert "loss was not finite" in found[61][1]
+    assert found[101][0] == "loss-spike"
+    assert "loss 9 where" in found[101][1]
+    assert found[141][0] == "loss-spike"
+    assert "gradient norm 50" in found[141][1]
+    assert len(found) == 3
+
+
+def test_short_runs_say_so(tmp_path: Path) -> None:
+    analysis = analysed(tmp_path, made.plain_steps(3))
+    assert analysis.anomalies == []
+    assert "too few" in verdict(analysis)
+
+
+def test_clusters_find_the_slow_kind_and_say_what_it_is(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    slow = steps[10::10]
+    for step in slow:
+        step.phases["data"] += 100
+    clusters = analysed(tmp_path, steps).clusters
+    assert clusters.k == 2
+    assert clusters.silhouette is not None
+    assert clusters.silhouette > 0.7
+    assert "clearly apart" in clusters.meaning
+    assert clusters.high_latency is not None
+    assert clusters.high_latency.steps == [step.number for step in slow]
+    assert any("share of data" in text for text in clusters.high_latency.distinguished_by)
+    assert analyse(tmp_path / "trace.jsonl", k=4).clusters.k == 4
+
+
+def test_json_has_the_promised_form(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    steps[120].phases["data"] += 60
+    slower(steps[200:], 1.3)
+    value = analysed(tmp_path, steps).to_json()
+    assert value["steps"] == 300
+    assert set(value["anomalies"][0]) == {"step", "span", "duration_seconds", "z", "severity", "cause", "evidence"}
+    assert set(value["causes"][0]) == {"cause", "first_step", "last_step", "evidence"}
+    assert {"k", "silhouette", "high_latency"} <= set(value["clusters"])
+    assert [cause["cause"] for cause in value["causes"]] == ["data-stall", "throttle"]
+
+
+def test_causes_have_the_names_that_others_rely_on() -> None:
+    names = "data-stall checkpoint-stall slow-kernel throttle periodic spike drift compile longer-batch memory-pressure"
+    assert " ".join(CAUSES) == names + " loss-spike skipped-step"
+
+
+@pytest.mark.parametrize(
+    ("z", "grade"), [(2.99, None), (3, "low"), (3.99, "low"), (4, "medium"), (5.01, "high"), (float("nan"), None)]
+)
+def test_severities(z: float, grade: str | None) -> None:
+    assert severity(z) == grade
+
+
+def test_noise_scale_is_sigma_for_a_gaussian_and_holds_out_against_heavy_tails() -> None:
+    rng = np.random.default_rng(0)
+    gauss = rng.normal(0, 3, 20_000)
+    assert noise_scale(gauss, 100) == pytest.approx(3, rel=0.08)
+    # A quarter of the steps are disturbed by exponential delays: 4 sigmas must stay rarer than 1 in 500.
+    heavy = gauss + np.where(rng.random(20_000) < 0.25, rng.exponential(20, 20_000), 0)
+    assert np.mean(heavy > 4 * noise_scale(heavy, 100)) < 0.002
+    assert np.mean(heavy > 4 * 1.4826 * np.median(np.abs(heavy))) > 0.05  # what the core alone would do
+
+
+def test_the_moving_baseline_follows_a_drift() -> None:
+    rng = np.random.default_rng(0)
+    times = np.linspace(1, 2, 1000) * (1 + 0.01 * rng.normal(size=1000))
+    assert np.abs(score(times, np.ones(1000)).z).max() < 5
+
+
+def test_work_exponent_is_learned_where_work_varies() -> None:
+    rng = np.random.default_rng(0)
+    work = rng.uniform(0.5, 1.5, 400)
+    noise = 1 + 0.02 * rng.normal(size=400)
+    assert work_exponent(work * noise, work) == pytest.approx(1, abs=0.05)
+    assert work_exponent(noise, work) == pytest.approx(0, abs=0.05)
+    assert work_exponent(noise, np.ones(400)) is None
+
+
+def test_bursts_are_not_taken_for_a_period() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        z = rng.normal(size=600)
+        for start in rng.integers(0, 580, 8):
+            z[start : start + 12] += 8
+        assert find_period(z) is None
+
+
+def test_shift_needs_more_than_noise() -> None:
+    rng = np.random.default_rng(0)
+    noise = 0.1 * (1 + 0.05 * rng.normal(size=(20, 500)))
+    assert not any(find_shifts(times) for times in noise)
+
+
+def test_durations_for_people() -> None:
+    assert [duration(s) for s in (0.412, 1.84, 57e-6, 320.0)] == ["412 ms", "1.84 s", "57 µs", "320 s"]
+
+
+def test_findings_are_frozen_records() -> None:
+    finding = Finding("spike", 1, 1, 1, "step", 1.0, 0.5, float("inf"), "high", "x")
+    assert finding.anomaly()["z"] is None
+    assert replace(finding, severity="low").is_alarm is False
