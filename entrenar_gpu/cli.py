@@ -126,9 +126,7 @@ def train(
     try:
         summary = trainer.run()
     finally:
-        told = tracer.close()
-    if told.dropped or told.lost:
-        progress.say(str(told), "yellow")
+        tracer.close()
     if summary.status == "interrupted":
         raise typer.Exit(130)
 

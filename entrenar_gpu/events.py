@@ -17,7 +17,8 @@ class Span:
     """A named interval inside a step.
 
     `kind` is "phase" (data, forward, backward, optimizer, checkpoint, eval), "layer" ("layer 3") or "kernel".
-    `parent` indexes the step's span list, or is None for a child of the step itself. `on_gpu` tells whether the
+    `parent` indexes the step's span list, where it stands before its children, or is None for a child of the step
+    itself. `attributes` may hold layer, kernel, shape, bytes and flops. `on_gpu` tells whether the
     interval was measured by GPU timestamps (True) or by the host clock (False).
     """
 

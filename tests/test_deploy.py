@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import jsonschema
 import pytest
 import yaml
 
@@ -54,7 +55,6 @@ def ports(service: dict[str, Any]) -> set[int]:
 
 def test_the_compose_file_follows_the_compose_specification() -> None:
     """By the specification's own JSON schema, which check-jsonschema brings along."""
-    pytest.importorskip("check_jsonschema")
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -62,7 +62,7 @@ def test_the_compose_file_follows_the_compose_specification() -> None:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_mounted_configuration_follows_its_schema(name: str) -> None:
-    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    validator = jsonschema.Draft202012Validator
     validator.check_schema(SCHEMAS[name])
     assert [error.message for error in validator(SCHEMAS[name]).iter_errors(load(name))] == []
 
