@@ -112,6 +112,40 @@ def test_micro_steps_are_rows(folder, tmp_path, kernels):
     np.testing.assert_allclose(micro, rows, rtol=2e-6)
 
 
+def test_every_step_and_micro_step_drops_other_elements(tmp_path, kernels):
+    """At a learning rate of zero over one sample, only dropout can change a loss."""
+    folder = training_cases.write(tmp_path, "qwen2-lora")
+    make_data(folder / "train.jsonl", samples=1, vocab=80, longest=12)
+    options = {"adapter_init": str(folder / "adapter"), "method": "lora", "lr": 0.0, "steps": 4, "batch": 1}
+
+    def losses(name: str, **more: Any) -> list[float]:
+        return train(folder, name, kernels, **options, **more)
+
+    assert len(set(losses("without"))) == 1
+    dropped = losses("with", dropout=0.3)
+    assert len(set(dropped)) == 4
+    assert set(dropped).isdisjoint(losses("seed", dropout=0.3, seed=1))
+    # two micro-steps with the masks of the first would have the mean of one
+    assert set(dropped).isdisjoint(losses("micro", dropout=0.3, accumulate=2))
+
+
+def test_decay_shrinks_matrices_and_leaves_norms_and_biases(tmp_path, kernels):
+    """An update without gradients is decay alone: w (1 - lr decay)."""
+    make_model(tmp_path / "model", **(TINY | {"architectures": ["Qwen2ForCausalLM"]}))
+    make_data(tmp_path / "train.jsonl", vocab=97)
+    trainer = Trainer(config_of(tmp_path, method="full", weight_decay=0.5), kernels=kernels)
+    before = {name: trainer.executor.read(name) for name in trainer.session.trainable()}
+    trainer.executor.write("lr", np.array([0.1]))
+    trainer.executor.run("update")
+    kinds = set()
+    for name, values in before.items():
+        kinds.add(name.rpartition(".")[2] if values.ndim == 1 else "matrix")
+        wanted = values if values.ndim == 1 else values * np.float32(0.95)
+        np.testing.assert_allclose(trainer.executor.read(name), wanted, rtol=2e-7, err_msg=name)
+    assert kinds == {"matrix", "weight", "bias"}
+    trainer.session.close()
+
+
 class Recorder:
     """An observer that keeps what it is told."""
 
