@@ -51,6 +51,9 @@ def signed(a):
     """signed(a) -> int
 
     Return the sign of a number."""
+def example():
+    """Called like this.
+    >>> example()"""
 def leading():
     """This is how it is used:
 
