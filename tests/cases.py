@@ -209,6 +209,8 @@ def matmuls() -> list[Case]:
         Case("matmul-two-wide-products", (x(3, 300), param(300, 5), param(300, 5)), _two_products),
         Case("matmul-of-a-sum", (x(19, 20), param(20, 24), param(20, 24)), _product_of_sum),
         Case("matmul-after-itself-added", (x(19, 20), param(20, 24)), _doubled),
+        Case("matmul-long-odd", (x(5, 1000), frozen(1000, 33), param(33)), _with_bias),
+        Case("matmul-long-fours", (x(16, 1024), frozen(1024, 32), param(32)), _with_bias),
         Case("matmul-square", (x(33, 33),), lambda a: ops.matmul(a, a)),
         Case("matmul-residual-stream", (x(33, 24), param(24, 24)), _residual_stream),
         Case("matmul-lora", (x(35, 40), frozen(33, 40), param(8, 40), param(33, 8)), _lora),
@@ -218,6 +220,10 @@ def matmuls() -> list[Case]:
 
 def _matmul_with_everything(a: Any, b: Any, p: Any, q: Any, bias: Any, residual: Any, ta: bool, tb: bool) -> Tensor:
     return ops.matmul(a, b, ta, tb, 0.5, (p, q, -1.5), bias, residual)
+
+
+def _with_bias(a: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return ops.matmul(a, w, bias=bias)
 
 
 def _two_products(a: Tensor, v: Tensor, w: Tensor) -> Tensor:

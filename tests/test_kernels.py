@@ -83,7 +83,7 @@ FAULTS = [
     ("cross_entropy", "* (top - mean)", "* top", "cross_entropy-smoothed-weight"),
     ("cross_entropy", "let token = 8u + row", "let token = row", "cross_entropy-chunks-weight"),
     ("matmul", "bias[", "0.5 * bias[", "matmul-nt-pair-bias-residual-17x33x20"),
-    ("matmul", "residual[at", "residual[1u + at", "matmul-nt-pair-bias-residual-17x33x20"),
+    ("matmul", "residual[at", "0.5 * residual[at", "matmul-nt-pair-bias-residual-17x33x20"),
     ("matmul", "f32(-0.7)", "f32(0.7)", "matmul-alpha"),
     ("matmul", "f32(-1.5)", "f32(1.5)", "matmul-nn-pair-bias-residual-64x64x32"),
     ("matmul", "bits << 16u", "bits << 15u", "matmul-nt-bf16-33x64x96"),
@@ -134,6 +134,42 @@ def test_a_grid_folded_in_two_dimensions_covers_everything(name, device, kernels
     """As where a device's 65,535 workgroups a dimension do not suffice; products and attention do not fold."""
     caps = replace(device.caps, max_workgroups=7)
     check_on(CASES[name], device, kernels, caps)
+
+
+# Shapes for which a GPU is given more parallel work than a software adapter: products split along K, key gradients by
+# query head.
+SPLIT = {
+    "matmul-long-odd": "matmul_sum",
+    "matmul-long-fours": "matmul_sum",
+    "attention-short": "attention_group_sum",
+    "attention-packed": "attention_group_sum",
+}
+
+
+def check_split(name: str, device, kernels) -> None:
+    caps = replace(device.caps, software=False)
+    plan = plan_of(CASES[name], expected(name)[0], caps, keep=True)
+    assert any(launch.shader == SPLIT[name] for step in plan.steps[name] for launch in step.launches)
+    check_on(CASES[name], device, kernels, caps)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_work_split_to_fill_a_gpu_adds_up(name, device, kernels):
+    check_split(name, device, kernels)
+
+
+@pytest.mark.parametrize(
+    ("shader", "old", "new", "name"),
+    [
+        ("matmul_sum", "value += bias[", "value -= bias[", "matmul-long-odd"),
+        ("matmul_sum", "value += partial[i + ", "value += partial[0u * ", "matmul-long-fours"),
+        ("attention_group_sum", "member < 2u", "member < 1u", "attention-short"),
+        ("attention_group_sum", "dv[i] = v", "dv[i] = k", "attention-short"),
+    ],
+)
+def test_a_fault_in_adding_up_is_caught(shader, old, new, name, device, kernels):
+    with fault(shader, old, new), pytest.raises(AssertionError, match=name):
+        check_split(name, device, kernels)
 
 
 def test_a_fault_in_the_folding_is_caught(device, kernels):

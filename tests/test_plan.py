@@ -213,7 +213,7 @@ def test_buffers_take_exact_sizes_and_the_tightest_fit():
     ops.sum(small)  # both are dead after this
     again = ops.matmul(x, w[1])
     ops.sum(again)
-    plan = make_plan({"g": graph}, Caps())
+    plan = make_plan({"g": graph}, replace(Caps(), software=True))  # which does not split such products
     assert sorted(size for name, size in plan.buffers.items() if name.startswith("pool.")) == [4, 228, 404]
     assert plan.slices[again.id].buffer == plan.slices[small.id].buffer
     assert plan.peak_bytes == 4000 + 404_000 + 228_000 + 4 + 228 + 404
