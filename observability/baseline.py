@@ -25,11 +25,13 @@ WINDOW: Final = 101  # steps of the moving baseline
 HEALTHY_START: Final = 100  # steps after the warm-up that give the fixed baseline
 MAD_TO_SIGMA: Final = 1.4826  # of a Gaussian
 _FLOOR: Final = 0.005  # of the centre: below half a percent a difference matters to nobody
-# (quantile, how many sigmas of a Gaussian it lies at): sigma by the tail is the excess at that quantile over that many.
-# The further out, the nearer to the alarms, and the fewer faulty steps it takes to spoil it. A kind of span on its own
-# bears 3% faulty steps; steps, whose faults the kinds of span show first, and alike kinds pooled bear 1.5%.
-NEAR_TAIL: Final = (0.97, 1.88)
-FAR_TAIL: Final = (0.985, 2.17)
+# (quantile, how many sigmas it lies at): sigma by the tail is the excess at that quantile over that many. The further
+# out, the nearer to the alarms, and the fewer faulty steps it takes to spoil it. A kind of span on its own bears 3%
+# faulty steps; steps, whose faults the kinds of span show first, and alike kinds pooled bear 1.5%. A Gaussian has 1.88
+# and 2.17 sigmas there; the smaller numbers are for tails that fall off more slowly further out.
+NEAR_TAIL: Final = (0.97, 1.6)
+FAR_TAIL: Final = (0.985, 1.85)
+_FEW: Final = 30  # steps: so many more would be needed to know the scale well; see `_uncertainty`
 _SURE_TAIL: Final = 40  # times below which quantiles so far out mean nothing
 _LONG_BATCH: Final = 1.02  # so much more work than usual is "a longer batch"
 _SUPERLINEAR: Final = 1.35  # attention makes time grow faster than tokens: time <= work^1.35
@@ -81,7 +83,8 @@ def score(times: Floats, work: Floats, exclude: Mask | None = None, pools: Seque
     for k, tail in enumerate(_tails(columns[kept], excess[kept], factor[kept], pools)):
         per_work = excess[:, k] / factor[:, k]
         around = MAD_TO_SIGMA * moving_median(np.abs(per_work))
-        scale[:, k] = np.maximum(max(core_scale(per_work[kept]), tail), around) * factor[:, k]
+        whole = max(core_scale(per_work[kept]), tail) * _uncertainty(int(kept.sum()))
+        scale[:, k] = np.maximum(whole, around) * factor[:, k]
     return Scores(*(part.reshape(times.shape) for part in parts))
 
 
@@ -98,7 +101,13 @@ def core_scale(excess: Floats) -> float:
 
 def noise_scale(excess: Floats, centre: float, tail: tuple[float, float] = FAR_TAIL) -> float:
     """One sigma of `excess`: the robust core, or the tail where that is heavier; never below the floor."""
-    return max(core_scale(excess), tail_scale(excess, tail), _FLOOR * centre, 1e-9)
+    known = max(core_scale(excess), tail_scale(excess, tail)) * _uncertainty(len(excess))
+    return max(known, _FLOOR * centre, 1e-9)
+
+
+def _uncertainty(count: int) -> float:
+    """By how much a scale estimated from so few steps may be too small: 1.6 for twenty, 1.02 for a thousand."""
+    return float(np.sqrt(1 + _FEW / max(count, 1)))
 
 
 def tail_scale(excess: Floats, tail: tuple[float, float]) -> float:

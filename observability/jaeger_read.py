@@ -110,8 +110,8 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-_CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "int64": int,
-    "float64": float,
-    "bool": lambda value: value is True or value == "true",
-}
+def _truth(value: Any) -> bool:
+    return value is True or value == "true"
+
+
+_CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {"int64": int, "float64": float, "bool": _truth}

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from observability import causes, health, schema
-from observability.baseline import WINDOW, noise_scale, relative_work, score
+from observability.baseline import NEAR_TAIL, WINDOW, noise_scale, relative_work, score
 from observability.findings import ALARM_AT, DRIFT, LOSS_SPIKE, NOTICED_AT, SKIPPED_STEP, Finding, duration
 from observability.findings import COMPILE as COMPILE_CAUSE
 from observability.steps import PAUSES, Kind, Pause, StepTable
@@ -74,6 +74,7 @@ class LiveDetector:
     _baseline: _Baseline | None = None
     _seen: int = 0
     _alarm_before: int = -2
+    _odd: set[int] = field(default_factory=set)  # steps that raised an alarm: no part of what is normal
     _sustained_until: int = -1
     _judged: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=16))
 
@@ -132,6 +133,7 @@ class LiveDetector:
         finding = _explained(table, baseline.step_scale)
         if finding is not None and finding.is_alarm:
             self._alarm_before = self._seen
+            self._odd.add(row.step)
             self._tell(finding, row.seconds, baseline.step * factor, over / baseline.step_scale)
 
     def _judge_health(self, row: _Row) -> None:
@@ -199,6 +201,7 @@ class LiveDetector:
         rows = list(self._rows)[:-1]
         if self._seen <= _HISTORY:
             rows = rows[_WARM_UP:]
+        rows = [row for row in rows if row.step not in self._odd]
         recent = rows[-WINDOW:]
         seconds = np.array([row.seconds for row in rows])
         centre = float(np.median(seconds[-WINDOW:]))
@@ -207,7 +210,7 @@ class LiveDetector:
         for kind in kinds:
             times = np.array([row.durations.get(kind, 0.0) for row in recent])
             middle = float(np.median(times))
-            phases[kind] = (middle, noise_scale(times - middle, middle))
+            phases[kind] = (middle, noise_scale(times - middle, middle, NEAR_TAIL))
         work = float(np.median([row.values["row_tokens"] for row in recent]))
         return _Baseline(centre, noise_scale(seconds[-_LOOK_BACK:] - centre, centre), work, phases)
 

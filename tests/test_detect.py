@@ -274,10 +274,10 @@ def test_severities(z: float, grade: str | None) -> None:
     assert severity(z) == grade
 
 
-def test_noise_scale_is_sigma_for_a_gaussian_and_holds_out_against_heavy_tails() -> None:
+def test_noise_scale_is_about_sigma_for_a_gaussian_and_holds_out_against_heavy_tails() -> None:
     rng = np.random.default_rng(0)
     gauss = rng.normal(0, 3, 20_000)
-    assert noise_scale(gauss, 100) == pytest.approx(3, rel=0.08)
+    assert 3 <= noise_scale(gauss, 100) < 1.2 * 3
     # A quarter of the steps are disturbed by exponential delays: 4 sigmas must stay rarer than 1 in 500.
     heavy = gauss + np.where(rng.random(20_000) < 0.25, rng.exponential(20, 20_000), 0)
     assert np.mean(heavy > 4 * noise_scale(heavy, 100)) < 0.002

@@ -56,8 +56,7 @@ def _show(which: str, measured: dict[str, Any]) -> None:
     table = Table("", *measured)
     ours = next(iter(measured.values()))
     rows = [("false alarms in 1,000 clean steps", lambda m: f"{m['clean'].false_per_thousand:.2f}")]
-    for kind in ours["large"]:
-        rows.append((f"{kind}, at least 6 sigmas", lambda m, kind=kind: _kind(m["large"][kind])))
+    rows += [(f"{kind}, at least 6 sigmas", lambda m, kind=kind: _kind(m["large"][kind])) for kind in ours["large"]]
     rows += [
         ("all, at least 6 sigmas: F1", lambda m: f"{m['total'].f1:.3f}"),
         ("right cause named", lambda m: f"{m['total'].cause_rate:.1%}" if m["total"].cause_right else "-"),

@@ -1,0 +1,219 @@
+"""The report as files and in the terminal: complete, escaped, small, and without the trainer."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from observability import schema
+from observability.errors import TraceError
+from observability.html_report import script_json
+from observability.report import main, report
+from tests import made_traces as made
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[red]\u2028${7*7}"
+
+
+def faulty_steps(count: int = 300) -> list[made.Step]:
+    """A run with one of most things: compilation, a stall, a checkpoint, a slow layer, a loss spike."""
+    steps = made.plain_steps(count)
+    steps[0].phases["forward"] += 800
+    steps[100].phases["data"] += 60
+    steps[150].checkpoint_beside = 290
+    made.slow_layer(steps[200], "backward 1", 50)
+    steps[220].attributes[schema.LOSS] = 9.0
+    return steps
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.write(tmp_path_factory.mktemp("run") / "trace.jsonl", faulty_steps())
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=160)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_terminal_has_verdict_table_and_evidence(trace: Path) -> None:
+    console = quiet()
+    report(str(trace.parent), console=console)
+    text = text_of(console)
+    assert text.startswith("300 steps of typically ")
+    for part in ("data-stall", "checkpoint write took 290 ms", "layer 1 (backward)", "loss 9 where", "compile"):
+        assert part in text
+
+
+def test_html_tells_the_story_and_loads_nothing(trace: Path, tmp_path: Path) -> None:
+    report(str(trace), html=str(tmp_path / "r.html"), console=quiet())
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    visible = page.split('<script type="application/json"')[0]
+    for part in ("tiny-qwen3", "What happened", "waiting for data", "Kinds of steps", "high-latency"):
+        assert part in visible
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", visible)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    steps = faulty_steps()
+    for step in steps:
+        step.phases[HOSTILE] = 30.0
+    steps[130].phases[HOSTILE] = 400.0
+    path = made.write(tmp_path / "trace.jsonl", steps)
+    path.write_text(path.read_text().replace("tiny-qwen3", json.dumps(HOSTILE)[1:-1]).replace("llvmpipe", "[bold]x"))
+    console = quiet()
+    outputs = {"html": str(tmp_path / "r.html"), "json_out": str(tmp_path / "r.json")}
+    report(str(path), **outputs, perfetto=str(tmp_path / "p.json"), console=console)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    ours = page.split("<script>")[0]  # before the embedded library
+    assert "alert(1)</script>" not in ours
+    assert "\u2028" not in ours
+    assert "&lt;/script&gt;" in ours
+    json.loads((tmp_path / "r.json").read_text())
+    json.loads((tmp_path / "p.json").read_text())
+    data = re.search(r'id="plots">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    json.loads(data.group(1))
+
+
+def test_script_json_cannot_leave_its_element() -> None:
+    text = script_json({"a": "</script><!--\u2028&"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!--\u2028&"}
+
+
+def test_markup_in_names_is_not_read_by_the_terminal(tmp_path: Path) -> None:
+    steps = made.plain_steps(100)
+    for step in steps:
+        step.layers["forward [red]"] = 0.0
+    made.slow_layer(steps[60], "forward [red]", 90)
+    console = quiet()
+    report(str(made.write(tmp_path / "trace.jsonl", steps)), console=console)
+    assert "layer [red]" in text_of(console)
+
+
+def test_ten_thousand_steps_stay_small(tmp_path: Path) -> None:
+    steps = faulty_steps(10_000)
+    for step in steps:
+        step.layers.clear()
+    for step in steps[300::20]:
+        step.phases["data"] += 40
+    path = made.write(tmp_path / "trace.jsonl", steps)
+    report(str(path), html=str(tmp_path / "r.html"), console=quiet())
+    assert (tmp_path / "r.html").stat().st_size < 10e6
+
+
+def test_against_another_run(trace: Path, tmp_path: Path) -> None:
+    steps = made.plain_steps(250, seed=5)
+    for step in steps:
+        made.slow_layer(step, "backward 2", 6)
+    other = made.write(tmp_path / "trace.jsonl", steps)
+    console = quiet()
+    report(str(trace), against=str(other), html=str(tmp_path / "r.html"), console=console)
+    text = text_of(console)
+    assert "over 250 common steps this run is 1.06x as fast as" in text
+    assert re.search(r"layer 2 \(backward\): 2\d\.?\d* ms to (19|20)\.?\d* ms \(-2\d", text)
+    assert "layer 1 (backward):" not in text
+    assert "Against the other run" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.json.gz"])
+def test_perfetto_has_host_and_gpu_apart_and_nothing_overlaps(trace: Path, tmp_path: Path, name: str) -> None:
+    report(str(trace), perfetto=str(tmp_path / name), console=quiet())
+    raw = (tmp_path / name).read_bytes()
+    events: list[dict[str, Any]] = json.loads(gzip.decompress(raw) if name.endswith(".gz") else raw)["traceEvents"]
+    names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+    assert set(names) == {"host", "GPU"}
+    slices = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in slices if e["name"].startswith("layer")} == {names["GPU"]}
+    assert {e["pid"] for e in slices if e["name"].startswith("step ")} == {names["host"]}
+    ends: dict[tuple[int, int], float] = {}
+    for event in sorted(slices, key=lambda e: e["ts"]):
+        track = (event["pid"], event["tid"])
+        assert event["ts"] >= ends.get(track, 0.0) - 1e-3
+        ends[track] = event["ts"] + event["dur"]
+    assert any(e["ph"] == "C" and e["name"] == "loss" for e in events)
+    assert any(e["ph"] == "i" and e["name"].startswith("data-stall") for e in events)
+
+
+def test_json_on_standard_output_is_nothing_but_json(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trace), "--json", "-", "--clusters", "3"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["clusters"]["k"] == 3
+    assert {a["cause"] for a in value["anomalies"]} >= {"compile", "data-stall", "checkpoint-stall", "slow-kernel"}
+
+
+def test_the_trainer_need_not_be_importable(trace: Path, tmp_path: Path) -> None:
+    (tmp_path / "entrenar_gpu.py").write_text("raise ImportError('the trainer is not here')")
+    (tmp_path / "observability").symlink_to(ROOT / "observability")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "observability.report", str(trace), "--html", "r.html"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.html").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trace), "--html", "/nonexistent/r.html"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_cluster_number_out_of_range(trace: Path) -> None:
+    with pytest.raises(TraceError, match="--clusters: 0"):
+        report(str(trace), clusters=0)
+
+
+def test_analyze_training_takes_the_last_run(tmp_path: Path) -> None:
+    for age, name in ((100, "new"), (200, "old")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        path = made.write(tmp_path / "runs" / name / "trace.jsonl", made.plain_steps(20 if name == "new" else 30))
+        os.utime(path, (1_700_000_000 - age,) * 2)
+    script = [str(ROOT / "scripts" / "analyze_training")]
+    environment = os.environ | {"PYTHON": sys.executable}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done: Any = subprocess.run([*script, "--json", "-"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 20
+    done = subprocess.run([*script, "runs/old", "--json", "-"], **run)  # type: ignore[call-overload]
+    assert json.loads(done.stdout)["steps"] == 30
+    done = subprocess.run([*script, "nowhere"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere: no such folder")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_spans_in_bounded_time_and_memory(tmp_path: Path) -> None:
+    steps = made.plain_steps(2900)
+    for step in steps:
+        step.kernels = 4
+    path = made.write(tmp_path / "trace.jsonl", steps)
+    code = (
+        "import resource, time; began = time.process_time()\n"
+        "from observability.report import report\n"
+        f"found = report({str(path)!r}, html={str(tmp_path / 'r.html')!r}, json_out={str(tmp_path / 'r.json')!r})\n"
+        "print(len(found.spans), time.process_time() - began,"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    # One thread, so that the processor time used is no less than the time a user waits on an idle machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spans, seconds, gibibytes = map(float, done.stdout.splitlines()[-1].split())
+    assert spans > 100_000
+    assert seconds < 20
+    assert gibibytes < 1
