@@ -106,9 +106,9 @@ def test_a_batch_is_learned_by_heart(tmp_path, kernels):
 
 def test_micro_steps_are_rows(folder, tmp_path, kernels):
     """The loss of a step is the mean over all tokens of all its rows, however they are spread over micro-steps."""
-    options = {"shuffle": False, "steps": 4, "method": "lora", "lr": 1e-2}
-    rows = train(folder, str(tmp_path / "rows"), kernels, batch=3, **options)
-    micro = train(folder, str(tmp_path / "micro"), kernels, batch=1, accumulate=3, **options)
+    options = {"shuffle": False, "steps": 4, "lr": 1e-2}
+    rows = train(folder, str(tmp_path / "rows"), kernels, batch=2, **options)
+    micro = train(folder, str(tmp_path / "micro"), kernels, batch=1, accumulate=2, **options)
     np.testing.assert_allclose(micro, rows, rtol=2e-6)
 
 
@@ -116,7 +116,7 @@ def test_every_step_and_micro_step_drops_other_elements(tmp_path, kernels):
     """At a learning rate of zero over one sample, only dropout can change a loss."""
     folder = training_cases.write(tmp_path, "qwen2-lora")
     make_data(folder / "train.jsonl", samples=1, vocab=80, longest=12)
-    options = {"adapter_init": str(folder / "adapter"), "method": "lora", "lr": 0.0, "steps": 4, "batch": 1}
+    options = {"adapter_init": str(folder / "adapter"), "method": "lora", "lr": 0.0, "steps": 4, "seq": 24}
 
     def losses(name: str, **more: Any) -> list[float]:
         return train(folder, name, kernels, **options, **more)
