@@ -129,7 +129,7 @@ def phase_plot(analysis: Analysis) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _safe(name),
+                "name": _safe(name, 24),
                 "x": middle,
                 "y": numbers(share),
                 "stackgroup": "time",
@@ -180,7 +180,7 @@ def cluster_plot(analysis: Analysis) -> Figure:
                 },
             }
         )
-    return _figure(traces, "step time (ms)", _safe(high.feature if high else "") + unit)
+    return _figure(traces, "step time (ms)", _safe(high.feature if high else "", 40) + unit)
 
 
 def slowest_plot(analysis: Analysis) -> Figure | None:

@@ -100,7 +100,8 @@ def _tags(tags: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for tag in tags if isinstance(tags, list) else ():
         try:
-            result[tag["key"]] = _CONVERTERS.get(tag["type"], _text)(tag["value"])
+            convert: Callable[[Any], Any] = _CONVERTERS.get(tag["type"], _text)
+            result[tag["key"]] = convert(tag["value"])
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
     return result
