@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorS
     return TensorSource(name, shape, "F32", produce)
 
 
-def save_run(session: Session, output: Path, step: int, data_state: Mapping[str, Any], keep: int | None) -> Path:
+def save_run(
+    session: Session, output: Path, step: int, data_state: Mapping[str, Any], started: datetime, keep: int | None
+) -> Path:
     """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
     target = output / f"checkpoint-{step:06}"
     temporary = output / f".{target.name}.tmp"
@@ -64,8 +68,13 @@ def save_run(session: Session, output: Path, step: int, data_state: Mapping[str,
         tensors = session.executor.tensors
         moments = [n for n, t in tensors.items() if n.startswith(("moment1.", "moment2.")) or n == "optimizer_state"]
         save_safetensors(temporary / OPTIMIZER_FILE, {n: session.executor.read(n) for n in moments})
-        state = {"step": step, "data": dict(data_state), "config": session.config.to_mapping()}
-        state["model"] = _model_identity(session.checkpoint)
+        state = {
+            "step": step,
+            "started": started.isoformat(),
+            "data": dict(data_state),
+            "config": session.config.to_mapping(),
+            "model": _model_identity(session.checkpoint),
+        }
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
         _remove(target)
         os.rename(temporary, target)
@@ -109,23 +118,42 @@ def resolve_resume(resume: str, output: Path) -> Path:
     return found[-1]
 
 
-def load_run(session: Session, folder: Path) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and counters on the device; returns {"step", "data"}.
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
+    state, `config` the options, `model` the identity of the base model."""
 
-    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer.
-    """
+    path: Path
+    step: int
+    started: datetime
+    data: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+
+
+def read_state(folder: Path) -> SavedRun:
+    """The state in a checkpoint folder. Raises UserError when the file holds something else."""
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        step, data, saved, model = state["step"], state["data"], state["config"], state["model"]
+        started = datetime.fromisoformat(state["started"])
+        return SavedRun(path, int(state["step"]), started, state["data"], state["config"], state["model"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not the state of a training run") from None
-    if model != _model_identity(session.checkpoint):
-        raise UserError(f"{path}: the checkpoint of another model than {session.config.model}")
+
+
+def load_run(session: Session, saved: SavedRun) -> None:
+    """Put a checkpoint's weights, moments and counters on the device.
+
+    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer.
+    """
+    folder = saved.path.parent
+    if saved.model != _model_identity(session.checkpoint):
+        raise UserError(f"{saved.path}: the checkpoint of another model than {session.config.model}")
     now = session.config.to_mapping()
     for key in IDENTITY:
-        if saved.get(key) != now[key]:
-            raise UserError(f"{path}: made with {key} {saved.get(key)!r}, this run has {now[key]!r}")
+        if saved.config.get(key) != now[key]:
+            raise UserError(f"{saved.path}: made with {key} {saved.config.get(key)!r}, this run has {now[key]!r}")
     _load_weights(session, folder)
     file = SafetensorsFile(folder / OPTIMIZER_FILE)
     for name, info in file.tensors.items():
@@ -133,7 +161,6 @@ def load_run(session: Session, folder: Path) -> dict[str, Any]:
         if held is None or info.shape != held.shape:
             raise UserError(f"{folder / OPTIMIZER_FILE}: tensor {name!r} does not fit this run")
         session.executor.write(name, np.asarray(file[name]))
-    return {"step": int(step), "data": data}
 
 
 def _load_weights(session: Session, folder: Path) -> None:

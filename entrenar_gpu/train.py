@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,10 @@ class Trainer:
         resume = run_checkpoint.resolve_resume(config.resume, self.output) if config.resume is not None else None
         if resume is None:
             _refuse_used(self.output)
-        self.train_samples, self.eval_samples = load_data(config)
+        saved = run_checkpoint.read_state(resume) if resume is not None else None
+        # Some chat templates write the date: a resumed run shows them the day on which it began.
+        self.started = datetime.now() if saved is None else saved.started
+        self.train_samples, self.eval_samples = load_data(config, self.started)
         self.batches = TrainBatches(
             self.train_samples,
             batch=config.batch,
@@ -94,12 +98,12 @@ class Trainer:
             config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates), kernels=kernels
         )
         self.first_step = 1
-        if resume is not None:
-            state = run_checkpoint.load_run(self.session, resume)
-            self.batches.restore(state["data"])
-            self.first_step = state["step"] + 1
-            if state["step"] > self.total_steps:
-                raise UserError(f"--steps: {resume} is at step {state['step']} already, past {self.total_steps}")
+        if saved is not None:
+            run_checkpoint.load_run(self.session, saved)
+            self.batches.restore(saved.data)
+            self.first_step = saved.step + 1
+            if saved.step > self.total_steps:
+                raise UserError(f"--steps: {resume} is at step {saved.step} already, past {self.total_steps}")
         self._make_output()
         self._last_end = 0
         self._clock = GpuClock()
@@ -264,7 +268,9 @@ class Trainer:
         """Write a checkpoint of the run as it stands after `step`."""
         start = time.time_ns()
         c = self.config
-        path = run_checkpoint.save_run(self.session, self.output, step, self.batches.state(), c.save_total_limit)
+        path = run_checkpoint.save_run(
+            self.session, self.output, step, self.batches.state(), self.started, c.save_total_limit
+        )
         nbytes = sum(f.stat().st_size for f in path.iterdir())
         record = CheckpointRecord(step, str(path), nbytes, start, time.time_ns())
         self._calibrate()
@@ -330,11 +336,11 @@ def _refuse_used(output: Path) -> None:
         raise UserError(f"--output: {output} already holds a run or a model; use --resume, or another folder")
 
 
-def load_data(config: TrainConfig) -> tuple[Samples, Samples | None]:
-    """Tokenised training and evaluation data of a run."""
+def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples | None]:
+    """Tokenised training and evaluation data of a run that began at `started`."""
     folder = resolve_model(config.model)
     model = load_model_config(folder)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.load(folder, started) if (folder / "tokenizer.json").is_file() else None
     train, held_out = data_files(config.data, config.eval_data)
 
     def read(path: Path) -> Samples:

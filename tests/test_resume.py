@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from entrenar_gpu import checkpoint
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.train import Trainer
 from tests.runs import config_of, train
@@ -173,3 +175,19 @@ def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
     (tmp_path / "run/checkpoint-000004/trainer_state.json").write_text("[]")
     with pytest.raises(UserError, match="not the state of a training run"):
         numpy_run(folder, tmp_path / "run", resume="latest")
+
+
+def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3's template writes the date: with today's, the data of a resumed run would be other data."""
+    seen: list[datetime] = []
+    monkeypatch.setattr("entrenar_gpu.train.load_data", lambda config, started: seen.append(started) or 1 / 0)
+    folder = tmp_path / "run" / "checkpoint-000001"
+    folder.mkdir(parents=True)
+    state = {"step": 1, "started": "2024-07-26T12:00:00", "data": {}, "config": {}, "model": {}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    for resume in (None, str(folder)):
+        config = TrainConfig(model="m", data="d", output=str(tmp_path / "new"), resume=resume)
+        with pytest.raises(ZeroDivisionError):
+            Trainer(config)
+    assert abs((seen[0] - datetime.now()).total_seconds()) < 60
+    assert seen[1] == datetime(2024, 7, 26, 12)

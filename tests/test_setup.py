@@ -215,5 +215,5 @@ def test_named_python_replaces_another_environment(user_machine: Machine) -> Non
 def test_parity_passes_pip_the_torch_asked_for(user_machine: Machine, torch: str) -> None:
     status, _, calls = user_machine.setup("parity", TORCH=torch)
     assert status == 0
-    assert installs(calls, f"--group test {torch} transformers peft bitsandbytes")
+    assert installs(calls, f"--group parity {torch}")
     assert (user_machine.project / ".venv-parity").is_dir()
