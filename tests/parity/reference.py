@@ -13,6 +13,8 @@ import transformers
 from entrenar_gpu.nf4 import Nf4Weight
 from entrenar_gpu.samples import IGNORE
 
+torch.set_num_threads(1)  # products this small only wait for each other's threads
+
 SMALL = {
     "vocab_size": 211,
     "hidden_size": 48,
