@@ -74,7 +74,7 @@ def verdict(analysis: Analysis) -> str:
         low = len(analysis.anomalies)
         return f"Healthy: {ran}, nothing out of the ordinary" + (f" but {low} slightly slow." if low else ".")
     lost = time_lost(analysis)
-    total = float(np.sum(table.wall_seconds))
+    total = table.total_seconds
     steps = len({step for finding in alarms for step in range(finding.first_step, finding.last_step + 1)})
     worst = max(by_cause(alarms).items(), key=lambda item: sum(lost_in(analysis, f) for f in item[1]))
     head = f"{ran}; {steps:,} of them out of the ordinary"

@@ -116,7 +116,7 @@ def of_pauses(table: StepTable, scale: float) -> list[Finding]:
             if finding is not None:
                 findings.append(finding)
     written = [pause for pause in table.pauses if pause.name == schema.CHECKPOINT]
-    total, wall = sum(pause.seconds for pause in written), float(np.sum(table.wall_seconds))
+    total, wall = sum(pause.seconds for pause in written), table.total_seconds
     if total > _COSTLY * wall:
         text = f"{len(written)} checkpoints took {duration(total)}, {total / wall:.0%} of the run"
         first, last, typical = written[0].step, written[-1].step, total / len(written)

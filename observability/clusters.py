@@ -89,7 +89,7 @@ def step_features(table: StepTable) -> list[Feature]:
         elif kind.level == "layer":
             features.append(Feature(f"time in {kind.label}", "s", "layers", column))
     paused = table.wall_seconds - table.seconds
-    features.append(Feature("share of checkpoints and evaluations", "share", "phases", paused / table.wall_seconds))
+    features.append(Feature("share of checkpoints", "share", "phases", paused / table.wall_seconds))
     for key, name, unit in (("allocated_bytes", "memory", "B"), ("tokens", "tokens", "tokens")):
         values = table.values[key]
         if np.all(np.isfinite(values)):

@@ -16,6 +16,7 @@ from observability.baseline import moving_median
 from observability.compare import Comparison
 from observability.findings import HIGH, LOW, MEDIUM, Finding, duration
 from observability.spans import Floats, Ints
+from observability.steps import PAUSES, pause_seconds
 
 Figure = dict[str, Any]
 POINTS: Final = 2000
@@ -111,13 +112,9 @@ def phase_plot(analysis: Analysis) -> Figure | None:
     columns = {k.name: table.durations[:, i] for i, k in enumerate(table.kinds) if k.level == "phase"}
     if not columns:
         return None
-    paused = {"checkpoint": np.zeros(len(table)), "eval": np.zeros(len(table))}
-    for pause in table.pauses:
-        row = min(max(int(np.searchsorted(table.step, pause.step, side="right")) - 1, 0), len(table) - 1)
-        paused[pause.name][row] += pause.seconds
+    columns["other"] = np.maximum(table.seconds - np.sum(list(columns.values()), axis=0), 0.0)
+    paused = {name: pause_seconds(table.pauses, table.step, name) for name in PAUSES}
     columns |= {name: values for name, values in paused.items() if values.any()}
-    named = np.sum(list(columns.values()), axis=0)
-    columns["other"] = np.maximum(table.wall_seconds - named, 0.0)
     parts = np.array_split(np.arange(len(table)), min(_BUCKETS, len(table)))
     middle = [int(table.step[part[len(part) // 2]]) for part in parts]
     whole = np.array([sum(float(np.sum(values[part])) for values in columns.values()) for part in parts])
@@ -248,12 +245,12 @@ def _show_from_zero(figure: Figure, values: Floats) -> None:
 
 
 def _smooth(values: Floats) -> Floats:
-    """Median over about a fortieth of the run, ignoring what is not finite."""
+    """Median over a fortieth of the run, at least nine steps, ignoring what is not finite."""
     finite = np.flatnonzero(np.isfinite(values))
     if not len(finite):
         return values
     filled = np.interp(np.arange(len(values)), finite, values[finite])
-    return moving_median(filled, max(1, len(values) // 40))
+    return moving_median(filled, max(9, len(values) // 40))
 
 
 def _line(x: Ints, y: Floats, name: str, colour: str, width: float) -> Figure:

@@ -48,7 +48,7 @@ _TEXTS: Final = {
     ),
     "steps": (
         "Step time",
-        "How long each step took, pauses for checkpoints and evaluations included, beside what was expected of it."
+        "How long each step took, with its checkpoint and without evaluations, beside what was expected of it."
         " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow. First"
         " steps that compile may lie above the plot: double-click to see all, drag to zoom in.",
     ),
@@ -168,12 +168,12 @@ def _tiles(analysis: Analysis) -> str:
     table = analysis.table
     loss = table.values["loss"][np.isfinite(table.values["loss"])]
     tokens = table.values["tokens"]
-    wall = float(np.sum(table.wall_seconds))
+    wall = table.total_seconds
     tiles = [
         ("steps", f"{len(table):,}"),
         ("typical step", duration(float(np.median(table.seconds)))),
         ("19 of 20 steps within", duration(float(np.quantile(table.wall_seconds, 0.95)))),
-        ("in steps and pauses", duration(wall)),
+        ("in all", duration(wall)),
     ]
     if np.all(np.isfinite(tokens)) and wall > 0:
         tiles.append(("trained tokens a second", f"{np.sum(tokens) / wall:,.0f}"))

@@ -1,13 +1,13 @@
 """Training steps as columns: one row a step, one column a kind of span, taken from a table of spans.
 
 Time in `checkpoint` and `eval` spans is counted apart, whether they lie inside their step or beside it: `seconds` is
-the step without them, `wall_seconds` is what a user waited.
+the step without them, `wall_seconds` the step with its checkpoint. Evaluations are asked for and take what they take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -81,6 +81,12 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.step)
 
+    @property
+    def total_seconds(self) -> float:
+        """Steps, checkpoints and evaluations together."""
+        pauses = sum(pause.seconds for pause in self.pauses)
+        return float(np.sum(self.seconds)) + pauses
+
     def column(self, level: str, name: str) -> Floats | None:
         """Seconds a step in the kind of this level and name, or None where the trace has none."""
         for index, kind in enumerate(self.kinds):
@@ -109,12 +115,12 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
     wall = (spans.end[rows] - start) / 1e9
     kinds, durations, pauses, inside = _children(spans, newest, rows, step, notes)
     attributes = [spans.attributes.get(int(row), {}) for row in rows]
-    paused = _pause_seconds(pauses, step)
+    checkpoints = pause_seconds(pauses, step, schema.CHECKPOINT)
     return StepTable(
         step=step,
         start=(start - start[0]) / 1e9,
         seconds=np.maximum(wall - inside, 1e-9),
-        wall_seconds=wall - inside + paused,
+        wall_seconds=wall - inside + checkpoints,
         skipped=np.array([bool(a.get(schema.SKIPPED)) for a in attributes]),
         values={key: np.array([number(a.get(name)) for a in attributes]) for key, name in _VALUES.items()},
         kinds=kinds,
@@ -224,11 +230,13 @@ def _phase_of(spans: SpanTable, child: Ints) -> Ints:
     return result
 
 
-def _pause_seconds(pauses: list[Pause], step: Ints) -> Floats:
-    """Seconds of pauses by step; one between two recorded steps counts for the one before it."""
+def pause_seconds(pauses: Iterable[Pause], step: Ints, name: str) -> Floats:
+    """Seconds of pauses by step; one between two recorded steps counts for the one before, one before all for none."""
     result = np.zeros(len(step))
     for pause in pauses:
-        result[max(int(np.searchsorted(step, pause.step, side="right")) - 1, 0)] += pause.seconds
+        row = int(np.searchsorted(step, pause.step, side="right")) - 1
+        if pause.name == name and row >= 0:
+            result[row] += pause.seconds
     return result
 
 

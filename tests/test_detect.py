@@ -52,6 +52,15 @@ def test_healthy_runs_raise_no_alarm(tmp_path: Path, seed: int) -> None:
     assert alarms_of(tmp_path, made.plain_steps(400, seed)) == []
 
 
+def test_a_machine_with_heavy_tails_raises_few_alarms(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    steps = made.plain_steps(500)
+    for step in steps:
+        if rng.random() < 0.1:
+            slower([step], 1 + rng.exponential(0.1))
+    assert len(alarms_of(tmp_path, steps)) <= 2  # by the median absolute deviation alone: over twenty
+
+
 def test_verdict_of_a_healthy_run(tmp_path: Path) -> None:
     assert verdict(analysed(tmp_path, made.plain_steps(100))).startswith("Healthy: 100 steps of typically ")
 
