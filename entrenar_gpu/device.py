@@ -134,11 +134,16 @@ def adapter_caps(adapter: Any) -> Caps:
         subgroups="subgroup" in features,
         timestamps="timestamp-query" in features,
         timestamps_inside_passes="timestamp-query-inside-passes" in features,
-        cooperative_matrix=any(f in features for f in _EXPERIMENTAL),
+        cooperative_matrix=_cooperative_edge(info["backend_type"]) if any(f in features for f in _EXPERIMENTAL) else 0,
         software=info["adapter_type"] == "CPU",
         memory_bytes=memory_bytes(info),
         flops_per_second=_PACES.get(info["adapter_type"], 1e11),
     )
+
+
+def _cooperative_edge(backend: str) -> int:
+    """Edge of the matrices of the feature: Metal's simdgroup matrices are 8x8, f16 on Vulkan and DX12 is 16x16."""
+    return 8 if backend == "Metal" else 16
 
 
 @dataclass(eq=False)
@@ -170,7 +175,7 @@ class Device:
             except (RuntimeError, KeyError):
                 pass
         handle = _request(adapter, features, limits)
-        return cls(handle, replace(caps, cooperative_matrix=False), info)
+        return cls(handle, replace(caps, cooperative_matrix=0), info)
 
     def buffer(self, nbytes: int, label: str, usage: int | None = None) -> Any:
         """A zeroed buffer. Raises UserError when the device has no memory left for it."""

@@ -215,7 +215,9 @@ class Caps:
     subgroups: bool = False
     timestamps: bool = False
     timestamps_inside_passes: bool = False
-    cooperative_matrix: bool = False
+    cooperative_matrix: int = (
+        0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 where there are none
+    )
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
     flops_per_second: float = 1e11  # assumed pace of matrix products; cuts a run into submits
@@ -241,7 +243,7 @@ class Launch:
     """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid.
 
     A `trusted` shader runs without the checks of indices and loops that WebGPU adds: for shaders whose every index
-    follows from their constants, never from data.
+    follows from their constants, never from data. `enables` names the WGSL extensions a shader needs besides f16.
     """
 
     shader: str
@@ -249,6 +251,7 @@ class Launch:
     constants: Mapping[str, Any]
     grid: tuple[int, int, int]
     trusted: bool = False
+    enables: tuple[str, ...] = ()
 
 
 def reads(name: str, tensor: Tensor, vector: int = 1) -> Binding:

@@ -67,8 +67,10 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
         Candidate(Tile(128, 128, 8, 8, 8, unroll=8, buffers=2), 0.80, 2),
         Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 6),
         Candidate(Tile(32, 64, 16, 4, 8, unroll=16, buffers=2), 0.60, 8),
-        Candidate(Tile(16, 64, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(128, 16, 16, 8, 4, unroll=8), 0.40, 8),
+        Candidate(Tile(16, 128, 16, 4, 8, unroll=8), 0.40, 8),
         Candidate(Tile(64, 16, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(16, 64, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
         Candidate(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 0.35, 12),
     ),
     "f16": (
@@ -104,7 +106,8 @@ def choose(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Ca
     """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums."""
     measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
     if measured is not None:
-        return from_numbers(measured)
+        choice = from_numbers(measured)
+        return choice if split else Choice(choice.tile)
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
     return min(choices(arithmetic, m, n, k, caps, split), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
@@ -122,6 +125,12 @@ def choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: b
             if slices == 1 or (fits and k >= slices * max(4 * tile.BK, 64)):
                 found.append(Choice(tile, slices))
     return found
+
+
+def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> list[Choice]:
+    """The choices worth measuring: those predicted to take at most twice as long as the best."""
+    every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
+    return [c for c, cost in every.items() if cost <= 2 * min(every.values())]
 
 
 def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:

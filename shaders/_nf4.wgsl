@@ -1,5 +1,12 @@
 // The NF4 codebook, block scales and the rounding of a quantisation state, bit for bit as nf4.py.
-const CODEBOOK = array<f32, 16>({{ codebook }});
+// Call fill_codebook first: an array in registers cannot be indexed by data, and one in private memory is slow.
+var<workgroup> codebook: array<f32, 16>;
+
+fn fill_codebook(thread: u32) {
+  var values = array<f32, 16>({{ codebook }});
+  if (thread < 16u) { codebook[thread] = values[thread]; }
+  workgroupBarrier();
+}
 
 fn scale_of(block: u32) -> f32 {
 {% if double %}

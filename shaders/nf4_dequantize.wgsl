@@ -10,11 +10,11 @@ fn main(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
+  fill_codebook(thread);
   let word = linear_workgroup(group, groups) * 256u + thread;
   if (word * 8u >= {{ size }}u) { return; }
   let bits = codes[word];
   let scale = scale_of(word >> 3u);
-  var codebook = CODEBOOK;
 {% for i in range(8) %}
   let value{{ i }} = rounded(codebook[(bits >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u] * scale);
 {% endfor %}

@@ -17,6 +17,7 @@ from entrenar_gpu.ops.elementwise import (
     zeros,
 )
 from entrenar_gpu.ops.embedding import embedding
+from entrenar_gpu.ops.linear import linear
 from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
 from entrenar_gpu.ops.matmul import matmul
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
@@ -42,6 +43,7 @@ __all__ = [
     "in_place",
     "keep",
     "layer_norm",
+    "linear",
     "matmul",
     "mean",
     "mul",

@@ -104,8 +104,8 @@ def product_launch(product: Product, choice: Choice) -> Launch:
         constants.update(R=r, beta=beta, P=_operand(whole(p), (m, r), (tile.BM, tile.BK), not product.transpose_a))
         constants.update(Q=_operand(whole(q), (n, r), (tile.BN, tile.BK), product.transpose_b))
         bindings += [_bind("p", whole(p), constants["P"]), _bind("q", whole(q), constants["Q"])]
-    extra, epilogue = _epilogue(product)
-    constants.update(epilogue, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector)
+    extra, added = epilogue(product, 4 if product.vector else 1)
+    constants.update(added, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector)
     bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1)]
     grid = (-(-m // tile.BM), -(-n // tile.BN), slices)
     return Launch("matmul", tuple(bindings), constants, grid, trusted=True)
@@ -114,15 +114,14 @@ def product_launch(product: Product, choice: Choice) -> Launch:
 def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
     """C (+)= the sum of the partial products + bias + residual; C is a whole tensor."""
     (m, n, _), width = product.sizes, 4 if product.vector else 1
-    extra, epilogue = _epilogue(product)
+    extra, added = epilogue(product, width)
     bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width))
-    constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **epilogue}
+    constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **added}
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 
-def _epilogue(product: Product) -> tuple[list[Binding], dict[str, Any]]:
-    """Bindings and constants of what is added to a product as it is written."""
-    width = 4 if product.vector else 1
+def epilogue(product: Product, width: int) -> tuple[list[Binding], dict[str, Any]]:
+    """Bindings (vectors of `width`) and constants of what is added to a product as it is written."""
     bindings = [reads("bias", product.bias, width)] if product.bias is not None else []
     apart = product.residual is not None and not product.accumulate
     if product.residual is not None and apart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 from entrenar_gpu.ops.gemm import Block, Product, layout_of, partial_shapes, product_launches, whole
 from entrenar_gpu.ops.registry import GradientContext, Op, Spec, place, record, register
 from entrenar_gpu.tiles import Choice, choose
+
+LONGEST_PAIR = 256  # inner length up to which a product may ride along in another
 
 
 def matmul(
@@ -46,7 +48,7 @@ def matmul(
 
 @dataclass(frozen=True)
 class Operands:
-    """The inputs of a matmul node by meaning."""
+    """The inputs of a matmul or linear node by meaning; a linear's weight is its parts, of which b is the first."""
 
     a: Tensor
     b: Tensor
@@ -57,7 +59,7 @@ class Operands:
 
 
 def operands(node: Node) -> Operands:
-    rest = iter(node.inputs[2:])
+    rest = iter(node.inputs[node.attrs.get("head", 2) :])
     p, q = (next(rest), next(rest)) if node.attrs["pair"] else (None, None)
     bias = next(rest) if node.attrs["bias"] else None
     residual = next(rest) if node.attrs["residual"] else None
@@ -150,35 +152,48 @@ def fold_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor
         return None
 
     def plain(t: Tensor) -> bool:
-        matmul_output = t.node is not None and t.node.op == "matmul" and not t.persistent
-        return matmul_output and t.updates is None and free(t)
+        product = t.node is not None and t.node.op in ("matmul", "linear") and not t.persistent
+        return product and t.updates is None and free(t)
 
-    def rebuilt(t: Tensor, **changes: Any) -> Tensor:
-        assert t.node is not None
-        t.graph.nodes.remove(t.node)
-        o = operands(t.node)
-        attrs = {**t.node.attrs, **{k: v for k, v in changes.items() if k in ("pair", "residual", "beta")}}
-        pair = changes.get("operands", (o.p, o.q))
-        residual = changes.get("residual_tensor", o.residual)
-        attrs.update(pair=pair[0] is not None, residual=residual is not None)
-        inputs = [x for x in (o.a, o.b, *pair, o.bias, residual) if x is not None]
-        node = Node("matmul", tuple(inputs), attrs, scope=t.node.scope, layer=t.node.layer, phase=t.node.phase)
-        return place(node)[0]
-
-    skinny = 256
     if plain(old) and plain(new) and old.node is not None and new.node is not None:
-        o, n = old.node.attrs, new.node.attrs
-        same = (o["transpose_a"], o["transpose_b"]) == (n["transpose_a"], n["transpose_b"])
-        bare = not (n["pair"] or n["bias"] or n["residual"])
-        short = _sizes(new.node)[2] <= skinny and new.node.inputs[1].dtype == "f32"
-        if same and bare and short and not o["pair"]:
-            a, b = new.node.inputs
+        pair = _as_pair(new.node, old.node)
+        if pair is not None:
             new.graph.nodes.remove(new.node)
-            return rebuilt(old, operands=(a, b), beta=n["alpha"])
+            return _rebuilt(old.node, pair=new.node.inputs, attrs=pair)
     for product, addend in ((new, old), (old, new)):
         if plain(product) and product.node is not None and not product.node.attrs["residual"]:
-            return rebuilt(product, residual_tensor=addend)
+            return _rebuilt(product.node, residual=addend)
     return None
+
+
+def _as_pair(skinny: Node, main: Node) -> dict[str, Any] | None:
+    """The attributes that make the product `skinny` the low-rank pair of `main`; None where it cannot be."""
+    s, m = skinny.attrs, main.attrs
+    if skinny.op != "matmul" or s["pair"] or s["bias"] or s["residual"] or m["pair"]:
+        return None
+    if _sizes(skinny)[2] > LONGEST_PAIR or any(t.dtype != "f32" for t in skinny.inputs):
+        return None
+    if main.op == "linear":
+        return None if s["transpose_a"] else {"beta": s["alpha"], "pair_transposed": s["transpose_b"]}
+    same = (s["transpose_a"], s["transpose_b"]) == (m["transpose_a"], m["transpose_b"])
+    return {"beta": s["alpha"]} if same else None
+
+
+def _rebuilt(
+    node: Node,
+    pair: Sequence[Tensor] | None = None,
+    residual: Tensor | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The product recorded anew, with a pair or a residual it did not have."""
+    node.output.graph.nodes.remove(node)
+    o = operands(node)
+    p, q = pair if pair is not None else (o.p, o.q)
+    residual = o.residual if residual is None else residual
+    changed = {**node.attrs, **(attrs or {}), "pair": p is not None, "residual": residual is not None}
+    head = node.inputs[: node.attrs.get("head", 2)]
+    inputs = (*head, *(t for t in (p, q, o.bias, residual) if t is not None))
+    return place(Node(node.op, inputs, changed, scope=node.scope, layer=node.layer, phase=node.phase))[0]
 
 
 def _choice(node: Node, caps: Caps) -> Choice:

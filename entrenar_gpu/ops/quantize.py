@@ -8,13 +8,14 @@ a*b+c into a fused operation that would round once instead of twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from entrenar_gpu import nf4
-from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.registry import Op, Spec, record, register
@@ -66,30 +67,37 @@ def make_table(code: np.ndarray, offset: float) -> np.ndarray:
     return np.concatenate([code, [offset, 0.0]]).astype(np.float32)
 
 
-def _dequantize_reference(node: Node, codes: np.ndarray, *scales: np.ndarray) -> Sequence[np.ndarray]:
-    shape, rounded = node.attrs["shape"], node.attrs["rounded"]
+def dequantized(attrs: Mapping[str, Any], codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+    """The f32 weight of a node with `shape` and `rounded` from the arrays of `Nf4Tensors.parts`."""
+    shape, rounded = attrs["shape"], attrs["rounded"]
     if len(scales) == 1:
         weight = Nf4Weight(shape, codes, scales[0], dtype=rounded)
     else:
         absmax_codes, nested, table = scales
         weight = Nf4Weight(shape, codes, None, absmax_codes, nested, table[:256], float(table[256]), rounded)
-    return [weight.dequantize()]
+    return weight.dequantize()
 
 
-def _codebook() -> str:
+def codebook_text() -> str:
+    """The NF4 codebook as WGSL literals."""
     return ", ".join(literal(v) for v in nf4.CODEBOOK.tolist())
 
 
+def scale_bindings(parts: Sequence[Tensor]) -> list[Binding]:
+    """Codes and scales as _nf4.wgsl names them."""
+    names = ["codes", "absmax"] if len(parts) == 2 else ["codes", "absmax_codes", "nested", "table"]
+    return [reads(n, t) for n, t in zip(names, parts, strict=True)]
+
+
 def _dequantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    names = ["codes", "absmax"] if len(node.inputs) == 2 else ["codes", "absmax_codes", "nested", "table"]
-    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=True)]
+    bindings = scale_bindings(node.inputs)
     size = node.output.size
     vector = size % 8 == 0
     constants = {
         "size": size,
-        "double": len(names) == 4,
+        "double": len(node.inputs) == 4,
         "rounded": node.attrs["rounded"],
-        "codebook": _codebook(),
+        "codebook": codebook_text(),
         "vector": vector,
     }
     out = writes("out", node.output, 4 if vector else 1)
@@ -100,7 +108,7 @@ register(
     Op(
         "nf4_dequantize",
         lambda node: [(node.attrs["shape"], "f32")],
-        _dequantize_reference,
+        lambda node, *arrays: [dequantized(node.attrs, *arrays)],
         _dequantize_launch,
         transient=True,
     )

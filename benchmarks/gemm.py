@@ -1,0 +1,80 @@
+"""Matrix products of a QLoRA step at a model's shapes: `python benchmarks/gemm.py --rows 512,2048 --precision f32`.
+
+Prints a line a product as it is measured: TFLOP/s of the op and of its multiplication alone, GB/s of what it must read
+and write, relative error of sampled rows against float64. `--sweep` times every blocking that fits and prints the
+fastest beside the default choice; `--only` picks products whose name contains a text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from entrenar_gpu.autotune import sweep
+from entrenar_gpu.bench_gemm import Product, bench_gemm, choice_of, products
+from entrenar_gpu.device import Device
+from entrenar_gpu.kernel import KernelCache
+from entrenar_gpu.shapes import model_shape
+from entrenar_gpu.tiles import to_numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-4b")
+    parser.add_argument("--rows", default="512,2048,8192")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--precision", default="f32,f16,int8")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--device")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no product after this long")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = Device.open(args.device)
+    rows = [int(n) for n in args.rows.split(",")]
+    wanted = products(model_shape(args.shape), rows, args.rank, args.precision.split(","))
+    chosen = [p for p in wanted if any(text in p.name for text in args.only.split(","))]
+    print(f"{device.caps.name}, {device.info['description']}")
+    begin, results = time.perf_counter(), []
+    kernels = KernelCache(device)
+    for product in chosen:
+        if time.perf_counter() - begin > args.seconds:
+            break
+        rows_of = [_swept(device, kernels, product)] if args.sweep else list(bench_gemm(device, [product], kernels))
+        for row in rows_of:
+            results.append(row)
+            _print(row)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def _swept(device: Device, kernels: KernelCache, product: Product) -> dict:
+    rows = sorted(sweep(device, kernels, product), key=lambda row: row["seconds"])
+    default = to_numbers(choice_of(product, device.caps))
+    held = next(row for row in rows if tuple(row["tile"]) == default)
+    beside = "; ".join(f"{row['tflops']:.1f} {list(row['tile'])}" for row in rows[1:4])
+    return {
+        **rows[0],
+        "default_tflops": held["tflops"],
+        "note": f"default {held['tflops']:.1f} {list(default)}; {beside}",
+    }
+
+
+def _print(row: dict) -> None:
+    sizes = "x".join(str(n) for n in row["sizes"])
+    error = "" if row["error"] is None else f"error {row['error']:.1e}{'' if row['within'] else ' TOO LARGE'}"
+    print(
+        f"{row['arithmetic']:5} {row['name']:24} {sizes:17} {row['seconds'] * 1e6:9.1f} us {row['tflops']:7.2f} TFLOP/s"
+        f" (alone {row['product_tflops']:6.2f}) {row['gbytes_per_second']:7.1f} GB/s {error} {list(row['tile'])}"
+        f" {row.get('note', '')}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""`entrenar-gpu bench gemm`: matrix products at a model's shapes, timed and checked on sampled rows in one run.
+
+A product is timed as its op runs in a training step; for the low precisions `product` is the multiplication alone,
+without narrowing its operands. Times are of many repetitions submitted together, after warming up: clocks of an idle
+card take a tenth of a second to rise.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu import ops
+from entrenar_gpu.device import Device
+from entrenar_gpu.graph import Caps, Graph, Node, Tensor
+from entrenar_gpu.kernel import KernelCache
+from entrenar_gpu.model_config import ModelConfig
+from entrenar_gpu.nf4 import BLOCK
+from entrenar_gpu.ops.linear import turned
+from entrenar_gpu.ops.quantize import dequantized
+from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.plan import Plan, Step, make_plan
+from entrenar_gpu.replay import Replay
+from entrenar_gpu.tiles import Arithmetic, choose, to_numbers
+
+WARM_UP_SECONDS = 0.1
+TIMED_SECONDS = 0.1
+CHECKED_ROWS = 4
+# Relative Frobenius error against the exact product that a precision may show on normal deviates (docs/gemm.md).
+TOLERANCES: dict[Arithmetic, float] = {"f32": 2.7e-6, "f16": 1.2e-3, "int8": 1.2e-2}
+VOCABULARY_PAGE = 8192  # rows of a page of the vocabulary that is timed
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product to time: C[m, n] over k, as the op that training records for it."""
+
+    name: str
+    arithmetic: Arithmetic
+    m: int
+    n: int
+    k: int
+    transpose_a: bool = False
+    transpose_b: bool = False
+    weight: bool = False  # B is an NF4 weight: in low precision, one of `ops.linear`
+
+    @property
+    def layout(self) -> str:
+        if self.arithmetic != "f32":
+            return "nt"
+        return ("t" if self.transpose_a else "n") + ("t" if self.transpose_b else "n")
+
+
+def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[Product]:
+    """Every product of a QLoRA step over a model's projections, without doubles: base, adapters, vocabulary."""
+    for t in rows:
+        for n, k in projection_shapes(model):
+            for p in precisions:
+                yield Product(f"forward {n}x{k}", p, t, n, k, transpose_b=True, weight=True)
+                yield Product(f"input gradient {n}x{k}", p, t, k, n, weight=True)
+        for width in sorted({size for shape in projection_shapes(model) for size in shape}):
+            yield Product(f"x A^T {width}", "f32", t, rank, width, transpose_b=True)
+            yield Product(f"v^T x {width}", "f32", rank, width, t, transpose_a=True)
+            yield Product(f"dy B {width}", "f32", t, rank, width)
+            yield Product(f"dy^T u {width}", "f32", width, rank, t, transpose_a=True)
+        yield Product("vocabulary page", "f32", t, VOCABULARY_PAGE, model.hidden_size, transpose_b=True)
+
+
+def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """(out-features, in-features) of the seven projections, each once."""
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    h, f = model.hidden_size, model.intermediate_size
+    return list(dict.fromkeys([(q, h), (kv, h), (h, q), (f, h), (h, f)]))
+
+
+def bench_gemm(
+    device: Device, wanted: Sequence[Product], kernels: KernelCache | None = None
+) -> Iterator[dict[str, Any]]:
+    """Seconds, TFLOP/s and error of each product, as it is measured."""
+    kernels = kernels or KernelCache(device)
+    for product in wanted:
+        if product.arithmetic == "f16" and not device.caps.f16:
+            continue
+        yield measure(device, kernels, product)
+
+
+def measure(
+    device: Device, kernels: KernelCache, product: Product, caps: Caps | None = None, check: bool = True
+) -> dict[str, Any]:
+    """One product: see `bench_gemm`. `caps` overrides the device's choice of tiles; `check` compares with float64."""
+    caps = caps or device.caps
+    program = Program(product)
+    plan = make_plan({"gemm": program.graph}, caps)
+    (step,) = plan.steps["gemm"]
+    # lavapipe is timed too, in tests, on one repetition
+    repeats = 1 if caps.software else max(4, min(64, int(5e11 / OPS[step.node.op].flops(step.node))))
+    _repeat(plan, step, repeats)
+    replay = Replay(device, plan, kernels)
+    try:
+        program.write(replay)
+        seconds = time_run(replay, "gemm") / repeats
+        alone = time_run(replay, "product") / repeats if "product" in plan.steps else seconds
+        error = program.error(replay) if check else None
+    finally:
+        replay.close()
+    flops = 2 * product.m * product.n * product.k
+    return {
+        "name": product.name,
+        "arithmetic": product.arithmetic,
+        "sizes": [product.m, product.n, product.k],
+        "seconds": seconds,
+        "tflops": flops / seconds / 1e12,
+        "product_tflops": flops / alone / 1e12,
+        "gbytes_per_second": _bytes(step.node) / seconds / 1e9,
+        "error": error,
+        "within": error is None or error <= TOLERANCES[product.arithmetic],
+        "tile": list(to_numbers(choice_of(product, caps))),
+    }
+
+
+def choice_of(product: Product, caps: Caps) -> Any:
+    return choose(product.arithmetic, product.m, product.n, product.k, product.layout, caps)
+
+
+def _bytes(node: Node) -> int:
+    return sum(t.nbytes for t in (*node.inputs, *node.outputs))
+
+
+def _repeat(plan: Plan, step: Step, repeats: int) -> None:
+    """Run the product many times in a graph, and its multiplication alone in another."""
+    plan.steps["gemm"] = [step] * repeats
+    alone = tuple(launch for launch in step.launches if launch.shader.startswith("matmul"))
+    if len(alone) < len(step.launches):
+        plan.steps["product"] = [Step(step.node, alone)] * repeats
+
+
+def time_run(replay: Replay, name: str) -> float:
+    """Seconds of one run of a graph, on a card that has warmed up."""
+    replay.run(name)
+    replay.wait()
+    begin = time.perf_counter()
+    runs = 0
+    while time.perf_counter() - begin < WARM_UP_SECONDS:
+        replay.run(name)
+        replay.wait()
+        runs += 1
+    each = (time.perf_counter() - begin) / runs
+    if replay.device.caps.software:
+        return each
+    runs = max(1, int(TIMED_SECONDS / each))
+    begin = time.perf_counter()
+    for _ in range(runs):
+        replay.run(name)
+    replay.wait()
+    return (time.perf_counter() - begin) / runs
+
+
+@functools.cache
+def _deviates(seed: int) -> np.ndarray:
+    """A few million normal deviates, to be repeated: making 25 million takes longer than multiplying by them."""
+    return np.random.default_rng(seed).standard_normal(3_000_017, dtype=np.float32)
+
+
+class Program:
+    """A graph of one product over random inputs."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+        self.graph = Graph("gemm")
+        self._rng = np.random.default_rng(0)
+        self._arrays: dict[str, np.ndarray] = {}
+        p = product
+        self._a = self._normal("a", (p.k, p.m) if p.transpose_a else (p.m, p.k))
+        if p.weight and p.arithmetic != "f32":
+            self.output = self._linear()
+        else:
+            self._b: Tensor | ops.Nf4Tensors = self._normal("b", (p.n, p.k) if p.transpose_b else (p.k, p.n))
+            self.output = ops.matmul(self._a, self._b, p.transpose_a, p.transpose_b)
+
+    def _normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self._arrays[name] = np.resize(_deviates(len(self._arrays)), shape)
+        return self.graph.tensor(name, shape)
+
+    def _linear(self) -> Tensor:
+        p = self.product
+        shape = (p.n, p.k) if p.transpose_b else (p.k, p.n)
+        weight = ops.Nf4Tensors.declare(self.graph, "weight", shape, False, "float32")
+        size = shape[0] * shape[1]
+        codes, absmax = weight.parts
+        self._arrays[codes.name] = self._rng.integers(0, 256, size // 2, dtype=np.uint8)
+        self._arrays[absmax.name] = self._rng.uniform(0.5, 1.5, size // BLOCK).astype(np.float32)
+        self._b = weight
+        if p.transpose_b:
+            return ops.linear(self._a, weight, precision=p.arithmetic)
+        return turned(self._a, weight, p.arithmetic)
+
+    def write(self, replay: Replay) -> None:
+        for name, values in self._arrays.items():
+            replay.write(name, values)
+
+    def error(self, replay: Replay) -> float:
+        """Relative Frobenius error of a few rows against float64."""
+        p = self.product
+        rows = np.sort(self._rng.choice(p.m, min(p.m, CHECKED_ROWS), replace=False))
+        a = self._arrays["a"]
+        left = (a[:, rows].T if p.transpose_a else a[rows]).astype(np.float64)
+        b = self._b_values()
+        exact = left @ (b.T if p.transpose_b else b)
+        got = replay.read_temporary(self.output).reshape(p.m, p.n)[rows]
+        return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+    def _b_values(self) -> np.ndarray:
+        if isinstance(self._b, Tensor):
+            return self._arrays["b"]
+        attrs = {"shape": self._b.shape, "rounded": "float32"}
+        parts = [self._arrays[t.name] for t in self._b.parts]
+        return dequantized(attrs, *parts)

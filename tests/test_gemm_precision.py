@@ -1,0 +1,264 @@
+"""Low-precision products: against the same arithmetic in NumPy, against the exact product, and what picks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu import autotune, kernel, nf4, ops, tiles
+from entrenar_gpu.autodiff import backward
+from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.interpret import run_node
+from entrenar_gpu.ops.linear import quantize_rows
+from entrenar_gpu.ops.quantize import host_parts
+from entrenar_gpu.plan import make_plan
+from entrenar_gpu.replay import Replay
+from entrenar_gpu.tiles import Choice, Tile
+from tests.equivalence import fault
+
+# GPU against NumPy: int8's sums are exact and only their scaling rounds; f16 sums 32 products in f16 (docs/gemm.md).
+BARS = {"int8": 1e-6, "f16": 1.2e-3}
+
+
+@dataclass
+class Layer:
+    """x W^T + 0.3 (x A^T) B^T + bias + residual over an NF4 weight, with gradients of x, A and B."""
+
+    shape: tuple[int, int, int, int]  # tokens, out, in, rank
+    precision: Any
+    rounded: Any = "bfloat16"
+    double: bool = True
+    graph: Graph = field(default_factory=lambda: Graph("layer"))
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (t, n, k, r), rng = self.shape, np.random.default_rng(3)
+        self.weight = nf4.Nf4Weight.from_dense(
+            rng.standard_normal((n, k)).astype(np.float32), self.double, self.rounded
+        )
+        frozen = ops.Nf4Tensors.declare(self.graph, "w", (n, k), self.double, self.rounded)
+        self.arrays = {p.name: a for p, a in zip(frozen.parts, host_parts(self.weight), strict=True)}
+        sizes = {"x": (t, k), "A": (r, k), "B": (n, r), "residual": (t, n), "bias": (n,), "up": (t, n)}
+        self.arrays |= {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+        self.x = self.graph.tensor("x", (t, k), requires_grad=True)
+        a, b = self.graph.parameter("A", (r, k)), self.graph.parameter("B", (n, r))
+        residual, bias = self.graph.tensor("residual", (t, n)), self.graph.tensor("bias", (n,), role="weight")
+        u = ops.matmul(self.x, a, transpose_b=True)
+        self.y = ops.linear(self.x, frozen, (u, b, 0.3), bias, residual, self.precision)
+        grads = backward(self.y, [self.x, a, b], self.graph.tensor("up", (t, n)))
+        self.results = {"y": self.y, "dx": grads[self.x], "dA": grads[a], "dB": grads[b]}
+
+    def reference(self) -> dict[str, np.ndarray]:
+        values = {t.id: self.arrays.get(n, np.zeros(t.shape, np.float32)) for n, t in self.graph.persistents.items()}
+        for node in self.graph.nodes:
+            run_node(node, values)
+        return {name: values[t.id] for name, t in self.results.items()}
+
+    def on_device(self, device: Any, kernels: Any, caps: Caps | None = None) -> dict[str, np.ndarray]:
+        replay = Replay(device, make_plan({"layer": self.graph}, caps or device.caps, keep=True), kernels)
+        try:
+            for name, values in self.arrays.items():
+                replay.write(name, values)
+            replay.run("layer")
+            return {name: replay.read_temporary(t) for name, t in self.results.items()}
+        finally:
+            replay.close()
+
+    def exact(self) -> dict[str, np.ndarray]:
+        """y and dx in float64."""
+        v = {name: a.astype(np.float64) for name, a in self.arrays.items()}
+        w = self.weight.dequantize().astype(np.float64)
+        y = v["x"] @ w.T + 0.3 * (v["x"] @ v["A"].T) @ v["B"].T + v["bias"] + v["residual"]
+        return {"y": y, "dx": v["up"] @ w + 0.3 * (v["up"] @ v["B"]) @ v["A"]}
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def check(layer: Layer, got: dict[str, np.ndarray]) -> None:
+    for name, want in layer.reference().items():
+        bar = BARS[layer.precision] if name in ("y", "dx") else 1e-6
+        assert error(got[name], want) <= bar, f"{name}: {error(got[name], want):.1e}"
+
+
+def needs(device: Any, precision: str) -> None:
+    if precision == "f16" and not device.caps.f16:
+        pytest.skip(f"{device.caps.name} has no f16")
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 4), (65, 128, 192, 3), (70, 192, 64, 16)])
+def test_a_layer_and_its_gradients(precision, shape, device, kernels):
+    needs(device, precision)
+    layer = Layer(shape, precision)
+    check(layer, layer.on_device(device, kernels))
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+def test_every_tile_split_along_k(precision, device, kernels):
+    needs(device, precision)
+    layer = Layer((65, 128, 192, 8), precision, "float32", double=False)
+    for candidate in tiles.CANDIDATES[precision]:
+        choice = Choice(replace(candidate.tile, unroll=1), 2)
+        names = (tiles.key(precision, 65, n, k, "nt") for n, k in ((128, 192), (192, 128)))
+        caps = replace(device.caps, tiles=dict.fromkeys(names, tiles.to_numbers(choice)))
+        check(layer, layer.on_device(device, kernels, caps))
+
+
+@pytest.mark.parametrize(("precision", "low", "high"), [("f16", 1e-4, 4e-4), ("int8", 4e-3, 1.2e-2)])
+def test_error_of_the_arithmetic_itself(precision, low, high):
+    """Rounding normal deviates costs f16 2^-12 to 2^-11 a product, and int8 two uniform errors of a 1/254 of the
+    largest of 64; less would mean that nothing was rounded."""
+    layer = Layer((64, 128, 256, 8), precision, "float32")
+    layer.arrays["A"][:] = layer.arrays["bias"][:] = layer.arrays["residual"][:] = 0
+    reference, exact = layer.reference(), layer.exact()
+    for name in ("y", "dx"):
+        assert low <= error(reference[name], exact[name]) <= high
+
+
+FAULTS = [
+    ("matmul_int8", "12582912.0", "12582911.0", "int8"),
+    ("matmul_int8", "a_scale[block * 65u", "a_scale[block * 64u", "int8"),
+    ("matmul_int8", "r < 8u", "r < 7u", "int8"),
+    ("matmul_f16", "k / 4u", "k / 8u", "f16"),
+    ("matmul_f16", "to_k; k0 += 32u", "to_k - 32u; k0 += 32u", "f16"),
+    ("matmul_f16", "+ bias[", "- bias[", "f16"),
+    ("narrow_rows", "thread & 240u", "thread & 248u", "int8"),
+    ("narrow_rows", "vec4<f16>(x[i])", "vec4<f16>(x[i] * 1.01)", "f16"),
+    ("nf4_narrow", "bytes[(bits >> 4u) & 15u]", "bytes[(bits >> 5u) & 15u]", "int8"),
+    ("nf4_narrow", "block = word >> 3u", "block = word >> 4u", "f16"),
+    ("nf4_narrow_transposed", "part * 8u + 7u", "part * 8u + 6u", "int8"),
+    ("nf4_narrow_transposed", "at >> 6u", "at >> 7u", "f16"),
+]
+
+
+@pytest.mark.parametrize(("shader", "old", "new", "precision"), FAULTS)
+def test_a_planted_fault_is_caught(shader, old, new, precision, device, kernels):
+    needs(device, precision)
+    layer = Layer((65, 128, 192, 8), precision)
+    with fault(shader, old, new), pytest.raises(AssertionError, match=r"^(y|dx): "):
+        check(layer, layer.on_device(device, kernels))
+
+
+def test_what_is_not_finite_is_not_lost(device, kernels):
+    """Loss scaling relies on an overflow showing up in what it touches."""
+    layer = Layer((65, 64, 128, 4), "int8")
+    layer.arrays["x"][7, 70] = np.inf
+    y = layer.on_device(device, kernels)["y"]
+    assert not np.isfinite(y[7]).any()
+    assert np.isfinite(np.delete(y, 7, axis=0)).all()
+
+
+def test_rows_of_zeros_and_the_largest_code():
+    codes, scales = quantize_rows(np.array([[0.0] * 64, [2.0] * 63 + [-1.0]]))
+    assert not codes[0].any()
+    assert scales[0, 0] == 0
+    assert codes[1, 0] == 127
+    assert codes[1, 63] == -64  # -63.5 rounds to even
+
+
+def test_weights_that_do_not_fit_blocks_stay_f32():
+    graph = Graph()
+    x = graph.tensor("x", (5, 96))
+    weight = ops.Nf4Tensors.declare(graph, "w", (64, 96), False, "float32")
+    assert ops.linear(x, weight, precision="int8").node.op == "matmul"
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+def test_the_adapter_rides_along_both_ways(precision):
+    """Forward and input gradient are one product each: no pass of its own adds the low-rank part."""
+    layer = Layer((64, 128, 192, 8), precision)
+    linears = [node for node in layer.graph.nodes if node.op == "linear"]
+    assert [node.attrs["pair"] for node in linears] == [True, True]
+    assert [node.attrs["pair_transposed"] for node in linears] == [True, False]
+    assert layer.results["dx"] is linears[1].output
+
+
+def launches_of(caps: Caps, shape: tuple[int, int, int, int] = (64, 128, 192, 8)) -> list[Any]:
+    layer = Layer(shape, "f16")
+    plan = make_plan({"layer": layer.graph}, caps)
+    return [launch for step in plan.steps["layer"] if step.node.op == "linear" for launch in step.launches]
+
+
+@pytest.mark.parametrize("edge", [8, 16])
+def test_matrix_units_are_used_where_a_device_grants_them(edge):
+    caps = replace(Caps(f16=True, subgroups=True), cooperative_matrix=edge)
+    launches = launches_of(caps)
+    names = [launch.shader for launch in launches]
+    assert names.count("matmul_cooperative") == 2
+    assert "matmul_f16" not in names
+    code = kernel.render(next(launch for launch in launches if launch.shader == "matmul_cooperative"))
+    assert code.startswith("enable f16;\nenable wgpu_cooperative_matrix;\n")
+    assert f"coop_mat{edge}x{edge}<f16, A>" in code
+    assert f"coop_mat{edge}x{edge}<f32, C>" in code
+
+
+def test_matrix_units_are_done_without():
+    assert "matmul_cooperative" not in [launch.shader for launch in launches_of(Caps(f16=True))]
+    odd = launches_of(replace(Caps(f16=True), cooperative_matrix=16), (65, 128, 192, 8))
+    assert "matmul_cooperative" not in [launch.shader for launch in odd]
+
+
+LARGE = Caps("large", max_workgroup_bytes=48 << 10, max_invocations=1024, flops_per_second=2e12)
+
+
+@pytest.mark.parametrize("arithmetic", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("caps", [Caps(), LARGE, Caps(software=True)], ids=["portable", "large", "software"])
+def test_choices_fit_their_device(arithmetic, caps):
+    for m, n, k in [(1, 64, 64), (16, 2560, 512), (512, 9728, 2560), (512, 1024, 2560), (8192, 64, 9728)]:
+        choice = tiles.choose(arithmetic, m, n, k, "nt", caps)
+        assert choice.tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes
+        assert choice.tile.threads <= caps.max_invocations
+        assert choice.slices * m * n * 4 <= caps.max_binding_bytes
+        assert choice == tiles.choose(arithmetic, m, n, k, "nt", caps)
+
+
+def test_measured_choices_win_and_survive_json(tmp_path):
+    choice = Choice(Tile(32, 32, 16, 4, 4), 3)
+    name = tiles.key("f32", 100, 200, 300, "nt")
+    path = tmp_path / "tiles.json"
+    autotune.write_cache(path, {name: tiles.to_numbers(choice)})
+    caps = replace(LARGE, tiles=autotune.read_cache(path))
+    assert tiles.choose("f32", 100, 200, 300, "nt", caps) == choice
+    assert tiles.choose("f32", 100, 200, 300, "nt", caps, split=False) == Choice(choice.tile)
+    assert tiles.choose("f32", 100, 200, 300, "nn", caps) == tiles.choose("f32", 100, 200, 300, "nn", LARGE)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 0, "tiles": {}}', '{"version": 1, "tiles": {"a": "b"}}'])
+def test_a_damaged_cache_is_measured_again(tmp_path, text):
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    assert autotune.read_cache(path) == {}
+
+
+def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
+    """And takes the fastest of the plausible ones."""
+    asked: list[tuple[int, ...]] = []
+
+    def measure(device: Any, kernels: Any, product: Any, caps: Caps, check: bool) -> dict[str, Any]:
+        (numbers,) = (caps.tiles or {}).values()
+        asked.append(numbers)
+        return {"seconds": 1.0 if numbers[-1] == 1 else 0.5}
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    class Stub:
+        caps = LARGE
+        info: dict[str, str] = {"description": "driver 1"}  # noqa: RUF012
+
+    layer = Layer((512, 128, 192, 8), "int8")
+    wanted = autotune.products_of([layer.graph])
+    assert len(wanted) == len({repr(p) for p in wanted}) == 6
+    device: Any = Stub()
+    first = autotune.autotune(device, wanted, device)
+    count = len(asked)
+    assert count > len(wanted)
+    assert autotune.autotune(device, wanted, device) == first
+    assert len(asked) == count
+    split = [numbers for numbers in first.values() if numbers[-1] > 1]
+    assert split, "no product was found faster in slices"
