@@ -45,10 +45,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile, and how many slices of K are summed apart and then added up."""
+    """A tile, how many slices of K are summed apart and then added up, and how many columns are left to TAIL tiles.
+
+    Large tiles are fastest but come in few, long waves: of 4.6 waves the last keeps a device busy to 60%. So the
+    columns of the last one may go to a launch of its own with small tiles.
+    """
 
     tile: Tile
     slices: int = 1
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,15 @@ SOFTWARE: dict[Arithmetic, Tile] = {
     "int8": Tile(64, 64, 64, 8, 8),
 }
 
-# Compute units and flops a second that the model of waves assumes where nothing was measured.
-_UNITS = {True: 128, False: 16}
+TAIL = Tile(64, 64, 16, 8, 8, unroll=16, buffers=2)
+
+# What the model of waves assumes where nothing was measured: an H200's units, rates of full waves and memory, or a
+# small device's units, since only ratios of the rest matter.
+_UNITS = {True: 132, False: 16}
 _DISCRETE_PACE = 1e12
-_LAUNCH_FLOPS = 1e8  # what a second launch costs, in flops: about 3 us at 35 TFLOP/s
+_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 53e12, "int8": 90e12}
+_BYTES_PER_SECOND = 4e12
+_LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -124,7 +134,23 @@ def choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: b
             fits = slices * m * n * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
             if slices == 1 or (fits and k >= slices * max(4 * tile.BK, 64)):
                 found.append(Choice(tile, slices))
+        tail = _tail_columns(tile, m, n, caps)
+        if arithmetic == "f32" and split and tail and TAIL.workgroup_bytes("f32") <= caps.max_workgroup_bytes:
+            found.append(Choice(tile, 1, tail))
     return found
+
+
+def _units(caps: Caps) -> int:
+    return _UNITS[caps.flops_per_second >= _DISCRETE_PACE]
+
+
+def _tail_columns(tile: Tile, m: int, n: int, caps: Caps) -> int:
+    """Columns beyond the last full wave of large tiles; 0 where there is no full wave or nothing beyond it."""
+    down, across, units = -(-m // tile.BM), -(-n // tile.BN), _units(caps)
+    whole = down * across // units * units // down
+    if tile.BM * tile.BN <= TAIL.BM * TAIL.BN or not 0 < whole < across or n % 4:
+        return 0
+    return n - whole * tile.BN
 
 
 def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> list[Choice]:
@@ -142,28 +168,33 @@ def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
 
 
 def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: Caps) -> float:
-    """Predicted time in flops of one fully busy device: waves of workgroups, then the sum of the slices."""
-    candidate = next(c for c in CANDIDATES[arithmetic] if c.tile == choice.tile)
-    tile, units = choice.tile, _UNITS[caps.flops_per_second >= _DISCRETE_PACE]
-    workgroups = -(-m // tile.BM) * -(-n // tile.BN) * choice.slices
-    depth = -(-k // (choice.slices * tile.BK)) * tile.BK + tile.BK  # one slice more fills the pipeline
+    """Predicted seconds: waves of workgroups, then the sum of the slices or the launch of the tail."""
+    seconds = _waves(arithmetic, choice.tile, choice.slices, m, n - choice.tail, k, caps)
+    if choice.tail:
+        seconds += _LAUNCH_SECONDS + _waves(arithmetic, TAIL, 1, m, choice.tail, k, caps)
+    if choice.slices > 1:
+        seconds += _LAUNCH_SECONDS + 4 * (2 * choice.slices + 1) * m * n / _BYTES_PER_SECOND
+    return seconds
+
+
+def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: int, caps: Caps) -> float:
+    candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
+    workgroups = -(-m // tile.BM) * -(-n // tile.BN) * slices
+    depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
     busiest = -(-workgroups // units)
     # A unit with fewer workgroups than it can hold cannot hide their latency.
     hidden = min(1.0, 0.4 + 0.6 * busiest / candidate.resident)
-    time = 2.0 * busiest * units * tile.BM * tile.BN * depth / (candidate.pace * hidden)
-    if choice.slices > 1:
-        time += _LAUNCH_FLOPS + 10.0 * 4 * (choice.slices + 1) * m * n
-    return time
+    return 2.0 * busiest * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace * hidden)
 
 
 def to_numbers(choice: Choice) -> tuple[int, ...]:
     """A choice as JSON and safetensors metadata can hold it."""
-    return (*astuple(choice.tile), choice.slices)
+    return (*astuple(choice.tile), choice.slices, choice.tail)
 
 
 def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
-    *tile, slices = numbers
-    return Choice(Tile(*tile), slices)
+    *tile, slices, tail = numbers
+    return Choice(Tile(*tile), slices, tail)
 
 
 def slice_length(k: int, choice: Choice) -> int:

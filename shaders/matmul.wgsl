@@ -219,7 +219,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if (n < {{ N }}u) {
           var value = acc{{ i }}_{{ j }};
 {% if bias %}
-          value += bias[n >> 2u];
+          value += bias[({{ first_column }}u + n) >> 2u];
 {% endif %}
 {% if residual %}
           value += {{ residual }}[at >> 2u];
@@ -231,7 +231,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
           if (n + x < {{ N }}u) {
             var value = acc{{ i }}_{{ j }}[x];
 {% if bias %}
-            value += bias[n + x];
+            value += bias[{{ first_column }}u + n + x];
 {% endif %}
 {% if residual %}
             value += {{ residual }}[at + x];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,12 @@ from entrenar_gpu.ops.quantize import host_parts
 from entrenar_gpu.plan import make_plan
 from entrenar_gpu.replay import Replay
 from entrenar_gpu.tiles import Choice, Tile
+from tests.cases import CASES
 from tests.equivalence import fault
+from tests.test_kernels import check_on
+
+gemm_ops = importlib.import_module("entrenar_gpu.ops.gemm")
+matmul_ops = importlib.import_module("entrenar_gpu.ops.matmul")  # `ops.matmul` is the function
 
 # GPU against NumPy: int8's sums are exact and only their scaling rounds; f16 sums 32 products in f16 (docs/gemm.md).
 BARS = {"int8": 1e-6, "f16": 1.2e-3}
@@ -118,6 +124,18 @@ def test_error_of_the_arithmetic_itself(precision, low, high):
     reference, exact = layer.reference(), layer.exact()
     for name in ("y", "dx"):
         assert low <= error(reference[name], exact[name]) <= high
+
+
+@pytest.mark.parametrize("product", ["nn", "nt", "tn", "tt", "nn-fours", "tt-fours"])
+def test_columns_left_to_small_tiles(product, device, kernels, monkeypatch):
+    """Both launches take their part of B, of the pair, the bias and the residual."""
+    small = replace(tiles.TAIL, unroll=1)
+    monkeypatch.setattr(gemm_ops, "TAIL", small)
+    large = Tile(32, 32, 16, 4, 4)
+    monkeypatch.setattr(matmul_ops, "choose", lambda _, m, n, *rest: Choice(large, 1, 20 if n > 32 else 0))
+    layout, _, fours = product.partition("-")
+    size = "64x64x32" if fours else "17x33x20"
+    check_on(CASES[f"matmul-{layout}-pair-bias-residual-{size}"], device, kernels)
 
 
 FAULTS = [
@@ -242,7 +260,7 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
     def measure(device: Any, kernels: Any, product: Any, caps: Caps, check: bool) -> dict[str, Any]:
         (numbers,) = (caps.tiles or {}).values()
         asked.append(numbers)
-        return {"seconds": 1.0 if numbers[-1] == 1 else 0.5}
+        return {"seconds": 1.0 if numbers[-2] == 1 else 0.5}
 
     monkeypatch.setattr(autotune, "measure", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -260,5 +278,5 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
     assert count > len(wanted)
     assert autotune.autotune(device, wanted, device) == first
     assert len(asked) == count
-    split = [numbers for numbers in first.values() if numbers[-1] > 1]
+    split = [numbers for numbers in first.values() if numbers[-2] > 1]
     assert split, "no product was found faster in slices"

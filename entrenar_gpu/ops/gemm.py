@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, writes
-from entrenar_gpu.tiles import Choice, choose, slice_length
+from entrenar_gpu.tiles import TAIL, Choice, choose, slice_length
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def layout_of(transpose_a: bool, transpose_b: bool) -> str:
 class Product:
     """C (+)= alpha op(A) op(B) + beta op(P) op(Q) + bias + residual; M, N, K and the pair's inner length R.
 
-    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout.
+    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout, and `first_column` is
+    where in the bias C begins.
     """
 
     sizes: tuple[int, int, int]
@@ -41,10 +42,23 @@ class Product:
     transpose_a: bool = False
     transpose_b: bool = False
     alpha: float = 1.0
-    pair: tuple[Tensor, Tensor, float, int] | None = None
+    pair: tuple[Block, Block, float, int] | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
     accumulate: bool = False
+    first_column: int = 0
+
+    def columns(self, start: int, count: int) -> Product:
+        """The product that makes these columns of C."""
+
+        def of(block: Block) -> Block:
+            step = block.stride if self.transpose_b else 1
+            return Block(block.tensor, block.base + start * step, block.stride)
+
+        pair = (self.pair[0], of(self.pair[1]), *self.pair[2:]) if self.pair is not None else None
+        c = Block(self.c.tensor, self.c.base + start, self.c.stride)
+        sizes = (self.sizes[0], count, self.sizes[2])
+        return replace(self, sizes=sizes, b=of(self.b), c=c, pair=pair, first_column=self.first_column + start)
 
     @property
     def layout(self) -> str:
@@ -72,10 +86,13 @@ def gemm(
 
 
 def product_launches(product: Product, choice: Choice, partial: Tensor | None, caps: Caps) -> list[Launch]:
-    """The product in one launch, or split along K into `partial` [slices, M, N] and added up by a second one."""
+    """The product in one launch; with its last columns in a second; or split along K into `partial` [slices, M, N]."""
+    n = product.sizes[1]
+    if choice.tail:
+        main, tail = product.columns(0, n - choice.tail), product.columns(n - choice.tail, choice.tail)
+        return [product_launch(main, Choice(choice.tile)), product_launch(tail, Choice(TAIL))]
     if partial is None:
         return [product_launch(product, choice)]
-    n = product.sizes[1]
     apart = Product(
         product.sizes,
         product.a,
@@ -101,11 +118,13 @@ def product_launch(product: Product, choice: Choice) -> Launch:
     constants.update(slices=slices, slice=length)
     if product.pair is not None:
         p, q, beta, r = product.pair
-        constants.update(R=r, beta=beta, P=_operand(whole(p), (m, r), (tile.BM, tile.BK), not product.transpose_a))
-        constants.update(Q=_operand(whole(q), (n, r), (tile.BN, tile.BK), product.transpose_b))
-        bindings += [_bind("p", whole(p), constants["P"]), _bind("q", whole(q), constants["Q"])]
+        constants.update(R=r, beta=beta, P=_operand(p, (m, r), (tile.BM, tile.BK), not product.transpose_a))
+        constants.update(Q=_operand(q, (n, r), (tile.BN, tile.BK), product.transpose_b))
+        bindings += [_bind("p", p, constants["P"]), _bind("q", q, constants["Q"])]
     extra, added = epilogue(product, 4 if product.vector else 1)
-    constants.update(added, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector)
+    constants.update(
+        added, first_column=product.first_column, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector
+    )
     bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1)]
     grid = (-(-m // tile.BM), -(-n // tile.BN), slices)
     return Launch("matmul", tuple(bindings), constants, grid, trusted=True)

@@ -216,7 +216,7 @@ def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -
         attrs["transpose_a"],
         attrs["transpose_b"],
         attrs["alpha"],
-        (o.p, o.q, attrs["beta"], r) if o.p is not None and o.q is not None else None,
+        (whole(o.p), whole(o.q), attrs["beta"], r) if o.p is not None and o.q is not None else None,
         o.bias,
         o.residual,
         accumulate=o.residual is not None and aliased(node.output, o.residual),
