@@ -46,6 +46,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     replay = Replay(device, plan, KernelCache(device))
     allocated = device.allocated_bytes
     randomise(replay)
+    replay.write("loss_scale", np.array([shape.first_loss_scale(device.caps)]))
     replay.write("rope_table", ops.rope_table(model.rope_frequencies(), config.seq))
     for name, values in init_adapter(spec, 0).items():
         replay.write(name, values)

@@ -21,6 +21,7 @@ from entrenar_gpu.adapters import load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.model_config import is_projection
+from entrenar_gpu.programs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
 from entrenar_gpu.session import Session
 from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
@@ -66,8 +67,8 @@ def save_run(
         temporary.mkdir(parents=True)
         save_result(session, temporary)
         tensors = session.executor.tensors
-        moments = [n for n, t in tensors.items() if n.startswith(("moment1.", "moment2.")) or n == "optimizer_state"]
-        save_safetensors(temporary / OPTIMIZER_FILE, {n: session.executor.read(n) for n in moments})
+        kept = [n for n in tensors if n.startswith(("moment1.", "moment2.")) or n in (STATE_NAME, LOSS_SCALE_NAME)]
+        save_safetensors(temporary / OPTIMIZER_FILE, {n: session.executor.read(n) for n in kept})
         state = {
             "step": step,
             "started": started.isoformat(),

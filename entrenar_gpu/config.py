@@ -22,7 +22,7 @@ from entrenar_gpu.model_config import PROJECTIONS
 Method = Literal["qlora", "lora", "full"]
 Schedule = Literal["constant", "linear", "cosine", "warmup-cosine", "step", "exponential"]
 Optimizer = Literal["adamw", "adam", "sgd"]
-Precision = Literal["f32"]
+Precision = Literal["f32", "f16", "int8", "auto"]
 
 
 def option(default: Any, help: str, unit: str = "", low: float | None = None, high: float | None = None) -> Any:
@@ -90,7 +90,9 @@ class TrainConfig:
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints", "checkpoints", low=1)
     resume: str | None = option(None, "go on from a checkpoint folder, or from the newest of --output")
 
-    precision: Precision = option("f32", "arithmetic of the large matrix products")
+    precision: Precision = option(
+        "f32", "arithmetic of products with NF4 weights; auto: f16 where a GPU has it; sums and the rest stay f32"
+    )
     memory_budget: float | None = option(
         None, "device memory the run may use (default: what the adapter has less 10%, or 16)", "GiB", low=0.01
     )

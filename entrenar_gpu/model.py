@@ -14,6 +14,7 @@ from entrenar_gpu.adapters import LoraModule
 from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model_config import PROJECTIONS, ModelConfig
 from entrenar_gpu.ops import Nf4Tensors
+from entrenar_gpu.tiles import Arithmetic
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -63,16 +64,20 @@ class Parameters:
         return self._graph.tensor(name, self._shapes[name], "f32", "weight")
 
     def matrix(self, name: str) -> Tensor:
-        """A projection's weight [N, K], ready to be multiplied by."""
+        """A projection's weight [N, K] that is kept dense."""
         shape = self._shapes[name]
         if self._storage.method == "full":
             return self._graph.parameter(name, shape)
-        if self._storage.method == "lora":
-            return self._graph.tensor(name, shape, self._storage.dtypes.get(name, self._storage.dense), "weight")
+        return self._graph.tensor(name, shape, self._storage.dtypes.get(name, self._storage.dense), "weight")
+
+    def quantised(self, name: str) -> Nf4Tensors | None:
+        """A projection's weight as it is kept, where that is NF4."""
+        if self._storage.method != "qlora":
+            return None
         if name not in self._nf4:
-            double, rounded = self._storage.nf4_state(name)
-            self._nf4[name] = Nf4Tensors.declare(self._graph, name, (shape[0], shape[1]), double, rounded)
-        return self._nf4[name].dequantize()
+            (n, k), (double, rounded) = self._shapes[name], self._storage.nf4_state(name)
+            self._nf4[name] = Nf4Tensors.declare(self._graph, name, (n, k), double, rounded)
+        return self._nf4[name]
 
     def table(self, name: str) -> list[Tensor]:
         """The rows of an embedding, in pages `name.page0`, ... that an adapter can bind."""
@@ -115,7 +120,9 @@ class Transformer:
         rows: int,
         seq: int,
         dropout: float = 0.0,
+        precision: Arithmetic = "f32",
     ) -> None:
+        self._precision = precision
         self.graph, self.config, self.storage = graph, config, storage
         self.rows, self.seq, self._dropout = rows, seq, dropout
         self.parameters = Parameters(graph, config, storage, caps)
@@ -189,8 +196,11 @@ class Transformer:
             if adapter is not None:
                 a, b, scale = adapter
                 pair = (ops.matmul(self._dropped(x), a, transpose_b=True), b, scale)
-            weight = self.parameters.matrix(f"{module}.weight")
-            return ops.matmul(x, weight, transpose_b=True, pair=pair, bias=bias, residual=residual)
+            weight = self.parameters.quantised(f"{module}.weight")
+            if weight is not None:
+                return ops.linear(x, weight, pair, bias, residual, self._precision)
+            dense = self.parameters.matrix(f"{module}.weight")
+            return ops.matmul(x, dense, transpose_b=True, pair=pair, bias=bias, residual=residual)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if self._rng is None:

@@ -15,11 +15,13 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import Storage, Transformer
 from entrenar_gpu.model_config import ModelConfig
-from entrenar_gpu.ops.optimizer import STATE
+from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
 from entrenar_gpu.plan import Plan, page_layout, page_sizes
 from entrenar_gpu.recompute import Recompute, fit
+from entrenar_gpu.tiles import Arithmetic
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
+LOSS_SCALE_NAME = "loss_scale"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,18 @@ class RunShape:
     model: ModelConfig
     storage: Storage
     train: TrainConfig
+
+    def precision(self, caps: Caps) -> Arithmetic:
+        """The arithmetic of products with NF4 weights on such a device. Raises UserError where it is not to be had."""
+        asked = self.train.precision
+        if asked == "auto":
+            return "f16" if caps.f16 and not caps.software else "f32"
+        if asked == "f16" and not caps.f16:
+            raise UserError(f"--precision: {caps.name} has no f16 arithmetic; int8 and f32 run everywhere")
+        return asked
+
+    def first_loss_scale(self, caps: Caps) -> float:
+        return 1.0 if self.precision(caps) == "f32" else FIRST_SCALE
 
     @property
     def dropout(self) -> float:
@@ -43,7 +57,8 @@ def micro_graph(shape: RunShape, caps: Caps) -> Graph:
     loss = ops.mul(model.loss_sum(shape.train.label_smoothing), inverse)
     total = graph.tensor(LOSS_NAME, (1,), role="state")
     ops.in_place(ops.add(total, loss), total)
-    autodiff.backward(loss, [t for t in graph.persistents.values() if t.role == "param"])
+    parameters = [t for t in graph.persistents.values() if t.role == "param"]
+    autodiff.backward(loss, parameters, upstream=graph.tensor(LOSS_SCALE_NAME, (1,), role="state"))
     return graph
 
 
@@ -66,7 +81,7 @@ def logits_graph(shape: RunShape, caps: Caps) -> Graph:
     return graph
 
 
-def update_graph(shape: RunShape, micro: Graph) -> Graph:
+def update_graph(shape: RunShape, micro: Graph, caps: Caps) -> Graph:
     """The optimizer step over the pages of the parameters of `micro`."""
     graph, c = Graph("update", report=STATE_NAME, traced=True), shape.train
     parameters = [t for t in micro.persistents.values() if t.role == "param"]
@@ -77,7 +92,10 @@ def update_graph(shape: RunShape, micro: Graph) -> Graph:
     with graph.within("clip", phase="optimizer"):
         grads = {name: graph.tensor(f"grad{name[5:]}", (size // 4,), role="page") for name, size in pages.items()}
         partials = [ops.sum_of_squares(g) for g in grads.values()]
-        state = ops.decide(state, loss, partials, c.clip, (c.beta1, c.beta2))
+        scale = graph.tensor(LOSS_SCALE_NAME, (1,), role="state")
+        # Gradients that pass through narrow formats are scaled, and the scale adapts; f32 needs none.
+        narrow = shape.precision(caps) != "f32"
+        state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=narrow)
     with graph.within("step", phase="optimizer"):
         for name, size in pages.items():
             page = graph.tensor(name, (size // 4,), role="page")
@@ -93,13 +111,15 @@ def update_graph(shape: RunShape, micro: Graph) -> Graph:
 
 
 def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0) -> Transformer:
-    return Transformer(graph, shape.model, shape.storage, caps, shape.train.batch, shape.train.seq, dropout)
+    train = shape.train
+    precision = shape.precision(caps)
+    return Transformer(graph, shape.model, shape.storage, caps, train.batch, train.seq, dropout, precision)
 
 
 def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, Graph]:
     """The graphs of a training run: micro, update and, where there is data to evaluate on, evaluate."""
     micro = micro_graph(shape, caps)
-    graphs = {"micro": micro, "update": update_graph(shape, micro)}
+    graphs = {"micro": micro, "update": update_graph(shape, micro, caps)}
     if evaluates:
         graphs["evaluate"] = evaluate_graph(shape, caps)
     return graphs

@@ -18,7 +18,7 @@ from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.interpret import NumpyExecutor
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.plan import Plan
-from entrenar_gpu.programs import RunShape
+from entrenar_gpu.programs import LOSS_SCALE_NAME, RunShape
 from entrenar_gpu.recompute import Recompute
 from entrenar_gpu.replay import Replay
 from entrenar_gpu.weights import Checkpoint
@@ -26,7 +26,7 @@ from entrenar_gpu.weights import Checkpoint
 Floats = np.ndarray
 DEFAULT_BUDGET_GIB = 16.0
 MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
-HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50)
+HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True)
 
 Fit = Callable[[RunShape, Caps, int], tuple[Recompute, Plan, Mapping[str, Graph]]]
 
@@ -79,16 +79,17 @@ class Session:
             raise UserError(f"--seq: {config.seq} exceeds the model's {checkpoint.config.max_positions} positions")
         executor: Replay | NumpyExecutor
         if config.device == "numpy" and kernels is None:
-            level, _, graphs = fit(shape, HOST_CAPS, 1 << 50)
+            caps = HOST_CAPS
+            level, _, graphs = fit(shape, caps, 1 << 50)
             executor, plan, budget = NumpyExecutor(graphs), None, None
             info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
         else:
             from entrenar_gpu.device import Device
 
             kernels = kernels if kernels is not None else KernelCache(Device.open(config.device))
-            device = kernels.device
-            budget = memory_budget(config, device.caps)
-            level, plan, graphs = fit(shape, device.caps, budget.nbytes)
+            device, caps = kernels.device, kernels.device.caps
+            budget = memory_budget(config, caps)
+            level, plan, graphs = fit(shape, caps, budget.nbytes)
             executor = Replay(device, plan, kernels)
             info = {
                 "adapter": device.info["device"],
@@ -101,6 +102,8 @@ class Session:
         executor.write("rope_table", ops.rope_table(frequencies, config.seq))
         for name, array in values.items():
             executor.write(name, array)
+        if LOSS_SCALE_NAME in executor.tensors:
+            executor.write(LOSS_SCALE_NAME, np.array([shape.first_loss_scale(caps)], np.float32))
         return session
 
     @property

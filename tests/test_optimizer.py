@@ -12,6 +12,7 @@ import pytest
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.interpret import NumpyExecutor
+from entrenar_gpu.ops import optimizer
 from entrenar_gpu.ops.optimizer import STATE, STATE_FIELDS
 from entrenar_gpu.plan import make_plan
 from entrenar_gpu.replay import Replay
@@ -27,6 +28,7 @@ class Optimizer:
     decay: float = 0.0
     clip: float = 0.0
     momentum: float = 0.0
+    adapts: bool = False
 
     def graph(self, sizes=SIZES) -> Graph:
         graph = Graph("update")
@@ -36,7 +38,8 @@ class Optimizer:
             name: [graph.tensor(f"{name}.{part}", (math.prod(s),), role="state") for part in ("p", "g", "m", "v")]
             for name, s in sizes.items()
         }
-        state = ops.decide(state, loss, [ops.sum_of_squares(page[1]) for page in pages.values()], self.clip, BETAS)
+        scale, partials = graph.tensor("scale", (1,), role="state"), [ops.sum_of_squares(p[1]) for p in pages.values()]
+        state = ops.decide(state, loss, scale, partials, self.clip, BETAS, self.adapts)
         for p, g, m, v in pages.values():
             if self.kind == "sgd":
                 ops.sgd(p, g, m if self.momentum else None, state, lr, self.momentum, self.decay)
@@ -229,3 +232,28 @@ def test_a_fault_in_skipping_is_caught(old, device, kernels, rng):
     shader = "decide" if "finite" in old else "optimizer"
     with fault(shader, old, "true" if shader == "decide" else "< 2.0"), pytest.raises(AssertionError):
         test_a_step_that_is_not_finite_is_skipped_and_counted("adamw", np.nan, 1.0, execute, rng)
+
+
+def test_the_loss_scale_comes_off_and_adapts(execute, rng, monkeypatch):
+    """Gradients of 64 times their size give the step of the true ones; overflow halves the scale, good steps double."""
+    monkeypatch.setattr(optimizer, "STEPS_TO_DOUBLE", 3.0)
+    executor = execute(Optimizer("sgd", clip=1.0, adapts=True).graph())
+    executor.write("lr", np.array([LR]))
+    executor.write("scale", np.array([64.0]))
+    plain = Plain(Optimizer("sgd", clip=1.0), {name: np.zeros(math.prod(shape)) for name, shape in SIZES.items()})
+    scales = []
+    for step in range(6):
+        grads = {n: rng.standard_normal(p.size).astype(np.float32) for n, p in plain.p.items()}
+        factor = float(executor.read("scale")[0])
+        for name, gradient in grads.items():
+            executor.write(f"{name}.g", gradient * np.float32(np.inf if step == 1 else factor))
+        executor.write("loss", np.array([1.0]))
+        executor.run("update")
+        scales.append(float(executor.read("scale")[0]))
+        if step != 1:
+            assert read_state(executor)["grad_norm"] == pytest.approx(plain.step(grads, 1.0), rel=1e-6)
+    assert scales == [64, 32, 32, 32, 64, 64]
+    assert read_state(executor)["skipped"] == 1
+    for name in SIZES:
+        assert relative(executor.read(f"{name}.p"), plain.p[name]) <= 1e-6
+    executor.close()

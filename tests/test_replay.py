@@ -39,7 +39,8 @@ def training_graphs() -> dict[str, Graph]:
     planned = make_plan({"micro": micro}, Caps(), launches=False).buffers
     sizes = {name: (nbytes // 4,) for name, nbytes in planned.items() if name.startswith("param")}
     grads = {name: update.tensor(name.replace("param", "grad"), size, role="page") for name, size in sizes.items()}
-    state = ops.decide(state, loss, [ops.sum_of_squares(g) for g in grads.values()], 1.0, (0.9, 0.99))
+    scale, partials = update.tensor("scale", (1,), role="state"), [ops.sum_of_squares(g) for g in grads.values()]
+    state = ops.decide(state, loss, scale, partials, 1.0, (0.9, 0.99))
     for name, size in sizes.items():
         page, m, v = (
             update.tensor(f"{name}{part}", size, role=role)

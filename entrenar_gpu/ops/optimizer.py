@@ -18,7 +18,8 @@ Aliased = Callable[[Tensor, Tensor], bool]
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
 # correction1/2: 1 - beta^taken, kept as a running average of ones, since 1 - beta^t cancels in f32 for small t.
-# loss, grad_norm: of the step just finished; apply: 1 or 0; clip: the factor that brings the norm down to the limit.
+# loss, grad_norm: of the step just finished; apply: 1 or 0; clip: the factor that takes the loss scale off the
+# gradients and brings their norm down to the limit. steady: steps since the loss scale last changed.
 STATE_FIELDS = (
     "taken",
     "skipped",
@@ -29,9 +30,14 @@ STATE_FIELDS = (
     "grad_norm",
     "apply",
     "clip",
+    "steady",
 )
 STATE = 16
 NORM_CHUNK = 16384  # elements a workgroup squares and sums
+
+# Mixed-precision training's rule (Micikevicius et al., arXiv 1710.03740, section 3.2): a step whose gradients overflow
+# is skipped and halves the loss scale; a run of good ones doubles it.
+FIRST_SCALE, LARGEST_SCALE, STEPS_TO_DOUBLE = 2.0**12, 2.0**24, 500
 
 
 def field(state: np.ndarray, name: str) -> float:
@@ -72,27 +78,46 @@ register(
 )
 
 
-def decide(state: Tensor, loss: Tensor, partials: Sequence[Tensor], clip: float, betas: tuple[float, float]) -> Tensor:
+def decide(
+    state: Tensor,
+    loss: Tensor,
+    scale: Tensor,
+    partials: Sequence[Tensor],
+    clip: float,
+    betas: tuple[float, float],
+    adapts: bool = False,
+) -> Tensor:
     """Turn the step's loss and gradient norm into the new state: whether to apply the update, and how much to clip.
 
-    clip factor = min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; clip 0 never clips. Updates `state`
-    in place and sets the accumulated `loss` back to zero.
+    The gradients are `scale` f32 [1] times the true ones. clip factor = min(1, clip / (norm + 1e-6)) / scale, as
+    torch.nn.utils.clip_grad_norm_ does it to the true norm; clip 0 never clips. Updates `state` in place, sets the
+    accumulated `loss` back to zero and, where it `adapts`, adjusts the scale.
     """
-    new, zero = record("decide", state, loss, *partials, clip=clip, betas=betas)
+    new, zero, rescaled = record("decide", state, loss, scale, *partials, clip=clip, betas=betas, adapts=adapts)
     in_place(zero, loss)
+    in_place(rescaled, scale)
     return in_place(new, state)
 
 
-def _decide_reference(node: Node, state: np.ndarray, loss: np.ndarray, *partials: np.ndarray) -> Sequence[np.ndarray]:
+def _decide_reference(
+    node: Node, state: np.ndarray, loss: np.ndarray, scale: np.ndarray, *partials: np.ndarray
+) -> Sequence[np.ndarray]:
     kind = state.dtype.type
-    new = state.copy()
+    new, new_scale = state.copy(), scale.copy()
+    over = scale[0] if node.attrs["adapts"] else kind(1)
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = np.sqrt(sum((p.sum(dtype=kind) for p in partials), kind(0)))
+        norm = np.sqrt(sum((p.sum(dtype=kind) for p in partials), kind(0))) / over
     good = bool(np.isfinite(norm)) and bool(np.isfinite(loss[0]))
     new[_index("loss")], new[_index("grad_norm")] = loss[0], norm
     new[_index("apply")] = 1 if good else 0
     limit = node.attrs["clip"]
-    new[_index("clip")] = min(kind(1), kind(limit) / (norm + kind(1e-6))) if limit > 0 and good else 1
+    new[_index("clip")] = (min(kind(1), kind(limit) / (norm + kind(1e-6))) if limit > 0 and good else 1) / over
+    if node.attrs["adapts"]:
+        new[_index("steady")] = new[_index("steady")] + 1 if good else 0
+        if not good:
+            new_scale[0] = max(scale[0] / 2, 1)
+        elif new[_index("steady")] >= STEPS_TO_DOUBLE:
+            new_scale[0], new[_index("steady")] = min(scale[0] * 2, LARGEST_SCALE), 0
     if good:
         new[_index("taken")] += 1
         new[_index("in_a_row")] = 0
@@ -101,11 +126,11 @@ def _decide_reference(node: Node, state: np.ndarray, loss: np.ndarray, *partials
     else:
         new[_index("skipped")] += 1
         new[_index("in_a_row")] += 1
-    return [new, np.zeros_like(loss)]
+    return [new, np.zeros_like(loss), new_scale]
 
 
 def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    state, loss, *partials = node.inputs
+    partials = list(node.inputs[3:])
     beta1, beta2 = node.attrs["betas"]
     constants: dict[str, Any] = {
         **{name: i for i, name in enumerate(STATE_FIELDS)},
@@ -115,14 +140,19 @@ def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
         "beta2": literal(beta2),
         "rest1": literal(1 - beta1),
         "rest2": literal(1 - beta2),
+        "adapts": node.attrs["adapts"],
+        "largest": literal(LARGEST_SCALE),
+        "steps_to_double": literal(STEPS_TO_DOUBLE),
         "WIDTH": 256,
     }
     # Pages beyond what one dispatch can bind are added up first, into the state's spare word.
-    launches, room = [], caps.max_storage_buffers - 2
+    launches, room = [], caps.max_storage_buffers - 3
     groups = [partials[i : i + room] for i in range(0, len(partials), room)] or [[]]
     for number, group in enumerate(groups):
         bindings = [reads(f"part{i}", t) for i, t in enumerate(group)]
         bindings += [writes("state", node.outputs[0]), writes("loss_sum", node.outputs[1])]
+        if node.attrs["adapts"]:
+            bindings.append(writes("scale", node.outputs[2]))
         sizes = [t.size for t in group]
         each = constants | {"sizes": sizes, "first": number == 0, "last": number == len(groups) - 1, "spare": STATE - 1}
         launches.append(Launch("decide", tuple(bindings), each, (1, 1, 1)))
@@ -132,10 +162,10 @@ def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
 register(
     Op(
         "decide",
-        lambda node: [(node.inputs[0].shape, "f32"), (node.inputs[1].shape, "f32")],
+        lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
         _decide_reference,
         _decide_launch,
-        inplace=lambda node: [(0, 0), (1, 1)],
+        inplace=lambda node: [(0, 0), (1, 1), (2, 2)],
     )
 )
 
@@ -157,9 +187,7 @@ def adam(
 
     page, grad, m, v f32 [n]; lr f32 [1]; state as `decide` left it: nothing moves when it says not to apply.
     """
-    outs = record(
-        "adam", page, grad, m, v, state, lr, betas=tuple(betas), eps=eps, decay=decay, decoupled=decoupled
-    )
+    outs = record("adam", page, grad, m, v, state, lr, betas=tuple(betas), eps=eps, decay=decay, decoupled=decoupled)
     for out, target in zip(outs, (page, grad, m, v), strict=True):
         in_place(out, target)
 
