@@ -70,7 +70,7 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
     "f32": (
         Candidate(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2), 1.00, 1),
         Candidate(Tile(128, 128, 8, 8, 8, unroll=8, buffers=2), 0.80, 2),
-        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 6),
+        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 4),
         Candidate(Tile(32, 64, 16, 4, 8, unroll=16, buffers=2), 0.60, 8),
         Candidate(Tile(128, 16, 16, 8, 4, unroll=8), 0.40, 8),
         Candidate(Tile(16, 128, 16, 4, 8, unroll=8), 0.40, 8),
@@ -181,10 +181,10 @@ def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: i
     candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
     workgroups = -(-m // tile.BM) * -(-n // tile.BN) * slices
     depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
-    busiest = -(-workgroups // units)
-    # A unit with fewer workgroups than it can hold cannot hide their latency.
-    hidden = min(1.0, 0.4 + 0.6 * busiest / candidate.resident)
-    return 2.0 * busiest * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace * hidden)
+    full, rest = divmod(-(-workgroups // units), candidate.resident)
+    # The last workgroups of a unit, fewer than it can hold, do not hide all of their latency.
+    rounds = full * candidate.resident + rest**0.6 * candidate.resident**0.4
+    return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
 
 
 def to_numbers(choice: Choice) -> tuple[int, ...]:

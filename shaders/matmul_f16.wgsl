@@ -13,12 +13,14 @@
 var<workgroup> tile_a: array<vec4<f16>, {{ BK * BM // 4 }}>;
 var<workgroup> tile_b: array<vec4<f16>, {{ BK * BN // 4 }}>;
 
-{% macro stage(tile, source, width, origin, last) %}
+{# Rows of A past the last are read as the last: what they make is not written. #}
+{% macro row_of(row, edge) %}{{ "min(%s, %du)" % (row, M - 1) if edge else row }}{% endmacro %}
+{% macro stage(tile, source, width, origin, edge) %}
     for (var block = thread; block < {{ BK * width // 16 }}u; block += {{ THREADS }}u) {
       let k = block % {{ BK // 4 }}u;
       let m = block / {{ BK // 4 }}u;
 {% for i in range(4) %}
-      let row{{ i }} = {{ source }}[min({{ origin }} + m * 4u + {{ i }}u, {{ last }}u) * {{ K // 4 }}u + (k0 >> 2u) + k];
+      let row{{ i }} = {{ source }}[({{ row_of("%s + m * 4u + %du" % (origin, i), edge) }}) * {{ K // 4 }}u + (k0 >> 2u) + k];
 {% endfor %}
       let at = k * {{ width }}u + (m ^ (k * {{ SWIZZLE }}u));
 {% for i in range(4) %}
@@ -39,8 +41,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let from_k = group.z * {{ slice }}u;
   let to_k = min(from_k + {{ slice }}u, {{ K }}u);
   for (var k0 = from_k; k0 < to_k; k0 += {{ BK }}u) {
-    {{ stage("tile_a", "a", BM, "m0", M - 1) }}
-    {{ stage("tile_b", "b", BN, "n0", N - 1) }}
+    {{ stage("tile_a", "a", BM, "m0", M % BM != 0) }}
+    {{ stage("tile_b", "b", BN, "n0", false) }}
     workgroupBarrier();
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
     var h{{ i }}_{{ j }} = vec4<f16>();

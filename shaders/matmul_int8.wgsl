@@ -15,9 +15,11 @@ var<workgroup> tile_a: array<vec4<u32>, {{ BM * 5 }}>;
 var<workgroup> tile_b: array<vec4<u32>, {{ BN * 5 }}>;
 const ZERO = 0x4b400000;
 
-{% macro load(source, registers, share, origin, last) %}
+{# Rows of A past the last are read as the last: what they make is not written. #}
+{% macro row_of(row, edge) %}{{ "min(%s, %du)" % (row, M - 1) if edge else row }}{% endmacro %}
+{% macro load(source, registers, share, origin, edge) %}
 {% for i in range(share) %}
-    {{ registers }}{{ i }} = {{ source }}[min({{ origin }} + (thread + {{ i * THREADS }}u) / 4u, {{ last }}u) * {{ K // 16 }}u + block * 4u + thread % 4u];
+    {{ registers }}{{ i }} = {{ source }}[({{ row_of("%s + (thread + %du) / 4u" % (origin, i * THREADS), edge) }}) * {{ K // 16 }}u + block * 4u + thread % 4u];
 {% endfor %}
 {% endmacro %}
 
@@ -38,11 +40,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
   var block = group.z * {{ slice // 64 }}u;
   let end = min(block + {{ slice // 64 }}u, {{ K // 64 }}u);
-  {{ load("a", "ra", SHARE_A, "m0", M - 1) }}
-  {{ load("b", "rb", SHARE_B, "n0", N - 1) }}
+  {{ load("a", "ra", SHARE_A, "m0", M % BM != 0) }}
+  {{ load("b", "rb", SHARE_B, "n0", false) }}
   while (block < end) {
 {% for i in range(TM) %}
-    let sa{{ i }} = a_scale[block * {{ M }}u + min(m0 + ty + {{ i * TY }}u, {{ M - 1 }}u)];
+    let sa{{ i }} = a_scale[block * {{ M }}u + {{ row_of("m0 + ty + %du" % (i * TY), M % BM != 0) }}];
 {% endfor %}
 {% for j in range(TN) %}
     let sb{{ j }} = b_scale[block * {{ N }}u + n0 + tx + {{ j * TX }}u];
@@ -56,8 +58,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     block += 1u;
     if (block < end) {
-  {{ load("a", "ra", SHARE_A, "m0", M - 1) }}
-  {{ load("b", "rb", SHARE_B, "n0", N - 1) }}
+  {{ load("a", "ra", SHARE_A, "m0", M % BM != 0) }}
+  {{ load("b", "rb", SHARE_B, "n0", false) }}
     }
 {% for i in range(TM) %}{% for j in range(TN) %}
     var h{{ i }}_{{ j }} = ZERO;
