@@ -95,6 +95,10 @@ FAULTS = [
 ]
 
 
+# By case and not by test: software adapters throw compiled kernels away once there are many.
+EVERY_CASE = pytest.mark.parametrize("name", CASES, scope="module")
+
+
 def check_on(case: Case, device, kernels, caps: Caps | None = None, keep: bool = True) -> None:
     """Runs a case on both executors and compares every tensor that can be read afterwards."""
     known = CASES.get(case.name) is case
@@ -105,17 +109,17 @@ def check_on(case: Case, device, kernels, caps: Caps | None = None, keep: bool =
     check_program(program, got, want)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EVERY_CASE
 def test_every_tensor_equals_the_reference(name, device, kernels):
     check_on(CASES[name], device, kernels)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EVERY_CASE
 def test_so_it_does_on_a_device_with_default_limits_and_no_features(name, limited_device, limited_kernels):
     check_on(CASES[name], limited_device, limited_kernels)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EVERY_CASE
 def test_sharing_storage_changes_no_bit(name, device, kernels):
     program, _ = expected(name)
     apart = run_device(program, device, kernels, plan_of(CASES[name], program, device.caps, keep=True))

@@ -17,9 +17,7 @@ BLOCK = 32  # tokens a tile, as in _attention.wgsl
 BUSY_WORKGROUPS = 1024  # below this many a large GPU has idle multiprocessors
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_start: Tensor, rows: int, heads: int, kv_heads: int
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, segment_start: Tensor, rows: int, heads: int, kv_heads: int) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, where a query sees the keys of its row from its segment's start up to itself.
 
     q [T, H*E], k and v [T, K*E] with T = rows * S; H a multiple of K: query head h reads key/value head h // (H/K)
@@ -127,7 +125,9 @@ def _grad_reference(
     group = s["H"] // s["K"]
     weights, _ = _weights(s, q, k, segments)
     d_heads, delta = _split(s, dout), statistics[1].reshape(s["B"], s["S"], s["H"]).transpose(0, 2, 1)
-    slopes = weights * (d_heads @ _split(s, v).swapaxes(-1, -2) - delta[..., None]) * q.dtype.type(1 / math.sqrt(s["E"]))
+    slopes = (
+        weights * (d_heads @ _split(s, v).swapaxes(-1, -2) - delta[..., None]) * q.dtype.type(1 / math.sqrt(s["E"]))
+    )
     return [
         _join(slopes @ _split(s, k), q, 1),
         _join(slopes.swapaxes(-1, -2) @ _split(s, q), k, group),

@@ -93,7 +93,9 @@ def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, tokens - start)) for start in range(0, tokens, size)]
 
 
-def _logits_launches(x: Tensor, pages: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps) -> list[Launch]:
+def _logits_launches(
+    x: Tensor, pages: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps
+) -> list[Launch]:
     """logits[:count] = x[at : at + count] W^T, page by page."""
     depth, vocabulary = x.columns, logits.columns
     rows = Block(x, at * depth, depth)
@@ -168,7 +170,9 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
         attrs = {"smoothing": node.attrs["smoothing"], "pages": len(pages)}
         outs = record("cross_entropy_grad", x, targets, node.outputs[1], upstream[0], *pages, *held, **attrs)
         dx, *totals = outs
-        kept = [in_place(t, h) if h.persistent or h.updates is not None else t for t, h in zip(totals, held, strict=True)]
+        kept = [
+            in_place(t, h) if h.persistent or h.updates is not None else t for t, h in zip(totals, held, strict=True)
+        ]
         return [dx, None, *kept]
     raise ValueError(f"{node.label()}: the pages of a vocabulary are trainable all together or not at all")
 
@@ -182,7 +186,10 @@ def _grad_reference(
     slopes = slopes.astype(x.dtype) * upstream
     whole = slopes.T @ x.reshape(-1, x.shape[-1])
     edges = np.cumsum([len(p) for p in pages])[:-1]
-    return [(slopes @ table).reshape(x.shape), *(h + part for h, part in zip(held, np.split(whole, edges), strict=True))]
+    return [
+        (slopes @ table).reshape(x.shape),
+        *(h + part for h, part in zip(held, np.split(whole, edges), strict=True)),
+    ]
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
@@ -207,15 +214,16 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
             rows = Block(x, at * depth, depth)
-            launches.append(
-                gemm(caps, sizes, block, rows, Block(total, 0, depth), transpose_a=True, accumulate=True)
-            )
+            launches.append(gemm(caps, sizes, block, rows, Block(total, 0, depth), transpose_a=True, accumulate=True))
     return launches
 
 
 def _flops(products: int) -> Callable[[Node], int]:
     def count(node: Node) -> int:
-        x, pages = node.inputs[0], node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["pages"]]
+        x, pages = (
+            node.inputs[0],
+            node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["pages"]],
+        )
         passes = products + (1 if node.attrs.get("emit") else 0)
         return 2 * passes * x.size * _vocabulary(pages)
 
@@ -231,7 +239,10 @@ register(Op("cross_entropy", _infer, _reference, _launch, _gradient, workspace=_
 register(
     Op(
         "cross_entropy_grad",
-        lambda node: [(node.inputs[0].shape, "f32"), *((t.shape, "f32") for t in node.inputs[4 + node.attrs["pages"] :])],
+        lambda node: [
+            (node.inputs[0].shape, "f32"),
+            *((t.shape, "f32") for t in node.inputs[4 + node.attrs["pages"] :]),
+        ],
         _grad_reference,
         _grad_launch,
         workspace=_grad_workspace,

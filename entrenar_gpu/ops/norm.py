@@ -117,7 +117,9 @@ def _hat_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     loads = [("a", "x[i]"), ("r", f"rstd[{row}]"), ("m", f"average[{row}]" if average else "0.0")]
     constants = {"size": x.size, "loads": loads, "stores": [("out0", "(a - m) * r")], "functions": ""}
     bindings = [reads("x", x), reads("rstd", rstd), *(reads("average", t) for t in average)]
-    return [Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(-(-x.size // 256), caps))]
+    return [
+        Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(-(-x.size // 256), caps))
+    ]
 
 
 def _ops_an_element(count: int) -> Callable[[Node], int]:

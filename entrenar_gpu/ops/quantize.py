@@ -51,15 +51,19 @@ class Nf4Tensors:
 
 def nf4_part_names(name: str, double: bool) -> list[str]:
     """The names of a quantised weight's tensors, in the order of `Nf4Tensors.parts`."""
-    return [f"{name}.{part}" for part in (("codes", "absmax_codes", "nested", "table") if double else ("codes", "absmax"))]
+    return [
+        f"{name}.{part}" for part in (("codes", "absmax_codes", "nested", "table") if double else ("codes", "absmax"))
+    ]
 
 
 def host_parts(weight: Nf4Weight) -> list[np.ndarray]:
     """What the tensors of `Nf4Tensors.parts` hold for a weight quantised on the host or read from a file."""
     if weight.absmax is not None:
         return [weight.codes, weight.absmax]
-    assert weight.absmax_codes is not None and weight.nested_absmax is not None
-    assert weight.nested_code is not None and weight.offset is not None
+    assert weight.absmax_codes is not None
+    assert weight.nested_absmax is not None
+    assert weight.nested_code is not None
+    assert weight.offset is not None
     return [weight.codes, weight.absmax_codes, weight.nested_absmax, make_table(weight.nested_code, weight.offset)]
 
 
@@ -192,4 +196,3 @@ def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
 
 
 register(Op("nf4_quantize_scales", _scales_infer, _scales_reference, _scales_launch, workspace=_scales_workspace))
-
