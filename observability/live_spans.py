@@ -62,7 +62,7 @@ class AnomalyProcessor(SpanProcessor):
 
     def _take(self, span: ReadableSpan) -> None:
         start, end, attributes = span.start_time, span.end_time, span.attributes or {}
-        if self._finished or span.context is None or start is None or end is None or end < start:
+        if span.context is None or start is None or end is None or end < start:
             return
         if span.context.span_id == self._run:
             self._finish()
