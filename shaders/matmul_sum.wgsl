@@ -1,5 +1,5 @@
 // C = sum of the partial products of a matmul split along K, in order of the slices, + bias + residual (= or +=).
-// partial [slices, M, N]. One invocation four consecutive elements, or one where N is no multiple of four.
+// partial [slices, M, N]; C begins at element c_base of its tensor. One invocation four consecutive elements, or one where N is no multiple of four.
 // Grid: ceil(M * N / (256 * width)), folded.
 {% include "_grid.wgsl" %}
 {% set WIDTH = 4 if vector else 1 %}
@@ -20,7 +20,7 @@ fn main(
   value += bias[i % {{ N // WIDTH }}u];
 {% endif %}
 {% if residual %}
-  value += {{ residual }}[i];
+  value += {{ residual }}[{{ c_base // WIDTH }}u + i];
 {% endif %}
-  c[i] = value;
+  c[{{ c_base // WIDTH }}u + i] = value;
 }

@@ -20,7 +20,12 @@ Aliased = Callable[[Tensor, Tensor], bool]
 
 
 def elementwise_launch(
-    node: Node, caps: Caps, aliased: Aliased, expressions: Sequence[str], names: Sequence[str] = "abcdef", functions: str = ""
+    node: Node,
+    caps: Caps,
+    aliased: Aliased,
+    expressions: Sequence[str],
+    names: Sequence[str] = "abcdef",
+    functions: str = "",
 ) -> list[Launch]:
     """The launch of a node whose k-th output is expressions[k] over its inputs, named `names` in order.
 
@@ -133,9 +138,7 @@ register(
         "scale",
         same_as(0),
         lambda node, a: [a * a.dtype.type(node.attrs["factor"])],
-        lambda node, caps, aliased: elementwise_launch(
-            node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]
-        ),
+        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]),
         lambda node, upstream, context: [scale(upstream[0], node.attrs["factor"])],
         inplace=_inplace,
         cheap=True,
@@ -151,7 +154,8 @@ def fill(like: Tensor, value: float) -> Tensor:
 def copy_launch(source: Tensor, out: Tensor, caps: Caps) -> Launch:
     """out = source."""
     constants = {"size": out.size, "loads": [("a", "source[i]")], "stores": [("out0", "a")], "functions": ""}
-    return Launch("elementwise", (reads("source", source), writes("out0", out)), constants, grid_of(-(-out.size // WORKGROUP), caps))
+    bindings = (reads("source", source), writes("out0", out))
+    return Launch("elementwise", bindings, constants, grid_of(-(-out.size // WORKGROUP), caps))
 
 
 def zeros(like: Tensor) -> Tensor:
@@ -211,7 +215,9 @@ fn erf(x: f32) -> f32 {{
 _ROOT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715  # Hendrycks & Gimpel, arXiv 1606.08415
 # tanh overflows to NaN on some drivers for large arguments
-_TANH = f"fn bend(x: f32) -> f32 {{ return tanh(clamp({_TANH_SCALE!r} * (x + {_TANH_CUBE!r} * x * x * x), -20.0, 20.0)); }}"
+_BENT = f"{_TANH_SCALE!r} * (x + {_TANH_CUBE!r} * x * x * x)"
+_BENT_SLOPE = f"{_TANH_SCALE!r} * (1.0 + {3 * _TANH_CUBE!r} * x * x)"
+_TANH = f"fn bend(x: f32) -> f32 {{ return tanh(clamp({_BENT}, -20.0, 20.0)); }}"
 _SIGMOID = "fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-clamp(x, -80.0, 80.0))); }"
 
 
@@ -283,7 +289,7 @@ gelu = _activation(
 gelu_tanh = _activation(
     "gelu_tanh",
     "0.5 * x * (1.0 + bend(x))",
-    f"0.5 * (1.0 + bend(x)) + 0.5 * x * (1.0 - bend(x) * bend(x)) * {_TANH_SCALE!r} * (1.0 + {3 * _TANH_CUBE!r} * x * x)",
+    f"0.5 * (1.0 + bend(x)) + 0.5 * x * (1.0 - bend(x) * bend(x)) * {_BENT_SLOPE}",
     _TANH,
     lambda x: x * (1 + _np_bend(x)) / 2,
     _np_gelu_tanh_slope,
@@ -329,7 +335,11 @@ register(
         same_as(0, 1),
         _np_swiglu_grad,
         lambda node, caps, aliased: elementwise_launch(
-            node, caps, aliased, ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"], "abc",
+            node,
+            caps,
+            aliased,
+            ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"],
+            "abc",
             _SIGMOID,
         ),
         inplace=lambda node: [(0, 0), (1, 1)],

@@ -131,11 +131,12 @@ def product_launch(product: Product, choice: Choice) -> Launch:
 
 
 def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
-    """C (+)= the sum of the partial products + bias + residual; C is a whole tensor."""
+    """C (+)= the sum of the partial products + bias + residual; the rows of C lie end to end."""
     (m, n, _), width = product.sizes, 4 if product.vector else 1
     extra, added = epilogue(product, width)
     bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width))
     constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **added}
+    constants["c_base"] = product.c.base
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 

@@ -14,13 +14,14 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
 from entrenar_gpu.ops.embedding import page_starts
-from entrenar_gpu.ops.gemm import Block, gemm
+from entrenar_gpu.ops.gemm import Block, Product, gemm, product_launch, sum_launch
 from entrenar_gpu.ops.reduce import rows_launch
 from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
+from entrenar_gpu.tiles import Choice, choose, slice_length
 
 Aliased = Callable[[Tensor, Tensor], bool]
 IGNORE = -100  # targets that do not count, as in PyTorch
-LOGITS_BYTES = 64 << 20  # scratch for the logits of a chunk
+LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: 128 tokens of a vocabulary of 152k
 
 
 def cross_entropy(x: Tensor, targets: Tensor, pages: Sequence[Tensor], smoothing: float = 0.0) -> Tensor:
@@ -85,7 +86,9 @@ def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *pages: np.ndarra
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     x, _, *pages = node.inputs
     vocabulary = _vocabulary(pages)
-    return [((_chunk(x.rows, vocabulary, caps), vocabulary), "f32"), ((x.rows,), "f32")]
+    count = _chunk(x.rows, vocabulary, caps)
+    partials = _dx_partials(pages, count, caps) if node.attrs["emit"] else []
+    return [((count, vocabulary), "f32"), ((x.rows,), "f32"), *partials]
 
 
 def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
@@ -112,21 +115,48 @@ def _logits_launches(
     ]
 
 
-def _dx_launches(dx: Tensor, pages: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps) -> list[Launch]:
-    """dx[at : at + count] = slopes W, summed over the pages."""
+def _dx_choices(pages: Sequence[Tensor], count: int, caps: Caps) -> list[Choice]:
+    """How slopes W is cut up, page by page: [count, D] alone fills no GPU, so the long sum over V is split.
+
+    Each page gets its share of the slices that one product over the whole vocabulary would be split into.
+    """
+    vocabulary, depth = _vocabulary(pages), pages[0].columns
+    whole = choose("f32", count, depth, vocabulary, "nn", caps)
+    return [Choice(whole.tile, max(1, round(whole.slices * p.shape[0] / vocabulary))) for p in pages]
+
+
+def _dx_slices(pages: Sequence[Tensor], choices: Sequence[Choice]) -> list[int]:
+    return [-(-p.shape[0] // slice_length(p.shape[0], c)) for p, c in zip(pages, choices, strict=True)]
+
+
+def _dx_partials(pages: Sequence[Tensor], count: int, caps: Caps) -> Sequence[Spec]:
+    """Workspace for the partial sums of `_dx_launches`; none where every page is one slice."""
+    slices = _dx_slices(pages, _dx_choices(pages, count, caps))
+    return [((sum(slices), count, pages[0].columns), "f32")] if max(slices) > 1 else []
+
+
+def _dx_launches(
+    dx: Tensor, pages: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
+) -> list[Launch]:
+    """dx[at : at + count] = slopes W, summed over the pages, and over slices of them in `partial`."""
     depth, vocabulary = dx.columns, logits.columns
     out = Block(dx, at * depth, depth)
-    return [
-        gemm(
-            caps,
-            (count, depth, page.shape[0]),
-            Block(logits, start, vocabulary),
-            Block(page, 0, depth),
-            out,
-            accumulate=start > 0,
-        )
-        for page, start in zip(pages, page_starts(pages), strict=True)
-    ]
+    launches, first = [], 0
+    choices = _dx_choices(pages, logits.shape[0], caps)
+    slices = _dx_slices(pages, choices)
+    for page, start, choice, sliced in zip(pages, page_starts(pages), choices, slices, strict=True):
+        sizes = (count, depth, page.shape[0])
+        slopes, weight = Block(logits, start, vocabulary), Block(page, 0, depth)
+        if partial is None:
+            launches.append(gemm(caps, sizes, slopes, weight, out, accumulate=start > 0))
+            continue
+        here = Block(partial, first * count * depth, depth)
+        launches.append(product_launch(Product(sizes, slopes, weight, here), choice))
+        first += sliced
+    if partial is not None:
+        whole = Product((count, depth, vocabulary), Block(logits, 0, vocabulary), Block(pages[0], 0, depth), out)
+        launches.append(sum_launch(whole, partial, caps))
+    return launches
 
 
 def _row_constants(node: Node, vocabulary: int, at: int, count: int, mode: str) -> dict[str, Any]:
@@ -147,7 +177,7 @@ def _row_constants(node: Node, vocabulary: int, at: int, count: int, mode: str) 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, targets, *pages = node.inputs
     loss, lse = node.outputs[:2]
-    logits, losses = node.workspace
+    logits, losses, *partial = node.workspace
     launches = []
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += _logits_launches(x, pages, logits, at, count, caps)
@@ -156,7 +186,7 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         constants = _row_constants(node, logits.columns, at, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         if node.attrs["emit"]:
-            launches += _dx_launches(node.outputs[2], pages, logits, at, count, caps)
+            launches += _dx_launches(node.outputs[2], pages, logits, next(iter(partial), None), at, count, caps)
     launches.append(rows_launch(losses, loss, 1, x.rows, caps))
     return launches
 
@@ -196,7 +226,7 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, targets, lse, upstream, *rest = node.inputs
     pages, held = rest[: node.attrs["pages"]], rest[node.attrs["pages"] :]
     dx, *totals = node.outputs
-    logits, _ = node.workspace
+    logits, *partial = node.workspace
     depth, vocabulary = x.columns, logits.columns
     launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
@@ -209,7 +239,7 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         )
         constants = _row_constants(node, vocabulary, at, count, "slopes")
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
-        launches += _dx_launches(dx, pages, logits, at, count, caps)
+        launches += _dx_launches(dx, pages, logits, next(iter(partial), None), at, count, caps)
         for total, start in zip(totals, page_starts(pages), strict=True):
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
@@ -231,8 +261,10 @@ def _flops(products: int) -> Callable[[Node], int]:
 
 
 def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    x, vocabulary = node.inputs[0], _vocabulary(node.inputs[4:][: node.attrs["pages"]])
-    return [((_chunk(x.rows, vocabulary, caps), vocabulary), "f32"), ((1,), "f32")]
+    x, pages = node.inputs[0], node.inputs[4:][: node.attrs["pages"]]
+    vocabulary = _vocabulary(pages)
+    count = _chunk(x.rows, vocabulary, caps)
+    return [((count, vocabulary), "f32"), *_dx_partials(pages, count, caps)]
 
 
 register(Op("cross_entropy", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops(1)))
