@@ -145,7 +145,7 @@ def time_run(replay: Replay, name: str) -> float:
     replay.wait()
     begin = time.perf_counter()
     runs = 0
-    while time.perf_counter() - begin < WARM_UP_SECONDS:
+    while runs == 0 or time.perf_counter() - begin < WARM_UP_SECONDS:
         replay.run(name)
         replay.wait()
         runs += 1

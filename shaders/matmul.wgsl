@@ -7,9 +7,8 @@
 // With several slices, slice z writes its partial sum to C + z * M * N, and matmul_sum.wgsl adds them up.
 //
 // Tiles lie k-major in workgroup memory as vec4 along m (A) or n (B). A thread stages 4x4 blocks: four vec4 loads along
-// the contiguous axis, transposed in registers where that axis is k, so that no two threads write one vec4, and up to
-// eight neighbours store eight consecutive vec4 of a row, which lie in different banks. The next tile is loaded into
-// registers while this one is multiplied; with two buffers one barrier a tile is enough.
+// the contiguous axis, transposed in registers where that axis is k, so that no two threads write one vec4. The next
+// tile is loaded into registers while this one is multiplied; with two buffers one barrier a tile is enough.
 {% set TX = BN // TN %}{% set TY = BM // TM %}{% set THREADS = TX * TY %}
 {% set SIZE_A = BK * BM // 4 %}{% set SIZE_B = BK * BN // 4 %}
 
@@ -70,10 +69,6 @@ fn fetch_{{ name }}(major: u32, quad: u32) -> vec4<f32> {
 {{ fetch("q", Q) }}
 {% endif %}
 
-{# Quad of k and 4-row group of a 4x4 block whose contiguous axis is k. #}
-{% macro quad_of(width) %}{% set near = [8, width // 4] | min %}(block / {{ near }}u) % {{ BK // 4 }}u{% endmacro %}
-{% macro group_of(width) %}{% set near = [8, width // 4] | min %}(block / {{ near * BK // 4 }}u) * {{ near }}u + block % {{ near }}u{% endmacro %}
-
 {# A thread's share of a tile: `count` 4x4 blocks spread over the threads, in registers NAME{block}_{row}. #}
 {% macro shares(width) %}{{ (BK * width // 16 + THREADS - 1) // THREADS }}{% endmacro %}
 {% macro for_each_share(width, share) %}
@@ -95,8 +90,8 @@ fn fetch_{{ name }}(major: u32, quad: u32) -> vec4<f32> {
 {% for share in range(shares(width) | int) %}
   {{ for_each_share(width, share) }}
 {% if operand.k_contiguous %}
-      let quad = ({{ k0 }}) / 4u + {{ quad_of(width) }};
-      let major = {{ origin }} + ({{ group_of(width) }}) * 4u;
+      let quad = ({{ k0 }}) / 4u + block % {{ BK // 4 }}u;
+      let major = {{ origin }} + (block / {{ BK // 4 }}u) * 4u;
 {% else %}
       let quad = {{ origin }} / 4u + block % {{ width // 4 }}u;
       let major = {{ k0 }} + (block / {{ width // 4 }}u) * 4u;
@@ -110,7 +105,7 @@ fn fetch_{{ name }}(major: u32, quad: u32) -> vec4<f32> {
 {% for share in range(shares(width) | int) %}
   {{ for_each_share(width, share) }}
 {% if operand.k_contiguous %}
-      let at = {{ buffer }} + ({{ quad_of(width) }}) * {{ width }}u + {{ group_of(width) }};
+      let at = {{ buffer }} + (block % {{ BK // 4 }}u) * {{ width }}u + block / {{ BK // 4 }}u;
 {% for i in range(4) %}
       {{ tile }}[at + {{ i * width // 4 }}u] = vec4<f32>({% for j in range(4) %}{{ registers }}{{ share }}_{{ j }}[{{ i }}]{{ ", " if j < 3 }}{% endfor %}){{ factor }};
 {% endfor %}

@@ -1,0 +1,44 @@
+"""The benchmarks of kernels: on a tiny model they time every row and what they compute is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from entrenar_gpu.bench_gemm import TOLERANCES, bench_gemm, products, projection_shapes
+from entrenar_gpu.bench_ops import bench_ops
+from entrenar_gpu.shapes import model_shape
+
+TINY = replace(
+    model_shape("qwen3-0.6b"), hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=32
+)
+
+
+def test_products_of_a_step_each_once():
+    every = list(products(TINY, [8, 16], 4, ["f32", "int8"]))
+    assert len(every) == len(set(every)) == 42
+    assert projection_shapes(TINY) == [(128, 64), (64, 64), (64, 128)]
+
+
+def test_products_are_timed_and_checked(device, kernels, monkeypatch):
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.VOCABULARY_PAGE", 64)
+    wanted = [p for p in products(TINY, [8], 4, ["f32", "int8"]) if p.name.split()[-1] in ("128x64", "128", "page")]
+    rows = list(bench_gemm(device, wanted, kernels))
+    assert [row["name"] for row in rows] == [p.name for p in wanted]
+    assert all(row["within"] and row["seconds"] > 0 for row in rows)
+
+
+def test_a_wrong_product_is_reported(device, monkeypatch):
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.WARM_UP_SECONDS", 0.0)
+    monkeypatch.setitem(TOLERANCES, "f32", 0.0)
+    wanted = [p for p in products(TINY, [8], 4, ["f32"]) if p.name == "forward 64x64"]
+    assert not any(row["within"] for row in bench_gemm(device, wanted))
+
+
+def test_every_kernel_of_a_step_is_timed(device, monkeypatch):
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr("entrenar_gpu.bench_ops.VOCABULARY_PAGE", 64)
+    monkeypatch.setattr("entrenar_gpu.bench_ops.PARAMETERS", 1024)
+    rows = list(bench_ops(device, TINY, 2, 16))
+    assert {row["kernel"] for row in rows} >= {"norm_grad", "rope", "swiglu_grad", "attention_grad", "adam"}
+    assert all(row["seconds"] > 0 and row["gbytes_per_second"] > 0 for row in rows)
