@@ -59,11 +59,11 @@ class Choice:
 @dataclass(frozen=True)
 class Candidate:
     """A tile with its pace when the device is full, relative to the best of its arithmetic, and how many workgroups
-    a compute unit holds at once. Both from an H200 (docs/gemm.md); other cards are measured by the autotuner."""
+    a compute unit needs for that. Both from an H200 (docs/gemm.md); other cards are measured by the autotuner."""
 
     tile: Tile
     pace: float
-    resident: int
+    saturating: int
 
 
 CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
@@ -79,12 +79,12 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
         Candidate(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 0.35, 12),
     ),
     "f16": (
-        Candidate(Tile(128, 64, 32, 8, 8, unroll=32), 1.0, 3),
-        Candidate(Tile(64, 64, 32, 8, 8, unroll=32), 0.9, 6),
+        Candidate(Tile(128, 64, 32, 8, 8, unroll=32), 1.0, 6),
+        Candidate(Tile(64, 64, 32, 8, 8, unroll=32), 0.9, 10),
     ),
     "int8": (
-        Candidate(Tile(64, 64, 64, 8, 8, unroll=4), 1.0, 6),
-        Candidate(Tile(128, 64, 64, 8, 8, unroll=4), 0.93, 3),
+        Candidate(Tile(64, 64, 64, 8, 8, unroll=4), 1.0, 8),
+        Candidate(Tile(128, 64, 64, 8, 8, unroll=4), 0.93, 4),
     ),
 }
 # lavapipe runs a workgroup on one core: small tiles, and code that compiles fast.
@@ -181,9 +181,9 @@ def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: i
     candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
     workgroups = -(-m // tile.BM) * -(-n // tile.BN) * slices
     depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
-    full, rest = divmod(-(-workgroups // units), candidate.resident)
-    # The last workgroups of a unit, fewer than it can hold, do not hide all of their latency.
-    rounds = full * candidate.resident + rest**0.6 * candidate.resident**0.4
+    busiest = -(-workgroups // units)
+    # A unit with few workgroups does not hide all of their latency.
+    rounds = busiest / min(1.0, busiest / candidate.saturating) ** 0.4
     return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
 
 
