@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,6 +245,61 @@ def bench_train(
     from entrenar_gpu.display import show_bench
 
     show_bench(result)
+
+
+@bench.command("gemm")
+def bench_gemm(
+    shape: Annotated[str, typer.Option("--shape", help="model whose products are timed")] = "qwen3-4b",
+    rows: Annotated[str, typer.Option("--rows", help="tokens in a product, comma-separated")] = "512,2048",
+    rank: Annotated[int, typer.Option("--rank", min=1, help="adapter rank")] = 16,
+    precision: Annotated[str, typer.Option("--precision", help="of f32, f16, int8; comma-separated")] = "f32,f16,int8",
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every matrix product of a training step and check it against float64."""
+    from entrenar_gpu import bench_gemm as products
+    from entrenar_gpu.device import Device
+    from entrenar_gpu.shapes import model_shape
+
+    kinds = [k for k in products.TOLERANCES if k in precision.split(",")]
+    if len(kinds) != len(precision.split(",")):
+        raise UserError(f"--precision: {precision!r} is not a list of {', '.join(products.TOLERANCES)}")
+    if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
+        raise UserError(f"--rows: {rows!r} is not a list of whole numbers")
+    opened = Device.open(device)
+    wanted = list(products.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
+    _show_rows(products.bench_gemm(opened, wanted), as_json)
+
+
+@bench.command("ops")
+def bench_ops(
+    shape: Annotated[str, typer.Option("--shape", help="model whose kernels are timed")] = "qwen3-4b",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="rows of a batch")] = 1,
+    seq: Annotated[int, typer.Option("--seq", min=2, help="tokens a row")] = 512,
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every kernel of a training step that is no matrix product."""
+    from entrenar_gpu.bench_ops import bench_ops as measure
+    from entrenar_gpu.device import Device
+    from entrenar_gpu.shapes import model_shape
+
+    _show_rows(measure(Device.open(device), model_shape(shape), rows, seq), as_json)
+
+
+def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """Measurements as they come, a line each; or all of them as JSON."""
+    if as_json:
+        _print_json(list(rows))
+        return
+    for row in rows:
+        size = "x".join(map(str, row.get("sizes") or row["shape"]))
+        wrong = "" if row.get("within", True) else f"  WRONG: relative error {row['error']:.1e}"
+        print(
+            f"{row['seconds'] * 1e6:10.1f} us {row['tflops']:8.2f} TFLOP/s {row['gbytes_per_second']:8.1f} GB/s"
+            f"  {row['name']} {row.get('arithmetic') or row['kernel']} {size}{wrong}",
+            flush=True,
+        )
 
 
 def main() -> None:
