@@ -230,12 +230,17 @@ class Caps:
 
 @dataclass(frozen=True)
 class Binding:
-    """A tensor bound to a kernel by name. `vector` > 1 declares array<vecN<...>>."""
+    """A tensor bound to a kernel by name. `vector` > 1 declares array<vecN<...>>.
+
+    `offset` in bytes, a multiple of OFFSET_ALIGNMENT, leaves out the beginning: launches over parts of a tensor can
+    then share one kernel, where an offset among its constants would make each a kernel of its own.
+    """
 
     name: str
     tensor: Tensor
     write: bool = False
     vector: int = 1
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,12 +259,22 @@ class Launch:
     enables: tuple[str, ...] = ()
 
 
-def reads(name: str, tensor: Tensor, vector: int = 1) -> Binding:
-    return Binding(name, tensor, False, vector)
+# What every adapter accepts (WebGPU's default minStorageBufferOffsetAlignment).
+OFFSET_ALIGNMENT = 256
 
 
-def writes(name: str, tensor: Tensor, vector: int = 1) -> Binding:
-    return Binding(name, tensor, True, vector)
+def reads(name: str, tensor: Tensor, vector: int = 1, offset: int = 0) -> Binding:
+    return Binding(name, tensor, False, vector, offset)
+
+
+def writes(name: str, tensor: Tensor, vector: int = 1, offset: int = 0) -> Binding:
+    return Binding(name, tensor, True, vector, offset)
+
+
+def split_offset(elements: int, tensor: Tensor) -> tuple[int, int]:
+    """(bytes for a binding's offset, elements left for a kernel's constants) of a start within a tensor."""
+    nbytes = elements * ELEMENT_BYTES[tensor.dtype]
+    return (nbytes, 0) if nbytes % OFFSET_ALIGNMENT == 0 else (0, elements)
 
 
 def grid_of(workgroups: int, caps: Caps) -> tuple[int, int, int]:

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor
+from entrenar_gpu.graph import OFFSET_ALIGNMENT, Caps, Graph, Launch, Node, Tensor
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.timing import TraceGroup, trace_groups
 
-# A trainable tensor is a slice of a page, aligned as every adapter accepts it (minStorageBufferOffsetAlignment <= 256).
-ALIGNMENT = 256
+# A trainable tensor is a slice of a page, and is bound by its offset there.
+ALIGNMENT = OFFSET_ALIGNMENT
 PAGED_ROLES = ("param", "grad")
 RING = 3  # reports that may be on their way to the host at once
 

@@ -258,7 +258,8 @@ class Replay:
         entries = []
         for index, binding in enumerate(launch.bindings):
             place = self.plan.slices[binding.tensor.id]
-            resource = {"buffer": self._buffers[place.buffer], "offset": place.offset, "size": place.nbytes}
+            resource = {"buffer": self._buffers[place.buffer], "offset": place.offset + binding.offset}
+            resource["size"] = place.nbytes - binding.offset
             entries.append({"binding": index, "resource": resource})
         bind_group = self.device.handle.create_bind_group(layout=layout, entries=entries)
         return Dispatch(pipeline, bind_group, launch.grid, group)

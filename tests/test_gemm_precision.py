@@ -280,3 +280,25 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
     assert len(asked) == count
     split = [numbers for numbers in first.values() if numbers[-2] > 1]
     assert split, "no product was found faster in slices"
+
+
+def test_the_last_columns_apart_take_their_bias_and_residual_along(device, kernels):
+    """The second launch writes from a column on: what it adds must begin there too."""
+    rng = np.random.default_rng(0)
+    tile = tiles.Tile(32, 32, 16, 4, 4)
+    choice = {tiles.key("f32", 40, 128, 48, "nt"): tiles.to_numbers(tiles.Choice(tile, 1, 64))}
+    graph = Graph("g")
+    a, b = graph.tensor("a", (40, 48)), graph.tensor("b", (128, 48))
+    residual, bias = graph.tensor("residual", (40, 128)), graph.tensor("bias", (128,))
+    out = ops.matmul(a, b, transpose_b=True, residual=residual, bias=bias)
+    plan = make_plan({"g": graph}, replace(device.caps, software=False, tiles=choice), keep=True)
+    assert len(plan.steps["g"][0].launches) == 2
+    replay = Replay(device, plan, kernels)
+    values = {name: rng.standard_normal(t.shape).astype(np.float32) for name, t in replay.tensors.items()}
+    for name, value in values.items():
+        replay.write(name, value)
+    replay.run("g")
+    want = values["a"].astype(np.float64) @ values["b"].T + values["residual"] + values["bias"]
+    got = replay.read_temporary(out)
+    replay.close()
+    assert np.linalg.norm(got - want) <= (5e-8 * np.sqrt(48) + 1e-7) * np.linalg.norm(want)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.tiles import TAIL, Choice, choose, slice_length
 
 
@@ -122,10 +122,10 @@ def product_launch(product: Product, choice: Choice) -> Launch:
         constants.update(Q=_operand(q, (n, r), (tile.BN, tile.BK), product.transpose_b))
         bindings += [_bind("p", p, constants["P"]), _bind("q", q, constants["Q"])]
     extra, added = epilogue(product, 4 if product.vector else 1)
-    constants.update(
-        added, first_column=product.first_column, c_base=product.c.base, ldc=product.c.stride, c_vector=product.vector
-    )
-    bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1)]
+    offset, base = split_offset(product.c.base, product.c.tensor)
+    constants.update(added, first_column=product.first_column, c_base=base, ldc=product.c.stride)
+    constants["c_vector"] = product.vector
+    bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1, offset)]
     grid = (-(-m // tile.BM), -(-n // tile.BN), slices)
     return Launch("matmul", tuple(bindings), constants, grid, trusted=True)
 
@@ -134,9 +134,10 @@ def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
     """C (+)= the sum of the partial products + bias + residual; the rows of C lie end to end."""
     (m, n, _), width = product.sizes, 4 if product.vector else 1
     extra, added = epilogue(product, width)
-    bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width))
+    offset, base = split_offset(product.c.base, product.c.tensor)
+    bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width, offset))
     constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **added}
-    constants["c_base"] = product.c.base
+    constants["c_base"] = base
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 
@@ -145,7 +146,8 @@ def epilogue(product: Product, width: int) -> tuple[list[Binding], dict[str, Any
     bindings = [reads("bias", product.bias, width)] if product.bias is not None else []
     apart = product.residual is not None and not product.accumulate
     if product.residual is not None and apart:
-        bindings.append(reads("residual", product.residual, width))
+        offset, _ = split_offset(product.c.base, product.c.tensor)  # it has C's layout, and begins where C does
+        bindings.append(reads("residual", product.residual, width, offset))
     named = "c" if product.accumulate else "residual" if apart else ""
     return bindings, {"bias": product.bias is not None, "residual": named}
 
@@ -163,7 +165,7 @@ def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_c
         "minors": minors,
         "guard_majors": guards[0] if k_contiguous else guards[1],
         "guard_minors": guards[1] if k_contiguous else guards[0],
-        "base": block.base,
+        "base": split_offset(block.base, block.tensor)[1],
         "stride": block.stride,
         "k_contiguous": k_contiguous,
         "format": block.tensor.dtype,
@@ -173,7 +175,7 @@ def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_c
 
 def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
     width = 1 if not operand["vector"] else 4 if operand["format"] == "f32" else 2
-    return reads(name, block.tensor, width)
+    return reads(name, block.tensor, width, split_offset(block.base, block.tensor)[0])
 
 
 def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int, ...], str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
 from entrenar_gpu.ops.embedding import page_starts
 from entrenar_gpu.ops.gemm import Block, Product, gemm, product_launch, sum_launch
@@ -182,8 +182,14 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += _logits_launches(x, pages, logits, at, count, caps)
         mode, use = ("loss and slopes", writes) if node.attrs["emit"] else ("loss", reads)
-        bindings = (reads("targets", targets), use("logits", logits), writes("losses", losses), writes("lse", lse))
-        constants = _row_constants(node, logits.columns, at, count, mode)
+        offset, first = split_offset(at, losses)
+        bindings = (
+            reads("targets", targets, offset=offset),
+            use("logits", logits),
+            writes("losses", losses, offset=offset),
+            writes("lse", lse, offset=offset),
+        )
+        constants = _row_constants(node, logits.columns, first, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         if node.attrs["emit"]:
             launches += _dx_launches(node.outputs[2], pages, logits, next(iter(partial), None), at, count, caps)
@@ -231,13 +237,14 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += _logits_launches(x, pages, logits, at, count, caps)
+        offset, first = split_offset(at, lse)
         bindings = (
-            reads("targets", targets),
-            reads("lse", lse),
+            reads("targets", targets, offset=offset),
+            reads("lse", lse, offset=offset),
             reads("upstream", upstream),
             writes("logits", logits),
         )
-        constants = _row_constants(node, vocabulary, at, count, "slopes")
+        constants = _row_constants(node, vocabulary, first, count, "slopes")
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         launches += _dx_launches(dx, pages, logits, next(iter(partial), None), at, count, caps)
         for total, start in zip(totals, page_starts(pages), strict=True):
