@@ -18,7 +18,7 @@ _MEANINGS = {
     "nf4_bytes": "weights as NF4 codes",
     "scale_bytes": "scales of the codes",
     "embedding_bytes": "embedding and output projection",
-    "dense_bytes": "norms, biases, rotary table, unquantised projections",
+    "dense_bytes": "norms, biases, what stays dense",
     "adapter_bytes": "trainable weights",
     "gradient_bytes": "their gradients",
     "optimizer_bytes": "moments and state",
