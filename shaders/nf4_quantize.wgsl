@@ -25,7 +25,8 @@ fn main(
 {% endif %}
   }
   let highest = workgroup_max(abs(value), thread);
-  let clamped = max(highest, 1e-38);
+  // At least 1e-38, by the bits: that is below the normal range, where a GPU's arithmetic may see zero.
+  let clamped = bitcast<f32>(max(bitcast<u32>(highest), 0x6ce3eeu));
   if (thread == 0u) { inverse = divide(1.0, clamped); }
   workgroupBarrier();
 {% if size % 64 %}
