@@ -132,12 +132,12 @@ def load_model_config(path: str | Path) -> ModelConfig:
     return parse_model_config(read_json_object(path), source=str(path))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises UserError naming the file."""
+def read_json_object(path: Path, missing: str = "a model folder holds config.json and *.safetensors") -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError naming the file; `missing` says where one would be."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; a model folder holds config.json and *.safetensors") from None
+        raise UserError(f"{path}: not found; {missing}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.model_config import read_json_object
 
 HONOURED = {
     "r",
@@ -109,16 +110,7 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def read_peft_config(path: Path) -> PeftSelection:
     """Raises UserError naming the file and the key that is malformed or not supported."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; an adapter folder holds it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    raw = read_json_object(path, missing="an adapter folder holds it")
     _refuse_unsupported(raw, path)
     return _Reader(raw, path).selection()
 
