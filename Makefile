@@ -6,7 +6,7 @@ PYTEST_WORKERS ?= 2
 PYTEST_ENV = env -u CI -u BUILD_NUMBER
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity check format bench clean tools browser parity-setup \
+.PHONY: help setup demo test parity check format bench clean tools browser parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -37,14 +37,16 @@ bench: ## Say how to measure speed and memory
 	@echo "After make setup, on the GPU to be measured:"
 	@echo "  .venv/bin/entrenar-gpu bench train --shape qwen3-4b --batch 1 --seq 512 --rank 16 --precision f32 --steps 20 --json"
 	@echo "Weights are random and made on the GPU; nothing is downloaded. All options: .venv/bin/entrenar-gpu bench train --help"
+	@echo "Beside transformers + PEFT + bitsandbytes, where those are installed: python -m benchmarks.qwen3_4b"
+	@echo "Loading a checkpoint: python -m benchmarks.loading. Low precisions' quality: python -m benchmarks.precision"
 
-profile-llama: setup ## Profile a training run: system calls and functions
+profile-llama: profile-setup ## Profile a training run: system calls and functions
 	@scripts/profile_llama
 
-profile-llama-otlp: setup ## The same, with spans sent to an OpenTelemetry collector
+profile-llama-otlp: profile-setup ## The same, with spans sent to an OpenTelemetry collector
 	@scripts/profile_llama --otlp
 
-profile-llama-anomaly: setup ## The same, with the anomaly report
+profile-llama-anomaly: profile-setup ## The same, with the anomaly report
 	@scripts/profile_llama --anomaly
 
 browser: ## Install Chromium, which the test of the HTML report opens
@@ -59,3 +61,6 @@ tools:
 
 parity-setup:
 	@scripts/setup.sh parity
+
+profile-setup:
+	@scripts/setup.sh profile

@@ -1,8 +1,8 @@
 """Matrix products of a QLoRA step at a model's shapes: `python benchmarks/gemm.py --rows 512,2048 --precision f32`.
 
 Prints a line a product as it is measured: TFLOP/s of the op and of its multiplication alone, GB/s of what it must read
-and write, relative error of sampled rows against float64. `--sweep` times every blocking that fits and prints the
-fastest beside the default choice; `--only` picks products whose name contains a text.
+and write, relative error of sampled rows against float64. `--sweep` times the blockings that the model of waves finds
+plausible and prints the fastest beside the default choice; `--only` picks products whose name contains a text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from entrenar_gpu.autotune import sweep
 from entrenar_gpu.bench_gemm import Product, bench_gemm, choice_of, products
 from entrenar_gpu.device import Device
+from entrenar_gpu.files import write_text
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.shapes import model_shape
 from entrenar_gpu.tiles import to_numbers
@@ -50,7 +51,7 @@ def main() -> None:
             results.append(row)
             _print(row)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        write_text(args.json, json.dumps(results, indent=1))
 
 
 def _swept(device: Device, kernels: KernelCache, product: Product) -> dict:

@@ -7,85 +7,89 @@ checkpoints: another tile sums in another order, so a run that resumes must use 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.bench_gemm import Product, measure
+from entrenar_gpu.budget import Fitted
 from entrenar_gpu.device import Device
-from entrenar_gpu.files import write_text
-from entrenar_gpu.graph import Graph
+from entrenar_gpu.files import cache_folder, write_text
+from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.ops.linear import product_sizes
+from entrenar_gpu.ops.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.tiles import key, plausible, to_numbers
 
 Tiles = dict[str, tuple[int, ...]]
-VERSION = 1  # of the kernels: choices measured with other ones are forgotten
+VERSION = 2  # of the kernels: choices measured with other ones are forgotten
 
 
 def products_of(graphs: Iterable[Graph]) -> list[Product]:
-    """The products that graphs run, each once."""
+    """The products that graphs run by blocks, each once: an adapter's small ones have a kernel of their own."""
     found = {}
     for graph in graphs:
         for node in graph.nodes:
-            if node.op == "matmul":
-                a, b = node.inputs[:2]
-                ta, tb = node.attrs["transpose_a"], node.attrs["transpose_b"]
-                (k, m), n = (a.rows, a.columns) if ta else (a.columns, a.rows), b.rows if tb else b.columns
-                product = Product("", "f32", m, n, k, ta, tb)
+            if node.op == "matmul" and not is_low_rank(node):
+                m, n, k, _ = matmul_sizes(node)
+                product = Product("", "f32", m, n, k, node.attrs["transpose_a"], node.attrs["transpose_b"])
             elif node.op == "linear":
                 m, n, k, _ = product_sizes(node)
                 forward = not node.attrs["turned"]
                 product = Product("", node.attrs["arithmetic"], m, n, k, transpose_b=forward, weight=True)
             else:
                 continue
-            found[key(product.arithmetic, product.m, product.n, product.k, product.layout)] = product
+            found[_name(product)] = product
     return list(found.values())
 
 
 def autotune(device: Device, wanted: Iterable[Product], kernels: KernelCache | None = None) -> Tiles:
     """The fastest blocking of each product, from the cache file where it is there, else measured and added to it."""
     kernels = kernels or KernelCache(device)
-    path = cache_path(device)
+    path, wanted = cache_path(device), list(wanted)
     known = read_cache(path)
-    for product in wanted:
-        name = key(product.arithmetic, product.m, product.n, product.k, product.layout)
-        if name not in known:
-            known[name] = fastest(device, kernels, product)
-            write_cache(path, known)
-    return known
+    unknown = [product for product in wanted if _name(product) not in known]
+    if unknown:
+        print(f"tune: measuring tiles of {len(unknown)} products, kept in {path}", file=sys.stderr)
+    for product in unknown:
+        known[_name(product)] = fastest(device, kernels, product)
+        write_cache(path, known)
+    return {_name(product): known[_name(product)] for product in wanted}
+
+
+def _name(product: Product) -> str:
+    return key(product.arithmetic, product.m, product.n, product.k, product.layout)
+
+
+def tuned(fit: Callable[[Caps], Fitted], kernels: KernelCache) -> Fitted:
+    """What `fit` plans for the device once the products of its graphs, which it gives last, are measured."""
+    device = kernels.device
+    tiles = autotune(device, products_of(fit(device.caps)[-1].values()), kernels)
+    return fit(replace(device.caps, tiles=tiles))
 
 
 def fastest(device: Device, kernels: KernelCache, product: Product) -> tuple[int, ...]:
     """The fastest blocking of one product."""
-    return min(sweep(device, kernels, product), key=lambda row: float(row["seconds"]))["tile"]
+    tile: tuple[int, ...] = min(sweep(device, kernels, product), key=lambda row: float(row["seconds"]))["tile"]
+    return tile
 
 
 def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[dict[str, Any]]:
     """The plausible blockings of one product, measured."""
-    name = key(product.arithmetic, product.m, product.n, product.k, product.layout)
     for choice in plausible(product.arithmetic, product.m, product.n, product.k, device.caps):
         numbers = to_numbers(choice)
-        row = measure(device, kernels, product, replace(device.caps, tiles={name: numbers}), check=False)
+        caps = replace(device.caps, tiles={_name(product): numbers})
+        row = measure(device, kernels, product, caps, check=False, alone=False)
         yield {**row, "tile": numbers}
 
 
 def cache_path(device: Device) -> Path:
     """Where choices for this adapter and driver are kept."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches"
-    else:
-        folder = Path.home() / ".cache"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.caps.name} {device.info['description']}").strip("-")
-    return folder / "entrenar-gpu" / "tiles" / f"{name}.json"
+    return cache_folder() / "tiles" / f"{name}.json"
 
 
 def read_cache(path: Path) -> Tiles:

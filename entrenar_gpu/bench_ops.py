@@ -1,4 +1,4 @@
-"""`entrenar-gpu bench ops`: every kernel of a training step but the products, at a model's shapes.
+"""`entrenar-gpu bench ops`: the kernels of a training step that are no products, at a model's shapes.
 
 Each op is recorded with its gradient, over random inputs, and every node is timed by itself over many repetitions. A
 node's bytes are its inputs and outputs once each, so GB/s beside the card's copy speed tells what is left to gain.
@@ -25,13 +25,14 @@ from entrenar_gpu.replay import Replay
 
 REPEATS = 32
 VOCABULARY_PAGE = 8192  # rows of the vocabulary that a loss is timed over
+EPS = 1e-6
 PARAMETERS = 8 << 20  # of a page that the optimizer steps
 
 
 def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Seconds, GB/s and TFLOP/s of each kernel for `rows` sequences of `tokens`, as they are measured."""
     kernels = KernelCache(device)
-    for name, build in _programs(model, rows, tokens).items():
+    for name, build in _Programs(model, rows, tokens).all().items():
         graph = Graph(name)
         build(graph)
         plan = make_plan({name: graph}, device.caps, keep=True)
@@ -56,68 +57,79 @@ def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Ite
             replay.close()
 
 
-def _programs(c: ModelConfig, rows: int, tokens: int) -> Mapping[str, Callable[[Graph], None]]:
-    t, heads, kv, head = rows * tokens, c.num_heads, c.num_kv_heads, c.head_dim
+class _Programs:
+    """A small graph for each kind of kernel, in a model's sizes, for `rows` sequences of `tokens`."""
 
-    def x(graph: Graph, name: str, *shape: int) -> Tensor:
-        return graph.tensor(name, shape, requires_grad=True)
+    def __init__(self, model: ModelConfig, rows: int, tokens: int) -> None:
+        self._c, self._rows, self._tokens = model, rows, tokens
+        self._t = rows * tokens  # tokens of a batch
+        self._q, self._kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
 
-    def weight(graph: Graph, name: str, *shape: int, dtype: str = "f32") -> Tensor:
-        return graph.tensor(name, shape, dtype, "weight")
+    def all(self) -> Mapping[str, Callable[[Graph], None]]:
+        """What records each graph, by its name."""
+        return {
+            "norm": self._norm,
+            "head norm and rotary": self._norm_rope,
+            "rotary": self._rope,
+            "swiglu": self._swiglu,
+            "attention": self._attention,
+            "embedding": self._embedding,
+            "loss": self._loss,
+            "dequantise": self._dequantise,
+            "optimizer": self._optimizer,
+        }
 
-    def with_gradient(graph: Graph, out: Tensor) -> None:
-        sources = [s for s in graph.persistents.values() if s.requires_grad]
-        backward(out, sources, graph.tensor("upstream", out.shape))
+    def _x(self, graph: Graph, name: str, columns: int) -> Tensor:
+        return graph.tensor(name, (self._t, columns), requires_grad=True)
 
-    def norm(graph: Graph) -> None:
-        with_gradient(graph, ops.rms_norm(x(graph, "x", t, c.hidden_size), weight(graph, "w", c.hidden_size), 1e-6))
+    def _norm(self, graph: Graph) -> None:
+        weight = graph.tensor("w", (self._c.hidden_size,), role="weight")
+        _with_gradient(ops.rms_norm(self._x(graph, "x", self._c.hidden_size), weight, EPS))
 
-    def head_norm(graph: Graph) -> None:
-        with_gradient(graph, ops.rms_norm(x(graph, "x", t, heads * head), weight(graph, "w", head), 1e-6))
+    def _turns(self, graph: Graph) -> tuple[Tensor, Tensor]:
+        return graph.tensor("table", (self._tokens, self._c.head_dim)), graph.tensor("positions", (self._t,), "u32")
 
-    def rope(graph: Graph) -> None:
-        table, positions = graph.tensor("table", (tokens, head)), graph.tensor("positions", (t,), "u32")
-        with_gradient(graph, ops.rope(x(graph, "x", t, heads * head), table, positions))
+    def _norm_rope(self, graph: Graph) -> None:
+        weight = graph.tensor("w", (self._c.head_dim,), role="weight")
+        _with_gradient(ops.norm_rope(self._x(graph, "x", self._q), weight, EPS, *self._turns(graph)))
 
-    def swiglu(graph: Graph) -> None:
-        width = c.intermediate_size
-        with_gradient(graph, ops.swiglu(x(graph, "gate", t, width), x(graph, "up", t, width)))
+    def _rope(self, graph: Graph) -> None:
+        _with_gradient(ops.rope(self._x(graph, "x", self._q), *self._turns(graph)))
 
-    def attention(graph: Graph) -> None:
-        k, v = x(graph, "k", t, kv * head), x(graph, "v", t, kv * head)
-        starts = graph.tensor("segments", (t,), "u32")
-        with_gradient(graph, ops.attention(x(graph, "q", t, heads * head), k, v, starts, rows, heads, kv))
+    def _swiglu(self, graph: Graph) -> None:
+        gate, up = (self._x(graph, name, self._c.intermediate_size) for name in ("gate", "up"))
+        _with_gradient(ops.swiglu(gate, up))
 
-    def embedding(graph: Graph) -> None:
-        page = weight(graph, "page", VOCABULARY_PAGE, c.hidden_size, dtype="bf16")
-        ops.embedding(graph.tensor("ids", (t,), "u32"), [page])
+    def _attention(self, graph: Graph) -> None:
+        q, k, v = (self._x(graph, name, n) for name, n in (("q", self._q), ("k", self._kv), ("v", self._kv)))
+        starts = graph.tensor("segments", (self._t,), "u32")
+        _with_gradient(ops.attention(q, k, v, starts, self._rows, self._c.num_heads, self._c.num_kv_heads))
 
-    def loss(graph: Graph) -> None:
-        page = weight(graph, "page", VOCABULARY_PAGE, c.hidden_size, dtype="bf16")
-        targets = graph.tensor("targets", (t,), "i32")
-        ops.cross_entropy(x(graph, "x", t, c.hidden_size), targets, [page])
+    def _page(self, graph: Graph) -> Tensor:
+        return graph.tensor("page", (VOCABULARY_PAGE, self._c.hidden_size), "bf16", "weight")
 
-    def dequantize(graph: Graph) -> None:
-        shape = (c.intermediate_size, c.hidden_size)
+    def _embedding(self, graph: Graph) -> None:
+        ops.embedding(graph.tensor("ids", (self._t,), "u32"), [self._page(graph)])
+
+    def _loss(self, graph: Graph) -> None:
+        targets = graph.tensor("targets", (self._t,), "i32")
+        ops.cross_entropy(self._x(graph, "x", self._c.hidden_size), targets, [self._page(graph)])
+
+    def _dequantise(self, graph: Graph) -> None:
+        shape = (self._c.intermediate_size, self._c.hidden_size)
         ops.Nf4Tensors.declare(graph, "w", shape, True, "bfloat16").dequantize()
 
-    def optimizer(graph: Graph) -> None:
+    def _optimizer(self, graph: Graph) -> None:
         page, grad, m, v = (graph.tensor(name, (PARAMETERS,), role="page") for name in ("p", "g", "m", "v"))
         state, rate = graph.tensor("state", (STATE,), role="state"), graph.tensor("lr", (1,))
         ops.sum_of_squares(grad)
         ops.adam(page, grad, m, v, state, rate, (0.9, 0.999), 1e-8, 0.01, True)
 
-    return {
-        "norm": norm,
-        "head norm": head_norm,
-        "rotary": rope,
-        "swiglu": swiglu,
-        "attention": attention,
-        "embedding": embedding,
-        "loss": loss,
-        "dequantise": dequantize,
-        "optimizer": optimizer,
-    }
+
+def _with_gradient(out: Tensor) -> None:
+    """Record the gradients of what `out` is made of, too."""
+    sources = [t for t in out.graph.persistents.values() if t.requires_grad]
+    backward(out, sources, out.graph.tensor("upstream", out.shape))
 
 
 def _fill(replay: Replay, tokens: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from typing import Any
@@ -14,11 +12,15 @@ import numpy as np
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter
+from entrenar_gpu.autotune import tuned
+from entrenar_gpu.bench_gemm import forward, measure
+from entrenar_gpu.budget import Fitted
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.device import Device
-from entrenar_gpu.graph import Launch, Tensor, grid_of, writes
+from entrenar_gpu.device import Device, driver_bytes
+from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, writes
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.model import Storage
+from entrenar_gpu.model_config import ModelConfig
 from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
@@ -26,35 +28,38 @@ from entrenar_gpu.programs import RunShape, fit_training
 from entrenar_gpu.replay import Replay, Report
 from entrenar_gpu.session import memory_budget
 from entrenar_gpu.shapes import model_shape
+from entrenar_gpu.tiles import Arithmetic
 
 WARM_UP = 2
+CEILING_ROWS = 2048
 
 
 def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, Any]:
     """Median over `steps` optimizer steps, after two to warm up: tokens/s, seconds by phase, bytes, FLOP/s.
 
+    FLOP/s are the model's, without what is computed again, and also told as a share of what the card was measured to
+    reach on a product alone (`measured_ceiling`).
+
     Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
     wall time in which the GPU ran nothing of it.
     """
-    model = model_shape(shape_name)
+    model, device = model_shape(shape_name), Device.open(config.device)
     spec = AdapterSpec.from_config(config, model)
-    shape = RunShape(
-        model, Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules), config
-    )
-    device = Device.open(config.device)
-    level, plan, graphs = fit_training(shape, device.caps, memory_budget(config, device.caps).nbytes, False)
-    replay = Replay(device, plan, KernelCache(device))
-    allocated = device.allocated_bytes
-    randomise(replay)
-    replay.write("loss_scale", np.array([shape.first_loss_scale(device.caps)]))
-    replay.write("rope_table", ops.rope_table(model.rope_frequencies(), config.seq))
-    for name, values in init_adapter(spec, 0).items():
-        replay.write(name, values)
+    storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules)
+    shape = RunShape(model, storage, config)
+    kernels, budget = KernelCache(device), memory_budget(config, device.caps).nbytes
+
+    def fit(caps: Caps) -> Fitted:
+        return fit_training(shape, caps, budget, False)
+
+    level, plan, graphs = tuned(fit, kernels) if config.tune else fit(device.caps)
+    replay = Replay(device, plan, kernels)
+    _fill(replay, shape, spec)
     timings = _run(replay, config, model.vocab_size, steps)
-    flops = sum(OPS[n.op].flops(n) for n in graphs["micro"].nodes) * config.accumulate
-    seconds = statistics.median(timings["wall"])
-    busy = {phase: statistics.median(timings[phase]) for phase in ("forward", "backward", "optimizer")}
-    tokens = config.batch * config.seq * config.accumulate
+    held = {"allocated_bytes": device.allocated_bytes, "driver_bytes": driver_bytes()}
+    replay.close()
+    ceiling = measured_ceiling(replay, model, shape.precision(device.caps), config.batch * config.seq)
+    flops = sum(OPS[n.op].flops(n) for n in graphs["micro"].nodes if not n.recomputed) * config.accumulate
     return {
         "shape": shape_name,
         "batch": config.batch,
@@ -63,22 +68,48 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         "precision": config.precision,
         "adapter": device.caps.name,
         "driver": device.info["description"],
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "seconds": {
-            **busy,
-            "encode": statistics.median(timings["encode"]),
-            "idle": max(seconds - sum(busy.values()), 0.0),
-        },
+        **_speeds(timings, config, flops, ceiling),
         "planned_bytes": plan.peak_bytes,
-        "allocated_bytes": allocated,
-        "driver_bytes": driver_bytes(device),
+        **held,
         "recompute": level.describe(),
-        "flops_per_step": flops,
-        "tflops": flops / seconds / 1e12,
         "loss": timings["loss"][-1],
         "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
     }
+
+
+def _speeds(timings: Timings, config: TrainConfig, flops: int, ceiling: float) -> dict[str, Any]:
+    """Medians over the steps; `flops` are a step's, `ceiling` is in TFLOP/s."""
+    seconds, encode = statistics.median(timings["wall"]), statistics.median(timings["encode"])
+    busy = {phase: statistics.median(timings[phase]) for phase in ("forward", "backward", "optimizer")}
+    return {
+        "tokens_per_second": config.batch * config.seq * config.accumulate / seconds,
+        "step_seconds": seconds,
+        "seconds": {**busy, "encode": encode, "idle": max(seconds - sum(busy.values()), 0.0)},
+        "flops_per_step": flops,
+        "tflops": flops / seconds / 1e12,
+        "ceiling_tflops": ceiling,
+        "ceiling_share": flops / seconds / 1e12 / ceiling,
+    }
+
+
+def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec) -> None:
+    """Everything that a run finds on the device when it begins."""
+    randomise(replay)
+    replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
+    replay.write("rope_table", ops.rope_table(shape.model.rope_frequencies(), shape.train.seq))
+    for name, values in init_adapter(spec, 0).items():
+        replay.write(name, values)
+
+
+def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic, tokens: int) -> float:
+    """TFLOP/s of the largest projection's product by itself, in the run's arithmetic, as the card runs it just now.
+
+    Over CEILING_ROWS rows, enough to fill any card; a software adapter takes the run's own.
+    """
+    rows = min(tokens, CEILING_ROWS) if replay.device.caps.software else CEILING_ROWS
+    n, k = model.intermediate_size, model.hidden_size
+    product = forward(n, k, arithmetic, rows)
+    return float(measure(replay.device, replay.kernels, product, check=False)["product_tflops"])
 
 
 def randomise(replay: Replay) -> None:
@@ -193,15 +224,3 @@ def _phases(replay: Replay, report: Report, repeats: int) -> dict[str, float]:
             for group, (begin, end) in zip(replay.plan.groups[name], ticks, strict=True):
                 totals[group.phase] += float(end - begin) / 1e9
     return totals
-
-
-def driver_bytes(device: Device) -> int | None:
-    """What the driver says this process holds on the card, where it says; None elsewhere."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [line.split(",") for line in text.splitlines() if line.count(",") == 1]
-    used = [int(mib) << 20 for pid, mib in rows if pid.strip() == str(os.getpid()) and mib.strip().isdigit()]
-    return used[0] if used else None

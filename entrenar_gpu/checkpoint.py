@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoint-000123`, written under another name and ren
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,10 +21,12 @@ import numpy as np
 from entrenar_gpu.adapters import load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.loader import load_weights
 from entrenar_gpu.model_config import is_projection
 from entrenar_gpu.programs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
 from entrenar_gpu.session import Session
+from entrenar_gpu.tiles import is_choice
 from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
@@ -75,6 +78,8 @@ def save_run(
             "data": dict(data_state),
             "config": session.config.to_mapping(),
             "model": _model_identity(session.checkpoint),
+            "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
+            "budget": None if session.budget is None else session.budget.nbytes,
         }
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
         _remove(target)
@@ -122,7 +127,8 @@ def resolve_resume(resume: str, output: Path) -> Path:
 @dataclass(frozen=True)
 class SavedRun:
     """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
-    state, `config` the options, `model` the identity of the base model."""
+    state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
+    `budget` the bytes of device memory that it planned for, where it did."""
 
     path: Path
     step: int
@@ -130,6 +136,8 @@ class SavedRun:
     data: dict[str, Any]
     config: dict[str, Any]
     model: dict[str, Any]
+    tiles: dict[str, tuple[int, ...]]
+    budget: int | None
 
 
 def read_state(folder: Path) -> SavedRun:
@@ -138,8 +146,14 @@ def read_state(folder: Path) -> SavedRun:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         started = datetime.fromisoformat(state["started"])
-        return SavedRun(path, int(state["step"]), started, state["data"], state["config"], state["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+        tiles = {name: tuple(map(int, numbers)) for name, numbers in state["tiles"].items()}
+        budget = None if state["budget"] is None else int(state["budget"])
+        if not all(map(is_choice, tiles.values())) or (budget is not None and budget < 1):
+            raise ValueError
+        return SavedRun(
+            path, int(state["step"]), started, state["data"], state["config"], state["model"], tiles, budget
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not the state of a training run") from None
 
 
@@ -166,8 +180,6 @@ def load_run(session: Session, saved: SavedRun) -> None:
 
 def _load_weights(session: Session, folder: Path) -> None:
     if session.adapters is None:
-        from entrenar_gpu.loader import load_weights
-
         load_weights(session.executor, Checkpoint.open(folder), session.shape.storage)
         return
     spec, values = load_adapter(folder, session.checkpoint.config)
@@ -179,8 +191,6 @@ def _load_weights(session: Session, folder: Path) -> None:
 
 def _model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """What tells one base model from another: its configuration and a sample of its weights."""
-    import hashlib
-
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name, shape in checkpoint.config.parameter_shapes().items():
         if is_projection(name) or len(shape) == 1:

@@ -227,7 +227,7 @@ app.add_typer(bench, name="bench")
 @bench.command("train")
 @options.with_options(
     "method", "rank", "target", "batch", "seq", "accumulate", "precision", "trace_level", "double_quant",
-    "memory_budget", "device",
+    "memory_budget", "tune", "device",
 )  # fmt: skip
 def bench_train(
     given: Mapping[str, Any],

@@ -23,9 +23,11 @@ Method = Literal["qlora", "lora", "full"]
 Schedule = Literal["constant", "linear", "cosine", "warmup-cosine", "step", "exponential"]
 Optimizer = Literal["adamw", "adam", "sgd"]
 Precision = Literal["f32", "f16", "int8", "auto"]
+MOST = 2**20  # rows, positions and the like: beyond any device, and planned in seconds
+LARGEST = 1e30  # of any number: on the device they are f32
 
 
-def option(default: Any, help: str, unit: str = "", low: float | None = None, high: float | None = None) -> Any:
+def option(default: Any, help: str, unit: str = "", low: float | None = None, high: float = LARGEST) -> Any:
     """A field of a run's configuration. `low` and `high` are inclusive bounds on a number."""
     return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high})
 
@@ -39,7 +41,7 @@ class TrainConfig:
     output: str = option("", "run folder: adapter or weights, metrics.jsonl, checkpoints")
     method: Method = option("qlora", "qlora: NF4 base and adapters; lora: base as stored; full: every weight")
 
-    rank: int = option(16, "adapter rank R", low=1)
+    rank: int = option(16, "adapter rank R", low=1, high=MOST)
     alpha: float | None = option(None, "adapter scale numerator; update = alpha/R * B A (default 2*rank)", low=0)
     target: str = option(
         ",".join(PROJECTIONS), "projections that get adapters: any of q,k,v,o,gate,up,down (or their full names)"
@@ -54,9 +56,9 @@ class TrainConfig:
 
     steps: int | None = option(None, "optimizer steps; wins over --epochs", "steps", low=1)
     epochs: float | None = option(None, "passes over the data (default 3 when --steps is not given)", "passes", low=0)
-    batch: int = option(4, "rows a micro-step", "rows", low=1)
-    seq: int = option(512, "positions a row; longer samples are cut", "tokens", low=2)
-    accumulate: int = option(1, "micro-steps an optimizer step", "micro-steps", low=1)
+    batch: int = option(4, "rows a micro-step", "rows", low=1, high=MOST)
+    seq: int = option(512, "positions a row; longer samples are cut", "tokens", low=2, high=MOST)
+    accumulate: int = option(1, "micro-steps an optimizer step", "micro-steps", low=1, high=MOST)
 
     lr: float = option(2e-4, "peak learning rate", low=0)
     schedule: Schedule = option("warmup-cosine", "learning rate over steps")
@@ -73,7 +75,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, "weight decay; norms and biases are left out in full training", low=0)
     beta1: float = option(0.9, "Adam: decay of the first moment", low=0, high=0.999999)
     beta2: float = option(0.999, "Adam: decay of the second moment", low=0, high=0.9999999)
-    eps: float = option(1e-8, "Adam: added to the root of the second moment", low=0)
+    eps: float = option(1e-8, "Adam: added to the root of the second moment", low=1e-30)
     clip: float = option(1.0, "largest global gradient norm; 0 switches clipping off", low=0)
     label_smoothing: float = option(0.0, "share of the target spread over the vocabulary", "probability", 0, 0.99)
 
@@ -93,8 +95,19 @@ class TrainConfig:
     precision: Precision = option(
         "f32", "arithmetic of products with NF4 weights; auto: f16 where a GPU has it; sums and the rest stay f32"
     )
+    tune: bool = option(
+        False, "measure how matrix products are cut up best, once an adapter and driver; else sizes alone decide"
+    )
     memory_budget: float | None = option(
-        None, "device memory the run may use (default: what the adapter has less 10%, or 16)", "GiB", low=0.01
+        None,
+        "device memory the run may use (default: what the adapter has less 10%, or 16)",
+        "GiB",
+        low=0.01,
+        high=MOST,
+    )
+    cache: bool = option(False, "qlora: keep the quantised weights, so that the next start reads instead of quantising")
+    cache_dir: str | None = option(
+        None, "folder of --cache (default: entrenar-gpu/weights in the system's cache folder); holds at most 64 GiB"
     )
     trace_level: Literal["step", "phase", "layer", "kernel"] = option(
         "layer", "how finely the GPU's time is measured and traced"
@@ -203,7 +216,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     low, high = f.metadata["low"], f.metadata["high"]
     if low is not None and number < low:
         raise UserError(f"{name}: {value} is below {low}")
-    if high is not None and number > high:
+    if number > high:
         raise UserError(f"{name}: {value} is above {high}")
     return kind(number)
 

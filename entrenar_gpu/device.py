@@ -28,7 +28,8 @@ NO_ADAPTER = (
 )
 
 _RANKS = {"DiscreteGPU": 0, "IntegratedGPU": 1, "VirtualGPU": 2, "Unknown": 3, "CPU": 4}
-# Assumed pace of matrix products by kind of adapter: only cuts a run into submits, so a factor of a few is harmless.
+# Assumed pace of matrix products by kind of adapter: it says where a run is cut into submits, and whether tiles.py
+# takes the card for a large one. A factor of a few is harmless to both.
 _PACES = {"DiscreteGPU": 2e12, "IntegratedGPU": 2e11, "VirtualGPU": 2e11, "Unknown": 1e11, "CPU": 5e9}
 
 _LIMITS = (
@@ -76,7 +77,7 @@ def choose_adapter(choice: str | None = None) -> Any:
         matches = [found[int(choice)]]
     if not matches:
         names = "; ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))
-        raise UserError(f"{source} {choice!r} matches no adapter; there are {names}")
+        raise UserError(f"{source} {choice!r} matches no adapter of {names}")
     return matches[0]
 
 
@@ -191,6 +192,11 @@ class Device:
         self.allocated_bytes += nbytes
         return made
 
+    def staging(self, nbytes: int) -> Any:
+        """A buffer in host memory that the device copies from."""
+        flags = wgpu.BufferUsage
+        return self.buffer(nbytes, "staging", flags.MAP_WRITE | flags.COPY_SRC)
+
     def release(self, buffer: Any) -> None:
         self.allocated_bytes -= buffer.size
         buffer.destroy()
@@ -220,6 +226,14 @@ class Device:
             if reason is None:
                 raise
             raise DeviceLost(f"device {self.caps.name} was lost ({reason}); the last checkpoint stands") from error
+
+
+def driver_bytes() -> int | None:
+    """What the driver says this process holds on its card, where it says; None elsewhere."""
+    text = _output(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"])
+    rows = [line.split(",") for line in (text or "").splitlines() if line.count(",") == 1]
+    used = [int(mib) << 20 for pid, mib in rows if pid.strip() == str(os.getpid()) and mib.strip().isdigit()]
+    return used[0] if used else None
 
 
 def _request(adapter: Any, features: list[str], limits: dict[str, int]) -> Any:

@@ -45,6 +45,10 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console.print(
         Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}")
     )
+    for words, counts in (("again", parts["again"]), ("in half precision", parts["half"])):
+        if counts:
+            listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+            console.print(Text(f"{words}: {listed}"), highlight=False, soft_wrap=True)
 
 
 def show_bench(result: Mapping[str, Any]) -> None:
@@ -54,7 +58,8 @@ def show_bench(result: Mapping[str, Any]) -> None:
         f"{result['shape']} {result['batch']}x{result['seq']} rank {result['rank']} {result['precision']}"
         f" on {result['adapter']} ({result['driver']})",
         f"{result['tokens_per_second']:,.1f} tokens/s, {result['step_seconds'] * 1e3:.1f} ms a step,"
-        f" {result['tflops']:.2f} TFLOP/s",
+        f" {result['tflops']:.2f} TFLOP/s ({result['ceiling_share']:.0%} of the {result['ceiling_tflops']:.2f} that a"
+        " product alone reaches here)",
         "  ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in result["seconds"].items()),
         f"planned {size(result['planned_bytes'])}, allocated {size(result['allocated_bytes'])}"
         + (f", driver {size(result['driver_bytes'])}" if result["driver_bytes"] else "")
@@ -81,6 +86,8 @@ def show_start(trainer: Any) -> None:
     trainable = sum(math.prod(shape) for shape in shapes)
     total = sum(math.prod(shape) for shape in session.shape.model.parameter_shapes().values())
     line("model", f"{trainer.config.model}  {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained")
+    if trainer.config.cache:
+        line("weights", session.weights_from)
     dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []
     dropped += [f"{samples.cut} cut at --seq"] if samples.cut else []
     line("data", ", ".join([f"{len(samples):,} samples, {samples.trained_tokens:,} trained tokens", *dropped]))

@@ -1,4 +1,4 @@
-"""`entrenar-gpu eval`: the loss of a model, with or without an adapter, on a data set."""
+"""The loss of a model, with or without an adapter, on a data set: during a run, and as `entrenar-gpu eval`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from entrenar_gpu.batches import eval_batches
+from entrenar_gpu.budget import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import load_samples
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.model_config import load_model_config
-from entrenar_gpu.programs import RunShape, evaluate_graph
-from entrenar_gpu.recompute import fit
+from entrenar_gpu.programs import EVAL_LOSS_NAME, RunShape, evaluate_graph
+from entrenar_gpu.samples import IGNORE, Samples
 from entrenar_gpu.session import Session
 from entrenar_gpu.tokenizer import Tokenizer
-from entrenar_gpu.train import evaluate
 
 
 def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
@@ -32,8 +35,8 @@ def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
     vocabulary = load_model_config(folder).vocab_size
     samples = load_samples(path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on)
 
-    def planned(shape: RunShape, caps: Caps, budget: int):  # type: ignore[no-untyped-def]
-        return fit({"evaluate": evaluate_graph(shape, caps)}, shape.model.num_layers, caps, budget)
+    def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
+        return fit({"evaluate": evaluate_graph(shape, caps)}, caps, budget)
 
     session = Session.open(config, planned, with_adapter)
     try:
@@ -41,3 +44,21 @@ def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
     finally:
         session.close()
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "samples": len(samples)}
+
+
+def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
+    """(mean loss over unmasked tokens, their number) of samples, as the weights stand. Sums in float64 on the host."""
+    total, tokens, pending = 0.0, 0, None
+    zero = np.zeros(1, np.float32)
+    c = session.config
+    for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
+        session.write_batch(batch)
+        session.executor.write(EVAL_LOSS_NAME, zero)
+        report = session.executor.run("evaluate")
+        if pending is not None:
+            total += float(pending.result()[0])
+        pending = report
+        tokens += int(np.count_nonzero(batch["targets"] != IGNORE))
+    if pending is not None:
+        total += float(pending.result()[0])
+    return total / tokens, tokens

@@ -7,7 +7,7 @@ the epoch, GPU spans included: the trainer maps GPU timestamps onto the host clo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,7 +121,7 @@ class StepObserver(Protocol):
     def run_finished(self, summary: RunSummary) -> None: ...
 
 
-def notify(observers: tuple[Any, ...], method: str, record: object) -> None:
+def notify(observers: Sequence[Any], method: str, record: object) -> None:
     """Call `method` on every observer that has it."""
     for observer in observers:
         handler = getattr(observer, method, None)

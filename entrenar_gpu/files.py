@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,20 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
     """The one-line form of a failed write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return UserError(f"{path}: {'the disk is full; nothing was written' if full else f'cannot be written: {error}'}")
+
+
+def cache_folder() -> Path:
+    """Where the system wants files that can be made again: $XDG_CACHE_HOME/entrenar-gpu, by default under ~/.cache;
+    ~/Library/Caches/entrenar-gpu on macOS, %LOCALAPPDATA%\\entrenar-gpu on Windows."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches"
+    else:
+        folder = Path.home() / ".cache"
+    return folder / "entrenar-gpu"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from entrenar_gpu.budget import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.programs import RunShape, logits_graph
-from entrenar_gpu.recompute import fit
 from entrenar_gpu.session import Session
 from entrenar_gpu.tokenizer import Tokenizer
 
@@ -24,8 +24,8 @@ class Generator:
     def __init__(self, config: TrainConfig, with_adapter: bool, kernels: KernelCache | None = None) -> None:
         """Load the model, and the adapter of `config.adapter_init` when `with_adapter`; `kernels` as for a Session."""
 
-        def planned(shape: RunShape, caps: Caps, budget: int):  # type: ignore[no-untyped-def]
-            return fit({"logits": logits_graph(shape, caps)}, shape.model.num_layers, caps, budget)
+        def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
+            return fit({"logits": logits_graph(shape, caps)}, caps, budget)
 
         self.config = replace(config, batch=1)
         self.tokenizer = Tokenizer.load(resolve_model(config.model))

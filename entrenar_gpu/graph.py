@@ -215,13 +215,12 @@ class Caps:
     subgroups: bool = False
     timestamps: bool = False
     timestamps_inside_passes: bool = False
-    cooperative_matrix: int = (
-        0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 where there are none
-    )
+    cooperative_matrix: int = 0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 without them
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
-    flops_per_second: float = 1e11  # assumed pace of matrix products; cuts a run into submits
-    tiles: Mapping[str, tuple[int, ...]] | None = None  # measured blockings of matrix products (tiles.py)
+    flops_per_second: float = 1e11  # assumed pace of matrix products: cuts runs into submits, tells large cards
+    # Measured blockings of matrix products (tiles.py).
+    tiles: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
 
     def limited(self) -> Caps:
         """The same device asked for nothing but WebGPU's guaranteed limits and no optional feature."""

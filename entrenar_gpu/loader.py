@@ -1,11 +1,13 @@
-"""A checkpoint onto the device: one tensor at a time from the memory map, quantised there.
+"""A checkpoint onto an executor: one tensor at a time from the memory map, quantised on the device where there is one.
 
 Host memory stays at a few chunks whatever the model's size: a weight travels in pieces of at most CHUNK_BYTES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import numpy as np
 
@@ -20,9 +22,13 @@ from entrenar_gpu.nf4 import Nf4Weight
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.plan import make_plan
 from entrenar_gpu.replay import Replay
+from entrenar_gpu.safetensors_file import NAMES
+from entrenar_gpu.upload import Uploader, pieces
+from entrenar_gpu.weight_cache import WeightCache
 from entrenar_gpu.weights import Checkpoint
 
 CHUNK_BYTES = 32 << 20
+AHEAD = 8  # tensors that the system is told to read while one is on its way
 STORED = {"BF16": "bf16", "F16": "half", "F32": "f32"}
 
 
@@ -41,108 +47,153 @@ def storage_of(checkpoint: Checkpoint, train: TrainConfig, adapters: AdapterSpec
     return Storage(train.method, "bf16", dtypes, train.double_quant, states, modules)
 
 
-def load_weights(executor: Replay | NumpyExecutor, checkpoint: Checkpoint, storage: Storage) -> None:
-    """Write every base weight that the executor's graphs declare, quantising projections where `storage` says so."""
-    quantizer = DeviceQuantizer(executor) if isinstance(executor, Replay) else HostQuantizer(executor)
-    for name, shape in checkpoint.config.parameter_shapes().items():
-        if storage.method == "qlora" and is_projection(name):
-            stored = checkpoint.nf4(name)
-            if stored is not None:
-                write_parts(executor, name, stored)
-            else:
-                quantizer.quantize(name, checkpoint.raw(name), storage.nf4_state(name)[0])
-        elif len(shape) == 2 and not is_projection(name):
-            _write_table(executor, checkpoint, name)
-        else:
-            _write_dense(executor, checkpoint, name)
-    quantizer.close()
+def load_weights(
+    executor: Replay | NumpyExecutor, checkpoint: Checkpoint, storage: Storage, cache: WeightCache | None = None
+) -> str:
+    """Write every base weight that the executor's graphs declare, quantising projections where `storage` says so.
+
+    With a `cache`, quantised weights come from there when it holds them, else they are kept there. Returns where the
+    weights came from, in words. Raises UserError when the cache cannot be written.
+    """
+    shapes = checkpoint.config.parameter_shapes()
+    rest, parts = list(shapes), _made_here(checkpoint, storage)
+    kept = cache.open({part: executor.tensors[part] for part in parts}) if cache is not None and parts else None
+    target = DeviceTarget(executor) if isinstance(executor, Replay) else HostTarget(executor)
+    try:
+        if kept is not None:
+            for part in parts:
+                target.write_part(part, 0, kept[part])
+            held = set(parts)
+            rest = [name for name in shapes if f"{name}.codes" not in held]
+        for name, later in itertools.zip_longest(rest, rest[AHEAD:]):
+            if later is not None:
+                checkpoint.read_ahead(later)
+            _write(target, checkpoint, storage, name)
+    finally:
+        target.close()
+    if cache is None or not parts:
+        return "checkpoint"
+    if kept is not None:
+        return str(cache.path)
+    cache.write({part: executor.tensors[part] for part in parts}, executor.read)
+    return f"checkpoint; quantised weights kept in {cache.path}"
 
 
-def write_parts(executor: Replay | NumpyExecutor, name: str, weight: Nf4Weight) -> None:
-    """A weight quantised already."""
-    for part, values in zip(nf4_part_names(name, weight.double), host_parts(weight), strict=True):
-        executor.write(part, values)
+def _made_here(checkpoint: Checkpoint, storage: Storage) -> list[str]:
+    """The names of the tensors that loading quantises: those of projections that are not NF4 in the files."""
+    names = checkpoint.config.parameter_shapes()
+    made = [n for n in names if storage.method == "qlora" and is_projection(n) and not checkpoint.is_nf4(n)]
+    return [part for name in made for part in nf4_part_names(name, storage.double_quant)]
 
 
-def _write_dense(executor: Replay | NumpyExecutor, checkpoint: Checkpoint, name: str) -> None:
-    if name not in executor.tensors:
-        return
-    stored = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.raw(name)
-    item = NUMPY_TYPES[executor.tensors[name].dtype]
-    for at, piece in _pieces(stored, item.itemsize):
-        executor.write_part(name, at, piece.astype(item, copy=False))
+class Target(Protocol):
+    """Where weights go."""
 
+    @property
+    def executor(self) -> Replay | NumpyExecutor: ...
 
-def _write_table(executor: Replay | NumpyExecutor, checkpoint: Checkpoint, name: str) -> None:
-    """The pages of an embedding, row by row in chunks."""
-    stored, first, number = checkpoint.raw(name), 0, 0
-    while first < stored.shape[0] and f"{name}.page{number}" in executor.tensors:
-        page = executor.tensors[f"{name}.page{number}"]
-        item = NUMPY_TYPES[page.dtype]
-        rows = stored[first : first + page.shape[0]]
-        for at, piece in _pieces(rows, item.itemsize):
-            executor.write_part(page.name, at, piece.astype(item, copy=False))
-        first, number = first + page.shape[0], number + 1
-
-
-def _pieces(array: np.ndarray, itemsize: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first element, flat piece) of an array, in order."""
-    flat, step = array.reshape(-1), CHUNK_BYTES // max(itemsize, array.dtype.itemsize)
-    for at in range(0, flat.size, step):
-        yield at, flat[at : at + step]
-
-
-class HostQuantizer:
-    """Quantises on the host, for the NumPy executor."""
-
-    def __init__(self, executor: NumpyExecutor) -> None:
-        self._executor = executor
+    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+        """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
 
     def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
-        write_parts(self._executor, name, Nf4Weight.from_dense(np.asarray(weight), double))
+        """Write the parts of a weight, which is given dense."""
+
+    def close(self) -> None: ...
+
+
+def _write(target: Target, checkpoint: Checkpoint, storage: Storage, name: str) -> None:
+    """One base weight, as its kind wants it."""
+    shape = checkpoint.config.parameter_shapes()[name]
+    if storage.method == "qlora" and is_projection(name):
+        stored = checkpoint.nf4(name)
+        if stored is None:
+            target.quantize(name, checkpoint.raw(name), storage.double_quant)
+        else:
+            _write_parts(target, name, stored)
+    elif len(shape) == 2 and not is_projection(name):
+        _write_table(target, checkpoint, name)
+    else:
+        _write_dense(target, checkpoint, name)
+
+
+def _write_parts(target: Target, name: str, weight: Nf4Weight) -> None:
+    """A weight quantised already."""
+    for part, values in zip(nf4_part_names(name, weight.double), host_parts(weight), strict=True):
+        target.write_part(part, 0, np.asarray(values, NUMPY_TYPES[target.executor.tensors[part].dtype]))
+
+
+def _write_dense(target: Target, checkpoint: Checkpoint, name: str) -> None:
+    if name not in target.executor.tensors:
+        return
+    stored = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.raw(name)
+    _write_as(target, name, stored)
+
+
+def _write_table(target: Target, checkpoint: Checkpoint, name: str) -> None:
+    """The pages of an embedding."""
+    stored, first, number = checkpoint.raw(name), 0, 0
+    while first < stored.shape[0] and f"{name}.page{number}" in target.executor.tensors:
+        rows = target.executor.tensors[f"{name}.page{number}"].shape[0]
+        _write_as(target, f"{name}.page{number}", stored[first : first + rows])
+        first, number = first + rows, number + 1
+
+
+def _write_as(target: Target, name: str, values: np.ndarray) -> None:
+    """A tensor in chunks, in its own dtype."""
+    dtype = NUMPY_TYPES[target.executor.tensors[name].dtype]
+    for at, piece in pieces(values, CHUNK_BYTES):
+        target.write_part(name, at, piece.astype(dtype, copy=False))
+
+
+class HostTarget:
+    """The NumPy executor: quantises on the host."""
+
+    def __init__(self, executor: NumpyExecutor) -> None:
+        self.executor = executor
+
+    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+        self.executor.write_part(name, first, values.reshape(-1))
+
+    def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
+        _write_parts(self, name, Nf4Weight.from_dense(np.asarray(weight), double))
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-class DeviceQuantizer:
-    """Quantises on the GPU: chunks of a weight by `nf4_quantize`, then its scales by `nf4_quantize_scales`."""
+class DeviceTarget:
+    """A device: quantises chunks of a weight by `nf4_quantize`, then its scales by `nf4_quantize_scales`."""
 
-    def __init__(self, target: Replay) -> None:
-        self._target = target
+    def __init__(self, executor: Replay) -> None:
+        self.executor = executor
+        self._uploader = Uploader(executor.device)
         self._stages: dict[Hashable, Replay] = {}
-        self._pending_bytes = 0
+
+    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+        self._uploader.write_part(self.executor, name, first, values)
 
     def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
-        dtype = STORED[{"float32": "F32", "float16": "F16"}.get(str(weight.dtype), "BF16")]
-        blocks = -(-weight.size // nf4.BLOCK)
+        dtype = STORED[NAMES[weight.dtype]]
         names = nf4_part_names(name, double)
-        scales = self._scales(blocks) if double else None
-        absmax = (scales, "absmax") if scales is not None else (self._target, names[1])
-        for at, piece in _pieces(weight, 4):
+        scales = self._scales(-(-weight.size // nf4.BLOCK)) if double else None
+        owner, absmax = (scales, "absmax") if scales is not None else (self.executor, names[1])
+        for at, piece in pieces(weight, CHUNK_BYTES):
             stage = self._codes(piece.size, dtype)
-            stage.write("weight", piece)
+            self._uploader.write_part(stage, "weight", 0, piece)
             stage.run("stage")
-            self._target.copy_from(stage, "codes", names[0], at // 2)
-            absmax[0].copy_from(stage, "scales", absmax[1], at // nf4.BLOCK * 4)
-            self._breathe(piece.nbytes)
+            self.executor.copy_from(stage, [("codes", names[0], at // 2)])
+            owner.copy_from(stage, [("scales", absmax, at // nf4.BLOCK * 4)])
         if scales is not None:
             scales.run("stage")
-            for source, part in zip(("absmax_codes", "nested", "table"), names[1:], strict=True):
-                self._target.copy_from(scales, source, part, 0)
+            made = zip(("absmax_codes", "nested", "table"), names[1:], (0, 0, 0), strict=True)
+            self.executor.copy_from(scales, made)
 
     def close(self) -> None:
-        self._target.wait()
+        self.executor.wait()
+        self._uploader.close()
         for stage in self._stages.values():
             stage.close()
         self._stages.clear()
-
-    def _breathe(self, nbytes: int) -> None:
-        """Let the device catch up now and then: queued uploads are host memory until they are done."""
-        self._pending_bytes += nbytes
-        if self._pending_bytes > 8 * CHUNK_BYTES:
-            self._target.wait()
-            self._pending_bytes = 0
 
     def _codes(self, size: int, dtype: str) -> Replay:
         def trace(graph: Graph) -> None:
@@ -170,6 +221,6 @@ class DeviceQuantizer:
         if key not in self._stages:
             graph = Graph("stage")
             trace(graph)
-            plan = make_plan({"stage": graph}, self._target.device.caps)
-            self._stages[key] = Replay(self._target.device, plan, self._target.kernels)
+            plan = make_plan({"stage": graph}, self.executor.device.caps)
+            self._stages[key] = Replay(self.executor.device, plan, self.executor.kernels)
         return self._stages[key]

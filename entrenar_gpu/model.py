@@ -123,6 +123,7 @@ class Transformer:
         precision: Arithmetic = "f32",
     ) -> None:
         self._precision = precision
+        self._head_precision: Arithmetic = precision if caps.f16 else "f32"  # the loss knows f16 and f32 alone
         self.graph, self.config, self.storage = graph, config, storage
         self.rows, self.seq, self._dropout = rows, seq, dropout
         self.parameters = Parameters(graph, config, storage, caps)
@@ -150,7 +151,7 @@ class Transformer:
         targets = self.graph.tensor("targets", (self.rows * self.seq,), "i32")
         x = self.hidden()
         with self.graph.within("lm_head"):
-            return ops.cross_entropy(x, targets, self._head(), smoothing)
+            return ops.cross_entropy(x, targets, self._head(), smoothing, self._head_precision)
 
     def last_logits(self) -> Tensor:
         """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""
@@ -176,13 +177,18 @@ class Transformer:
     def _attention(self, x: Tensor, h: Tensor, prefix: str) -> Tensor:
         c = self.config
         q, k, v = (self._linear(h, prefix, name) for name in ("q_proj", "k_proj", "v_proj"))
-        if c.qk_norm:
-            q = self._norm(q, f"{prefix}.self_attn.q_norm.weight")
-            k = self._norm(k, f"{prefix}.self_attn.k_norm.weight")
-        q = ops.rope(q, self.rope_table, self.positions)
-        k = ops.rope(k, self.rope_table, self.positions)
-        attended = ops.attention(q, k, v, self.segment_start, self.rows, c.num_heads, c.num_kv_heads)
+        q = self._rotated(q, f"{prefix}.self_attn.q_norm.weight")
+        k = self._rotated(k, f"{prefix}.self_attn.k_norm.weight")
+        heads = (c.num_heads, c.num_kv_heads)
+        attended = ops.attention(q, k, v, self.segment_start, self.rows, *heads, self._precision)
         return self._linear(attended, prefix, "o_proj", residual=x)
+
+    def _rotated(self, x: Tensor, weight: str) -> Tensor:
+        """Queries or keys by their positions, after their norm where the model has one."""
+        if not self.config.qk_norm:
+            return ops.rope(x, self.rope_table, self.positions)
+        eps = self.config.rms_norm_eps
+        return ops.norm_rope(x, self.parameters.vector(weight), eps, self.rope_table, self.positions)
 
     def _linear(self, x: Tensor, prefix: str, name: str, residual: Tensor | None = None) -> Tensor:
         """x W^T + scale * (x A^T) B^T + bias + residual, in one product (LoRA, arXiv 2106.09685, equation 3)."""

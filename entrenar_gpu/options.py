@@ -17,7 +17,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 
 # What a command that only runs a model, and trains nothing, needs to know.
-RUNTIME = ("model", "method", "double_quant", "memory_budget", "device")
+RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device")
 
 
 def kind_of(name: str) -> tuple[type, tuple[str, ...]]:

@@ -204,10 +204,7 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> N
     clock = 0
     end = sum(len(g.nodes) for g in graphs.values()) if keep else 0
     for graph in graphs.values():
-        last_use: dict[int, int] = {}
-        for index, node in enumerate(graph.nodes):
-            for tensor in node.inputs:
-                last_use[tensor.id] = index
+        last_use = {tensor.id: index for index, node in enumerate(graph.nodes) for tensor in node.inputs}
         for index, node in enumerate(graph.nodes):
             now = clock + index
             op = OPS[node.op]

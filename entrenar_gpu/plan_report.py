@@ -51,8 +51,9 @@ class PlanReport:
             "peak_bytes": self.plan.peak_bytes,
             "budget_bytes": self.budget_bytes,
             "recompute": self.level.describe(),
-            "recompute_cheap_layers": max(self.level.cheap_layers - self.level.whole_layers, 0),
-            "recompute_whole_layers": self.level.whole_layers,
+            "recompute_share": self.level.share,
+            "again": self.level.counts("again"),
+            "half": self.level.counts("half"),
             "device": self.profile,
         }
 

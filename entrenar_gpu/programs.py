@@ -6,18 +6,17 @@ answer for a model without a GPU or its weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import autodiff, ops
+from entrenar_gpu.budget import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph
 from entrenar_gpu.model import Storage, Transformer
 from entrenar_gpu.model_config import ModelConfig
 from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
-from entrenar_gpu.plan import Plan, page_layout, page_sizes
-from entrenar_gpu.recompute import Recompute, fit
+from entrenar_gpu.plan import page_layout, page_sizes
 from entrenar_gpu.tiles import Arithmetic
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
@@ -125,17 +124,24 @@ def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, G
     return graphs
 
 
-def fit_training(
-    shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool
-) -> tuple[Recompute, Plan, Mapping[str, Graph]]:
-    """`recompute.fit` for a training run. Says which batch would fit where this one does not."""
+def fit_training(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
+    """`budget.fit` for a training run. Says which batch would fit where this one does not."""
+    shape.precision(caps)  # no batch gives a device what it lacks
     try:
-        graphs = training_graphs(shape, caps, evaluates)
-        return fit(graphs, shape.model.num_layers, caps, budget_bytes, shape.train.trace_level)
+        return _fit(shape, caps, budget_bytes, evaluates)
     except UserError as error:  # over the budget, or a tensor larger than the device binds
         fits = _largest_batch(shape, caps, budget_bytes, evaluates)
         advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
         raise UserError(f"--batch {shape.train.batch} at --seq {shape.train.seq}: {error}; {advice}") from error
+
+
+def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
+    tokens = shape.train.batch * shape.train.seq
+    if tokens * ELEMENT_BYTES["u32"] > caps.max_binding_bytes:  # before anything is as long as that on the host
+        raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
+    # Where products round their operands, so may what waits for them; f32 means f32.
+    halves = shape.precision(caps) != "f32"
+    return fit(training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves)
 
 
 def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:
@@ -144,7 +150,7 @@ def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bo
         middle = (low + high + 1) // 2
         smaller = replace(shape, train=replace(shape.train, batch=middle))
         try:
-            fit(training_graphs(smaller, caps, evaluates), shape.model.num_layers, caps, budget_bytes)
+            _fit(smaller, caps, budget_bytes, evaluates)
             low = middle
         except UserError:
             high = middle - 1

@@ -1,121 +1,128 @@
-"""Trading arithmetic for memory: which forward tensors the backward pass computes again instead of keeping.
+"""Trading arithmetic and precision for memory: what becomes of forward tensors that the backward pass reads.
 
-A graph rewrite after differentiation. Forward nodes whose outputs a level drops are cloned in front of the first
-backward node that needs them (Chen et al., arXiv 1604.06174). Dequantised weights (`transient` ops) are always
-computed again; the levels say what else is, layer by layer from the first, whose tensors would be kept longest.
+A graph rewrite after differentiation. By node, its outputs are kept as they are, kept as binary16 (ops/half.py), or
+dropped and computed again by clones in front of the first backward node that needs them (Chen et al., arXiv
+1604.06174). Dequantised weights (`transient` ops) are always computed again. What fits a budget is budget.py's choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph, Node, Tensor
-from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.plan import Plan, make_plan
+from entrenar_gpu.graph import Graph, Node, Tensor
+from entrenar_gpu.ops.half import half_specs
+from entrenar_gpu.ops.registry import OPS, Spec
+
+Fate = Literal["kept", "half", "again"]
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """How many layers, counted from the first, compute `cheap` elementwise tensors or the `whole` layer again."""
+    """The fate of forward nodes; those not named are kept. `share` is the predicted part of a step that it costs.
 
-    cheap_layers: int = 0
-    whole_layers: int = 0
+    "half" is for a node's first output: statistics beside it stay f32.
+    """
+
+    fates: Mapping[Node, Fate] = field(default_factory=dict)
+    share: float = 0.0
+
+    def counts(self, fate: Fate) -> dict[str, int]:
+        """How many nodes of each name, less their layer's number, meet this fate."""
+        return dict(Counter(re.sub(r"^layers[.]\d+[.]?", "", n.label()) for n, f in self.fates.items() if f == fate))
 
     def describe(self) -> str:
-        parts = []
-        if self.whole_layers:
-            parts.append(f"whole layers: {self.whole_layers}")
-        if self.cheap_layers > self.whole_layers:
-            parts.append(f"elementwise tensors of layers: {self.cheap_layers - self.whole_layers}")
-        return ", ".join(parts) or "nothing"
+        halves, again = (sum(self.counts(fate).values()) for fate in ("half", "again"))
+        if not halves and not again:
+            return "nothing"
+        kept = f", {halves} kept in half precision" if halves else ""
+        return f"{again} tensors{kept} ({self.share:.1%} of a step, predicted)"
 
 
-def rewrite(graph: Graph, level: Recompute) -> Graph:
-    """A graph that computes the same and keeps less; `graph` itself is left as it is."""
+def handed_on(graph: Graph) -> set[int]:
+    """Ids of forward tensors that another layer reads: they are kept, as recomputation starts from them."""
     forward = [n for n in graph.nodes if n.phase == "forward"]
     made_by = {t.id: n for n in forward for t in n.outputs}
-    # What one layer hands to the next is kept: it is where recomputation starts.
-    handed_on = {t.id for n in forward for t in n.inputs if t.id in made_by and made_by[t.id].layer != n.layer}
-    clones: dict[int, Tensor] = {}
-    nodes: list[Node] = []
+    return {t.id for n in forward for t in n.inputs if t.id in made_by and made_by[t.id].layer != n.layer}
 
-    def dropped(tensor: Tensor, node: Node) -> bool:
-        op = OPS[node.op]
-        if op.transient:
-            return True
-        if node.layer is None or tensor.id in handed_on or tensor.updates is not None:
-            return False
-        return node.layer < level.whole_layers or (op.cheap and node.layer < level.cheap_layers)
 
-    def again(tensor: Tensor) -> Tensor:
-        """`tensor`, or the clone of it that this backward pass reads."""
-        node = made_by.get(tensor.id)
-        if node is None or not dropped(tensor, node):
-            return tensor
-        # A dequantised weight is scratch: every reader gets its own, so that none waits in memory for the next.
-        if tensor.id not in clones or OPS[node.op].transient:
-            clone = Node(node.op, tuple(again(t) for t in node.inputs), node.attrs, scope=node.scope)
-            clone.layer, clone.phase, clone.recomputed = node.layer, "backward", True
-            clone.outputs = tuple(
-                Tensor(t.graph, f"{t.name}.again", t.shape, t.dtype, "temp", clone) for t in node.outputs
-            )
-            clones.update({t.id: c for t, c in zip(node.outputs, clone.outputs, strict=True)})
-            nodes.append(clone)
-        return clones[tensor.id]
-
+def rewrite(graph: Graph, choice: Recompute) -> Graph:
+    """A graph that computes the same and keeps less; `graph` itself is left as it is."""
+    forward = [n for n in graph.nodes if n.phase == "forward"]
+    rewriting = _Rewriting(forward, choice)
+    backward: list[Node] = []
     for node in graph.nodes:
         if node.phase == "forward":
-            nodes.append(node)
             continue
-        inputs = tuple(again(t) for t in node.inputs)
+        inputs = tuple(rewriting.read(t, backward) for t in node.inputs)
         if inputs != node.inputs:
             # The node and its outputs are shared with the original graph: only this copy reads the clones.
             copy = Node(node.op, inputs, node.attrs, node.outputs, scope=node.scope, layer=node.layer)
             copy.phase, copy.recomputed = node.phase, node.recomputed
             node = copy
-        nodes.append(node)
-    return replace(graph, nodes=nodes)
+        backward.append(node)
+    return replace(graph, nodes=[*rewriting.with_halves(forward), *backward])
 
 
-def fit(
-    graphs: Mapping[str, Graph], layers: int, caps: Caps, budget_bytes: int, trace_level: str = "step"
-) -> tuple[Recompute, Plan, Mapping[str, Graph]]:
-    """The least recomputation whose plan stays within `budget_bytes`.
+class _Rewriting:
+    """The clones and half-precision copies made so far while a graph is rewritten."""
 
-    In order of cost: nothing, elementwise tensors of ever more layers, then whole layers. Returns the level, the
-    full plan and the rewritten graphs. Raises UserError when even recomputing every layer does not fit.
-    """
+    def __init__(self, forward: list[Node], choice: Recompute) -> None:
+        self._made_by = {t.id: n for n in forward for t in n.outputs}
+        self._fates = choice.fates
+        self._clones: dict[int, Tensor] = {}
+        self._halves: dict[int, Node] = {}  # by the id of the tensor they halve
 
-    def planned(level: Recompute) -> tuple[int, dict[str, Graph]]:
-        rewritten = {name: rewrite(g, level) for name, g in graphs.items()}
-        return make_plan(rewritten, caps, launches=False, trace_level=trace_level).peak_bytes, rewritten
+    def read(self, tensor: Tensor, nodes: list[Node]) -> Tensor:
+        """`tensor`, or what the backward pass reads in its place; the nodes that make that are appended."""
+        node = self._made_by.get(tensor.id)
+        if node is None:
+            return tensor
+        if OPS[node.op].transient:  # scratch: every reader gets its own, so that none waits in memory for the next
+            return self._again(node, nodes)[0]
+        fate = self._fates.get(node, "kept")
+        if fate == "kept" or (fate == "half" and tensor is not node.output):
+            return tensor
+        if tensor.id not in self._clones:
+            made = self._again(node, nodes) if fate == "again" else (self._widened(node, nodes),)
+            self._clones.update({t.id: c for t, c in zip(node.outputs, made, strict=False)})
+        return self._clones[tensor.id]
 
-    def least(make: Callable[[int], Recompute]) -> Recompute | None:
-        """The smallest number of layers that fits, by bisection; None when neither all nor all but one do.
+    def _again(self, node: Node, nodes: list[Node]) -> tuple[Tensor, ...]:
+        inputs = tuple(self.read(t, nodes) for t in node.inputs)
+        specs = [(t.shape, t.dtype) for t in node.outputs]
+        clone = _made(node, node.op, inputs, node.attrs, specs, "again")
+        nodes.append(clone)
+        return clone.outputs
 
-        The last layer's tensors are needed at once: computing them again can cost more than it saves.
+    def _widened(self, node: Node, nodes: list[Node]) -> Tensor:
+        half = _made(node, "to_half", (node.output,), {}, half_specs(node.output), "half")
+        half.phase, half.recomputed = "forward", False
+        self._halves[node.output.id] = half
+        wide = _made(node, "from_half", half.outputs, {}, [(node.output.shape, "f32")], "wide")
+        nodes.append(wide)
+        return wide.output
+
+    def with_halves(self, forward: list[Node]) -> list[Node]:
+        """The forward nodes, each followed by the copy of its output that is kept.
+
+        Right behind it: a later place would stop the tensor's last reader from working in place.
         """
-        enough = [n for n in (layers - 1, layers) if planned(make(n))[0] <= budget_bytes]
-        if not enough:
-            return None
-        low, high = 0, enough[0]
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if planned(make(middle))[0] <= budget_bytes else (middle + 1, high)
-        return make(low)
-
-    level = least(lambda n: Recompute(n, 0)) or least(lambda n: Recompute(layers, n))
-    if level is None:
-        raise MemoryBudgetError(min(planned(Recompute(layers, n))[0] for n in (layers - 1, layers)), budget_bytes)
-    _, rewritten = planned(level)
-    return level, make_plan(rewritten, caps, trace_level=trace_level), rewritten
+        found = ((n, self._halves.get(n.outputs[0].id)) for n in forward)
+        return [n for pair in found for n in pair if n is not None]
 
 
-class MemoryBudgetError(UserError):
-    """The smallest plan does not fit: `needed` and `budget` in bytes."""
-
-    def __init__(self, needed: int, budget: int) -> None:
-        self.needed, self.budget = needed, budget
-        super().__init__(f"needs {needed / 2**30:.2f} GiB, over the budget of {budget / 2**30:.2f} GiB")
+def _made(
+    like: Node, op: str, inputs: tuple[Tensor, ...], attrs: Mapping[str, Any], specs: Sequence[Spec], suffix: str
+) -> Node:
+    """A node for the backward pass in the place of `like`."""
+    node = Node(op, inputs, attrs, scope=like.scope, layer=like.layer, phase="backward", recomputed=True)
+    names = [f"{like.output.name}.{suffix}" + (f".{i}" if i else "") for i in range(len(specs))]
+    node.outputs = tuple(
+        Tensor(like.output.graph, name, tuple(shape), dtype, "temp", node)
+        for name, (shape, dtype) in zip(names, specs, strict=True)
+    )
+    return node

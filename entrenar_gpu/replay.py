@@ -7,6 +7,8 @@ ring of staging buffers, so that the host can collect them while the device is a
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from wgpu.backends.wgpu_native.extras import write_timestamp
 
 from entrenar_gpu import native
 from entrenar_gpu.device import Device
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Launch, Tensor
 from entrenar_gpu.interpret import NUMPY_TYPES
 from entrenar_gpu.kernel import KernelCache
@@ -36,15 +39,30 @@ class Dispatch:
     group: int
 
 
+@dataclass
+class Pass:
+    """A compute pass as it is recorded every step: timed at its ends, or at some of its commands and its end."""
+
+    commands: list[native.Command]
+    timestamps: dict[str, Any] | None = None
+    closing: tuple[Any, int] | None = None
+
+
 class Report:
     """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
 
     def __init__(self, replay: Replay, name: str, staging: Any, submission: int) -> None:
         self._replay, self._name, self._staging, self._submission = replay, name, staging, submission
+        self._run = replay.runs[name]
         self._ticks = b""
 
     def result(self) -> np.ndarray:
-        """The tensor, waiting for the run that produced it and for no later one."""
+        """The tensor, waiting for the run that produced it and for no later one.
+
+        Raises RuntimeError where RING later runs have reported: the report was written over.
+        """
+        if self._replay.runs[self._name] - self._run >= RING:
+            raise RuntimeError(f"report of {self._name}: {RING} runs later it is gone; collect reports as they come")
         plan, device = self._replay.plan, self._replay.device
         tensor = plan.persistents[plan.reports[self._name]]
         with device.watched():
@@ -69,14 +87,25 @@ class Replay:
         self.device, self.plan = device, plan
         self.kernels = KernelCache(device) if kernels is None else kernels
         self.tensors = plan.persistents
-        self._buffers = {name: device.buffer(size, name, _usage(name)) for name, size in plan.buffers.items()}
+        # While one part of a step is finished and queued, outside Python's lock, the next is recorded.
+        self._submitter = ThreadPoolExecutor(1)
+        self._buffers: dict[str, Any] = {}
+        try:
+            for name, size in plan.buffers.items():
+                self._buffers[name] = device.buffer(size, name, _usage(name))
+        except UserError:
+            self.close()  # a smaller plan may fit
+            raise
+        # Recorded by their handles: these hold the objects.
         self._batches = {name: self._cut(name, steps) for name, steps in plan.steps.items()}
-        self._turns = dict.fromkeys(plan.reports, 0)
+        self.runs = dict.fromkeys(plan.reports, 0)  # of each graph that reports, so far
         self._queries = {name: self._query_sets(name) for name in plan.groups}
+        self._passes = {name: self._make_passes(name, batches) for name, batches in self._batches.items()}
         self._clock_queries: Any = None
 
     def close(self) -> None:
         """Release every buffer."""
+        self._submitter.shutdown()
         for buffer in self._buffers.values():
             self.device.release(buffer)
         self._buffers = {}
@@ -94,18 +123,15 @@ class Replay:
         buffer, offset, _ = self.buffer_of(name)
         self.device.write(buffer, data, offset)
 
-    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
-        """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
-        buffer, offset, _ = self.buffer_of(name)
-        self.device.write(buffer, values, offset + first * values.dtype.itemsize)
-
-    def copy_from(self, other: Replay, source: str, target: str, offset: int) -> None:
-        """Copy all of a persistent tensor of `other`, on the same device, to `offset` bytes into one of this."""
-        buffer, start, nbytes = other.buffer_of(source)
-        into, into_start, _ = self.buffer_of(target)
-        encoder = self.device.handle.create_command_encoder()
-        encoder.copy_buffer_to_buffer(buffer, start, into, into_start + offset, nbytes)
-        self.device.handle.queue.submit([encoder.finish()])
+    def copy_from(self, other: Replay, copies: Iterable[tuple[str, str, int]]) -> None:
+        """Copy persistent tensors of `other`, on the same device: (its name, name here, offset in bytes here)."""
+        with self.device.watched():
+            encoder = self.device.handle.create_command_encoder()
+            for source, target, offset in copies:
+                buffer, start, nbytes = other.buffer_of(source)
+                into, into_start, _ = self.buffer_of(target)
+                encoder.copy_buffer_to_buffer(buffer, start, into, into_start + offset, nbytes)
+            self.device.handle.queue.submit([encoder.finish()])
 
     def read(self, name: str) -> np.ndarray:
         return self.read_temporary(self.tensors[name])
@@ -122,67 +148,46 @@ class Replay:
 
         `repeat` counts the runs of a graph that runs several times between reports.
         """
-        batches = self._batches[name]
-        staging, submission = None, 0
+        submits = self._passes[name]
+        staging, jobs = None, []
         with self.device.watched():
-            for index, batch in enumerate(batches):
+            for index, passes in enumerate(submits):
                 encoder = self.device.handle.create_command_encoder()
-                self._encode(encoder, name, batch, final=index == len(batches) - 1)
-                if index == len(batches) - 1:
+                for made in passes:
+                    compute = encoder.begin_compute_pass(timestamp_writes=made.timestamps)
+                    native.record(compute, made.commands)
+                    if made.closing is not None:
+                        write_timestamp(compute, *made.closing)
+                    compute.end()
+                if index == len(submits) - 1:
                     staging = self._finish(encoder, name, repeat)
-                submission = native.submit(self.device.handle, [encoder.finish()])
+                jobs.append(self._submitter.submit(self._submit, encoder))
+            submission = [job.result() for job in jobs][-1]
         return Report(self, name, staging, submission) if staging is not None else None
+
+    def _submit(self, encoder: Any) -> int:
+        """Finish an encoder, where wgpu works out every barrier, and queue it; returns the submission's index."""
+        return native.submit(self.device.handle, [encoder.finish()])
 
     def launch(self, launch: Launch) -> None:
         """Run one launch over the plan's tensors, once."""
         dispatch = self._dispatch(launch, -1)
         encoder = self.device.handle.create_command_encoder()
         compute = encoder.begin_compute_pass()
-        compute.set_pipeline(dispatch.pipeline)
-        compute.set_bind_group(0, dispatch.bind_group)
-        compute.dispatch_workgroups(*dispatch.grid)
+        native.record(compute, _commands([dispatch]))
         compute.end()
         self.device.handle.queue.submit([encoder.finish()])
 
-    def _encode(self, encoder: Any, name: str, batch: list[Dispatch], final: bool) -> None:
-        """The dispatches of one submit, with a timestamp wherever a trace group begins, and after the last."""
+    def _make_passes(self, name: str, batches: list[list[Dispatch]]) -> list[list[Pass]]:
+        """The passes of each submit, with a timestamp wherever a trace group begins, and after the last."""
         sets = self._queries.get(name, [])
-        inside = self.plan.caps.timestamps_inside_passes
-        if sets and not inside:
-            self._encode_by_pass(encoder, sets, batch)
-            return
-        compute = encoder.begin_compute_pass()
-        for dispatch in batch:
-            if sets and dispatch.group >= 0:
-                write_timestamp(compute, sets[dispatch.group // QUERY_SET], dispatch.group % QUERY_SET)
-            compute.set_pipeline(dispatch.pipeline)
-            compute.set_bind_group(0, dispatch.bind_group)
-            compute.dispatch_workgroups(*dispatch.grid)
-        if sets and final:
+        if sets and not self.plan.caps.timestamps_inside_passes:
+            return _passes_by_group(sets, batches)
+        submits = [[Pass(_commands(batch, sets))] for batch in batches]
+        if sets:
             last = len(self.plan.groups[name])
-            write_timestamp(compute, sets[last // QUERY_SET], last % QUERY_SET)
-        compute.end()
-
-    def _encode_by_pass(self, encoder: Any, sets: list[Any], batch: list[Dispatch]) -> None:
-        """One pass a trace group, timed at its ends: for devices without timestamps inside passes."""
-        compute, current = None, -1
-        for dispatch in batch:
-            if compute is None or dispatch.group >= 0:
-                if compute is not None:
-                    compute.end()
-                current = max(current, dispatch.group)
-                at = 2 * max(current, 0)
-                writes = {
-                    "query_set": sets[at // QUERY_SET],
-                    "beginning_of_pass_write_index": at % QUERY_SET,
-                    "end_of_pass_write_index": at % QUERY_SET + 1,
-                }
-                compute = encoder.begin_compute_pass(timestamp_writes=writes)
-            compute.set_pipeline(dispatch.pipeline)
-            compute.set_bind_group(0, dispatch.bind_group)
-            compute.dispatch_workgroups(*dispatch.grid)
-        if compute is not None:
-            compute.end()
+            submits[-1][0].closing = (sets[last // QUERY_SET], last % QUERY_SET)
+        return submits
 
     def _finish(self, encoder: Any, name: str, repeat: int) -> Any:
         """Resolve a traced run's ticks; copy a reporting graph's report, all ticks behind it, towards the host."""
@@ -196,8 +201,8 @@ class Replay:
         source = self.plan.reports.get(name)
         if source is None:
             return None
-        self._turns[name] = (self._turns[name] + 1) % RING
-        staging = self._buffers[f"report.{name}.{self._turns[name]}"]
+        self.runs[name] += 1
+        staging = self._buffers[f"report.{name}.{self.runs[name] % RING}"]
         buffer, offset, nbytes = self.buffer_of(source)
         encoder.copy_buffer_to_buffer(buffer, offset, staging, 0, nbytes)
         if name in self.plan.groups and "ticks" in self._buffers:
@@ -263,6 +268,40 @@ class Replay:
             entries.append({"binding": index, "resource": resource})
         bind_group = self.device.handle.create_bind_group(layout=layout, entries=entries)
         return Dispatch(pipeline, bind_group, launch.grid, group)
+
+
+def _passes_by_group(sets: list[Any], batches: list[list[Dispatch]]) -> list[list[Pass]]:
+    """One pass a trace group, timed at its ends: for devices without timestamps inside passes.
+
+    A group that a submit cuts in two goes on in a pass that moves its end alone.
+    """
+    submits, group = [], 0
+    for batch in batches:
+        starts = [at for at, dispatch in enumerate(batch) if at == 0 or dispatch.group >= 0]
+        passes = []
+        for start, end in zip(starts, [*starts[1:], len(batch)], strict=True):
+            group = max(group, batch[start].group)
+            at = 2 * group % QUERY_SET
+            timestamps = {"query_set": sets[2 * group // QUERY_SET], "end_of_pass_write_index": at + 1}
+            if batch[start].group >= 0:
+                timestamps["beginning_of_pass_write_index"] = at
+            passes.append(Pass(_commands(batch[start:end]), timestamps))
+        submits.append(passes)
+    return submits
+
+
+def _commands(batch: list[Dispatch], sets: Sequence[Any] = ()) -> list[native.Command]:
+    """Dispatches by their handles, a pipeline set once for a run of them; timed where there are query sets."""
+    commands, pipeline = [], None
+    for dispatch in batch:
+        handle = dispatch.pipeline._internal if dispatch.pipeline is not pipeline else None
+        pipeline = dispatch.pipeline
+        command = native.Command(handle, dispatch.bind_group._internal, dispatch.grid)
+        if sets and dispatch.group >= 0:
+            queries, query = sets[dispatch.group // QUERY_SET]._internal, dispatch.group % QUERY_SET
+            command = command._replace(queries=queries, query=query)
+        commands.append(command)
+    return commands
 
 
 def _usage(name: str) -> int | None:

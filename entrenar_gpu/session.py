@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import numpy as np
 
 from entrenar_gpu import loader, ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
+from entrenar_gpu.autotune import tuned
+from entrenar_gpu.budget import Fitted
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.device import Device
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.hub import resolve_model
@@ -21,14 +24,16 @@ from entrenar_gpu.plan import Plan
 from entrenar_gpu.programs import LOSS_SCALE_NAME, RunShape
 from entrenar_gpu.recompute import Recompute
 from entrenar_gpu.replay import Replay
+from entrenar_gpu.tiles import TileTable
+from entrenar_gpu.weight_cache import WeightCache
 from entrenar_gpu.weights import Checkpoint
 
 Floats = np.ndarray
 DEFAULT_BUDGET_GIB = 16.0
 MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
-HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True)
+HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True)
 
-Fit = Callable[[RunShape, Caps, int], tuple[Recompute, Plan, Mapping[str, Graph]]]
+Fit = Callable[[RunShape, Caps, int], Fitted]
 
 
 @dataclass(frozen=True)
@@ -62,49 +67,97 @@ class Session:
     budget: Budget | None
     level: Recompute
     adapter_info: dict[str, str]
+    weights_from: str = "checkpoint"  # or the cache file, in words
 
     @classmethod
     def open(
-        cls, config: TrainConfig, fit: Fit, with_adapter: bool = True, kernels: KernelCache | None = None
+        cls,
+        config: TrainConfig,
+        fit: Fit,
+        with_adapter: bool = True,
+        kernels: KernelCache | None = None,
+        tiles: TileTable | None = None,
+        budget_bytes: int | None = None,
     ) -> Session:
         """Open the model of `config`, plan with `fit`, allocate, and load weights and adapter.
 
         Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
-        `kernels` is given by whoever has opened a device and goes on using it; it wins over `config.device`.
+        `kernels` is given by whoever has opened a device and goes on using it; it wins over `config.device`. `tiles`,
+        of the checkpoint that a run goes on from, stand in for measuring with `config.tune`, and `budget_bytes` for
+        what the adapter has: what a plan rounds or sums in another order follows from both.
         """
         checkpoint = Checkpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
         if config.seq > checkpoint.config.max_positions:
             raise UserError(f"--seq: {config.seq} exceeds the model's {checkpoint.config.max_positions} positions")
-        executor: Replay | NumpyExecutor
         if config.device == "numpy" and kernels is None:
-            caps = HOST_CAPS
-            level, _, graphs = fit(shape, caps, 1 << 50)
-            executor, plan, budget = NumpyExecutor(graphs), None, None
-            info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
+            session = cls._on_host(config, checkpoint, spec, shape, fit)
         else:
-            from entrenar_gpu.device import Device
-
             kernels = kernels if kernels is not None else KernelCache(Device.open(config.device))
-            device, caps = kernels.device, kernels.device.caps
-            budget = memory_budget(config, caps)
-            level, plan, graphs = fit(shape, caps, budget.nbytes)
-            executor = Replay(device, plan, kernels)
-            info = {
-                "adapter": device.info["device"],
-                "backend": device.info["backend_type"],
-                "driver": device.info["description"],
-            }
-        session = cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, level, info)
-        loader.load_weights(executor, checkpoint, shape.storage)
-        frequencies = checkpoint.config.rope_frequencies()
-        executor.write("rope_table", ops.rope_table(frequencies, config.seq))
-        for name, array in values.items():
+            session = cls._on_device(config, checkpoint, spec, shape, fit, kernels, tiles, budget_bytes)
+        try:
+            session._load(values)
+        except BaseException:
+            session.close()  # whoever lends a device goes on using it
+            raise
+        return session
+
+    @classmethod
+    def _on_host(
+        cls, config: TrainConfig, checkpoint: Checkpoint, spec: AdapterSpec | None, shape: RunShape, fit: Fit
+    ) -> Session:
+        level, _, graphs = fit(shape, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
+        info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
+        return cls(config, checkpoint, spec, shape, NumpyExecutor(graphs), graphs, None, None, level, info)
+
+    @classmethod
+    def _on_device(
+        cls,
+        config: TrainConfig,
+        checkpoint: Checkpoint,
+        spec: AdapterSpec | None,
+        shape: RunShape,
+        fit: Fit,
+        kernels: KernelCache,
+        tiles: TileTable | None,
+        budget_bytes: int | None,
+    ) -> Session:
+        device = kernels.device
+        budget = memory_budget(config, device.caps)
+        if budget_bytes is not None and config.memory_budget is None:
+            budget = Budget(budget_bytes, "what the run began with")
+
+        def fitted(caps: Caps) -> Fitted:
+            return fit(shape, caps, budget.nbytes)
+
+        measures = config.tune and tiles is None
+        level, plan, graphs = tuned(fitted, kernels) if measures else fitted(replace(device.caps, tiles=tiles))
+        info = {
+            "adapter": device.info["device"],
+            "backend": device.info["backend_type"],
+            "driver": device.info["description"],
+        }
+        executor = Replay(device, plan, kernels)
+        return cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, level, info)
+
+    def _load(self, adapter: Mapping[str, Floats]) -> None:
+        """Weights, the adapter's first values, and constants of the run, onto the executor."""
+        config, executor, model = self.config, self.executor, self.checkpoint.config
+        cached = config.cache and config.method == "qlora"
+        cache = WeightCache(self.checkpoint, config.double_quant, config.cache_dir) if cached else None
+        self.weights_from = loader.load_weights(executor, self.checkpoint, self.shape.storage, cache)
+        executor.write("rope_table", ops.rope_table(model.rope_frequencies(), config.seq))
+        for name, array in adapter.items():
             executor.write(name, array)
         if LOSS_SCALE_NAME in executor.tensors:
-            executor.write(LOSS_SCALE_NAME, np.array([shape.first_loss_scale(caps)], np.float32))
-        return session
+            caps = HOST_CAPS if self.plan is None else self.plan.caps
+            executor.write(LOSS_SCALE_NAME, np.array([self.shape.first_loss_scale(caps)], np.float32))
+
+    @property
+    def tiles(self) -> TileTable:
+        """The measured choices of tiles that the plan was made with; empty where sizes alone decided."""
+        return self.plan.caps.tiles or {} if self.plan is not None else {}
 
     @property
     def allocated_bytes(self) -> int:

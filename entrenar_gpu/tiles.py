@@ -7,8 +7,9 @@ of workgroups picks among the tiles below. So a choice is the same wherever it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from entrenar_gpu.graph import Caps
@@ -37,10 +38,13 @@ class Tile:
         return (self.BM // self.TM) * (self.BN // self.TN)
 
     def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
-        """Workgroup memory of the tile. In int8, BK counts bytes and rows are padded against bank conflicts."""
+        """Workgroup memory of the tile. In int8, BK counts bytes and rows are padded against bank conflicts; in f16, A
+        is kept twice."""
         if arithmetic == "int8":
             return (self.BM + self.BN) * (self.BK + 16) * self.buffers
-        return (self.BM + self.BN) * self.BK * (4 if arithmetic == "f32" else 2) * self.buffers
+        if arithmetic == "f16":
+            return (2 * self.BM + self.BN) * self.BK * 2
+        return (self.BM + self.BN) * self.BK * 4 * self.buffers
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
     "f32": (
         Candidate(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2), 1.00, 1),
         Candidate(Tile(128, 128, 8, 8, 8, unroll=8, buffers=2), 0.80, 2),
-        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 4),
+        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 8),
         Candidate(Tile(32, 64, 16, 4, 8, unroll=16, buffers=2), 0.60, 8),
         Candidate(Tile(128, 16, 16, 8, 4, unroll=8), 0.40, 8),
         Candidate(Tile(16, 128, 16, 4, 8, unroll=8), 0.40, 8),
@@ -79,7 +83,7 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
         Candidate(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 0.35, 12),
     ),
     "f16": (
-        Candidate(Tile(128, 64, 32, 8, 8, unroll=32), 1.0, 6),
+        Candidate(Tile(64, 128, 32, 8, 8, unroll=32), 1.0, 6),
         Candidate(Tile(64, 64, 32, 8, 8, unroll=32), 0.9, 10),
     ),
     "int8": (
@@ -97,13 +101,15 @@ SOFTWARE: dict[Arithmetic, Tile] = {
 TAIL = Tile(64, 64, 16, 8, 8, unroll=16, buffers=2)
 
 # What the model of waves assumes where nothing was measured: an H200's units, rates of full waves and memory, or a
-# small device's units, since only ratios of the rest matter.
-_UNITS = {True: 132, False: 16}
+# small device's units, since only ratios of the rest matter. Another figure may choose another tile, which sums in
+# another order. (cost.py prices whole ops, with rates of their own.)
+_UNITS = {True: 132, False: 16}  # of a large card or not, told by its assumed pace
 _DISCRETE_PACE = 1e12
-_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 53e12, "int8": 90e12}
+_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12}
 _BYTES_PER_SECOND = 4e12
 _LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
+_MEASURED = 8  # choices of a product that are measured at most; it takes most of a second each
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -113,13 +119,26 @@ def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
 
 
 def choose(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True) -> Choice:
-    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums."""
+    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums.
+
+    What was measured on a larger device, from which a run resumes on this one, counts only where it fits this one.
+    """
     measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
-    if measured is not None:
-        choice = from_numbers(measured)
+    choice = from_numbers(measured) if measured is not None else None
+    if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(choice, n, caps):
         return choice if split else Choice(choice.tile)
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
+    return _predicted(arithmetic, m, n, k, replace(caps, tiles=None), split)
+
+
+def _tail_fits(choice: Choice, n: int, caps: Caps) -> bool:
+    return not choice.tail or (choice.tail < n and fits("f32", TAIL, caps))
+
+
+@functools.lru_cache(maxsize=1024)
+def _predicted(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice:
+    """The shortest blocking by the model. A search over recomputation plans the same products again and again."""
     return min(choices(arithmetic, m, n, k, caps, split), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
 
 
@@ -128,16 +147,21 @@ def choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: b
     found = []
     for candidate in CANDIDATES[arithmetic]:
         tile = candidate.tile
-        if tile.workgroup_bytes(arithmetic) > caps.max_workgroup_bytes or tile.threads > caps.max_invocations:
+        if not fits(arithmetic, tile, caps):
             continue
         for slices in _SLICES if split else (1,):
-            fits = slices * m * n * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
-            if slices == 1 or (fits and k >= slices * max(4 * tile.BK, 64)):
+            small = slices * m * n * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
+            if slices == 1 or (small and k >= slices * max(4 * tile.BK, 64)):
                 found.append(Choice(tile, slices))
         tail = _tail_columns(tile, m, n, caps)
-        if arithmetic == "f32" and split and tail and TAIL.workgroup_bytes("f32") <= caps.max_workgroup_bytes:
+        if arithmetic == "f32" and split and tail and fits("f32", TAIL, caps):
             found.append(Choice(tile, 1, tail))
     return found
+
+
+def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
+    """Whether a workgroup of the device holds the tile."""
+    return tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes and tile.threads <= caps.max_invocations
 
 
 def _units(caps: Caps) -> int:
@@ -154,9 +178,12 @@ def _tail_columns(tile: Tile, m: int, n: int, caps: Caps) -> int:
 
 
 def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> list[Choice]:
-    """The choices worth measuring: those predicted to take at most twice as long as the best."""
+    """The choices worth measuring: what is chosen unmeasured, then those predicted to take at most twice the best's
+    time, the likeliest first."""
     every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
-    return [c for c, cost in every.items() if cost <= 2 * min(every.values())]
+    likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
+    unmeasured = choose(arithmetic, m, n, k, "", replace(caps, tiles=None))
+    return list(dict.fromkeys([unmeasured, *likely]))[:_MEASURED]
 
 
 def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
@@ -183,7 +210,7 @@ def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: i
     depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
     busiest = -(-workgroups // units)
     # A unit with few workgroups does not hide all of their latency.
-    rounds = busiest / min(1.0, busiest / candidate.saturating) ** 0.4
+    rounds = busiest / float(min(1.0, busiest / candidate.saturating) ** 0.4)
     return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
 
 
@@ -195,6 +222,16 @@ def to_numbers(choice: Choice) -> tuple[int, ...]:
 def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
     *tile, slices, tail = numbers
     return Choice(Tile(*tile), slices, tail)
+
+
+def is_choice(numbers: Sequence[int]) -> bool:
+    """Whether numbers from a file are a choice that `choices` or a software adapter could have made."""
+    if len(numbers) != len(astuple(TAIL)) + 2:
+        return False
+    choice = from_numbers(list(numbers))
+    software = {software_tile("f32", m, n) for m, n in ((16, 64), (64, 16), (32, 32), (4096, 4096))}
+    tiles = {c.tile for listed in CANDIDATES.values() for c in listed} | {*SOFTWARE.values(), *software}
+    return choice.tile in tiles and choice.slices in _SLICES and choice.tail >= 0 and choice.tail % 4 == 0
 
 
 def slice_length(k: int, choice: Choice) -> int:

@@ -23,26 +23,29 @@ import numpy as np
 
 import entrenar_gpu
 from entrenar_gpu import checkpoint as run_checkpoint
-from entrenar_gpu.batches import TrainBatches, eval_batches
+from entrenar_gpu.batches import TrainBatches
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import data_files, load_samples
 from entrenar_gpu.errors import TrainingDiverged, UserError
+from entrenar_gpu.evaluate import evaluate
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord, notify
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
+from entrenar_gpu.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.model_config import load_model_config
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.programs import EVAL_LOSS_NAME, fit_training
-from entrenar_gpu.samples import IGNORE, Samples
+from entrenar_gpu.programs import fit_training
+from entrenar_gpu.samples import Samples
 from entrenar_gpu.schedule import learning_rate
 from entrenar_gpu.session import Session
 from entrenar_gpu.timing import GpuClock, step_spans
 from entrenar_gpu.tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 10
-METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "run.json"
+CONFIG_FILE = "run.json"
+DEFAULT_EPOCHS = 3.0
 
 
 @dataclass
@@ -82,34 +85,36 @@ class Trainer:
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
         self.train_samples, self.eval_samples = load_data(config, self.started)
-        self.batches = TrainBatches(
-            self.train_samples,
-            batch=config.batch,
-            seq=config.seq,
-            accumulate=config.accumulate,
-            seed=config.seed,
-            shuffle=config.shuffle,
-            pack=config.pack,
-        )
-        epochs = 3.0 if config.epochs is None else config.epochs
+        self.batches = _batches(config, self.train_samples)
+        epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
         self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
         evaluates = self.eval_samples is not None
         self.session = Session.open(
-            config, lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates), kernels=kernels
+            config,
+            lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates),
+            kernels=kernels,
+            tiles=None if saved is None else saved.tiles,
+            budget_bytes=None if saved is None else saved.budget,
         )
-        self.first_step = 1
-        if saved is not None:
-            run_checkpoint.load_run(self.session, saved)
-            self.batches.restore(saved.data)
-            self.first_step = saved.step + 1
-            if saved.step > self.total_steps:
-                raise UserError(f"--steps: {resume} is at step {saved.step} already, past {self.total_steps}")
-        self._make_output()
+        try:
+            self.first_step = 1 if saved is None else self._go_on(saved)
+            self._make_output()
+        except BaseException:
+            self.session.close()
+            raise
         self._last_end = 0
         self._clock = GpuClock()
         self._skipped = 0
         self._stopping = False
         self._loss = math.nan
+
+    def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
+        """Put a checkpoint onto the device; returns the first step to take."""
+        run_checkpoint.load_run(self.session, saved)
+        self.batches.restore(saved.data)
+        if saved.step > self.total_steps:
+            raise UserError(f"--steps: {saved.path.parent} is at step {saved.step} already, past {self.total_steps}")
+        return saved.step + 1
 
     def observe(self, *observers: Any) -> None:
         """Add observers, before `run`."""
@@ -336,6 +341,18 @@ def _refuse_used(output: Path) -> None:
         raise UserError(f"--output: {output} already holds a run or a model; use --resume, or another folder")
 
 
+def _batches(config: TrainConfig, samples: Samples) -> TrainBatches:
+    return TrainBatches(
+        samples,
+        batch=config.batch,
+        seq=config.seq,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        pack=config.pack,
+    )
+
+
 def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples | None]:
     """Tokenised training and evaluation data of a run that began at `started`."""
     folder = resolve_model(config.model)
@@ -347,61 +364,3 @@ def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples 
         return load_samples(path, tokenizer, vocab_size=model.vocab_size, seq=config.seq, loss_on=config.loss_on)
 
     return read(train), read(held_out) if held_out is not None else None
-
-
-def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
-    """(mean loss over unmasked tokens, their number) of samples, as the weights stand. Sums in float64 on the host."""
-    total, tokens, pending = 0.0, 0, None
-    zero = np.zeros(1, np.float32)
-    c = session.config
-    for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
-        session.write_batch(batch)
-        session.executor.write(EVAL_LOSS_NAME, zero)
-        report = session.executor.run("evaluate")
-        if pending is not None:
-            total += float(pending.result()[0])
-        pending = report
-        tokens += int(np.count_nonzero(batch["targets"] != IGNORE))
-    if pending is not None:
-        total += float(pending.result()[0])
-    return total / tokens, tokens
-
-
-class MetricsFile:
-    """Observer that appends one JSON line a step to metrics.jsonl; numbers that are not finite become null."""
-
-    FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS_FILE
-
-    def truncate(self, last_step: int) -> None:
-        """Forget the steps after `last_step`, which a resumed run will take again."""
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= last_step]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
-
-    def step_finished(self, record: StepRecord) -> None:
-        self._append({key: _finite(getattr(record, key)) for key in self.FIELDS} | {"skipped": record.skipped})
-
-    def eval_finished(self, record: EvalRecord) -> None:
-        self._append({"step": record.step, "eval_loss": _finite(record.loss), "eval_tokens": record.tokens})
-
-    def _append(self, values: dict[str, Any]) -> None:
-        try:
-            with open(self._path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise cannot_write(self._path, error) from None
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62  # a line cut off by a crash

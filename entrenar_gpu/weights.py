@@ -82,6 +82,14 @@ class Checkpoint:
         """A read-only view as stored (BF16 as ml_dtypes.bfloat16). `raw(name)[r0:r1]` reads those rows only."""
         return self._files[name][name]
 
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, each once."""
+        return sorted({file.path for file in self._files.values()})
+
+    def read_ahead(self, name: str) -> None:
+        """Let the system read a tensor from the disk before it is asked for."""
+        self._files[name].read_ahead(name)
+
     def f32(self, name: str) -> Floats:
         """A parameter in float32, in memory of its own; NF4 weights are dequantised."""
         quantised = self.nf4(name)

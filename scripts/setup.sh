@@ -5,6 +5,7 @@
 #   scripts/setup.sh run      .venv with the project and its test tools, and a GPU adapter, real or software
 #   scripts/setup.sh tools    .venv alone: enough for linters and type checks
 #   scripts/setup.sh parity   .venv-parity with torch, transformers, peft and bitsandbytes, and a GPU adapter
+#   scripts/setup.sh profile  as run, with py-spy; where that cannot be had, profiles go without functions
 #   scripts/setup.sh browser  Chromium, which the test of the HTML report opens; without it that test is skipped
 #
 # System packages are installed by root on Debian and Ubuntu only; for anyone else the missing ones are named.
@@ -145,6 +146,14 @@ make_adapter() {
     has_adapter "$1" || die "Mesa's software Vulkan is installed, yet no adapter is found; see vulkaninfo --summary"
 }
 
+# --- py-spy ------------------------------------------------------------------------------------------------------
+
+make_profiler() {
+    if [ -x "$1/bin/py-spy" ]; then return; fi
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: 'py-spy>=0.4' </dev/null ||
+        say "py-spy could not be installed: going on without"
+}
+
 # --- Chromium ----------------------------------------------------------------------------------------------------
 
 make_browser() {
@@ -163,6 +172,7 @@ case "${1:-}" in
         make_environment .venv-parity --group parity ${TORCH:-$torch}
         make_adapter .venv-parity
         ;;
+    profile) make_environment .venv --group dev; make_adapter .venv; make_profiler .venv ;;
     browser) make_browser ;;
-    *) die "usage: scripts/setup.sh run|tools|parity|browser" ;;
+    *) die "usage: scripts/setup.sh run|tools|parity|profile|browser" ;;
 esac

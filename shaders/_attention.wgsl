@@ -1,116 +1,144 @@
-// Pieces shared by attention's forward and backward kernels. A workgroup of 8x8 invocations owns 32 tokens ("mine") and
-// meets the others 32 at a time. Of every 32x32 product, invocation (ty, tx) holds rows 4*ty + i and columns tx + 8*j;
-// of the 32 vectors that come out, rows 4*ty + i and, of each 32 columns, the four from 4*tx on.
-// Head vectors are staged 32 columns at a time as vec4, a row padded to nine, so that neither the columns tx + 8*j nor
-// the rows 4*ty + i of a read share a bank.
-{% set CHUNKS = (E + 31) // 32 %}
-const MASKED = -1e30;
-const PITCH = 9u;
-var<workgroup> left: array<vec4<f32>, 288>;
-var<workgroup> right: array<vec4<f32>, 288>;
-var<workgroup> weights: array<vec4<f32>, 288>;
+// Pieces shared by attention's kernels: tiles in workgroup memory and products of two of them.
+//
+// Tokens and head columns come in fours ("quads"), one vec4 each. A tile lies so that the index summed over is its row
+// and a row is a run of quads; invocation (ty, tx) holds eight rows of a result, in two quads, and a few quads of
+// columns. Quads of an invocation lie side by side in f16, where two make one 16-byte read, and apart in f32, where
+// side by side two invocations would hit one bank. Tiles that are turned on the way in are swizzled by row, else the
+// invocations that store one column would all hit one bank.
+{% set T = "f16" if f16 else "f32" %}
+{% set CHUNK = 32 %}{# products that f16 sums before they go to f32 #}
 
-{# Four columns from `column` of a token's head; zero past the last token or column. #}
-{% macro fetch(source, token, head, heads, column) %}
+{% macro quad(lane, lanes, j, count) -%}
+{{ "(%s * %du + %du)" % (lane, count, j) if f16 else "(%s + %du)" % (lane, lanes * j) }}
+{%- endmacro %}
+
+{% macro place(row, quad, pitch) -%}
+(({{ row }}) * {{ pitch }}u + (({{ quad }}) ^ ((({{ row }}) / 4u * {{ 2 if f16 else 1 }}u) & {{ pitch - 1 }}u)))
+{%- endmacro %}
+
+{# var NAME: the four columns from `column` of a token's head. Past the last token it is the last; past E, zero. #}
+{% macro fetch(name, source, token, head, heads, column) %}
+{% set at = BASES[source] ~ "((row_start + %s) * %du + %s) * %du + %s" % (token if WHOLE else "min(%s, %du)" % (token, S - 1), heads, head, E, column) %}
+      var {{ name }} = vec4<f32>();
 {% if E % 4 == 0 %}
-    var value = vec4<f32>();
-    if ({{ token }} < {{ S }}u && {{ column }} < {{ E }}u) {
-      value = {{ source }}[(((row_start + {{ token }}) * {{ heads }}u + {{ head }}) * {{ E }}u + {{ column }}) / 4u];
-    }
+{% if E == EP %}
+      {{ name }} = {{ source }}[({{ at }}) / 4u];
 {% else %}
-    var value = vec4<f32>();
-    for (var x = 0u; x < 4u; x++) {
-      if ({{ token }} < {{ S }}u && {{ column }} + x < {{ E }}u) {
-        value[x] = {{ source }}[((row_start + {{ token }}) * {{ heads }}u + {{ head }}) * {{ E }}u + {{ column }} + x];
+      if ({{ column }} < {{ E }}u) { {{ name }} = {{ source }}[({{ at }}) / 4u]; }
+{% endif %}
+{% else %}
+      for (var x = 0u; x < 4u; x++) {
+        if ({{ column }} + x < {{ E }}u) { {{ name }}[x] = {{ source }}[{{ at }} + x]; }
       }
-    }
 {% endif %}
 {% endmacro %}
 
-{# Stage columns 32*c.. of 32 tokens from `first`, of one head. #}
-{% macro stage(tile, source, first, head, heads, c) %}
-  for (var i = thread; i < 256u; i += 64u) {
-    let token = {{ first }} + i / 8u;
-    let column = {{ 32 * c }}u + (i % 8u) * 4u;
-    {{ fetch(source, "token", head, heads, "column") }}
-    {{ tile }}[(i / 8u) * PITCH + i % 8u] = value;
-  }
-{% endmacro %}
-
-{# NAMEij = sum over the head of A[4*ty + i] B[tx + 8*j]. #}
-{% macro scores(name, a, a_first, a_head, a_heads, b, b_first, b_head, b_heads) %}
-{% for i in range(4) %}{% for j in range(4) %}
-  var {{ name }}{{ i }}{{ j }} = 0.0;
-{% endfor %}{% endfor %}
-{% for c in range(CHUNKS) %}
-  workgroupBarrier();
-  {{ stage("left", a, a_first, a_head, a_heads, c) }}
-  {{ stage("right", b, b_first, b_head, b_heads, c) }}
-  workgroupBarrier();
-  for (var e = 0u; e < 8u; e++) {
+{# TILE[column][token]: `width` columns from `column` on, of `tokens` tokens from `first` on. #}
+{% macro stage_turned(tile, base, pitch, source, first, tokens, head, heads, column, width, factor) %}
+    for (var block = thread; block < {{ tokens * width // 16 }}u; block += {{ THREADS }}u) {
+      let e = block % {{ width // 4 }}u * 4u;
+      let t = block / {{ width // 4 }}u;
 {% for i in range(4) %}
-    let a{{ i }} = left[(4u * ty + {{ i }}u) * PITCH + e];
-    let b{{ i }} = right[(tx + {{ 8 * i }}u) * PITCH + e];
+      let token{{ i }} = {{ first }} + t * 4u + {{ i }}u;
+      {{ fetch("value%d" % i, source, "token%d" % i, head, heads, "(%s + e)" % column) }}
 {% endfor %}
-{% for x in range(4) %}{% for i in range(4) %}{% for j in range(4) %}
-    {{ name }}{{ i }}{{ j }} = fma(a{{ i }}[{{ x }}], b{{ j }}[{{ x }}], {{ name }}{{ i }}{{ j }});
-{% endfor %}{% endfor %}{% endfor %}
-  }
+{% for i in range(4) %}
+      {{ tile }}[{{ place("%s + e + %du" % (base, i), "t", pitch) }}] =
+        vec4<{{ T }}>(vec4<f32>(value0[{{ i }}], value1[{{ i }}], value2[{{ i }}], value3[{{ i }}]){{ factor }});
 {% endfor %}
+    }
 {% endmacro %}
 
-{% macro declare(name) %}
-{% for c in range(CHUNKS) %}{% for i in range(4) %}
-  var {{ name }}{{ c }}_{{ i }} = vec4<f32>();
+{# TILE[token][column]: every column of `tokens` tokens from `first` on. #}
+{% macro stage(tile, source, first, tokens, head, heads) %}
+    for (var i = thread; i < {{ tokens * EP // 4 }}u; i += {{ THREADS }}u) {
+      let token = {{ first }} + i / {{ EP // 4 }}u;
+      let e = i % {{ EP // 4 }}u * 4u;
+      {{ fetch("value", source, "token", head, heads, "e") }}
+      {{ tile }}[i] = {{ "vec4<f16>(value)" if f16 else "value" }};
+    }
+{% endmacro %}
+
+{% macro declare(name, columns) %}
+{% for i in range(8) %}{% for j in range(columns) %}
+  var {{ name }}{{ i }}_{{ j }} = vec4<f32>();
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Leave a product NAMEij in a tile, so that `combine` finds the four rows of an invocation in one vec4. #}
-{% macro keep(tile, name) %}
-{% for j in range(4) %}
-  {{ tile }}[(tx + {{ 8 * j }}u) * PITCH + ty] =
-    vec4<f32>({{ name }}0{{ j }}, {{ name }}1{{ j }}, {{ name }}2{{ j }}, {{ name }}3{{ j }});
-{% endfor %}
-{% endmacro %}
-
-{# NAME[4*ty + i] += sum over the others of TILE[other][4*ty + i] B[other]. #}
-{% macro combine(name, tile, b, b_first, b_head, b_heads) %}
-{% for c in range(CHUNKS) %}
-  workgroupBarrier();
-  {{ stage("right", b, b_first, b_head, b_heads, c) }}
-  workgroupBarrier();
-  for (var t = 0u; t < 32u; t++) {
-    let w = {{ tile }}[t * PITCH + ty];
-    let b = right[t * PITCH + tx];
-{% for i in range(4) %}
-    {{ name }}{{ c }}_{{ i }} = fma(vec4<f32>(w[{{ i }}]), b, {{ name }}{{ c }}_{{ i }});
-{% endfor %}
-  }
-{% endfor %}
-{% endmacro %}
-
-{# out[4*ty + i] = NAME, times FACTORS[i] where given. #}
-{% macro store(out, name, first, head, heads, factors) %}
-{% for i in range(4) %}
-  {
-    let token = {{ first }} + 4u * ty + {{ i }}u;
-    if (token < {{ S }}u) {
-      let start = ((row_start + token) * {{ heads }}u + {{ head }}) * {{ E }}u + 4u * tx;
-{% for c in range(CHUNKS) %}
-{% set value = name ~ c ~ "_" ~ i ~ (" * " ~ factors ~ "[" ~ i ~ "]" if factors else "") %}
-{% if E % 4 == 0 %}
-      if ({{ 32 * c }}u + 4u * tx < {{ E }}u) { {{ out }}[(start + {{ 32 * c }}u) / 4u] = {{ value }}; }
+{# NAMEi_j += sum over `steps` of A[a_row + step][row i] B[b_row + step][columns j]; the swizzled tiles have a power of two
+   as pitch. #}
+{% macro multiply(name, a, a_row, a_pitch, b, b_row, b_pitch, swizzled, columns, steps) %}
+{% set chunk = [CHUNK, steps] | min %}
+{% set sum = "half" if f16 else name %}
+{% set unroll = [UNROLL, chunk] | min %}
+    for (var chunk = 0u; chunk < {{ steps }}u; chunk += {{ chunk }}u) {
+{% if f16 %}{% for i in range(8) %}{% for j in range(columns) %}
+      var half{{ i }}_{{ j }} = vec4<f16>();
+{% endfor %}{% endfor %}{% endif %}
+      for (var step = 0u; step < {{ chunk }}u; step += {{ unroll }}u) {
+{% for u in range(unroll) %}
+        {
+          let row = chunk + step + {{ u }}u;
+{% for i in range(2) %}
+{% if f16 and i %}
+          let a1 = {{ a }}[at_a0 + 1u];
 {% else %}
-{% for x in range(4) %}
-      if ({{ 32 * c + x }}u + 4u * tx < {{ E }}u) { {{ out }}[start + {{ 32 * c + x }}u] = ({{ value }})[{{ x }}]; }
-{% endfor %}
+          let at_a{{ i }} = {{ place("%s + row" % a_row, quad("ty", TY, i, 2), a_pitch) }};
+          let a{{ i }} = {{ a }}[at_a{{ i }}];
 {% endif %}
+{% endfor %}
+{% for j in range(columns) %}
+{% if not swizzled %}
+          let b{{ j }} = {{ b }}[({{ b_row }} + row) * {{ b_pitch }}u + {{ quad("tx", TX, j, columns) }}];
+{% elif f16 and j %}
+          let b{{ j }} = {{ b }}[at_b0 + {{ j }}u];
+{% else %}
+          let at_b{{ j }} = {{ place("%s + row" % b_row, quad("tx", TX, j, columns), b_pitch) }};
+          let b{{ j }} = {{ b }}[at_b{{ j }}];
+{% endif %}
+{% endfor %}
+{% for i in range(8) %}{% for j in range(columns) %}
+          {{ sum }}{{ i }}_{{ j }} = fma(vec4<{{ T }}>(a{{ i // 4 }}[{{ i % 4 }}]), b{{ j }}, {{ sum }}{{ i }}_{{ j }});
+{% endfor %}{% endfor %}
+        }
+{% endfor %}
+      }
+{% if f16 %}{% for i in range(8) %}{% for j in range(columns) %}
+      {{ name }}{{ i }}_{{ j }} += vec4<f32>(half{{ i }}_{{ j }});
+{% endfor %}{% endfor %}{% endif %}
+    }
+{% endmacro %}
+
+{# Which row of its tile row i of an invocation is. #}
+{% macro row(i) -%}
+({{ quad("ty", TY, i // 4, 2) }} * 4u + {{ i % 4 }}u)
+{%- endmacro %}
+
+{% macro put(out, at, value, zero, add) -%}
+{{ out }}[{{ at }}] = {{ value }}{{ " + select(%s, %s[%s], %s)" % (zero, out, at, add) if add }};
+{%- endmacro %}
+
+{# OUT [tokens, heads, E] at row i's token and the columns of an invocation: = or, where `add` holds, +=. #}
+{% macro store(out, name, columns, first, head, heads, factor, add) %}
+{% for i in range(8) %}
+  {
+    let token = {{ first }} + {{ row(i) }};
+    if (token < {{ S }}u) {
+      let start = {{ BASES[out] }}((row_start + token) * {{ heads }}u + {{ head }}) * {{ E }}u;
+{% for j in range(columns) %}
+      {
+        let e = {{ quad("tx", TX, j, columns) }} * 4u;
+        let value = {{ name }}{{ i }}_{{ j }}{{ factor[i] }};
+{% if E % 4 == 0 %}
+        if (e < {{ E }}u) { {{ put(out, "(start + e) / 4u", "value", "vec4<f32>()", add) }} }
+{% else %}
+        for (var x = 0u; x < 4u; x++) {
+          if (e + x < {{ E }}u) { {{ put(out, "start + e + x", "value[x]", "0.0", add) }} }
+        }
+{% endif %}
+      }
 {% endfor %}
     }
   }
 {% endfor %}
 {% endmacro %}
-
-fn attends(query: u32, key: u32, segment: u32) -> bool {
-  return key <= query && key >= segment && query < {{ S }}u;
-}

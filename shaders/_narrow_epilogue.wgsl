@@ -5,11 +5,12 @@
   if (group.z == 0u) {
 {% endif %}
   for (var r = 0u; r < {{ R }}u; r++) {
-{% for column in columns %}
+{% for column in columns %}{% set j = loop.index0 %}
 {% if width == 4 %}
-    let q{{ loop.index0 }} = vec4<f32>({% for x in range(4) %}q[({{ column }} + {{ x }}u) * {{ q_n }}u + r * {{ q_r }}u]{{ ", " if x < 3 }}{% endfor %}) * f32({{ beta }});
+    let column{{ j }} = {{ "min(%s, %du)" % (column, N - 4) if N % BN else column }};
+    let q{{ j }} = vec4<f32>({% for x in range(4) %}q[(column{{ j }} + {{ x }}u) * {{ q_n }}u + r * {{ q_r }}u]{{ ", " if x < 3 }}{% endfor %}) * f32({{ beta }});
 {% else %}
-    let q{{ loop.index0 }} = q[({{ column }}) * {{ q_n }}u + r * {{ q_r }}u] * f32({{ beta }});
+    let q{{ j }} = q[({{ column }}) * {{ q_n }}u + r * {{ q_r }}u] * f32({{ beta }});
 {% endif %}
 {% endfor %}
 {% for row in rows %}{% set i = loop.index0 %}
@@ -28,10 +29,11 @@
 {% for row in rows %}{% set i = loop.index0 %}
   if ({{ row }} < {{ M }}u) {
 {% for column in columns %}
-    {
+    {{ "if (%s < %du) " % (column, N) if N % BN }}{
       let n = {{ column }};
-      let at = ({{ "group.z * %du + " % M if slices > 1 }}{{ row }}) * {{ N }}u + n;
-      c[at / {{ width }}u] = acc{{ i }}_{{ loop.index0 }}{{ " + bias[n / %du]" % width if bias }}{{ " + %s[at / %du]" % (residual, width) if residual }};
+      let at = {{ "%du + " % c_base if c_base }}({{ "group.z * %du + " % M if slices > 1 }}{{ row }}) * {{ ldc }}u + n;
+      let value = acc{{ i }}_{{ loop.index0 }}{{ " + bias[n / %du]" % width if bias }}{{ " + %s[at / %du]" % (residual, width) if residual }};
+      c[at / {{ width }}u] = {{ "vec%d<f16>(value)" % width if c_format == "f16" else "value" }};
     }
 {% endfor %}
   }

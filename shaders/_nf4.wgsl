@@ -1,10 +1,12 @@
 // The NF4 codebook, block scales and the rounding of a quantisation state, bit for bit as nf4.py.
-// Call fill_codebook first: an array in registers cannot be indexed by data, and one in private memory is slow.
+// Call fill_codebook first: an array in registers cannot be indexed by data, and one in private memory is slow. It ends
+// with a barrier.
 var<workgroup> codebook: array<f32, 16>;
 
 fn fill_codebook(thread: u32) {
-  var values = array<f32, 16>({{ codebook }});
-  if (thread < 16u) { codebook[thread] = values[thread]; }
+{% for value in codebook %}
+  if (thread == {{ loop.index0 }}u) { codebook[{{ loop.index0 }}] = {{ value }}; }
+{% endfor %}
   workgroupBarrier();
 }
 

@@ -1,84 +1,74 @@
 {% import "_attention.wgsl" as parts with context %}
-// Gradients of attention.wgsl (FlashAttention-2, Dao, arXiv 2307.08691, algorithm 2). `=`.
-//   P = exp(scale q k^T - lse), dP = dout v^T, dS = scale P (dP - delta);  dq = dS k, dk = dS^T q, dv = P^T dout
-// statistics [2, B, S, H] holds lse, then delta = sum(out dout). No two workgroups add to one element:
-{% if mode == "query" %}
-// here a workgroup owns 32 queries of a head and computes their dq. Grid: (ceil(S / 32), H, B).
-{% else %}
-// here a workgroup owns 32 keys and computes dk and dv of them: over all query heads of their group, or, where
-// MEMBERS = 1, of one query head into its own slice of [B, S, H, E], to be summed by attention_group_sum.
-// Grid: (ceil(S / 32), H / MEMBERS, B).
-{% endif %}
-{% include "_attention.wgsl" %}
+// The second half of attention's gradient: products of the blocks that attention_slopes left.
+//   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
+// A workgroup owns 64 tokens of one of the three; dk and dv are by query head, [rows, S, OUT_HEADS, E], to be summed over
+// the group where there is one. `=`; keys before query block FIRST have been met by earlier launches: `+=`.
+// Grid: (rows * HEADS, 3 for dq, dk and dv, END), the longest sums first.
+{% set T = parts.T %}
+var<workgroup> tile_a: array<vec4<{{ T }}>, {{ CK * 16 }}>;
+var<workgroup> tile_b: array<vec4<{{ T }}>, {{ CK * EP // 4 }}>;
 
-{# sij becomes P, pij becomes dS, for query QUERY and key KEY of the place (i, j). #}
-{% macro slope(i, j, query, key, lse, delta, segment) %}
-      {
-        let seen = attends({{ query }}, {{ key }}, {{ segment }});
-        let weight = select(0.0, exp(min(s{{ i }}{{ j }} * {{ scale }} - {{ lse }}, 0.0)), seen);
-        s{{ i }}{{ j }} = weight;
-        p{{ i }}{{ j }} = weight * (p{{ i }}{{ j }} - {{ delta }}) * {{ scale }};
-      }
-{% endmacro %}
-
-{% macro facts(n, query, head) %}
-      let query{{ n }} = {{ query }};
-      let at{{ n }} = (row_start + min(query{{ n }}, {{ S - 1 }}u)) * {{ H }}u + {{ head }};
-      let lse{{ n }} = statistics[at{{ n }}];
-      let delta{{ n }} = statistics[{{ B * S * H }}u + at{{ n }}];
-      let segment{{ n }} = segment_start[row_start + min(query{{ n }}, {{ S - 1 }}u)];
-{% endmacro %}
-
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ THREADS }})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let tx = thread % 8u;
-  let ty = thread / 8u;
-  let row_start = group.z * {{ S }}u;
-{% if mode == "query" %}
-  let q0 = ({{ (S + 31) // 32 - 1 }}u - group.x) * 32u; // the longest first
-  let head = group.y;
+  let tx = thread % {{ TX }}u;
+  let ty = thread / {{ TX }}u;
+  let head = group.x % {{ HEADS }}u;
   let kv_head = head / {{ H // K }}u;
+  let row_start = (group.x / {{ HEADS }}u) * {{ S }}u;
+  let of_query = group.y == 0u;
+  let own = select(group.z, {{ END - 1 }}u - min(group.z, {{ END - 1 }}u), of_query);
+  let segments = {{ BASES.segment_start }}row_start;
+  let earliest = min(segment_start[segments + own * 64u], own * 64u) / 64u;
+  let begin = select(max(own, {{ FIRST }}u), earliest, of_query);
+  var stop = select({{ END }}u, own + 1u, of_query);
+  if (of_query && own < {{ FIRST }}u) { stop = begin; }
+  {{ parts.declare("o", 2) }}
+  for (var block = begin; block < stop; block++) {
+    if (!of_query && segment_start[segments + block * 64u] >= own * 64u + 64u) { break; }
+    let i = select(block, own, of_query);
+    let j = select(own, block, of_query);
+    let pair = i * (i + 1u) / 2u - {{ FIRST * (FIRST + 1) // 2 }}u + j;
+    let start = (group.x * {{ PAIRS }}u + pair) * 2048u + select(1024u, 0u, group.y == 2u);
+    for (var c = 0u; c < 64u; c += {{ CK }}u) {
+      let first = block * 64u + c;
+      workgroupBarrier();
+      if (of_query) {
+        for (var n = thread; n < {{ CK * 4 }}u; n += {{ THREADS }}u) {
+          let key = n % {{ CK // 4 }}u;
+          let query = n / {{ CK // 4 }}u;
 {% for i in range(4) %}
-  {{ facts(i, "q0 + 4u * ty + %du" % i, "head") }}
+          let value{{ i }} = slopes[start + (query * 4u + {{ i }}u) * 16u + c / 4u + key];
 {% endfor %}
-  {{ parts.declare("dq_") }}
-  let last = min(q0 + 31u, {{ S - 1 }}u);
-  for (var k0 = segment_start[row_start + q0] / 32u * 32u; k0 <= last; k0 += 32u) {
-    {{ parts.scores("s", "q", "q0", "head", H, "k", "k0", "kv_head", K) }}
-    {{ parts.scores("p", "dout", "q0", "head", H, "v", "k0", "kv_head", K) }}
-{% for i in range(4) %}{% for j in range(4) %}
-    {{ slope(i, j, "query%d" % i, "k0 + tx + %du" % (8 * j), "lse%d" % i, "delta%d" % i, "segment%d" % i) }}
-{% endfor %}{% endfor %}
-    {{ parts.keep("weights", "p") }}
-    {{ parts.combine("dq_", "weights", "k", "k0", "kv_head", K) }}
-  }
-  {{ parts.store("dq", "dq_", "q0", "head", H, "") }}
-{% else %}
-  let k0 = group.x * 32u;
-  let kv_head = group.y / {{ H // K // MEMBERS }}u;
-  let last_key = k0 + 31u;
-  {{ parts.declare("dk_") }}
-  {{ parts.declare("dv_") }}
-  for (var member = 0u; member < {{ MEMBERS }}u; member++) {
-    let head = group.y * {{ MEMBERS }}u + member;
-    for (var q0 = k0; q0 < {{ S }}u; q0 += 32u) {
-      if (segment_start[row_start + q0] > last_key) { break; }
-{% for j in range(4) %}
-      {{ facts(j, "q0 + tx + %du" % (8 * j), "head") }}
+{% for i in range(4) %}
+          tile_a[{{ parts.place("key * 4u + %du" % i, "query", 16) }}] =
+            vec4<{{ T }}>(value0[{{ i }}], value1[{{ i }}], value2[{{ i }}], value3[{{ i }}]);
 {% endfor %}
-      {{ parts.scores("s", "k", "k0", "kv_head", K, "q", "q0", "head", H) }}
-      {{ parts.scores("p", "v", "k0", "kv_head", K, "dout", "q0", "head", H) }}
-{% for i in range(4) %}{% for j in range(4) %}
-      {{ slope(i, j, "query%d" % j, "k0 + 4u * ty + %du" % i, "lse%d" % j, "delta%d" % j, "segment%d" % j) }}
-{% endfor %}{% endfor %}
-      {{ parts.keep("weights", "p") }}
-      workgroupBarrier(); // everybody has read `left`, which holds P from here on
-      {{ parts.keep("left", "s") }}
-      {{ parts.combine("dk_", "weights", "q", "q0", "head", H) }}
-      {{ parts.combine("dv_", "left", "dout", "q0", "head", H) }}
+        }
+        {{ parts.stage("tile_b", "k", "first", CK, "kv_head", K) }}
+      } else {
+        for (var n = thread; n < {{ CK * 16 }}u; n += {{ THREADS }}u) {
+          tile_a[{{ parts.place("n / 16u", "n % 16u", 16) }}] = slopes[start + c * 16u + n];
+        }
+        if (group.y == 1u) {
+          {{ parts.stage("tile_b", "q", "first", CK, "head", H) }}
+        } else {
+          {{ parts.stage("tile_b", "dout", "first", CK, "head", H) }}
+        }
+      }
+      workgroupBarrier();
+      {{ parts.multiply("o", "tile_a", "0u", 16, "tile_b", "0u", EP // 4, false, 2, CK) }}
     }
   }
-  {{ parts.store("dk", "dk_", "k0", "group.y", H // MEMBERS, "") }}
-  {{ parts.store("dv", "dv_", "k0", "group.y", H // MEMBERS, "") }}
-{% endif %}
+{% set scaled = [" * " ~ scale] * 8 %}
+{% set before = "own < %du" % FIRST if FIRST else "" %}
+  let own0 = own * 64u;
+  if (of_query) {
+    if (own >= {{ FIRST }}u) {
+      {{ parts.store("dq", "o", 2, "own0", "head", H, scaled, "") }}
+    }
+  } else if (group.y == 1u) {
+    {{ parts.store("dk", "o", 2, "own0", "head", OUT_HEADS, scaled, before) }}
+  } else {
+    {{ parts.store("dv", "o", 2, "own0", "head", OUT_HEADS, [""] * 8, before) }}
+  }
 }

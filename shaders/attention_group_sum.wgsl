@@ -1,5 +1,6 @@
 // dk[t, k, e] = sum over the query heads of group k of partial_k[t, h, e], and dv likewise. `=`.
-// One invocation an element of [ROWS, K, E]. Grid: ceil(SIZE / 256), folded.
+// One invocation an element of [tokens, HEADS, E], HEADS of the K heads that a token has in dk and dv.
+// Grid: ceil(SIZE / 256), folded.
 {% include "_grid.wgsl" %}
 
 @compute @workgroup_size(256)
@@ -17,6 +18,7 @@ fn main(
     k += partial_k[first + member * {{ E }}u];
     v += partial_v[first + member * {{ E }}u];
   }
-  dk[i] = k;
-  dv[i] = v;
+  let at = (i / {{ HEADS * E }}u) * {{ K * E }}u + i % {{ HEADS * E }}u;
+  dk[{{ BASES.dk }}at] = k;
+  dv[{{ BASES.dv }}at] = v;
 }

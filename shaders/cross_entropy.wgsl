@@ -1,8 +1,14 @@
 // One row of logits [C, V] of the tokens first .. first + C: its loss and log-sum-exp (=), and, in place of the logits,
-// d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times upstream in the backward pass.
-// Rows whose target is negative cost nothing. One workgroup of 256 a row. Grid: C, folded.
+// d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times `scale` and, in the backward pass, times
+// upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time. Rows whose target is negative cost nothing.
+// Maximum and sum of exponentials are found in one pass, rescaled as the maximum grows (arXiv 1805.02867, algorithm 3).
+// One workgroup of 256 a row. Grid: C, folded.
 {% include "_grid.wgsl" %}
 {% include "_reduce.wgsl" %}
+{% set values = "f32" if VECTOR == 1 else "vec4<f32>" %}
+{% set stored = format if VECTOR == 1 else "vec4<%s>" % format %}
+{% macro largest(v) %}{{ v if VECTOR == 1 else "max(max(%s.x, %s.y), max(%s.z, %s.w))" % (v, v, v, v) }}{% endmacro %}
+{% macro sum_of(v) %}{{ v if VECTOR == 1 else "dot(%s, vec4<f32>(1.0))" % v }}{% endmacro %}
 
 @compute @workgroup_size({{ WIDTH }})
 fn main(
@@ -11,40 +17,47 @@ fn main(
   @builtin(local_invocation_index) thread: u32,
 ) {
   let row = linear_workgroup(group, groups);
-  let end = select(0u, {{ V }}u, row < {{ C }}u);
-  let start = row * {{ V }}u;
+  let end = select(0u, {{ V // VECTOR }}u, row < {{ C }}u);
+  let start = row * {{ V // VECTOR }}u;
   let token = {{ first }}u + row;
   var goal = -1;
   if (end > 0u) { goal = targets[token]; }
 {% if mode == "slopes" %}
   var top = 0.0;
   if (end > 0u) { top = lse[token]; }
-  let factor = select(0.0, upstream[0], goal >= 0);
+  let factor = select(0.0, {{ scale }} * upstream[0], goal >= 0);
 {% else %}
   var highest = -3.4e38;
-  for (var i = thread; i < end; i += {{ WIDTH }}u) { highest = max(highest, logits[start + i]); }
-  highest = workgroup_max(highest, thread);
   var total = 0.0;
 {% if smoothed %}
   var sum = 0.0;
 {% endif %}
   for (var i = thread; i < end; i += {{ WIDTH }}u) {
-    total += exp(logits[start + i] - highest);
+    let value = {{ values }}(logits[start + i]);
+    let before = highest;
+    highest = max(highest, {{ largest("value") }});
+    let e = exp(value - highest);
+    total = total * exp(before - highest) + {{ sum_of("e") }};
 {% if smoothed %}
-    sum += logits[start + i];
+    sum += {{ sum_of("value") }};
 {% endif %}
   }
-  total = workgroup_sum(total, thread);
+  let peak = workgroup_max(highest, thread);
+  total = workgroup_sum(total * exp(highest - peak), thread);
 {% if smoothed %}
   let mean = workgroup_sum(sum, thread) / {{ V }}.0;
 {% endif %}
-  let top = highest + log(total);
-  let factor = select(0.0, 1.0, goal >= 0);
+  let top = peak + log(total);
+  let factor = select(0.0, {{ scale }}, goal >= 0);
   if (end > 0u && thread == 0u) {
     lse[token] = top;
     var loss = 0.0;
     if (goal >= 0) {
-      loss = top - logits[start + u32(goal)];
+{% if VECTOR == 1 %}
+      loss = top - f32(logits[start + u32(goal)]);
+{% else %}
+      loss = top - f32(logits[start + u32(goal) / 4u][u32(goal) % 4u]);
+{% endif %}
 {% if smoothed %}
       loss = {{ keep }} * loss + {{ smoothing }} * (top - mean);
 {% endif %}
@@ -57,9 +70,13 @@ fn main(
   workgroupBarrier();
   storageBarrier();
   for (var i = thread; i < end; i += {{ WIDTH }}u) {
-    var slope = exp(logits[start + i] - top){{ " - " ~ share if smoothed else "" }};
+    var slope = exp({{ values }}(logits[start + i]) - top){{ " - " ~ share if smoothed else "" }};
+{% if VECTOR == 1 %}
     if (i32(i) == goal) { slope -= {{ keep }}; }
-    logits[start + i] = slope * factor;
+{% else %}
+    slope -= select(vec4<f32>(), vec4<f32>({{ keep }}), vec4<i32>(i32(i) * 4) + vec4<i32>(0, 1, 2, 3) == vec4<i32>(goal));
+{% endif %}
+    logits[start + i] = {{ stored }}(slope * factor);
   }
 {% endif %}
 }

@@ -16,10 +16,10 @@
 var<workgroup> tile_a: array<vec4<f32>, {{ SIZE_A * buffers }}>;
 var<workgroup> tile_b: array<vec4<f32>, {{ SIZE_B * buffers }}>;
 
-{# Whether an operand is read as plain vectors, without conversion or guard. Then it is read in place: a function that is
-   called, and a shift in an address, each cost a tenth of the speed. Vectors are counted in fours throughout. #}
+{# Whether an operand is read as plain vectors, without guard and at most shifted from bf16. Then it is read in place: a
+   function that is called, and a shift in an address, each cost a tenth of the speed. Vectors are counted in fours. #}
 {% macro plain(operand) %}
-{{ "yes" if operand.vector and operand.format == "f32" and not operand.guard_majors and not operand.guard_minors }}
+{{ "yes" if operand.vector and operand.format in ("f32", "bf16") and not operand.guard_majors and not operand.guard_minors }}
 {%- endmacro %}
 {% macro fetch(name, operand) %}
 {% if not plain(operand) | trim %}
@@ -54,7 +54,12 @@ fn fetch_{{ name }}(major: u32, quad: u32) -> vec4<f32> {
 {% if plain(operand) | trim %}
       let at = {{ operand.base // 4 }}u + ({{ major }}) * {{ operand.stride // 4 }}u + {{ quad }};
 {% for i in range(4) %}
+{% if operand.format == "bf16" %}
+      let word{{ i }} = {{ source }}[at + {{ i * operand.stride // 4 }}u];
+      {{ registers }}_{{ i }} = bitcast<vec4<f32>>(vec4<u32>(word{{ i }}.x << 16u, word{{ i }}.x & 0xffff0000u, word{{ i }}.y << 16u, word{{ i }}.y & 0xffff0000u));
+{% else %}
       {{ registers }}_{{ i }} = {{ source }}[at + {{ i * operand.stride // 4 }}u];
+{% endif %}
 {% endfor %}
 {% else %}
 {% for i in range(4) %}

@@ -1,13 +1,15 @@
 // x [M, K] f32 as operand of a low-precision product that contracts over K, a multiple of 64 (=).
 {% if arithmetic == "f16" %}
-// out [M, K] f16, each value rounded; what passes 65,504 becomes infinite.
+// out [M, K] f16, each value rounded; what passes 65,504 becomes infinite. One invocation four consecutive values.
 {% else %}
 // out [M, K] int8, four to a u32, and scales [K / 64, M] f32: blocks of 64 along K, scale = absmax / 127,
-// code = round(x / scale). A value that is not finite makes its block's scale NaN, so that it is not lost.
+// code = round(x / scale). A value from 2^117 on makes its block's scale NaN, so that an overflow is not lost.
+// One invocation sixteen consecutive values, four to a block.
 {% endif %}
-// One invocation four consecutive values, sixteen to a block. Grid: ceil(M * K / 1024), folded.
+// Grid: one invocation each, 256 a workgroup, folded.
 {% include "_grid.wgsl" %}
 {% if arithmetic == "int8" %}
+{% include "_int8.wgsl" %}
 var<workgroup> largest: array<f32, 256>;
 {% endif %}
 
@@ -21,22 +23,27 @@ fn main(
 {% if arithmetic == "f16" %}
   if (i < {{ M * K // 4 }}u) { out[i] = vec4<f16>(x[i]); }
 {% else %}
-  let inside = i < {{ M * K // 4 }}u;
-  let value = x[min(i, {{ M * K // 4 - 1 }}u)];
-  let size = abs(value);
+  let at = min(i, {{ M * K // 16 - 1 }}u);
+{% for j in range(4) %}
+  let value{{ j }} = x[at * 4u + {{ j }}u];
+{% endfor %}
+  let size = max(max(abs(value0), abs(value1)), max(abs(value2), abs(value3)));
   largest[thread] = max(max(size.x, size.y), max(size.z, size.w));
-  let finite = all((bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u)) != vec4<u32>(0x7f800000u));
-  if (!finite) { largest[thread] = bitcast<f32>(0x7f800000u + min(thread, 0u)); }
+{% for j in range(4) %}
+  let broken{{ j }} = (bitcast<vec4<u32>>(value{{ j }}) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+{% endfor %}
+  if (any(broken0) || any(broken1) || any(broken2) || any(broken3)) {
+    largest[thread] = bitcast<f32>(0x7f800000u + min(thread, 0u));
+  }
   workgroupBarrier();
-  var absmax = 0.0;
-  for (var j = 0u; j < 16u; j++) { absmax = max(absmax, largest[(thread & 240u) + j]); }
-  let inverse = select(0.0, 127.0 / absmax, absmax > 0.0);
-  if (inside) {
-    out[i] = pack4xI8(vec4<i32>(round(value * inverse)));
-    if ((thread & 15u) == 0u) {
-      let block = i >> 4u;
-      let broken = (bitcast<u32>(absmax) & 0x7f800000u) == 0x7f800000u;
-      let scale = select(absmax * {{ over_127 }}, bitcast<f32>(0x7fc00000u + min(thread, 0u)), broken);
+  let four = thread & 252u;
+  let absmax = max(max(largest[four], largest[four + 1u]), max(largest[four + 2u], largest[four + 3u]));
+  let inverse = inverse_of(absmax);
+  if (i == at) {
+    out[i] = vec4<u32>({% for j in range(4) %}pack4xI8(vec4<i32>(round(value{{ j }} * inverse))){{ ", " if j < 3 }}{% endfor %});
+    if ((thread & 3u) == 0u) {
+      let block = i >> 2u;
+      let scale = select(absmax * {{ over_127 }}, bitcast<f32>(0x7fc00000u + min(thread, 0u)), bitcast<u32>(absmax) >= 0x7a000000u);
       scales[(block % {{ K // 64 }}u) * {{ M }}u + block / {{ K // 64 }}u] = scale;
     }
   }

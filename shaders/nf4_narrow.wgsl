@@ -1,13 +1,15 @@
 // An NF4 weight [N, K] as operand of a low-precision product that contracts over K, K a multiple of 64 (=).
 {% if arithmetic == "f16" %}
-// out [N, K] f16: the weight's values rounded to binary16.
+// out [N, K] f16: the weight's values rounded to binary16. One invocation four codes: half a word.
 {% else %}
 // out [N, K] int8, four to a u32, and scales [K / 64, N] f32: NF4's blocks lie along K, so a block's scale is its absmax
-// over 127, and a code's int8 is its entry of the codebook times 127, rounded.
+// over 127, and a code's int8 is its entry of the codebook times 127, rounded. One invocation sixteen codes: two words.
 {% endif %}
-// One invocation a word of eight codes, the first of two in the high nibble. Grid: ceil(N * K / 2048), folded.
+// Neighbours write side by side. The first of two codes is in the high nibble. Grid: one invocation each, 256 a workgroup,
+// folded.
 {% include "_grid.wgsl" %}
 {% include "_nf4.wgsl" %}
+{% set CODES = 4 if arithmetic == "f16" else 16 %}
 {% if arithmetic == "int8" %}
 var<workgroup> bytes: array<u32, 16>; // the codebook in int8
 {% endif %}
@@ -18,32 +20,36 @@ fn main(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
+  let i = linear_workgroup(group, groups) * 256u + thread;
+  let at = min(i, {{ N * K // CODES - 1 }}u);
+  let block = at / {{ 64 // CODES }}u;
 {% if arithmetic == "f16" %}
-  fill_codebook(thread);
-{% else %}
-  var values = array<u32, 16>({{ bytes }});
-  if (thread < 16u) { bytes[thread] = values[thread]; }
-  workgroupBarrier();
-{% endif %}
-  let word = linear_workgroup(group, groups) * 256u + thread;
-  if (word >= {{ N * K // 8 }}u) { return; }
-  let bits = codes[word];
-  let block = word >> 3u;
-{% if arithmetic == "f16" %}
+  let words = codes[at >> 2u];
   let scale = scale_of(block);
-{% for i in range(8) %}
+  fill_codebook(thread);
+  let bits = select(words.x, words.y, (at & 2u) != 0u) >> (16u * (at & 1u));
+{% for i in range(4) %}
   let value{{ i }} = rounded(codebook[(bits >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u] * scale);
 {% endfor %}
-  out[word * 2u] = vec4<f16>(vec4<f32>(value0, value1, value2, value3));
-  out[word * 2u + 1u] = vec4<f16>(vec4<f32>(value4, value5, value6, value7));
+  if (i == at) { out[i] = vec4<f16>(vec4<f32>(value0, value1, value2, value3)); }
 {% else %}
-{% for i in range(8) %}
-  let byte{{ i }} = bytes[(bits >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u];
+  let bits = codes[at];
+{% for byte in bytes %}
+  if (thread == {{ loop.index0 }}u) { bytes[{{ loop.index0 }}] = {{ byte }}u; }
 {% endfor %}
-  out[word * 2u] = byte0 | (byte1 << 8u) | (byte2 << 16u) | (byte3 << 24u);
-  out[word * 2u + 1u] = byte4 | (byte5 << 8u) | (byte6 << 16u) | (byte7 << 24u);
-  if ((word & 7u) == 0u) {
-    scales[(block % {{ K // 64 }}u) * {{ N }}u + block / {{ K // 64 }}u] = scale_of(block) * {{ over_127 }};
+  workgroupBarrier();
+{% for word in range(2) %}{% for i in range(8) %}
+  let byte{{ word }}{{ i }} = bytes[(bits[{{ word }}] >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u];
+{% endfor %}{% endfor %}
+  if (i == at) {
+    out[i] = vec4<u32>(
+{% for word in range(2) %}{% for i in (0, 4) %}
+      byte{{ word }}{{ i }} | (byte{{ word }}{{ i + 1 }} << 8u) | (byte{{ word }}{{ i + 2 }} << 16u) | (byte{{ word }}{{ i + 3 }} << 24u),
+{% endfor %}{% endfor %}
+    );
+    if ((i & 3u) == 0u) {
+      scales[(block % {{ K // 64 }}u) * {{ N }}u + block / {{ K // 64 }}u] = scale_of(block) * {{ over_127 }};
+    }
   }
 {% endif %}
 }

@@ -1,35 +1,42 @@
-// RMS and layer normalisation of [ROWS, N] over N, and their gradients with respect to the input. `=`.
+// RMS and layer normalisation of [ROWS, N] over N, and their gradients with respect to the input. `=`, or `+=`.
 //   xhat = (x - average) rstd, y = xhat weight + bias;  dx = rstd (g - xhat mean(g xhat) - mean(g)), g = dy weight
-// RMS has neither average nor bias nor the last term. One workgroup of 64 a row. Grid: ROWS, folded.
+// RMS has neither average nor bias nor the last term. Vectors of {{ VEC }}; {{ SUMMED }} invocations a row.
+// Grid: ceil(ROWS / {{ 256 // SUMMED }}), folded.
+{% set WIDTH = 256 %}
+{% set STEPS = N // VEC %}
+{% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
+{% set layer = mode.startswith("layer") %}
 {% include "_grid.wgsl" %}
 {% include "_reduce.wgsl" %}
-{% set layer = mode.startswith("layer") %}
+{% include "_row_sum.wgsl" %}
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(256)
 fn main(
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
-  let row = linear_workgroup(group, groups);
-  let end = select(0u, {{ N }}u, row < {{ ROWS }}u);
-  let start = row * {{ N }}u;
+  let row = linear_workgroup(group, groups) * {{ 256 // SUMMED }}u + thread / {{ SUMMED }}u;
+  let lane = thread % {{ SUMMED }}u;
+  let end = select(0u, {{ STEPS }}u, row < {{ ROWS }}u);
+  let start = row * {{ STEPS }}u;
 {% if mode in ("rms_norm", "layer_norm") %}
   var mean = 0.0;
 {% if layer %}
-  for (var i = thread; i < end; i += 64u) { mean += x[start + i]; }
-  mean = workgroup_sum(mean, thread) / {{ N }}.0;
+  var total = {{ floats }}();
+  for (var i = lane; i < end; i += {{ SUMMED }}u) { total += x[start + i]; }
+  mean = row_sum(total, thread) / {{ N }}.0;
 {% endif %}
-  var square = 0.0;
-  for (var i = thread; i < end; i += 64u) {
+  var square = {{ floats }}();
+  for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let centred = x[start + i] - mean;
     square += centred * centred;
   }
-  let scale = 1.0 / sqrt(workgroup_sum(square, thread) / {{ N }}.0 + {{ eps }});
-  for (var i = thread; i < end; i += 64u) {
+  let scale = 1.0 / sqrt(row_sum(square, thread) / {{ N }}.0 + {{ eps }});
+  for (var i = lane; i < end; i += {{ SUMMED }}u) {
     y[start + i] = (x[start + i] - mean) * scale * weight[i]{{ " + bias[i]" if layer else "" }};
   }
-  if (end > 0u && thread == 0u) {
+  if (end > 0u && lane == 0u) {
     rstd[row] = scale;
 {% if layer %}
     average[row] = mean;
@@ -44,18 +51,19 @@ fn main(
     mean = average[row];
 {% endif %}
   }
-  var along = 0.0;
-  var total = 0.0;
-  for (var i = thread; i < end; i += 64u) {
+  var along_part = {{ floats }}();
+  var total_part = {{ floats }}();
+  for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let g = dy[start + i] * weight[i];
-    along += g * (x[start + i] - mean) * scale;
-    total += g;
+    along_part += g * (x[start + i] - mean) * scale;
+    total_part += g;
   }
-  along = workgroup_sum(along, thread) / {{ N }}.0;
-  total = {{ "workgroup_sum(total, thread) / %d.0" % N if layer else "0.0" }};
-  for (var i = thread; i < end; i += 64u) {
+  let along = row_sum(along_part, thread) / {{ N }}.0;
+  let total = {{ "row_sum(total_part, thread) / %d.0" % N if layer else "0.0" }};
+  for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let g = dy[start + i] * weight[i];
-    dx[start + i] = scale * (g - (x[start + i] - mean) * scale * along - total);
+    let slope = scale * (g - (x[start + i] - mean) * scale * along - total);
+    dx[start + i] = {{ residual ~ "[start + i] + " if residual }}slope;
   }
 {% endif %}
 }

@@ -119,7 +119,14 @@ def norms() -> list[Case]:
     cases.append(Case("rms_norm-by-head", (x(7, 3 * 24), param(24)), rms))
     cases.append(Case("rms_norm-many-rows", (x(131, 16), x(16)), rms))
     cases.append(Case("rms_norm-frozen", (x(5, 65), frozen(65)), rms))
+    cases.append(Case("rms_norm-residual", (x(5, 64), param(64)), lambda a, w: ops.add(a, ops.swish(rms(a, w)))))
+    cases.append(Case("layer_norm-residual", (x(7, 33), param(33), param(33)), _residual_layer))
     return cases
+
+
+def _residual_layer(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The gradient of `a` is the norm's plus one that is read again, so that the sum cannot take its place."""
+    return ops.add(ops.mul(a, a), ops.swish(ops.layer_norm(a, w, b, 1e-5)))
 
 
 def _table(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,10 +136,18 @@ def _table(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def ropes() -> list[Case]:
     """(tokens, heads, head size)."""
     cases = []
-    for tokens, heads, size in [(1, 1, 2), (17, 3, 6), (5, 2, 24), (33, 2, 64), (3, 1, 80)]:
+    for tokens, heads, size in [(1, 1, 2), (1, 1, 4), (17, 3, 6), (5, 2, 24), (33, 2, 64), (3, 1, 80)]:
         inputs = (x(tokens, heads * size), Input((50, size), "weight", "f32", _table), below(50, tokens))
         cases.append(Case(f"rope-{tokens}x{heads}x{size}", inputs, ops.rope))
+        if size == 2:  # a norm's gradient is orthogonal to x: of two elements hardly anything may be left
+            continue
+        learnt = param(size) if heads > 1 else frozen(size)
+        cases.append(Case(f"norm_rope-{tokens}x{heads}x{size}", (inputs[0], learnt, *inputs[1:]), _norm_rope))
     return cases
+
+
+def _norm_rope(a: Tensor, weight: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    return ops.norm_rope(a, weight, 1e-6, table, positions)
 
 
 def segment_starts(lengths: Sequence[Sequence[int]]) -> Input:
@@ -156,8 +171,10 @@ def attentions() -> list[Case]:
         "head-80": ([[17]], 2, 2, 80),
         "head-96": ([[33]], 2, 1, 96),
         "head-128": ([[34]], 4, 1, 128),
+        "head-256": ([[5]], 1, 1, 256),
         "packed": ([[1, 5, 1, 1, 20, 32, 5], [40, 1, 24]], 4, 2, 16),
         "packed-long": ([[1, 63, 1, 64, 4], [32, 32, 32, 1, 36]], 2, 1, 8),
+        "packed-across": ([[50, 40, 38]], 2, 1, 8),
         "single-tokens": ([[1] * 35], 2, 1, 8),
     }
     cases = []
@@ -331,6 +348,7 @@ def quantised() -> list[Case]:
         ("double", (96, 72), True, "float32"),
         ("odd", (5, 13), True, "bfloat16"),
         ("half", (17, 24), False, "float16"),
+        ("turned", (128, 64), True, "bfloat16"),
     ]:
         rng = np.random.default_rng(5)
         weight = nf4.Nf4Weight.from_dense(normal(rng, shape), double, dtype)
@@ -338,10 +356,13 @@ def quantised() -> list[Case]:
         kinds = {np.dtype(np.uint8): "u8", np.dtype(np.float32): "f32"}
         parts = tuple(Input(a.shape, "weight", kinds[a.dtype], lambda rng, s, a=a: a) for a in arrays)
 
-        def apply(a: Tensor, *tensors: Tensor, shape: Any = shape, dtype: str = dtype) -> Tensor:
-            return ops.matmul(a, ops.Nf4Tensors(shape, tensors, dtype).dequantize(), transpose_b=True)
+        # f32 products take a weight whose sides are multiples of 64 turned.
+        op = "nf4_dequantize_turned" if name == "turned" else "nf4_dequantize"
 
-        cases.append(Case(f"nf4_dequantize-{name}", (x(19, shape[1]), *parts), apply))
+        def apply(a: Tensor, *tensors: Tensor, shape: Any = shape, dtype: str = dtype) -> Tensor:
+            return ops.linear(a, ops.Nf4Tensors(shape, tensors, dtype))
+
+        cases.append(Case(f"{op}-{name}", (x(19, shape[1]), *parts), apply))
     return cases
 
 

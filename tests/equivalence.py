@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from entrenar_gpu import kernel, ops
 from entrenar_gpu.autodiff import backward
@@ -36,6 +37,7 @@ FACTORS = {
     "cross_entropy": 4,  # exp of logits, themselves a product
     "cross_entropy_grad": 4,
     "norm_grad": 2,
+    "norm_rope_grad": 2,
 }
 # The worst element may be this many times the bar away, relative to the largest element: the bar is about a root mean
 # square over the tensor, and of a million normal deviates the largest is five.
@@ -140,6 +142,12 @@ def expected(case_name: str) -> tuple[Program, dict[int, np.ndarray]]:
 
     program = build(CASES[case_name])
     return program, run_reference(program)
+
+
+def needs(device: Any, precision: str) -> None:
+    """Skips where the adapter lacks a precision's arithmetic; CI's software adapter has all of them."""
+    if precision == "f16" and not device.caps.f16:
+        pytest.skip(f"{device.caps.name} has no f16")
 
 
 def tolerance(node: Node) -> float:

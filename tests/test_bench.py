@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from entrenar_gpu import shapes
 from entrenar_gpu.bench_gemm import TOLERANCES, bench_gemm, products, projection_shapes
 from entrenar_gpu.bench_ops import bench_ops
+from entrenar_gpu.bench_train import bench_train
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.shapes import model_shape
 
 TINY = replace(
@@ -40,5 +45,20 @@ def test_every_kernel_of_a_step_is_timed(device, monkeypatch):
     monkeypatch.setattr("entrenar_gpu.bench_ops.VOCABULARY_PAGE", 64)
     monkeypatch.setattr("entrenar_gpu.bench_ops.PARAMETERS", 1024)
     rows = list(bench_ops(device, TINY, 2, 16))
-    assert {row["kernel"] for row in rows} >= {"norm_grad", "rope", "swiglu_grad", "attention_grad", "adam"}
+    assert {row["kernel"] for row in rows} >= {"norm_grad", "norm_rope_grad", "swiglu_grad", "attention_grad", "adam"}
     assert all(row["seconds"] > 0 and row["gbytes_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+def test_training_is_measured_beside_what_a_product_alone_reaches(monkeypatch):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    raw = {**shapes.SHAPES["qwen3-0.6b"], **small, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 256}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", raw)
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.WARM_UP_SECONDS", 0.0)
+    config = TrainConfig(batch=1, seq=32, rank=4, precision="int8", trace_level="kernel")
+    result = bench_train("tiny", config, 2)
+    assert result["planned_bytes"] == result["allocated_bytes"]
+    assert result["ceiling_tflops"] > 0
+    assert result["ceiling_share"] == pytest.approx(result["tflops"] / result["ceiling_tflops"])
+    assert result["flops_per_step"] > 6 * 32 * 2 * 4 * 64 * 64  # forward and input gradient of every projection
+    assert sum(row["share"] for row in result["kernels"]) == pytest.approx(1)

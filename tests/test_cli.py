@@ -27,6 +27,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["train", "--rank", "0"], "--rank: 0 is below 1"),
         (["train", "--rank", "many"], "--rank: 'many' is not a whole number"),
+        (["train", "--alpha", "1e300"], "--alpha: 1e300 is above 1e+30"),  # no f32, so no shader compiles
+        (["train", "--eps", "0"], "--eps: 0 is below 1e-30"),  # where a gradient is 0, as A's at first, 0 / 0
+        (["plan", "--memory-budget", "1e300"], "--memory-budget: 1e300 is above 1048576"),
+        (["plan", "--batch", "1e9"], "--batch: 1e9 is above 1048576"),
         (["train", "--schedule", "zigzag"], "--schedule: 'zigzag' is not one of constant"),
         (["train", "--target", "q,nose"], "--target: nose_proj"),
         (["train", "--lr", "nan"], "--lr: 'nan' is not a number"),

@@ -66,7 +66,7 @@ def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.Mon
     monkeypatch.setenv("ENTRENAR_DEVICE", "llvm")
     assert device.choose_adapter().info["device"] == "llvmpipe"
     assert device.choose_adapter("0").info["device"] == "Radeon RX 7800"
-    with pytest.raises(UserError, match="--device 'voodoo' matches no adapter; there are 0: Radeon"):
+    with pytest.raises(UserError, match="--device 'voodoo' matches no adapter of 0: Radeon"):
         device.choose_adapter("voodoo")
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from entrenar_gpu import loader
+from benchmarks import loading
+from benchmarks.random_checkpoint import make_checkpoint
+from entrenar_gpu import loader, upload, weight_cache
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph import Graph
 from entrenar_gpu.nf4 import Nf4Weight
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
+from entrenar_gpu.plan import make_plan
 from entrenar_gpu.programs import fit_training
+from entrenar_gpu.replay import Replay
 from entrenar_gpu.safetensors_file import save_safetensors
 from entrenar_gpu.session import Session
 from entrenar_gpu.weights import Checkpoint
 from tests.runs import config_of
 from tests.test_weights import nf4_tensors
-from tests.tiny import make_model
+from tests.tiny import QWEN3, make_model
 
 pytestmark = pytest.mark.gpu
 
@@ -83,31 +90,146 @@ def test_stored_codes_are_used_as_they_are(tmp_path, kernels, double):
     session.close()
 
 
-class PeakMemory:
-    """The largest anonymous memory of this process while the block runs, less the buffers of a software adapter."""
+def weights_of(session: Session) -> dict[str, bytes]:
+    """Every base weight on the device."""
+    held = session.executor.tensors.values()
+    return {t.name: session.executor.read(t.name).tobytes() for t in held if t.role == "weight"}
 
-    def __init__(self, device: Any) -> None:
-        self._device, self._done = device, threading.Event()
-        self.nbytes = 0
 
-    def _now(self) -> int:
-        text = Path("/proc/self/status").read_text()
-        return (int(text.split("RssAnon:")[1].split()[0]) << 10) - self._device.allocated_bytes
+def start(tmp_path: Path, kernels: Any, **options: Any) -> tuple[dict[str, bytes], str]:
+    """(weights, where they came from) of a run that keeps them."""
+    session = open_session(tmp_path, kernels, cache=True, cache_dir=str(tmp_path / "kept"), **options)
+    try:
+        return weights_of(session), session.weights_from
+    finally:
+        session.close()
 
-    def _watch(self) -> None:
-        while not self._done.is_set():
-            self.nbytes = max(self.nbytes, self._now() - self._start)
-            time.sleep(0.002)
 
-    def __enter__(self) -> PeakMemory:
-        self._start = self._now()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
+def cache_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "kept").iterdir())
 
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
+
+@pytest.mark.parametrize("double", [False, True])
+def test_kept_weights_are_those_quantised(tmp_path, kernels, monkeypatch, double):
+    make_model(tmp_path / "model", dtype="bfloat16", **TINY)
+    session = open_session(tmp_path, kernels, double_quant=double)
+    fresh = weights_of(session)
+    session.close()
+    first, made = start(tmp_path, kernels, double_quant=double)
+    (path,) = cache_files(tmp_path)
+    assert made.startswith("checkpoint")
+    monkeypatch.setattr(loader.DeviceTarget, "quantize", None)  # the second start has no use for it
+    second, read = start(tmp_path, kernels, double_quant=double)
+    assert read == str(path)
+    assert first == second == fresh
+
+
+def test_kept_weights_serve_the_numpy_executor(tmp_path, kernels):
+    make_model(tmp_path / "model", dtype="bfloat16", **TINY)
+    held, _ = start(tmp_path, kernels)
+    again, source = start(tmp_path, None, device="numpy")
+    assert source == str(cache_files(tmp_path)[0])
+    assert again == held
+
+
+@pytest.mark.parametrize("change", ["touched", "rewritten", "version"])
+def test_weights_kept_of_other_files_are_made_again(tmp_path, kernels, monkeypatch, change):
+    model = make_model(tmp_path / "model", **TINY) / "model.safetensors"
+    start(tmp_path, kernels)
+    if change == "touched":
+        os.utime(model, ns=(0, 12345))
+    elif change == "rewritten":
+        make_model(tmp_path / "model", seed=1, **TINY)
+    else:
+        monkeypatch.setattr("entrenar_gpu.weight_cache.__version__", "0.0.1")
+    session = open_session(tmp_path, kernels)
+    want = weights_of(session)
+    session.close()
+    assert start(tmp_path, kernels) == (want, f"checkpoint; quantised weights kept in {cache_files(tmp_path)[0]}")
+    assert len(cache_files(tmp_path)) == 1
+    assert start(tmp_path, kernels) == (want, str(cache_files(tmp_path)[0]))
+
+
+@pytest.mark.parametrize("at", [4, 200, -30, -2000, None])
+def test_damaged_kept_weights_are_made_again(tmp_path, kernels, at):
+    """A flipped bit in the header, the checksums, or the codes; a file cut short."""
+    make_model(tmp_path / "model", **TINY)
+    held, _ = start(tmp_path, kernels)
+    (path,) = cache_files(tmp_path)
+    content = bytearray(path.read_bytes())
+    if at is None:
+        del content[len(content) // 2 :]
+    else:
+        content[at] ^= 1
+    path.write_bytes(content)
+    again, source = start(tmp_path, kernels)
+    assert again == held
+    assert source.startswith("checkpoint")
+
+
+def test_kept_weights_stay_within_their_bounds(tmp_path, kernels, monkeypatch):
+    """What was used longest ago goes, and so does what a crash left behind a day ago; files of others stay."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    old, newer = (f"nf4-{digit * 24}.safetensors" for digit in "12")
+    for name, age in [(old, 3), (newer, 2), (f".{old}.77.tmp", 1), ("model.safetensors", 9)]:
+        (kept / name).write_bytes(bytes(50_000))
+        os.utime(kept / name, (time.time() - age * 86401,) * 2)
+    make_model(tmp_path / "model", **TINY)
+    monkeypatch.setattr(weight_cache, "LARGEST_BYTES", 70_000)
+    _, source = start(tmp_path, kernels)
+    assert {path.name for path in cache_files(tmp_path)} == {Path(source).name, newer, "model.safetensors"}
+    monkeypatch.setattr(weight_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    os.utime(tmp_path / "model" / "model.safetensors", ns=(0, 1))
+    with pytest.raises(UserError, match=r"--cache: .*kept needs 0\.00 GiB and its disk has 0\.00 left"):
+        start(tmp_path, kernels)
+
+
+def test_two_starts_may_make_room_at_once(tmp_path, kernels, monkeypatch):
+    """What one of them wants to remove, the other has."""
+
+    def gone(path: Path, missing_ok: bool = False) -> None:
+        raise FileNotFoundError(2, "No such file", str(path))
+
+    make_model(tmp_path / "model", **TINY)
+    monkeypatch.setattr(Path, "unlink", gone)
+    assert start(tmp_path, kernels)[1].startswith("checkpoint; quantised weights kept in")
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1001])
+def test_arrays_larger_than_the_ring_arrive_whole(device, kernels, monkeypatch, size):
+    """Slots of 64 bytes, filled by threads in shares of 8, are used again many times; what surrounds them stays."""
+    monkeypatch.setattr(upload, "SLOT_BYTES", 64)
+    monkeypatch.setattr(upload, "SHARE_BYTES", 8)
+    graph = Graph("g")
+    graph.tensor("x", (size + 4,), "bf16", "weight")
+    replay = Replay(device, make_plan({"g": graph}, device.caps), kernels)
+    replay.write("x", np.full(size + 4, 7.0))
+    values = np.arange(size).astype(ml_dtypes.bfloat16)
+    held = device.allocated_bytes
+    uploader = upload.Uploader(device)
+    uploader.write_part(replay, "x", 2, values)
+    uploader.close()
+    assert device.allocated_bytes == held
+    got = replay.read("x")
+    replay.close()
+    np.testing.assert_array_equal(got[2 : 2 + size], values)
+    assert (got[:2] == 7).all()
+    assert (got[-1] == 7).all()
+
+
+def test_an_interrupt_while_loading_is_raised(tmp_path, kernels, monkeypatch):
+    """It leaves a buffer of the ring mapped, which must not hide it behind an error of its own, and no memory taken."""
+
+    def interrupted(self, memory, piece):
+        raise KeyboardInterrupt
+
+    make_model(tmp_path / "model", **TINY)
+    monkeypatch.setattr(upload.Uploader, "_fill", interrupted)
+    held = kernels.device.allocated_bytes
+    with pytest.raises(KeyboardInterrupt):
+        open_session(tmp_path, kernels)
+    assert kernels.device.allocated_bytes == held
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +249,20 @@ def test_loading_takes_little_host_memory(large, kernels, method):
     which takes 540 MB in f32.
     """
     largest = 16384 * 1024 * 4
-    with PeakMemory(kernels.device) as peak:
+    with loading.PeakMemory(kernels.device) as peak:
         session = open_session(large, kernels, method=method)
     session.close()
     assert peak.nbytes < largest + (256 << 20), f"{peak.nbytes >> 20} MiB"
+
+
+def test_the_benchmark_loads_what_the_generator_writes(tmp_path, device, capsys):
+    """In shards, small enough that there are several; kept weights are found by the next start."""
+    files = make_checkpoint(QWEN3, tmp_path / "model", shard_bytes=100_000)
+    assert len(files) > 3
+    loading.run_all(tmp_path / "model", None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-2]] == ["read", "read", "load", "load", "the", "next", "next"]
+    sources = [line.split("from ")[1] for line in lines if "from " in line]
+    assert sources[:2] == ["checkpoint", "checkpoint"]
+    assert sources[3] == sources[4] == sources[2].split("kept in ")[1]
+    assert lines[-2].startswith("cold: loading takes")

@@ -12,7 +12,7 @@ from tests.cases import CASES, Case
 from tests.equivalence import Program, build, run_reference
 
 EPSILON = 1e-5
-BAR = 1e-6  # relative to the slope plus the largest gradient: DESIGN.md's, the truncation error is about 1e-10
+BAR = 1e-6  # of the slope plus the largest gradient (docs/equality.md); the truncation error is about 1e-10
 DIFFERENTIATED = [c.name for c in CASES.values() if any(i.role in ("temp", "param") for i in c.inputs)]
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import wgpu
 
-from entrenar_gpu import ops
+from entrenar_gpu import native, ops
 from entrenar_gpu.autodiff import backward
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.interpret import NumpyExecutor
 from entrenar_gpu.kernel import KernelCache
-from entrenar_gpu.plan import make_plan
+from entrenar_gpu.plan import RING, make_plan
 from entrenar_gpu.replay import Replay
 
 pytestmark = pytest.mark.gpu
@@ -143,6 +143,15 @@ def test_reports_can_be_collected_later(replay):
     assert np.array(lagged).tobytes() == at_once.tobytes()
 
 
+def test_a_report_that_was_written_over_is_refused(replay):
+    """Rather than read as that of a later step."""
+    prepare(replay)
+    reports = [step(replay, number) for number in range(RING + 1)]
+    with pytest.raises(RuntimeError, match="report of update"):
+        reports[0].result()
+    assert [int(report.result()[0]) for report in reports[1:]] == [2, 3, 4]
+
+
 def test_what_is_allocated_is_what_was_planned(device, kernels):
     before = device.allocated_bytes
     plan = make_plan(training_graphs(), device.caps)
@@ -176,6 +185,59 @@ def test_long_work_is_cut_into_submits(device, kernels, monkeypatch):
     whole.close()
 
 
+def test_a_dispatch_that_the_device_refuses_is_an_error(replay):
+    """Commands are recorded past wgpu-py's checks: what is wrong with one must still be raised, not logged."""
+    (submit,) = replay._passes["micro"]
+    too_many = replay.device.caps.max_workgroups + 1
+    submit[0].commands[0] = submit[0].commands[0]._replace(grid=(too_many, 1, 1))
+    prepare(replay)
+    with pytest.raises(wgpu.GPUError, match="dispatch group size"):
+        replay.run("micro")
+
+
+def test_an_interrupt_while_waiting_is_raised(replay, monkeypatch):
+    """Python runs a signal's handler inside wgpu's callback, from where nothing is raised; the ring stays usable."""
+    polls, poll, lib = iter(range(3)), native._api.libf.wgpuDevicePoll, native.lib
+
+    class Interrupted:
+        WGPUCallbackMode_AllowProcessEvents = lib.WGPUCallbackMode_AllowProcessEvents
+
+        @property
+        def WGPUMapAsyncStatus_Success(self):
+            raise KeyboardInterrupt
+
+    prepare(replay)
+    report = step(replay, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "lib", Interrupted())
+        patch.setattr(native._api.libf, "wgpuDevicePoll", lambda *arguments: (next(polls), poll(*arguments)))
+        with pytest.raises(KeyboardInterrupt):
+            report.result()
+    assert [int(step(replay, number).result()[0]) for number in range(1, 1 + RING)] == [2, 3, 4]
+
+
+def test_groups_are_timed_by_passes_where_none_can_be_timed_inside(device, kernels, monkeypatch):
+    """On Apple's GPUs: a pass a group; one that a submit cuts in two is timed from its first pass to its last."""
+    if not device.caps.timestamps:
+        pytest.skip("the adapter has no timestamps")
+    caps = replace(device.caps, timestamps_inside_passes=False)
+    for pace in (1e12, 1e3):
+        monkeypatch.setattr(device, "caps", replace(caps, flops_per_second=pace))
+        graphs = training_graphs()
+        for graph in graphs.values():
+            graph.traced = True
+        replay = Replay(device, make_plan(graphs, caps, trace_level="phase"), kernels)
+        prepare(replay)
+        report = step(replay, 0)
+        report.result()
+        times = report.ticks("micro", 0)
+        assert len(times) == len(replay.plan.groups["micro"]) >= 2
+        assert (times[:, 1] > times[:, 0]).all()
+        assert (times[1:, 0] >= times[:-1, 1]).all()
+        assert (len(replay._passes["micro"]) > 1) == (pace < 1e6)
+        replay.close()
+
+
 def test_arrays_of_another_size_are_refused(replay):
     with pytest.raises(ValueError, match="lr"):
         replay.write("lr", np.zeros(2))
@@ -188,6 +250,21 @@ def test_a_shader_that_does_not_compile_shows_its_numbered_source(device, monkey
     monkeypatch.setattr("entrenar_gpu.kernel.render", lambda launch: "fn main() {\n  nonsense;\n}")
     with pytest.raises(RuntimeError, match=r"(?s)elementwise does not compile.*\n +2 +nonsense;"):
         Replay(device, plan, KernelCache(device))
+
+
+def test_memory_that_runs_out_is_given_back(device, kernels, monkeypatch):
+    """To whoever tries again with less."""
+    plan, make, held = make_plan(training_graphs(), device.caps), device.buffer, device.allocated_bytes
+
+    def buffer(nbytes, label, usage=None):
+        if device.allocated_bytes > held + plan.peak_bytes / 2:
+            raise UserError("no memory left")
+        return make(nbytes, label, usage)
+
+    monkeypatch.setattr(device, "buffer", buffer)
+    with pytest.raises(UserError, match="no memory left"):
+        Replay(device, plan, kernels)
+    assert device.allocated_bytes == held
 
 
 def test_memory_that_runs_out_is_said_in_one_line(device, monkeypatch):

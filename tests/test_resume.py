@@ -16,6 +16,7 @@ import pytest
 from entrenar_gpu import checkpoint
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.session import Budget
 from entrenar_gpu.train import Trainer
 from tests.runs import config_of, train
 from tests.tiny import make_data, make_model
@@ -52,6 +53,19 @@ def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path, kernels, 
     result = "model.safetensors" if run == "full" else "adapter_model.safetensors"
     assert (tmp_path / "whole" / result).read_bytes() == (tmp_path / "whole2" / result).read_bytes()
     assert len(set(whole)) == len(whole)
+
+
+@pytest.mark.gpu
+def test_a_resumed_run_plans_for_the_memory_it_began_with(folder, tmp_path, kernels, monkeypatch):
+    """What is free changes from day to day on some systems, and what a plan keeps in half precision would with it."""
+    monkeypatch.setattr("entrenar_gpu.session.memory_budget", lambda config, caps: Budget(64 << 20, "now"))
+    train(folder, str(tmp_path / "run"), kernels, steps=1, save_every=1)
+    monkeypatch.undo()
+    for given, planned in [(None, 64 << 20), (0.25, 1 << 28)]:
+        options = {"resume": str(tmp_path / "run"), "steps": 2, "memory_budget": given}
+        trainer = Trainer(config_of(folder, str(tmp_path / f"on {given}"), **options), kernels=kernels)
+        trainer.session.close()
+        assert trainer.session.budget.nbytes == planned
 
 
 @pytest.mark.gpu
@@ -152,7 +166,15 @@ def test_the_checkpoint_of_another_run_is_refused(folder, tmp_path, change):
     options, message = CHANGES[change]
     with pytest.raises(UserError, match=message):
         numpy_run(folder, tmp_path / "run", resume="latest", **options)
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.gpu
+def test_a_refused_checkpoint_leaves_no_memory_taken(folder, tmp_path, kernels):
+    numpy_run(folder, tmp_path / "run")
+    held = kernels.device.allocated_bytes
+    with pytest.raises(UserError, match="made with seed 0"):
+        train(folder, str(tmp_path / "run"), kernels, steps=4, resume="latest", seed=3)
+    assert kernels.device.allocated_bytes == held
 
 
 def test_the_checkpoint_of_another_model_or_other_data_is_refused(folder, tmp_path):
@@ -183,7 +205,15 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
     monkeypatch.setattr("entrenar_gpu.train.load_data", lambda config, started: seen.append(started) or 1 / 0)
     folder = tmp_path / "run" / "checkpoint-000001"
     folder.mkdir(parents=True)
-    state = {"step": 1, "started": "2024-07-26T12:00:00", "data": {}, "config": {}, "model": {}}
+    state = {
+        "step": 1,
+        "started": "2024-07-26T12:00:00",
+        "data": {},
+        "config": {},
+        "model": {},
+        "tiles": {},
+        "budget": None,
+    }
     (folder / "trainer_state.json").write_text(json.dumps(state))
     for resume in (None, str(folder)):
         config = TrainConfig(model="m", data="d", output=str(tmp_path / "new"), resume=resume)
@@ -191,3 +221,22 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
             Trainer(config)
     assert abs((seen[0] - datetime.now()).total_seconds()) < 60
     assert seen[1] == datetime(2024, 7, 26, 12)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tiles": {"f32 nt 64x64x64": [0] * 9}},
+        {"tiles": {"f32 nt 64x64x64": [64, 64, 16]}},
+        {"tiles": {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, -4]}},
+        {"budget": -1},
+    ],
+)
+def test_a_state_that_no_run_has_written_is_one_line(tmp_path, changed):
+    fine = {"step": 1, "started": "2024-07-26T12:00:00", "data": {}, "config": {}, "model": {}, "budget": None}
+    fine["tiles"] = {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, 0]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(fine))
+    checkpoint.read_state(tmp_path)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({**fine, **changed}))
+    with pytest.raises(UserError, match=r"trainer_state\.json: not the state of a training run"):
+        checkpoint.read_state(tmp_path)

@@ -33,6 +33,12 @@ def open_session(folder: Path, **options: Any) -> Session:
     return Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, False))
 
 
+def test_numpy_is_no_gpu_that_auto_takes_f16_for(folder):
+    session = open_session(folder, precision="auto")
+    assert session.executor.read("loss_scale") == 1
+    session.close()
+
+
 def test_the_memory_budget_is_said_or_known_or_assumed():
     caps = replace(Caps(), memory_bytes=10 << 30)
     assert memory_budget(TrainConfig(memory_budget=0.5), caps).nbytes == 1 << 29

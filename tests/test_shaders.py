@@ -13,8 +13,9 @@ import pytest
 from entrenar_gpu import ops
 from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph, Launch
 from entrenar_gpu.kernel import SHADER_FOLDER, render
+from entrenar_gpu.ops.half import from_half, to_half
 from entrenar_gpu.plan import make_plan
-from tests import test_gemm_precision, test_kernels, test_optimizer
+from tests import test_gemm_precision, test_half, test_kernels, test_low_rank, test_optimizer
 from tests.cases import CASES
 from tests.equivalence import build, plan_of
 
@@ -42,6 +43,8 @@ def other_graphs() -> dict[str, Graph]:
         graph = graphs[f"quantise {size}"] = Graph()
         _, absmax = ops.nf4_quantize(graph.tensor("weight", (size,), "bf16"))
         ops.nf4_quantize_scales(absmax, graph.tensor("code", (256,)), graph.tensor("steps", (65536,), "u8"))
+    graphs["half"] = Graph()
+    from_half(*to_half(graphs["half"].tensor("x", (7, 66))))
     graphs["linear"] = test_gemm_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
 
@@ -110,7 +113,7 @@ def test_every_template_is_rendered_by_some_case():
 
 def test_every_template_has_a_planted_fault():
     planted = {row[0] for row in (*test_kernels.FAULTS, *test_optimizer.FAULTS)} | set(test_kernels.SPLIT.values())
-    planted |= {row[0] for row in test_gemm_precision.FAULTS}
+    planted |= {row[0] for row in (*test_gemm_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
     assert planted == set(TEMPLATES) - {"matmul_cooperative"}  # no device runs it yet
 

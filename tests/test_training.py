@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entrenar_gpu.evaluate import evaluate
 from entrenar_gpu.samples import IGNORE
-from entrenar_gpu.train import Trainer, evaluate
+from entrenar_gpu.train import Trainer
 from tests.golden import training_cases
 from tests.runs import config_of, gradients, run_micro_batches, train
 from tests.tiny import make_data, make_model

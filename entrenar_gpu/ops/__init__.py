@@ -1,5 +1,6 @@
 """Every operation, by family. Importing this package fills the table in registry.py."""
 
+from entrenar_gpu.ops import attention_grad as _attention_grad  # noqa: F401  fills in attention's gradient
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.dropout import dropout
 from entrenar_gpu.ops.elementwise import (
@@ -18,14 +19,16 @@ from entrenar_gpu.ops.elementwise import (
 )
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.linear import linear
-from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
+from entrenar_gpu.ops.loss import cross_entropy, project
 from entrenar_gpu.ops.matmul import matmul
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
+from entrenar_gpu.ops.norm_rope import norm_rope
 from entrenar_gpu.ops.optimizer import adam, decide, sgd, sum_of_squares
 from entrenar_gpu.ops.quantize import Nf4Tensors, nf4_quantize, nf4_quantize_scales
 from entrenar_gpu.ops.reduce import mean, softmax, sum, sum_columns, sum_rows
 from entrenar_gpu.ops.registry import in_place, keep
 from entrenar_gpu.ops.rope import rope, rope_table
+from entrenar_gpu.samples import IGNORE
 
 __all__ = [
     "IGNORE",
@@ -49,6 +52,7 @@ __all__ = [
     "mul",
     "nf4_quantize",
     "nf4_quantize_scales",
+    "norm_rope",
     "ones",
     "project",
     "relu",

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, reads, writes
 from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register
-
-Aliased = Callable[[Tensor, Tensor], bool]
-BLOCK = 32  # tokens a tile, as in _attention.wgsl
-BUSY_WORKGROUPS = 1024  # below this many a large GPU has idle multiprocessors
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.tiles import Arithmetic
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segment_start: Tensor, rows: int, heads: int, kv_heads: int) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_start: Tensor,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    precision: Arithmetic = "f32",
+) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, where a query sees the keys of its row from its segment's start up to itself.
 
     q [T, H*E], k and v [T, K*E] with T = rows * S; H a multiple of K: query head h reads key/value head h // (H/K)
-    (Ainslie et al., arXiv 2305.13245). segment_start u32 [T], positions within the row. Returns [T, H*E].
+    (Ainslie et al., arXiv 2305.13245). segment_start u32 [T], positions within the row and in order. Returns [T, H*E].
+
+    With "f16" and "int8", on a device that has f16, the products of both passes take f16 operands and sum 32 of them in
+    f16, then in f32 (docs/attention.md gives the error).
     """
-    return record("attention", q, k, v, segment_start, rows=rows, heads=heads, kv_heads=kv_heads)[0]
+    return record(
+        "attention", q, k, v, segment_start, rows=rows, heads=heads, kv_heads=kv_heads, narrow=precision != "f32"
+    )[0]
 
 
-def _shape(node: Node) -> dict[str, int]:
+def shape_of(node: Node) -> dict[str, int]:
     """The letters of model_config.py for this node."""
     q = node.inputs[0]
     heads, kv_heads, rows = node.attrs["heads"], node.attrs["kv_heads"], node.attrs["rows"]
@@ -35,28 +47,32 @@ def _shape(node: Node) -> dict[str, int]:
 
 def _infer(node: Node) -> Sequence[Spec]:
     q, k, v, segment_start = node.inputs
-    s = _shape(node)
+    s = shape_of(node)
     tokens = s["B"] * s["S"]
     if k.shape != v.shape or k.columns != s["K"] * s["E"] or segment_start.size != tokens or s["H"] % s["K"]:
         raise ValueError(f"{node.label()}: {q!r}, {k!r}, {v!r}, {segment_start!r} do not fit {s}")
+    if s["E"] > LONGEST_HEAD:
+        raise ValueError(f"{node.label()}: heads of {s['E']} columns, above {LONGEST_HEAD}")
     return [(q.shape, "f32"), ((tokens, s["H"]), "f32")]
 
 
-def _split(s: dict[str, int], x: np.ndarray) -> np.ndarray:
+def split(s: Mapping[str, int], x: np.ndarray) -> np.ndarray:
     """[B*S, n*E] -> [B, H, S, E], key/value heads repeated for their group."""
     heads = x.reshape(s["B"], s["S"], -1, s["E"]).transpose(0, 2, 1, 3)
     return np.repeat(heads, s["H"] // heads.shape[1], axis=1)
 
 
-def _join(x: np.ndarray, like: np.ndarray, group: int) -> np.ndarray:
-    """Back from [B, H, S, E], summing what `_split` repeated."""
+def join(x: np.ndarray, like: np.ndarray, group: int) -> np.ndarray:
+    """Back from [B, H, S, E], summing what `split` repeated."""
     b, h, s, e = x.shape
     return x.reshape(b, h // group, group, s, e).sum(axis=2).transpose(0, 2, 1, 3).reshape(like.shape)
 
 
-def _weights(s: dict[str, int], q: np.ndarray, k: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def softmax_weights(
+    s: dict[str, int], q: np.ndarray, k: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(softmax weights [B, H, S, S], lse [B, H, S])."""
-    scores = _split(s, q) @ _split(s, k).swapaxes(-1, -2) * q.dtype.type(1 / math.sqrt(s["E"]))
+    scores = split(s, q) @ split(s, k).swapaxes(-1, -2) * q.dtype.type(1 / math.sqrt(s["E"]))
     place = np.arange(s["S"])
     seen = (place[None, :] <= place[:, None]) & (place >= segments.reshape(s["B"], s["S"], 1))
     scores = np.where(seen[:, None], scores, q.dtype.type(-np.inf))
@@ -67,137 +83,108 @@ def _weights(s: dict[str, int], q: np.ndarray, k: np.ndarray, segments: np.ndarr
 
 
 def _reference(node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, seg: np.ndarray) -> Sequence[np.ndarray]:
-    s = _shape(node)
-    weights, lse = _weights(s, q, k, seg)
-    out = _join(weights @ _split(s, v), q, 1)
+    s = shape_of(node)
+    weights, lse = softmax_weights(s, q, k, seg)
+    out = join(weights @ split(s, v), q, 1)
     return [out, lse.transpose(0, 2, 1).reshape(-1, s["H"])]
 
 
-def _constants(node: Node) -> dict[str, Any]:
-    s = _shape(node)
-    return {**s, "scale": literal(1 / math.sqrt(s["E"]))}
+@dataclass(frozen=True)
+class Blocking:
+    """How the forward pass is cut up: BQ queries meet up to 64 keys, staged at most `staged` elements at a time."""
+
+    BQ: int
+    staged: int
 
 
-def _vector(node: Node) -> int:
-    """Width in which head vectors are bound."""
-    return 4 if _shape(node)["E"] % 4 == 0 else 1
+# Best first; the last fits WebGPU's default limits with the longest heads in f32.
+BLOCKINGS = (Blocking(64, 4096), Blocking(64, 2048), Blocking(32, 1024))
+LONGEST_HEAD = 256  # columns; more would take more than 256 invocations
+
+
+def padded(e: int) -> int:
+    """Columns of a head as kernels compute them."""
+    return -(-e // 32) * 32
+
+
+def narrow(node: Node, caps: Caps) -> bool:
+    """Whether products are of f16 operands."""
+    return bool(node.attrs["narrow"]) and caps.f16
+
+
+def head_constants(node: Node, caps: Caps) -> dict[str, Any]:
+    """What every kernel of attention is specialised with."""
+    s = shape_of(node)
+    f16 = narrow(node, caps)
+    scale = math.log2(math.e) / math.sqrt(s["E"])
+    return {**s, "EP": padded(s["E"]), "f16": f16, "scale": literal(scale), "UNROLL": _unroll(f16, caps)}
+
+
+def _unroll(f16: bool, caps: Caps) -> int:
+    """Steps of a product that are written out. lavapipe takes seconds to compile many."""
+    return 1 if caps.software else 32 if f16 else 8
+
+
+def _blocked(e: int, blocking: Blocking) -> dict[str, int]:
+    """The constants of a blocking: TX x TY invocations of 8 x 4 scores and 8 x 4 COLUMNS outputs each.
+
+    CE columns of keys and queries, then CV rows of values, are staged at a time.
+    """
+    ep = padded(e)
+    tx = 16 if ep % 64 == 0 else 8  # a power of two, for the swizzle of the keys' tile
+    room = blocking.staged * tx // 16
+    cv = max(c for c in (2, 4, 8, 16, 32) if c * ep <= room)
+    ce = max(c for c in (16, 32, 64) if ep % c == 0 and c * 4 * tx <= max(cv * ep, 64 * tx))
+    sizes = {"BQ": blocking.BQ, "BK": 4 * tx, "CE": ce, "CV": cv, "TX": tx, "TY": blocking.BQ // 8}
+    return {**sizes, "COLUMNS": ep // (4 * tx), "THREADS": tx * blocking.BQ // 8}
+
+
+def _elements(e: int, x: Mapping[str, int]) -> int:
+    """Elements that a workgroup of these constants keeps: of q, of k or v, and the weights."""
+    return x["CE"] * x["BQ"] + max(x["CE"] * x["BK"], x["CV"] * padded(e)) + x["BK"] * x["BQ"]
+
+
+def _blocking(node: Node, caps: Caps) -> dict[str, int]:
+    """The constants of the best blocking that fits the device."""
+    e, itemsize = shape_of(node)["E"], 2 if narrow(node, caps) else 4
+    every = [_blocked(e, blocking) for blocking in BLOCKINGS]
+    return next(x for x in every if _elements(e, x) * itemsize <= caps.max_workgroup_bytes)
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    s, width = _shape(node), _vector(node)
+    s, width, blocking = shape_of(node), vector_of(node), _blocking(node, caps)
     bindings = [reads(n, t, width) for n, t in zip(("q", "k", "v"), node.inputs, strict=False)]
     bindings += [reads("segment_start", node.inputs[3])]
     bindings += [writes("out", node.outputs[0], width), writes("lse", node.outputs[1])]
-    grid = (-(-s["S"] // BLOCK), s["H"], s["B"])
-    return [Launch("attention", tuple(bindings), _constants(node), grid)]
+    whole = s["S"] % blocking["BQ"] == 0 and s["S"] % blocking["BK"] == 0
+    bases = dict.fromkeys(("q", "k", "v", "out"), "")
+    constants = {**head_constants(node, caps), **blocking}
+    constants |= {"WHOLE": whole, "BASES": bases, "ln2": literal(math.log(2))}
+    grid = (s["H"], s["B"], -(-s["S"] // blocking["BQ"]))
+    return [Launch("attention", tuple(bindings), constants, grid, trusted=True)]
+
+
+def vector_of(node: Node) -> int:
+    """Width in which head vectors are bound."""
+    return 4 if shape_of(node)["E"] % 4 == 0 else 1
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
     q, k, v, segment_start = node.inputs
     out, lse = node.outputs
-    (statistics,) = record("attention_statistics", out, upstream[0], lse)
+    (statistics,) = record("attention_statistics", out, upstream[0], lse, rows=node.attrs["rows"])
     dq, dk, dv = record("attention_grad", q, k, v, upstream[0], statistics, segment_start, **node.attrs)
     return [dq, dk, dv, None]
 
 
-def _statistics_reference(node: Node, out: np.ndarray, dout: np.ndarray, lse: np.ndarray) -> Sequence[np.ndarray]:
-    tokens, heads = lse.shape
-    return [np.stack([lse, (out * dout).reshape(tokens, heads, -1).sum(axis=-1)])]
-
-
-def _statistics_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    out, dout, lse = node.inputs
-    constants = {"ROWS": lse.size, "E": out.size // lse.size}
-    bindings = (reads("out", out), reads("dout", dout), reads("lse", lse), writes("statistics", node.output))
-    return [Launch("attention_statistics", bindings, constants, grid_of(-(-lse.size // 64), caps))]
-
-
-def _grad_reference(
-    node: Node,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    dout: np.ndarray,
-    statistics: np.ndarray,
-    segments: np.ndarray,
-) -> Sequence[np.ndarray]:
-    s = _shape(node)
-    group = s["H"] // s["K"]
-    weights, _ = _weights(s, q, k, segments)
-    d_heads, delta = _split(s, dout), statistics[1].reshape(s["B"], s["S"], s["H"]).transpose(0, 2, 1)
-    slopes = (
-        weights * (d_heads @ _split(s, v).swapaxes(-1, -2) - delta[..., None]) * q.dtype.type(1 / math.sqrt(s["E"]))
-    )
-    return [
-        _join(slopes @ _split(s, k), q, 1),
-        _join(slopes.swapaxes(-1, -2) @ _split(s, q), k, group),
-        _join(weights.swapaxes(-1, -2) @ d_heads, v, group),
-    ]
-
-
-def _splits_groups(node: Node, caps: Caps) -> bool:
-    """Whether dk and dv are computed by query head and then summed: where key blocks alone would leave a GPU idle."""
-    s = _shape(node)
-    return s["H"] > s["K"] and s["B"] * s["K"] * -(-s["S"] // BLOCK) < BUSY_WORKGROUPS and not caps.software
-
-
-def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    return [(node.inputs[0].shape, "f32")] * 2 if _splits_groups(node, caps) else []
-
-
-def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    s, width = _shape(node), _vector(node)
-    inputs = [reads(n, t, width) for n, t in zip(("q", "k", "v", "dout"), node.inputs, strict=False)]
-    inputs += [reads("statistics", node.inputs[4]), reads("segment_start", node.inputs[5])]
-    dq, dk, dv = node.outputs
-    blocks, group = -(-s["S"] // BLOCK), s["H"] // s["K"]
-    query = Launch(
-        "attention_grad",
-        (*inputs, writes("dq", dq, width)),
-        {**_constants(node), "mode": "query", "MEMBERS": group},
-        (blocks, s["H"], s["B"]),
-    )
-    members, (to_k, to_v) = (1, node.workspace) if node.workspace else (group, (dk, dv))
-    key = Launch(
-        "attention_grad",
-        (*inputs, writes("dk", to_k, width), writes("dv", to_v, width)),
-        {**_constants(node), "mode": "key", "MEMBERS": members},
-        (blocks, s["H"] // members, s["B"]),
-    )
-    if not node.workspace:
-        return [query, key]
-    bindings = (reads("partial_k", to_k), reads("partial_v", to_v), writes("dk", dk), writes("dv", dv))
-    constants = {"SIZE": dk.size, "E": s["E"], "GROUP": group}
-    return [query, key, Launch("attention_group_sum", bindings, constants, grid_of(-(-dk.size // 256), caps))]
-
-
-def _flops(products: int) -> Callable[[Node], int]:
+def flops(products: int) -> Callable[[Node], int]:
     """Causal: half of each of the S x S products."""
 
     def count(node: Node) -> int:
-        s = _shape(node)
+        s = shape_of(node)
         return products * s["B"] * s["H"] * s["S"] * s["S"] * s["E"]
 
     return count
 
 
-register(Op("attention", _infer, _reference, _launch, _gradient, flops=_flops(2)))
-register(
-    Op(
-        "attention_statistics",
-        lambda node: [((2, *node.inputs[2].shape), "f32")],
-        _statistics_reference,
-        _statistics_launch,
-        flops=lambda node: 2 * node.inputs[0].size,
-    )
-)
-register(
-    Op(
-        "attention_grad",
-        lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
-        _grad_reference,
-        _grad_launch,
-        workspace=_grad_workspace,
-        flops=_flops(7),
-    )
-)
+register(Op("attention", _infer, _reference, _launch, _gradient, flops=flops(2)))

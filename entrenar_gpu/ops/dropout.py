@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 from entrenar_gpu.ops.elementwise import elementwise_launch, literal
-from entrenar_gpu.ops.registry import GradientContext, Op, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
 
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3: Philox4x32-10.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -74,7 +74,7 @@ fn philox(start: vec4<u32>, seed: u32) -> u32 {{
 """
 
 
-def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     p = node.attrs["probability"]
     word = f"philox(vec4<u32>(i, {node.attrs['key']}u, in_rng[1], in_rng[2]), in_rng[0])"
     kept = f"select(0.0, x * {literal(1 / (1 - p))}, {word} >= {_threshold(p)}u)"
@@ -95,6 +95,5 @@ register(
         _gradient,
         flops=lambda node: 100 * node.output.size,
         inplace=lambda node: [(0, 0)],
-        cheap=True,
     )
 )

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, not_differentiable, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, not_differentiable, record, register, same_as
 
 WORKGROUP = 256
-Aliased = Callable[[Tensor, Tensor], bool]
 
 
 def elementwise_launch(
@@ -29,9 +28,12 @@ def elementwise_launch(
 ) -> list[Launch]:
     """The launch of a node whose k-th output is expressions[k] over its inputs, named `names` in order.
 
-    An input that shares storage with an output is read through the output's binding.
+    An input that shares storage with an output is read through the output's binding. An invocation takes four values
+    where all tensors are as long, and that in fours.
     """
     size = node.output.size
+    wide = size % 4 == 0 and all(t.size == size for t in node.inputs)
+    width = 4 if wide else 1
     bindings: list[Binding] = []
     loads = []
     outs = [f"out{k}" for k in range(len(expressions))]
@@ -39,17 +41,18 @@ def elementwise_launch(
         shared = [out for out, made in zip(outs, node.outputs, strict=True) if aliased(made, tensor)]
         source = shared[0] if shared else f"in_{name}"
         if not shared and all(b.name != source for b in bindings):
-            bindings.append(reads(source, tensor))
+            bindings.append(reads(source, tensor, width))
         index = "i" if tensor.size == size else "0" if tensor.size == 1 else f"i % {tensor.size}u"
         loads.append((name, f"{source}[{index}]"))
-    bindings += [writes(out, tensor) for out, tensor in zip(outs, node.outputs, strict=True)]
+    bindings += [writes(out, tensor, width) for out, tensor in zip(outs, node.outputs, strict=True)]
     constants = {
         "size": size,
         "loads": loads,
         "stores": list(zip(outs, expressions, strict=True)),
         "functions": functions,
+        "wide": wide,
     }
-    return [Launch("elementwise", tuple(bindings), constants, grid_of(-(-size // WORKGROUP), caps))]
+    return [Launch("elementwise", tuple(bindings), constants, grid_of(-(-size // (width * WORKGROUP)), caps))]
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, int]]:
@@ -71,7 +74,7 @@ def _binary(name: str, expression: str, function: Any, gradient: Any) -> None:
     def launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         return elementwise_launch(node, caps, aliased, [expression])
 
-    register(Op(name, infer, reference, launch, gradient, inplace=_inplace, cheap=True))
+    register(Op(name, infer, reference, launch, gradient, inplace=_inplace))
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +144,6 @@ register(
         lambda node, caps, aliased: elementwise_launch(node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]),
         lambda node, upstream, context: [scale(upstream[0], node.attrs["factor"])],
         inplace=_inplace,
-        cheap=True,
     )
 )
 
@@ -180,7 +182,6 @@ register(
         lambda node, like: [np.full(like.shape, node.attrs["value"], like.dtype)],
         _fill_launch,
         not_differentiable,
-        cheap=True,
     )
 )
 
@@ -265,8 +266,8 @@ def _activation(
     def np_forward(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
         return [np_value(x).astype(x.dtype, copy=False)]
 
-    register(Op(name, same_as(0), np_forward, forward, gradient, inplace=_inplace, cheap=True))
-    register(Op(f"{name}_grad", same_as(0), np_gradient, backward, inplace=_inplace, cheap=True))
+    register(Op(name, same_as(0), np_forward, forward, gradient, inplace=_inplace))
+    register(Op(f"{name}_grad", same_as(0), np_gradient, backward, inplace=_inplace))
     return lambda x: record(name, x)[0]
 
 
@@ -326,7 +327,6 @@ register(
         lambda node, caps, aliased: elementwise_launch(node, caps, aliased, ["a * sigmoid(a) * b"], "ab", _SIGMOID),
         _swiglu_gradient,
         inplace=_inplace,
-        cheap=True,
     )
 )
 register(
@@ -343,6 +343,5 @@ register(
             _SIGMOID,
         ),
         inplace=lambda node: [(0, 0), (1, 1)],
-        cheap=True,
     )
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import copy_launch
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
-
-Aliased = Callable[[Tensor, Tensor], bool]
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
 
 
 def embedding(ids: Tensor, pages: Sequence[Tensor], order: Tensor | None = None) -> Tensor:

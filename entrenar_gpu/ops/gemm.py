@@ -1,4 +1,4 @@
-"""Launches of f32 matrix products over blocks of tensors (shaders/matmul.wgsl), for ops that are made of products."""
+"""Launches of matrix products over blocks of tensors, in f32 and f16, for ops that are made of products."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def layout_of(transpose_a: bool, transpose_b: bool) -> str:
 class Product:
     """C (+)= alpha op(A) op(B) + beta op(P) op(Q) + bias + residual; M, N, K and the pair's inner length R.
 
-    `accumulate` adds onto what C holds; a `residual` that is another tensor has C's layout, and `first_column` is
-    where in the bias C begins.
+    Of the pair, P is transposed as A is, and Q by itself: [N, R] with `pair_transposed`. `accumulate` adds onto what C
+    holds; a `residual` that is another tensor has C's layout, and `first_column` is where in the bias C begins.
     """
 
     sizes: tuple[int, int, int]
@@ -43,6 +43,7 @@ class Product:
     transpose_b: bool = False
     alpha: float = 1.0
     pair: tuple[Block, Block, float, int] | None = None
+    pair_transposed: bool = False
     bias: Tensor | None = None
     residual: Tensor | None = None
     accumulate: bool = False
@@ -51,14 +52,16 @@ class Product:
     def columns(self, start: int, count: int) -> Product:
         """The product that makes these columns of C."""
 
-        def of(block: Block) -> Block:
-            step = block.stride if self.transpose_b else 1
+        def of(block: Block, transposed: bool) -> Block:
+            step = block.stride if transposed else 1
             return Block(block.tensor, block.base + start * step, block.stride)
 
-        pair = (self.pair[0], of(self.pair[1]), *self.pair[2:]) if self.pair is not None else None
+        pair = self.pair and (self.pair[0], of(self.pair[1], self.pair_transposed), *self.pair[2:])
         c = Block(self.c.tensor, self.c.base + start, self.c.stride)
         sizes = (self.sizes[0], count, self.sizes[2])
-        return replace(self, sizes=sizes, b=of(self.b), c=c, pair=pair, first_column=self.first_column + start)
+        return replace(
+            self, sizes=sizes, b=of(self.b, self.transpose_b), c=c, pair=pair, first_column=self.first_column + start
+        )
 
     @property
     def layout(self) -> str:
@@ -93,51 +96,75 @@ def product_launches(product: Product, choice: Choice, partial: Tensor | None, c
         return [product_launch(main, Choice(choice.tile)), product_launch(tail, Choice(TAIL))]
     if partial is None:
         return [product_launch(product, choice)]
-    apart = Product(
-        product.sizes,
-        product.a,
-        product.b,
-        Block(partial, 0, n),
-        product.transpose_a,
-        product.transpose_b,
-        product.alpha,
-        product.pair,
-    )
+    apart = replace(product, c=Block(partial, 0, n), bias=None, residual=None, accumulate=False)
     return [product_launch(apart, choice), sum_launch(product, partial, caps)]
 
 
 def product_launch(product: Product, choice: Choice) -> Launch:
     """The multiplication itself: into C, or with several slices into the partial sums that C then names."""
-    (m, n, k), tile = product.sizes, choice.tile
-    length = slice_length(k, choice)
-    slices = -(-k // length)
-    a = _operand(product.a, (m, k), (tile.BM, tile.BK), not product.transpose_a)
-    b = _operand(product.b, (n, k), (tile.BN, tile.BK), product.transpose_b)
-    bindings = [_bind("a", product.a, a), _bind("b", product.b, b)]
-    constants: dict[str, Any] = {**asdict(tile), "M": m, "N": n, "K": k, "A": a, "B": b, "R": 0, "alpha": product.alpha}
-    constants.update(slices=slices, slice=length)
+    (m, n, _), tile = product.sizes, choice.tile
+    constants = {**_blocked(product, choice), "first_column": product.first_column, "c_vector": product.vector}
+    bindings = [_bind("a", product.a, constants["A"]), _bind("b", product.b, constants["B"])]
     if product.pair is not None:
         p, q, beta, r = product.pair
         constants.update(R=r, beta=beta, P=_operand(p, (m, r), (tile.BM, tile.BK), not product.transpose_a))
-        constants.update(Q=_operand(q, (n, r), (tile.BN, tile.BK), product.transpose_b))
+        constants.update(Q=_operand(q, (n, r), (tile.BN, tile.BK), product.pair_transposed))
         bindings += [_bind("p", p, constants["P"]), _bind("q", q, constants["Q"])]
-    extra, added = epilogue(product, 4 if product.vector else 1)
+    out, written = _output(product, 4 if product.vector else 1)
+    return Launch("matmul", (*bindings, *out), {**constants, **written}, _grid(product, choice), trusted=True)
+
+
+def f16_launch(product: Product, choice: Choice) -> Launch:
+    """The multiplication in f16 with f32 sums (shaders/matmul_f16.wgsl), otherwise as `product_launch`.
+
+    A is f16 and not transposed; B any float, narrowed on the way in. K is whole tiles, N and every base and stride a
+    multiple of four.
+    """
+    constants = {**_blocked(product, choice), "f16": True, "c_format": product.c.tensor.dtype}
+    bindings = [_bind("a", product.a, constants["A"]), _bind("b", product.b, constants["B"])]
+    pair, paired = flat_pair(product)
+    out, written = _output(product, 4)
+    constants |= {**paired, **written}
+    return Launch("matmul_f16", (*bindings, *pair, *out), constants, _grid(product, choice), trusted=True)
+
+
+def _blocked(product: Product, choice: Choice) -> dict[str, Any]:
+    """Constants of a multiplication without a pair: sizes, tile, slices of K, and how A and B are read."""
+    (m, n, k), tile = product.sizes, choice.tile
+    length = slice_length(k, choice)
+    a = _operand(product.a, (m, k), (tile.BM, tile.BK), not product.transpose_a)
+    b = _operand(product.b, (n, k), (tile.BN, tile.BK), product.transpose_b)
+    constants: dict[str, Any] = {**asdict(tile), "M": m, "N": n, "K": k, "A": a, "B": b, "R": 0, "alpha": product.alpha}
+    return {**constants, "slices": -(-k // length), "slice": length}
+
+
+def _grid(product: Product, choice: Choice) -> tuple[int, int, int]:
+    (m, n, k), tile = product.sizes, choice.tile
+    return -(-m // tile.BM), -(-n // tile.BN), -(-k // slice_length(k, choice))
+
+
+def flat_pair(product: Product) -> tuple[list[Binding], dict[str, Any]]:
+    """Bindings and constants of a pair that is read element by element, as low-precision products do."""
+    if product.pair is None:
+        return [], {}
+    p, q, beta, r = product.pair
+    q_n, q_r = (r, 1) if product.pair_transposed else (1, product.sizes[1])
+    return [reads("p", p.tensor), reads("q", q.tensor)], {"R": r, "beta": beta, "q_n": q_n, "q_r": q_r}
+
+
+def _output(product: Product, width: int) -> tuple[list[Binding], dict[str, Any]]:
+    """Bindings (vectors of `width`) and constants of C and of what is added to it."""
+    extra, added = epilogue(product, width)
     offset, base = split_offset(product.c.base, product.c.tensor)
-    constants.update(added, first_column=product.first_column, c_base=base, ldc=product.c.stride)
-    constants["c_vector"] = product.vector
-    bindings += [*extra, writes("c", product.c.tensor, 4 if product.vector else 1, offset)]
-    grid = (-(-m // tile.BM), -(-n // tile.BN), slices)
-    return Launch("matmul", tuple(bindings), constants, grid, trusted=True)
+    return [*extra, writes("c", product.c.tensor, width, offset)], {**added, "c_base": base, "ldc": product.c.stride}
 
 
 def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
     """C (+)= the sum of the partial products + bias + residual; the rows of C lie end to end."""
     (m, n, _), width = product.sizes, 4 if product.vector else 1
-    extra, added = epilogue(product, width)
-    offset, base = split_offset(product.c.base, product.c.tensor)
-    bindings = (reads("partial", partial, width), *extra, writes("c", product.c.tensor, width, offset))
-    constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **added}
-    constants["c_base"] = base
+    out, written = _output(product, width)
+    bindings = (reads("partial", partial, width), *out)
+    constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **written}
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 
@@ -174,7 +201,7 @@ def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_c
 
 
 def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
-    width = 1 if not operand["vector"] else 4 if operand["format"] == "f32" else 2
+    width = 1 if not operand["vector"] else 2 if operand["format"] in ("bf16", "half") else 4
     return reads(name, block.tensor, width, split_offset(block.base, block.tensor)[0])
 
 

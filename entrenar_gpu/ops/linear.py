@@ -8,28 +8,30 @@ node; adapters, biases and residuals stay f32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import nf4
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, reads, writes
 from entrenar_gpu.nf4 import BLOCK
-from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.gemm import Block, Product, epilogue, product_launch, sum_launch, whole
-from entrenar_gpu.ops.matmul import matmul, operands
-from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
+from entrenar_gpu.ops.gemm import Block, Product, epilogue, f16_launch, flat_pair, product_launch, sum_launch, whole
+from entrenar_gpu.ops.matmul import check_added, matmul, operands, with_added
+from entrenar_gpu.ops.narrow import (
+    dequantize_turned,
+    narrow_rows_launch,
+    narrow_weight_launch,
+    quantize_rows,
+    quantize_weight,
+)
+from entrenar_gpu.ops.quantize import Nf4Tensors, dequantized
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
 from entrenar_gpu.tiles import Arithmetic, Choice, choose, slice_length
 
-# Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
-INT8_CODES = np.rint(nf4.CODEBOOK * np.float32(127)).astype(np.int8)
-OVER_127 = float(np.float32(1) / np.float32(127))
 COOPERATIVE_TILE = 64  # outputs of a workgroup each way
-_MOST_BINDINGS = 8  # storage buffers that every WebGPU device offers a shader
+_MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that all sum in one order
 
 
 def linear(
@@ -45,8 +47,10 @@ def linear(
     `precision` is the arithmetic of x W^T and, in the backward pass, of dy W. Weights that are no multiple of 64 both
     ways are multiplied in f32. "f16" needs a device with that feature.
     """
-    if precision == "f32" or weight.shape[0] % BLOCK or weight.shape[1] % BLOCK:
+    if weight.shape[0] % BLOCK or weight.shape[1] % BLOCK:
         return matmul(x, weight.dequantize(), transpose_b=True, pair=pair, bias=bias, residual=residual)
+    if precision == "f32":
+        return matmul(x, dequantize_turned(weight), pair=pair, bias=bias, residual=residual, pair_transposed=True)
     return _record(x, weight, precision, False, pair, bias, residual)
 
 
@@ -104,56 +108,24 @@ def _infer(node: Node) -> Sequence[Spec]:
     q_shape = (n, r) if node.attrs["pair_transposed"] else (r, n)
     if o.p is not None and o.q is not None and (o.p.rows, o.q.shape) != (m, q_shape):
         raise ValueError(f"{node.label()}: pair {o.p!r}, {o.q!r} does not fit [{m}, {n}]")
-    if o.bias is not None and o.bias.size != n:
-        raise ValueError(f"{node.label()}: bias {o.bias!r} is not [{n}]")
-    if o.residual is not None and o.residual.size != m * n:
-        raise ValueError(f"{node.label()}: residual {o.residual!r} is not [{m}, {n}]")
+    check_added(node, m, n)
     return [((*x.shape[:-1], n), "f32")]
-
-
-def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes [rows, K] and scales [rows, K / 64] of float rows, as narrow_rows.wgsl makes them."""
-    blocks = values.astype(np.float32).reshape(values.shape[0], -1, BLOCK)
-    absmax = np.abs(blocks).max(axis=-1)
-    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
-    codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
-    return codes.reshape(values.shape), absmax * np.float32(OVER_127)
-
-
-def _weight_int8(node: Node, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [N, K] and scales [N, K / 64] of the product's weight."""
-    if node.attrs["turned"]:
-        return quantize_rows(dequantized(node.attrs, *parts).T)
-    n, k = node.attrs["shape"]
-    codes = INT8_CODES[nf4.unpack(parts[0], n * k)].reshape(n, k)
-    plain = {**node.attrs, "rounded": "float32"}
-    ones = np.full_like(parts[0], 0xFF)  # code 15 is 1.0, so this dequantises to the scales
-    scales = dequantized(plain, ones, *parts[1:]).reshape(n, -1, BLOCK)[..., 0]
-    return codes, scales * np.float32(OVER_127)
 
 
 def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
     attrs, head = node.attrs, node.attrs["head"] - 1
-    parts, left = rest[:head], list(rest[head:])
+    parts, added = rest[:head], rest[head:]
     rows = x.reshape(-1, x.shape[-1])
     if attrs["arithmetic"] == "f16":
         weight = dequantized(attrs, *parts)
         weight = weight.T if attrs["turned"] else weight
         out = rows.astype(np.float16).astype(np.float32) @ weight.astype(np.float16).astype(np.float32).T
     else:
-        (a, a_scale), (b, b_scale) = quantize_rows(rows), _weight_int8(node, parts)
+        (a, a_scale), (b, b_scale) = quantize_rows(rows), quantize_weight(attrs, parts)
         blocks = (a.reshape(len(a), -1, BLOCK), b.reshape(len(b), -1, BLOCK))
         a_real, b_real = (c * s[..., None] for c, s in zip(blocks, (a_scale, b_scale), strict=True))
         out = a_real.reshape(a.shape) @ b_real.reshape(b.shape).T
-    out = out.astype(x.dtype)
-    if attrs["pair"]:
-        p, q = left.pop(0), left.pop(0)
-        out += x.dtype.type(attrs["beta"]) * (p.reshape(-1, p.shape[-1]) @ (q.T if attrs["pair_transposed"] else q))
-    if attrs["bias"]:
-        out += left.pop(0)
-    if attrs["residual"]:
-        out += left.pop(0).reshape(out.shape)
-    return [out.reshape(node.output.shape)]
+    return [with_added(attrs, out.astype(x.dtype), added).reshape(node.output.shape)]
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
@@ -219,8 +191,8 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
-def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -> Sequence[Launch]:
-    m, n, k, _ = product_sizes(node)
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    m, n, k, r = product_sizes(node)
     o, slices = operands(node), _slices(node, caps)
     partial = node.workspace[-1] if slices else None
     product = Product(
@@ -228,13 +200,22 @@ def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -
         whole(node.workspace[0]),
         whole(node.workspace[1]),
         Block(node.output, 0, n),
+        transpose_b=True,
+        pair=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
+        pair_transposed=node.attrs["pair_transposed"],
         bias=o.bias,
         residual=o.residual,
         accumulate=o.residual is not None and aliased(node.output, o.residual),
     )
     cooperative = _cooperative(node, caps)
     multiply = _multiply_cooperative if cooperative else _multiply
-    launches = [_narrow_x(node, caps), _narrow_weight(node, caps), multiply(node, product, partial, caps)]
+    narrow_x, narrow_weight = node.workspace[:2]
+    x_scales, weight_scales = node.workspace[2:4] if node.attrs["arithmetic"] == "int8" else (None, None)
+    launches = [
+        narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps),
+        narrow_weight_launch(node.attrs, _parts(node), narrow_weight, weight_scales, caps),
+        multiply(node, product, partial, caps),
+    ]
     if partial is not None:
         launches.append(sum_launch(product, partial, caps))
     if cooperative and o.p is not None and o.q is not None:
@@ -242,62 +223,28 @@ def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -
     return launches
 
 
-def _scales(node: Node) -> tuple[Tensor, Tensor] | None:
-    return (node.workspace[2], node.workspace[3]) if node.attrs["arithmetic"] == "int8" else None
-
-
-def _narrow_x(node: Node, caps: Caps) -> Launch:
-    m, _, k, _ = product_sizes(node)
-    f16, scales = node.attrs["arithmetic"] == "f16", _scales(node)
-    bindings = [reads("x", node.inputs[0], 4), writes("out", node.workspace[0], 4 if f16 else 1)]
-    if scales is not None:
-        bindings.append(writes("scales", scales[0]))
-    constants = {"M": m, "K": k, "arithmetic": node.attrs["arithmetic"], "over_127": literal(OVER_127)}
-    return Launch("narrow_rows", tuple(bindings), constants, grid_of(-(-m * k // 1024), caps), trusted=True)
-
-
-def _narrow_weight(node: Node, caps: Caps) -> Launch:
-    n, k = node.attrs["shape"]
-    f16, scales, turned = node.attrs["arithmetic"] == "f16", _scales(node), node.attrs["turned"]
-    bindings = [*scale_bindings(_parts(node)), writes("out", node.workspace[1], 4 if f16 else 1)]
-    if scales is not None:
-        bindings.append(writes("scales", scales[1]))
-    constants = {
-        "N": n,
-        "K": k,
-        "arithmetic": node.attrs["arithmetic"],
-        "double": len(_parts(node)) == 4,
-        "rounded": node.attrs["rounded"],
-        "codebook": codebook_text(),
-        "bytes": ", ".join(f"{code & 0xFF}u" for code in INT8_CODES.tolist()),
-        "over_127": literal(OVER_127),
-    }
-    grid = (k // 32, n // BLOCK, 1) if turned else grid_of(-(-n * k // 2048), caps)
-    return Launch("nf4_narrow_transposed" if turned else "nf4_narrow", tuple(bindings), constants, grid)
-
-
 def _multiply(node: Node, product: Product, partial: Tensor | None, caps: Caps) -> Launch:
-    m, n, k, r = product_sizes(node)
-    o, attrs, tile = operands(node), node.attrs, _choice(node, caps).tile
-    width = 4 if attrs["arithmetic"] == "f16" else 1
-    bindings = [reads("a", node.workspace[0], 4), reads("b", node.workspace[1], 4)]
-    scales = _scales(node)
-    if scales is not None:
-        bindings += [reads("a_scale", scales[0]), reads("b_scale", scales[1])]
-    q_strides = (r, 1) if attrs["pair_transposed"] else (1, n)
-    constants = {**asdict(tile), "M": m, "N": n, "K": k, "R": r, "beta": attrs["beta"]}
-    constants.update(q_n=q_strides[0], q_r=q_strides[1], slices=1, slice=k, bias=False, residual="")
-    if o.p is not None and o.q is not None:
-        bindings += [reads("p", o.p), reads("q", o.q)]
+    choice = _choice(node, caps)
     if partial is not None:
-        constants.update(slices=partial.shape[0], slice=slice_length(k, _choice(node, caps)))
-    else:
-        extra, added = epilogue(product, width)
-        bindings += extra
-        constants.update(added)
-    bindings.append(writes("c", node.output if partial is None else partial, width))
-    grid = (-(-m // tile.BM), n // tile.BN, constants["slices"])
-    return Launch(f"matmul_{attrs['arithmetic']}", tuple(bindings), constants, grid, trusted=True)
+        product = replace(product, c=whole(partial), bias=None, residual=None, accumulate=False)
+    if node.attrs["arithmetic"] == "f16":
+        return f16_launch(product, choice)
+    return _multiply_int8(node, product, choice)
+
+
+def _multiply_int8(node: Node, product: Product, choice: Choice) -> Launch:
+    (m, n, k), tile = product.sizes, choice.tile
+    a, b, a_scale, b_scale = node.workspace[:4]
+    bindings = [reads("a", a, 4), reads("b", b, 4), reads("a_scale", a_scale), reads("b_scale", b_scale)]
+    length = slice_length(k, choice)
+    slices = -(-k // length)
+    constants: dict[str, Any] = {**asdict(tile), "M": m, "N": n, "K": k, "R": 0, "slices": slices, "slice": length}
+    pair, paired = flat_pair(product)
+    extra, added = epilogue(product, 1)
+    bindings += [*pair, *extra, writes("c", product.c.tensor)]
+    constants.update(**paired, **added, c_base=0, ldc=n, c_format="f32")
+    grid = (-(-m // tile.BM), n // tile.BN, slices)
+    return Launch("matmul_int8", tuple(bindings), constants, grid, trusted=True)
 
 
 def _multiply_cooperative(node: Node, product: Product, partial: Tensor | None, caps: Caps) -> Launch:

@@ -11,39 +11,50 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
+from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
 from entrenar_gpu.ops.embedding import page_starts
-from entrenar_gpu.ops.gemm import Block, Product, gemm, product_launch, sum_launch
+from entrenar_gpu.ops.gemm import Block, gemm
 from entrenar_gpu.ops.reduce import rows_launch
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, in_place, record, register
-from entrenar_gpu.tiles import Choice, choose, slice_length
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
+from entrenar_gpu.ops.vocabulary import (
+    SLOPE_SCALE,
+    arithmetic_of,
+    back_launches,
+    back_workspace,
+    logits_launches,
+    vocabulary_of,
+)
+from entrenar_gpu.samples import IGNORE
+from entrenar_gpu.tiles import Arithmetic
 
-Aliased = Callable[[Tensor, Tensor], bool]
-IGNORE = -100  # targets that do not count, as in PyTorch
-LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: 128 tokens of a vocabulary of 152k
+LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
 
 
-def cross_entropy(x: Tensor, targets: Tensor, pages: Sequence[Tensor], smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    x: Tensor, targets: Tensor, pages: Sequence[Tensor], smoothing: float = 0.0, precision: Arithmetic = "f32"
+) -> Tensor:
     """Sum over tokens of the cross-entropy of x W^T, shape [1].
 
     x [T, D]; W [V, D] as consecutive pages of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
     arXiv 1512.00567, section 7). With a frozen W the forward pass leaves d(sum)/dx behind, unscaled, since the logits
     are at hand; with a trainable W the backward pass computes the logits again.
+
+    With `precision` other than "f32", products with a frozen W are made in f16 with f32 sums, and logits are kept in
+    f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
     """
-    emit = x.requires_grad and not any(p.requires_grad for p in pages)
-    return record("cross_entropy", x, targets, *pages, smoothing=smoothing, emit=emit)[0]
+    trains = any(p.requires_grad for p in pages)
+    arithmetic = "f32" if trains else arithmetic_of(precision, pages)
+    emit = x.requires_grad and not trains
+    return record("cross_entropy", x, targets, *pages, smoothing=smoothing, emit=emit, arithmetic=arithmetic)[0]
 
 
-def _vocabulary(pages: Sequence[Tensor]) -> int:
-    return sum(p.shape[0] for p in pages)
-
-
-def _chunk(tokens: int, vocabulary: int, caps: Caps) -> int:
-    """Tokens whose logits are computed at once."""
-    fit = min(LOGITS_BYTES, caps.max_binding_bytes) // (4 * vocabulary)
-    return min(tokens, max(fit // 64 * 64, min(fit, 64), 1))
+def _logits(tokens: int, pages: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
+    """Scratch for the logits of as many tokens as are taken at once."""
+    vocabulary = vocabulary_of(pages)
+    fit = min(LOGITS_BYTES, caps.max_binding_bytes) // (ELEMENT_BYTES[dtype] * vocabulary)
+    return (min(tokens, max(fit // 64 * 64, min(fit, 64), 1)), vocabulary), dtype
 
 
 def _infer(node: Node) -> Sequence[Spec]:
@@ -53,11 +64,8 @@ def _infer(node: Node) -> Sequence[Spec]:
     return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
 
 
-def _slopes(
-    x: np.ndarray, targets: np.ndarray, table: np.ndarray, smoothing: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _slopes(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(loss by token, lse by token, d(sum of losses)/d(logits))."""
-    logits = x.reshape(-1, x.shape[-1]) @ table.T
     targets = targets.reshape(-1)
     counted = targets != IGNORE
     peak = logits.max(axis=-1)
@@ -65,11 +73,23 @@ def _slopes(
     lse = peak + np.log(e.sum(axis=-1))
     place = np.where(counted, targets, 0)
     rows = np.arange(len(targets))
-    s = x.dtype.type(smoothing)
+    s = logits.dtype.type(smoothing)
     losses = (1 - s) * (lse - logits[rows, place]) + s * (lse - logits.mean(axis=-1))
-    slopes = e / e.sum(axis=-1, keepdims=True) - s / table.shape[0]
+    slopes = e / e.sum(axis=-1, keepdims=True) - s / logits.shape[1]
     slopes[rows, place] -= 1 - s
-    return np.where(counted, losses, 0).astype(x.dtype), lse, slopes * counted[:, None]
+    return np.where(counted, losses, 0).astype(logits.dtype), lse, slopes * counted[:, None]
+
+
+def _narrow_reference(node: Node, x: np.ndarray, targets: np.ndarray, table: np.ndarray) -> Sequence[np.ndarray]:
+    """loss by token, lse by token and dx where operands, logits and slopes are rounded to f16."""
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float16).astype(np.float32)
+
+    table, rows = rounded(table), rounded(x.reshape(-1, x.shape[-1]))
+    losses, lse, slopes = _slopes(rounded(rows @ table.T), targets, node.attrs["smoothing"])
+    dx = rounded(slopes * np.float32(SLOPE_SCALE)) @ table / np.float32(SLOPE_SCALE)
+    return [losses, lse, dx.reshape(x.shape)]
 
 
 def _table(x: np.ndarray, pages: Sequence[np.ndarray]) -> np.ndarray:
@@ -78,17 +98,23 @@ def _table(x: np.ndarray, pages: Sequence[np.ndarray]) -> np.ndarray:
 
 def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *pages: np.ndarray) -> Sequence[np.ndarray]:
     table = _table(x, pages)
-    losses, lse, slopes = _slopes(x, targets, table, node.attrs["smoothing"])
-    dx = [(slopes @ table).reshape(x.shape).astype(x.dtype)] if node.attrs["emit"] else []
-    return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *dx]
+    if node.attrs["arithmetic"] == "f16":
+        losses, lse, dx = _narrow_reference(node, x, targets, table)
+    else:
+        losses, lse, slopes = _slopes(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
+        dx = (slopes @ table).reshape(x.shape)
+    emitted = [dx.astype(x.dtype)] if node.attrs["emit"] else []
+    return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *emitted]
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
+    """Logits, the losses of tokens, in f16 the narrowed tokens of a chunk, and partial sums of dx, if any."""
     x, _, *pages = node.inputs
-    vocabulary = _vocabulary(pages)
-    count = _chunk(x.rows, vocabulary, caps)
-    partials = _dx_partials(pages, count, caps) if node.attrs["emit"] else []
-    return [((count, vocabulary), "f32"), ((x.rows,), "f32"), *partials]
+    narrow = node.attrs["arithmetic"] == "f16"
+    logits = _logits(x.rows, pages, "f16" if narrow else "f32", caps)
+    tokens = [((logits[0][0], x.columns), "f16")] if narrow else []
+    partials = back_workspace(pages, logits, caps) if node.attrs["emit"] else []
+    return [logits, ((x.rows,), "f32"), *tokens, *partials]
 
 
 def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
@@ -96,72 +122,12 @@ def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, tokens - start)) for start in range(0, tokens, size)]
 
 
-def _logits_launches(
-    x: Tensor, pages: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps
-) -> list[Launch]:
-    """logits[:count] = x[at : at + count] W^T, page by page."""
-    depth, vocabulary = x.columns, logits.columns
-    rows = Block(x, at * depth, depth)
-    return [
-        gemm(
-            caps,
-            (count, page.shape[0], depth),
-            rows,
-            Block(page, 0, depth),
-            Block(logits, start, vocabulary),
-            transpose_b=True,
-        )
-        for page, start in zip(pages, page_starts(pages), strict=True)
-    ]
-
-
-def _dx_choices(pages: Sequence[Tensor], count: int, caps: Caps) -> list[Choice]:
-    """How slopes W is cut up, page by page: [count, D] alone fills no GPU, so the long sum over V is split.
-
-    Each page gets its share of the slices that one product over the whole vocabulary would be split into.
-    """
-    vocabulary, depth = _vocabulary(pages), pages[0].columns
-    whole = choose("f32", count, depth, vocabulary, "nn", caps)
-    return [Choice(whole.tile, max(1, round(whole.slices * p.shape[0] / vocabulary))) for p in pages]
-
-
-def _dx_slices(pages: Sequence[Tensor], choices: Sequence[Choice]) -> list[int]:
-    return [-(-p.shape[0] // slice_length(p.shape[0], c)) for p, c in zip(pages, choices, strict=True)]
-
-
-def _dx_partials(pages: Sequence[Tensor], count: int, caps: Caps) -> Sequence[Spec]:
-    """Workspace for the partial sums of `_dx_launches`; none where every page is one slice."""
-    slices = _dx_slices(pages, _dx_choices(pages, count, caps))
-    return [((sum(slices), count, pages[0].columns), "f32")] if max(slices) > 1 else []
-
-
-def _dx_launches(
-    dx: Tensor, pages: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
-) -> list[Launch]:
-    """dx[at : at + count] = slopes W, summed over the pages, and over slices of them in `partial`."""
-    depth, vocabulary = dx.columns, logits.columns
-    out = Block(dx, at * depth, depth)
-    launches, first = [], 0
-    choices = _dx_choices(pages, logits.shape[0], caps)
-    slices = _dx_slices(pages, choices)
-    for page, start, choice, sliced in zip(pages, page_starts(pages), choices, slices, strict=True):
-        sizes = (count, depth, page.shape[0])
-        slopes, weight = Block(logits, start, vocabulary), Block(page, 0, depth)
-        if partial is None:
-            launches.append(gemm(caps, sizes, slopes, weight, out, accumulate=start > 0))
-            continue
-        here = Block(partial, first * count * depth, depth)
-        launches.append(product_launch(Product(sizes, slopes, weight, here), choice))
-        first += sliced
-    if partial is not None:
-        whole = Product((count, depth, vocabulary), Block(logits, 0, vocabulary), Block(pages[0], 0, depth), out)
-        launches.append(sum_launch(whole, partial, caps))
-    return launches
-
-
-def _row_constants(node: Node, vocabulary: int, at: int, count: int, mode: str) -> dict[str, Any]:
-    s = node.attrs["smoothing"]
+def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -> dict[str, Any]:
+    s, vocabulary = node.attrs["smoothing"], logits.columns
     return {
+        "VECTOR": _vector(logits),
+        "format": logits.dtype,
+        "scale": literal(SLOPE_SCALE if logits.dtype == "f16" else 1.0),
         "mode": mode,
         "C": count,
         "V": vocabulary,
@@ -174,25 +140,32 @@ def _row_constants(node: Node, vocabulary: int, at: int, count: int, mode: str) 
     }
 
 
+def _vector(logits: Tensor) -> int:
+    """Logits that an invocation takes at a time."""
+    return 4 if logits.columns % 4 == 0 else 1
+
+
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, targets, *pages = node.inputs
     loss, lse = node.outputs[:2]
-    logits, losses, *partial = node.workspace
+    logits, losses, *scratch = node.workspace
+    narrow = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
+    partial = scratch[0] if scratch else None
     launches = []
     for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += _logits_launches(x, pages, logits, at, count, caps)
+        launches += logits_launches(x, narrow, pages, logits, at, count, caps)
         mode, use = ("loss and slopes", writes) if node.attrs["emit"] else ("loss", reads)
         offset, first = split_offset(at, losses)
         bindings = (
             reads("targets", targets, offset=offset),
-            use("logits", logits),
+            use("logits", logits, _vector(logits)),
             writes("losses", losses, offset=offset),
             writes("lse", lse, offset=offset),
         )
-        constants = _row_constants(node, logits.columns, first, count, mode)
+        constants = _row_constants(node, logits, first, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         if node.attrs["emit"]:
-            launches += _dx_launches(node.outputs[2], pages, logits, next(iter(partial), None), at, count, caps)
+            launches += back_launches(node.outputs[2], pages, logits, partial, at, count, caps)
     launches.append(rows_launch(losses, loss, 1, x.rows, caps))
     return launches
 
@@ -218,7 +191,7 @@ def _grad_reference(
 ) -> Sequence[np.ndarray]:
     pages, held = rest[: node.attrs["pages"]], rest[node.attrs["pages"] :]
     table = _table(x, pages)
-    _, _, slopes = _slopes(x, targets, table, node.attrs["smoothing"])
+    _, _, slopes = _slopes(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
     slopes = slopes.astype(x.dtype) * upstream
     whole = slopes.T @ x.reshape(-1, x.shape[-1])
     edges = np.cumsum([len(p) for p in pages])[:-1]
@@ -236,17 +209,17 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     depth, vocabulary = x.columns, logits.columns
     launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += _logits_launches(x, pages, logits, at, count, caps)
+        launches += logits_launches(x, None, pages, logits, at, count, caps)
         offset, first = split_offset(at, lse)
         bindings = (
             reads("targets", targets, offset=offset),
             reads("lse", lse, offset=offset),
             reads("upstream", upstream),
-            writes("logits", logits),
+            writes("logits", logits, _vector(logits)),
         )
-        constants = _row_constants(node, vocabulary, first, count, "slopes")
+        constants = _row_constants(node, logits, first, count, "slopes")
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
-        launches += _dx_launches(dx, pages, logits, next(iter(partial), None), at, count, caps)
+        launches += back_launches(dx, pages, logits, next(iter(partial), None), at, count, caps)
         for total, start in zip(totals, page_starts(pages), strict=True):
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
@@ -262,16 +235,15 @@ def _flops(products: int) -> Callable[[Node], int]:
             node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["pages"]],
         )
         passes = products + (1 if node.attrs.get("emit") else 0)
-        return 2 * passes * x.size * _vocabulary(pages)
+        return 2 * passes * x.size * vocabulary_of(pages)
 
     return count
 
 
 def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     x, pages = node.inputs[0], node.inputs[4:][: node.attrs["pages"]]
-    vocabulary = _vocabulary(pages)
-    count = _chunk(x.rows, vocabulary, caps)
-    return [((count, vocabulary), "f32"), *_dx_partials(pages, count, caps)]
+    logits = _logits(x.rows, pages, "f32", caps)
+    return [logits, *back_workspace(pages, logits, caps)]
 
 
 register(Op("cross_entropy", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops(1)))
@@ -298,13 +270,13 @@ def project(x: Tensor, pages: Sequence[Tensor]) -> Tensor:
 
 def _project_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, *pages = node.inputs
-    return _logits_launches(x, pages, node.output, 0, x.rows, caps)
+    return logits_launches(x, None, pages, node.output, 0, x.rows, caps)
 
 
 register(
     Op(
         "project",
-        lambda node: [((node.inputs[0].rows, _vocabulary(node.inputs[1:])), "f32")],
+        lambda node: [((node.inputs[0].rows, vocabulary_of(node.inputs[1:])), "f32")],
         lambda node, x, *pages: [x.reshape(-1, x.shape[-1]) @ _table(x, pages).T],
         _project_launch,
         flops=lambda node: 2 * node.inputs[0].columns * node.output.size,

@@ -10,9 +10,9 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import literal, mul
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
 
-Aliased = Callable[[Tensor, Tensor], bool]
+WORKGROUP = 256
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,13 +58,26 @@ def _layer_reference(node: Node, x: np.ndarray, weight: np.ndarray, bias: np.nda
     return [(centred * rstd[:, None] * weight + bias).reshape(x.shape), rstd, average]
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _blocking(node: Node) -> dict[str, int]:
+    """Rows and their length, the width of vectors, and how many invocations of a workgroup's 256 share a row."""
     rows, length = _groups(node)
-    names = ["x", "weight", "bias"][: len(node.inputs)]
-    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=True)]
-    bindings += [writes(n, t) for n, t in zip(["y", "rstd", "average"], node.outputs, strict=False)]
-    constants = {"mode": node.op, "ROWS": rows, "N": length, "eps": literal(node.attrs["eps"])}
-    return [Launch("norm", tuple(bindings), constants, grid_of(rows, caps))]
+    width = 4 if length % 4 == 0 else 1
+    return {"ROWS": rows, "N": length, "VEC": width, "SUMMED": lanes(length // width)}
+
+
+def lanes(steps: int) -> int:
+    """Invocations for so many steps: a power of two, 256 at most."""
+    return min(1 << (steps - 1).bit_length(), WORKGROUP)
+
+
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    constants: dict[str, Any] = {**_blocking(node), "mode": node.op, "eps": literal(node.attrs["eps"])}
+    width = constants["VEC"]
+    bindings = [reads(n, t, width) for n, t in zip(["x", "weight", "bias"], node.inputs, strict=False)]
+    bindings += [writes("y", node.output, width)]
+    bindings += [writes(n, t) for n, t in zip(["rstd", "average"], node.outputs[1:], strict=False)]
+    grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
+    return [Launch("norm", tuple(bindings), constants, grid)]
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
@@ -72,7 +85,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
     dy = upstream[0]
     x, weight, *bias = node.inputs
     statistics = node.outputs[1:]
-    dx = record("norm_grad", x, weight, dy, *statistics)[0] if context.wanted(x) else None
+    dx = record("norm_grad", x, weight, dy, *statistics, residual=False)[0] if context.wanted(x) else None
     dweight = None
     if context.wanted(weight):
         xhat = record("norm_hat", x, *statistics, length=weight.size)[0]
@@ -86,23 +99,32 @@ def _hat(x: np.ndarray, length: int, rstd: np.ndarray, average: np.ndarray | Non
 
 
 def _grad_reference(
-    node: Node, x: np.ndarray, weight: np.ndarray, dy: np.ndarray, rstd: np.ndarray, average: np.ndarray | None = None
+    node: Node, x: np.ndarray, weight: np.ndarray, dy: np.ndarray, rstd: np.ndarray, *rest: np.ndarray
 ) -> Sequence[np.ndarray]:
+    average = rest[0] if len(rest) > node.attrs["residual"] else None
     xhat = _hat(x, weight.size, rstd, average)
     g = dy.reshape(xhat.shape) * weight
     dx = g - xhat * (g * xhat).mean(axis=-1, keepdims=True)
     if average is not None:
         dx -= g.mean(axis=-1, keepdims=True)
-    return [(dx * rstd[:, None]).reshape(x.shape)]
+    dx = (dx * rstd[:, None]).reshape(x.shape)
+    return [dx + rest[-1] if node.attrs["residual"] else dx]
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    rows, length = _groups(node)
-    names = ["x", "weight", "dy", "rstd", "average"]
-    bindings = [reads(n, t) for n, t in zip(names, node.inputs, strict=False)]
-    mode = "rms_norm_grad" if len(node.inputs) == 4 else "layer_norm_grad"
-    constants = {"mode": mode, "ROWS": rows, "N": length, "eps": ""}
-    return [Launch("norm", (*bindings, writes("dx", node.output)), constants, grid_of(rows, caps))]
+    """With a residual, which is added to where it lies if it is not read again."""
+    x, weight, dy, *statistics = node.inputs
+    constants: dict[str, Any] = {**_blocking(node), "eps": "", "residual": ""}
+    width = constants["VEC"]
+    bindings = [reads("x", x, width), reads("weight", weight, width), reads("dy", dy, width)]
+    if node.attrs["residual"]:
+        residual = statistics.pop()
+        constants["residual"] = "dx" if aliased(node.output, residual) else "residual"
+        bindings += [] if constants["residual"] == "dx" else [reads("residual", residual, width)]
+    bindings += [reads(n, t) for n, t in zip(["rstd", "average"], statistics, strict=False)]
+    constants["mode"] = "rms_norm_grad" if len(statistics) == 1 else "layer_norm_grad"
+    grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
+    return [Launch("norm", (*bindings, writes("dx", node.output, width)), constants, grid)]
 
 
 def _hat_reference(
@@ -127,7 +149,7 @@ def _ops_an_element(count: int) -> Callable[[Node], int]:
 
 
 for _name, _ref in (("rms_norm", _rms_reference), ("layer_norm", _layer_reference)):
-    register(Op(_name, _infer, _ref, _launch, _gradient, flops=_ops_an_element(5), cheap=True))
+    register(Op(_name, _infer, _ref, _launch, _gradient, flops=_ops_an_element(5)))
 register(
     Op(
         "norm_grad",
@@ -135,8 +157,7 @@ register(
         _grad_reference,
         _grad_launch,
         flops=_ops_an_element(8),
+        inplace=lambda node: [(0, len(node.inputs) - 1)] if node.attrs["residual"] else [],
     )
 )
-register(
-    Op("norm_hat", lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)], _hat_reference, _hat_launch, cheap=True)
-)
+register(Op("norm_hat", lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)], _hat_reference, _hat_launch))

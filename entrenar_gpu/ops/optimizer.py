@@ -12,9 +12,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.registry import Op, Spec, in_place, record, register
-
-Aliased = Callable[[Tensor, Tensor], bool]
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, in_place, record, register
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
 # correction1/2: 1 - beta^taken, kept as a running average of ones, since 1 - beta^t cancels in f32 for small t.

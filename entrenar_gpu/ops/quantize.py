@@ -8,7 +8,7 @@ a*b+c into a fused operation that would round once instead of twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,8 @@ from entrenar_gpu import nf4
 from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.registry import Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
 
-Aliased = Callable[[Tensor, Tensor], bool]
 TABLE = nf4.SCALE_CODE.size + 2
 
 
@@ -82,9 +81,9 @@ def dequantized(attrs: Mapping[str, Any], codes: np.ndarray, *scales: np.ndarray
     return weight.dequantize()
 
 
-def codebook_text() -> str:
+def codebook_text() -> tuple[str, ...]:
     """The NF4 codebook as WGSL literals."""
-    return ", ".join(literal(v) for v in nf4.CODEBOOK.tolist())
+    return tuple(literal(v) for v in nf4.CODEBOOK.tolist())
 
 
 def scale_bindings(parts: Sequence[Tensor]) -> list[Binding]:

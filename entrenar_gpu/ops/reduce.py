@@ -9,9 +9,8 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import literal
-from entrenar_gpu.ops.registry import GradientContext, Op, Spec, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register, same_as
 
-Aliased = Callable[[Tensor, Tensor], bool]
 CHUNK = 4096  # elements a workgroup sums in the first of two passes
 ROWS_CHUNK = 128  # rows an invocation sums in the first of two passes
 
@@ -148,7 +147,6 @@ register(
         _expand_reference,
         _expand_launch,
         _expand_gradient,
-        cheap=True,
     )
 )
 

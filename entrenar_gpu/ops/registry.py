@@ -16,6 +16,7 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 
 Spec = tuple[tuple[int, ...], str]  # shape, dtype
+Aliased = Callable[[Tensor, Tensor], bool]  # whether an output and an input of a node share storage
 
 
 class GradientContext(Protocol):
@@ -35,23 +36,22 @@ class Op:
     """One op.
 
     infer(node) -> specs of the outputs.                 reference(node, *arrays) -> output arrays (any float dtype).
-    launch(node, caps, aliased) -> launches; `aliased(output, input)` tells whether the two share storage.
+    launch(node, caps, aliased) -> launches.
     gradient: see above; None for ops that are never differentiated.
     workspace(node, caps) -> specs of scratch tensors.   flops(node) -> arithmetic operations, for traces and submits.
     inplace(node) -> (output index, input index) pairs that may share storage, because each element of the input is
     read by the invocation that writes it, and before it does.
-    cheap: worth recomputing in the backward pass rather than keeping.   transient: always recomputed there.
+    transient: never kept for the backward pass, but computed again for every reader there.
     """
 
     name: str
     infer: Callable[[Node], Sequence[Spec]]
     reference: Callable[..., Sequence[np.ndarray]]
-    launch: Callable[[Node, Caps, Callable[[Tensor, Tensor], bool]], Sequence[Launch]]
+    launch: Callable[[Node, Caps, Aliased], Sequence[Launch]]
     gradient: Callable[[Node, Sequence[Any], GradientContext], Sequence[Tensor | None]] | None = None
     workspace: Callable[[Node, Caps], Sequence[Spec]] = lambda node, caps: ()
     flops: Callable[[Node], int] = lambda node: sum(t.size for t in node.outputs)
     inplace: Callable[[Node], Sequence[tuple[int, int]]] = lambda node: ()
-    cheap: bool = False
     transient: bool = False
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import GradientContext, Op, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
 
 
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _reference(node: Node, x: np.ndarray, table: np.ndarray, positions: np.ndarr
     return [np.stack([first * cos - second * sin, second * cos + first * sin], axis=2).reshape(x.shape)]
 
 
-def _launch(node: Node, caps: Caps, aliased: Callable[[Tensor, Tensor], bool]) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, table, positions = node.inputs
     pairs = x.size // 2
     shared = aliased(node.output, x)
@@ -68,6 +68,5 @@ register(
         _gradient,
         flops=lambda node: 3 * node.output.size,
         inplace=lambda node: [(0, 0)],
-        cheap=True,
     )
 )

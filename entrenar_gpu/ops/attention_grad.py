@@ -1,0 +1,258 @@
+"""The gradient of attention: blocks of softmax weights and slopes once, then three products of them.
+
+Recomputing P and dS costs two products, and dq, dk and dv need the same ones. So, for a part of the problem at a time,
+they go to scratch, and each of the three gradients is a plain product of those blocks with dout, q or k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
+from entrenar_gpu.ops.attention import (
+    flops,
+    head_constants,
+    join,
+    narrow,
+    padded,
+    shape_of,
+    softmax_weights,
+    split,
+    vector_of,
+)
+from entrenar_gpu.ops.elementwise import literal
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, register
+
+BLOCK = 64  # tokens of a block of P and dS each way
+SCRATCH_BYTES = 144 << 20  # for P and dS of a part: enough for a device's workgroups (docs/attention.md)
+
+
+def _statistics_infer(node: Node) -> Sequence[Spec]:
+    tokens, heads = node.inputs[2].shape
+    rows = node.attrs["rows"]
+    return [((2, rows, heads, tokens // rows), "f32")]
+
+
+def _statistics_reference(node: Node, out: np.ndarray, dout: np.ndarray, lse: np.ndarray) -> Sequence[np.ndarray]:
+    tokens, heads = lse.shape
+    both = np.stack([lse, (out * dout).reshape(tokens, heads, -1).sum(axis=-1)])
+    return [both.reshape(2, node.attrs["rows"], -1, heads).swapaxes(2, 3)]
+
+
+def _statistics_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    out, dout, lse = node.inputs
+    _, rows, heads, length = node.output.shape
+    e = out.size // lse.size
+    width = 4 if e % 4 == 0 else 1
+    constants = {"B": rows, "S": length, "H": heads, "E": e, "WIDTH": width}
+    bindings = [reads("out", out, width), reads("dout", dout, width), reads("lse", lse)]
+    bindings.append(writes("statistics", node.output))
+    return [Launch("attention_statistics", tuple(bindings), constants, grid_of(-(-lse.size // 8), caps), trusted=True)]
+
+
+def _reference(
+    node: Node,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dout: np.ndarray,
+    statistics: np.ndarray,
+    segments: np.ndarray,
+) -> Sequence[np.ndarray]:
+    s = shape_of(node)
+    group = s["H"] // s["K"]
+    weights, _ = softmax_weights(s, q, k, segments)
+    d_heads = split(s, dout)
+    slopes = weights * (d_heads @ split(s, v).swapaxes(-1, -2) - statistics[1][..., None])
+    slopes *= q.dtype.type(1 / math.sqrt(s["E"]))
+    return [
+        join(slopes @ split(s, k), q, 1),
+        join(slopes.swapaxes(-1, -2) @ split(s, q), k, group),
+        join(weights.swapaxes(-1, -2) @ d_heads, v, group),
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows, key/value heads and query blocks whose P and dS share the scratch."""
+
+    rows: range
+    kv_heads: range
+    blocks: range
+
+    def pairs(self) -> int:
+        """Blocks of P of a head: each query block with the key blocks up to itself."""
+        return sum(i + 1 for i in self.blocks)
+
+
+def _parts(node: Node, caps: Caps) -> Iterator[Part]:
+    """Whole rows if they fit, else some heads of a row, else some queries of a head."""
+    s = shape_of(node)
+    blocks, group = -(-s["S"] // BLOCK), s["H"] // s["K"]
+    block_bytes = 2 * BLOCK * BLOCK * (2 if narrow(node, caps) else 4)
+    room = min(SCRATCH_BYTES, caps.max_binding_bytes) // (block_bytes * group)  # blocks of a key/value head
+    heads = room // (blocks * (blocks + 1) // 2)
+    if heads >= s["K"]:
+        for rows in _cut(s["B"], heads // s["K"]):
+            yield Part(rows, range(s["K"]), range(blocks))
+        return
+    for row in range(s["B"]):
+        for kv_heads in _cut(s["K"], max(heads, 1)):
+            for some in [range(blocks)] if heads else _rows_of_blocks(blocks, room):
+                yield Part(range(row, row + 1), kv_heads, some)
+
+
+def _cut(count: int, most: int) -> list[range]:
+    """`count` in pieces as equal as can be of at most `most`."""
+    step = -(-count // -(-count // most))
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _rows_of_blocks(blocks: int, room: int) -> Iterator[range]:
+    """Query blocks such that a piece has at most `room` pairs of blocks, or is a single one."""
+    first, used = 0, 0
+    for i in range(blocks):
+        if i > first and used + i + 1 > room:
+            yield range(first, i)
+            first, used = i, 0
+        used += i + 1
+    yield range(first, blocks)
+
+
+def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
+    """P and dS of a part and, where heads share keys, its dk and dv by query head."""
+    s, parts = shape_of(node), list(_parts(node, caps))
+    group = s["H"] // s["K"]
+    blocks = max(len(p.rows) * len(p.kv_heads) * group * p.pairs() for p in parts)
+    specs: list[Spec] = [((blocks, 2, BLOCK, BLOCK), "f16" if narrow(node, caps) else "f32")]
+    if group > 1:
+        tokens = max(len(p.rows) * len(p.kv_heads) for p in parts) * s["S"]
+        specs += [((tokens, group * s["E"]), "f32")] * 2
+    return specs
+
+
+class _Bindings:
+    """Bindings of a part's launches: each tensor from the part's beginning on."""
+
+    def __init__(self, node: Node, part: Part) -> None:
+        self._s, self._part, self._width = shape_of(node), part, vector_of(node)
+        self._group = self._s["H"] // self._s["K"]
+        self.bases: dict[str, str] = {}
+
+    def __call__(self, name: str, tensor: Tensor, start: int, width: int = 1, write: bool = False) -> Binding:
+        offset, rest = split_offset(start, tensor)
+        self.bases[name] = f"{rest}u + " if rest else ""
+        return Binding(name, tensor, write, width, offset)
+
+    def by_query_head(self, name: str, tensor: Tensor, write: bool = False) -> Binding:
+        """A tensor [B, S, H, E]."""
+        s, part = self._s, self._part
+        start = (part.rows.start * s["S"] * s["H"] + part.kv_heads.start * self._group) * s["E"]
+        return self(name, tensor, start, self._width, write)
+
+    def by_kv_head(self, name: str, tensor: Tensor, write: bool = False) -> Binding:
+        """A tensor [B, S, K, E]."""
+        s, part = self._s, self._part
+        start = (part.rows.start * s["S"] * s["K"] + part.kv_heads.start) * s["E"]
+        return self(name, tensor, start, self._width, write)
+
+    def whole(self, name: str, tensor: Tensor) -> Binding:
+        """Scratch of the part, written as vectors of a head."""
+        return self(name, tensor, 0, self._width, True)
+
+    def statistics(self, tensor: Tensor) -> Binding:
+        """Statistics [2, B, H, S]."""
+        s, part = self._s, self._part
+        return self("statistics", tensor, (part.rows.start * s["H"] + part.kv_heads.start * self._group) * s["S"])
+
+    def inputs(self, node: Node) -> list[Binding]:
+        """What both halves read."""
+        q, k, _, dout, _, segments = node.inputs
+        vectors = [self.by_query_head("q", q), self.by_kv_head("k", k), self.by_query_head("dout", dout)]
+        return [*vectors, self("segment_start", segments, self._part.rows.start * self._s["S"])]
+
+
+def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    blocks, launches = -(-shape_of(node)["S"] // BLOCK), []
+    for part in _parts(node, caps):
+        launches += [_slopes(node, caps, part), _products(node, caps, part)]
+        if len(node.workspace) > 1 and part.blocks.stop == blocks:
+            launches.append(_group_sum(node, caps, part))
+    return launches
+
+
+def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
+    """What both halves are specialised with."""
+    s = shape_of(node)
+    heads = len(part.kv_heads) * s["H"] // s["K"]
+    sizes = {"HEADS": heads, "PAIRS": part.pairs(), "FIRST": part.blocks.start, "END": part.blocks.stop}
+    return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0, "TY": 8}
+
+
+def _slopes(node: Node, caps: Caps, part: Part) -> Launch:
+    bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
+    bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs[2]), bind.statistics(node.inputs[4])]
+    bindings.append(writes("slopes", node.workspace[0], 4))
+    constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
+    grid = (blocks.start + blocks.stop + 1, -(-len(blocks) // 2), len(part.rows) * constants["HEADS"])
+    return Launch("attention_slopes", tuple(bindings), constants, grid, trusted=True)
+
+
+def _products(node: Node, caps: Caps, part: Part) -> Launch:
+    bind, constants = _Bindings(node, part), _constants(node, caps, part)
+    slopes, *partial = node.workspace
+    bindings = [*bind.inputs(node), reads("slopes", slopes, 4), bind.by_query_head("dq", node.outputs[0], write=True)]
+    if partial:
+        bindings += [bind.whole(n, t) for n, t in zip(("dk", "dv"), partial, strict=True)]
+    else:
+        bindings += [bind.by_kv_head(n, t, write=True) for n, t in zip(("dk", "dv"), node.outputs[1:], strict=True)]
+    lanes, heads = padded(constants["E"]) // 8, constants["HEADS"]
+    constants |= {"TX": lanes, "THREADS": 8 * lanes, "CK": _steps(constants["E"], constants["f16"])}
+    constants |= {"OUT_HEADS": heads if partial else constants["K"], "scale": literal(1 / math.sqrt(constants["E"]))}
+    grid = (len(part.rows) * heads, 3, part.blocks.stop)
+    return Launch("attention_grad", tuple(bindings), {**constants, "BASES": bind.bases}, grid, trusted=True)
+
+
+def _steps(e: int, f16: bool) -> int:
+    """Steps of a product that are staged at a time: within what every device has, and few enough to leave memory to
+    the cache."""
+    most, itemsize = (32, 2) if f16 else (16, 4)
+    return next(c for c in (most, most // 2) if c * (BLOCK + padded(e)) * itemsize <= Caps().max_workgroup_bytes)
+
+
+def _group_sum(node: Node, caps: Caps, part: Part) -> Launch:
+    s, heads, bind = shape_of(node), len(part.kv_heads), _Bindings(node, part)
+    partial = zip(("partial_k", "partial_v"), node.workspace[1:], strict=True)
+    start = (part.rows.start * s["S"] * s["K"] + part.kv_heads.start) * s["E"]
+    results = zip(("dk", "dv"), node.outputs[1:], strict=True)
+    bindings = [reads(n, t) for n, t in partial] + [bind(n, t, start, write=True) for n, t in results]
+    size = len(part.rows) * s["S"] * heads * s["E"]
+    constants: dict[str, Any] = {"SIZE": size, "E": s["E"], "GROUP": s["H"] // s["K"], "HEADS": heads, "K": s["K"]}
+    constants["BASES"] = bind.bases
+    return Launch("attention_group_sum", tuple(bindings), constants, grid_of(-(-size // 256), caps), trusted=True)
+
+
+register(
+    Op(
+        "attention_statistics",
+        _statistics_infer,
+        _statistics_reference,
+        _statistics_launch,
+        flops=lambda node: 2 * node.inputs[0].size,
+    )
+)
+register(
+    Op(
+        "attention_grad",
+        lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
+        _reference,
+        _launch,
+        workspace=_workspace,
+        flops=flops(5),
+    )
+)
