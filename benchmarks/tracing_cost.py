@@ -2,6 +2,8 @@
 
     python -m benchmarks.tracing_cost                      by part, on made-up records of a 36-layer model
     python -m benchmarks.tracing_cost --train --steps 200  in a real training of the demo's model, on and off in turn
+    python -m benchmarks.tracing_cost --train --model DIR --precision int8 --batch 1 --seq 512
+                                                           the same for another model, on random tokens
 
 The training thread hands each record over; the tracing thread then works while the next step runs on the device. Both
 hold Python's global lock, so the second figure says the most that a step can lose, and the alternation what it does.
@@ -10,6 +12,7 @@ hold Python's global lock, so the second figure says the most that a step can lo
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import tempfile
@@ -19,8 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from entrenar_gpu.events import notify
 from observability import observe, schema
 from observability.export import encode_line, line_head
+from observability.live import LiveDetector
 from observability.tracing import OwnSpans, SpanBuilder
 from tests.step_records import KERNELS, run_info, run_summary, step_record
 
@@ -61,16 +66,16 @@ def cost_by_part(level: schema.Level, steps: int) -> Parts:
 
 
 class Switch:
-    """An observer that passes steps on to another in every second block of `block` steps, and times all of them."""
+    """An observer that passes steps on to others in every second block of `block` steps, and times all of them."""
 
-    def __init__(self, observer: Any, block: int) -> None:
-        self._observer = observer
+    def __init__(self, observers: Sequence[Any], block: int) -> None:
+        self._observers = observers
         self._block = block
         self._last = 0.0
         self.seconds: list[float] = []  # from each record to the next, which is when the first one's cost is paid
 
     def run_started(self, info: Any) -> None:
-        self._observer.run_started(info)
+        notify(self._observers, "run_started", info)
 
     def step_finished(self, record: Any) -> None:
         now = time.perf_counter()
@@ -78,10 +83,10 @@ class Switch:
             self.seconds.append(now - self._last)
         self._last = now
         if len(self.seconds) // self._block % 2 == 1:
-            self._observer.step_finished(record)
+            notify(self._observers, "step_finished", record)
 
     def run_finished(self, summary: Any) -> None:
-        self._observer.run_finished(summary)
+        notify(self._observers, "run_finished", summary)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,9 @@ class Overhead:
 
 
 def alternate(train: Callable[[Sequence[Any]], Any], level: schema.Level, block: int) -> Overhead:
-    """Run `train(observers)` once, with tracing on in every second block of steps."""
+    """Run `train(observers)` once, with tracing and live detection on in every second block of steps."""
     with tempfile.TemporaryDirectory() as folder:
-        switch = Switch(observe(Path(folder), level=level), block)
+        switch = Switch([observe(Path(folder), level=level), LiveDetector(emit=lambda line: None)], block)
         train([switch])
     return overhead(switch.seconds, block)
 
@@ -131,9 +136,41 @@ def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
     return train
 
 
+def train_model(folder: str, steps: int, batch: int, seq: int, precision: str) -> Callable[[Sequence[Any]], Any]:
+    """Training of the model in `folder` on rows of random tokens."""
+    from entrenar_gpu.config import TrainConfig
+    from entrenar_gpu.model_config import load_model_config
+    from entrenar_gpu.train import Trainer
+
+    def train(observers: Sequence[Any]) -> Any:
+        vocabulary = load_model_config(Path(folder)).vocab_size
+        with tempfile.TemporaryDirectory() as scratch:
+            data = Path(scratch) / "train.jsonl"
+            with data.open("w") as stream:
+                draw = random.Random(0)
+                for _ in range(8 * batch):
+                    stream.write(json.dumps({"input_ids": draw.choices(range(vocabulary), k=seq)}) + "\n")
+            config = TrainConfig(
+                model=folder,
+                data=str(data),
+                output=f"{scratch}/run",
+                steps=steps,
+                batch=batch,
+                seq=seq,
+                precision=precision,
+            )
+            return Trainer(config, list(observers)).run()
+
+    return train
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what tracing costs.")
     parser.add_argument("--train", action="store_true", help="alternate on and off in a real training")
+    parser.add_argument("--model", help="folder of the model to train instead of the demo's")
+    parser.add_argument("--precision", default="f32")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--block", type=int, default=5, help="steps before tracing is switched")
     parser.add_argument("--level", choices=schema.LEVELS, default=schema.DEFAULT_LEVEL)
@@ -146,7 +183,10 @@ def main() -> None:
                 f" {parts.work_ms:7.2f} ms in the tracing thread, {parts.kilobytes:7.1f} kB in the file"
             )
         return
-    found = alternate(train_demo(options.steps), options.level, options.block)
+    train = train_demo(options.steps)
+    if options.model:
+        train = train_model(options.model, options.steps, options.batch, options.seq, options.precision)
+    found = alternate(train, options.level, options.block)
     print(
         f"{options.level}: {found.relative:+.2%} of wall time, 95% interval {found.low:+.2%} to {found.high:+.2%},"
         f" {found.pairs} pairs of blocks, steps of {found.step_seconds * 1e3:.0f} ms"

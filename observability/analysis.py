@@ -11,7 +11,7 @@ import numpy as np
 from observability import schema
 from observability.clusters import Clusters, cluster_steps
 from observability.detect import LEAST_STEPS, Scored, detect
-from observability.findings import CAUSES, Finding, duration
+from observability.findings import CAUSES, COMPILE, LOSS_SPIKE, PERIODIC, SKIPPED_STEP, Finding, duration
 from observability.otlp_read import read_trace
 from observability.spans import SpanTable
 from observability.steps import StepTable, step_table
@@ -67,7 +67,7 @@ def verdict(analysis: Analysis) -> str:
     """One sentence: is this run healthy?"""
     table, alarms = analysis.table, analysis.alarms
     typical = duration(float(np.median(table.seconds)))
-    ran = f"{len(table):,} steps of typically {typical}"
+    ran = f"{len(table):,} {'step' if len(table) == 1 else 'steps'} of typically {typical}"
     if len(table) < LEAST_STEPS:
         return f"{ran}: too few to tell normal from slow."
     if not alarms:
@@ -90,17 +90,21 @@ def by_cause(findings: list[Finding]) -> dict[str, list[Finding]]:
 
 def lost_in(analysis: Analysis, finding: Finding) -> float:
     """Seconds that a finding cost: what its steps took beyond what they should have."""
+    if finding.cause in (LOSS_SPIKE, SKIPPED_STEP):
+        return 0.0
     if finding.span in (schema.CHECKPOINT, schema.EVAL):
         return max(finding.seconds - finding.expected, 0.0)
     table = analysis.table
     rows = (table.step >= finding.first_step) & (table.step <= finding.last_step)
-    if finding.first_step == finding.last_step:
+    if finding.first_step == finding.last_step or finding.cause == COMPILE:
         return float(np.sum(np.maximum(analysis.scored.step.excess[rows], 0.0)))
-    if finding.cause == "periodic":
+    if finding.cause == PERIODIC:
         count = max(int(np.sum(analysis.scored.step.z[rows] > 1)), 1)
-        return count * max(finding.seconds - finding.expected, 0.0)
-    healthy = float(np.median(table.seconds[: max(int(np.argmax(rows)), 1)]))
-    return float(np.sum(np.maximum(table.seconds[rows] - healthy, 0.0)))
+    elif finding.span == schema.STEP:
+        return float(np.sum(np.maximum(table.seconds[rows] - finding.expected, 0.0)))
+    else:
+        count = int(np.sum(rows))
+    return count * max(finding.seconds - finding.expected, 0.0)
 
 
 def time_lost(analysis: Analysis) -> float:

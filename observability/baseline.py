@@ -31,9 +31,14 @@ _FLOOR: Final = 0.005  # of the centre: below half a percent a difference matter
 # and 2.17 sigmas there; the smaller numbers are for tails that fall off more slowly further out.
 NEAR_TAIL: Final = (0.97, 1.6)
 FAR_TAIL: Final = (0.985, 1.85)
-_FEW: Final = 30  # steps: so many more would be needed to know the scale well; see `_uncertainty`
-_SURE_TAIL: Final = 40  # times below which quantiles so far out mean nothing
+_FEW: Final = 30  # steps: so many more would be needed to know the scale well; see `uncertainty`
+_SHORT_TAIL: Final = (0.90, 1.1)
+_SURE_TAIL: Final = 40  # times below which only the short tail means anything
+_EVENT: Final = 0.5  # of the centre
+_FEW_EVENTS: Final = 0.1  # of the steps
 _LONG_BATCH: Final = 1.02  # so much more work than usual is "a longer batch"
+_FAR_LONGER: Final = 1.1  # batches so much longer, if they are few, vary in the time they take for their tokens
+_FEW_LONGER: Final = 0.2
 _SUPERLINEAR: Final = 1.35  # attention makes time grow faster than tokens: time <= work^1.35
 
 
@@ -56,13 +61,21 @@ class Scores:
 
 
 def relative_work(table: StepTable) -> Floats:
-    """Positions computed by each step over the run's median; ones where the trace does not tell."""
-    for key in ("row_tokens", "tokens"):
-        work = table.values.get(key)
-        if work is not None and np.all(np.isfinite(work)) and np.all(work > 0):
+    """Positions computed by each step over the run's median, or trained tokens where positions never change.
+
+    Ones where the trace tells neither.
+    """
+    known = (table.values[key] for key in ("row_tokens", "tokens") if key in table.values)
+    for work in known:
+        if np.all(np.isfinite(work)) and np.all(work > 0) and np.ptp(work) > 0:
             result: Floats = work / np.median(work)
             return result
     return np.ones(len(table))
+
+
+def pools_of(table: StepTable) -> list[Hashable]:
+    """For `score`: which kinds of span are alike, layers and kernels of one pass or phases."""
+    return [(kind.level, kind.phase) for kind in table.kinds]
 
 
 def score(times: Floats, work: Floats, exclude: Mask | None = None, pools: Sequence[Hashable] = ()) -> Scores:
@@ -83,7 +96,7 @@ def score(times: Floats, work: Floats, exclude: Mask | None = None, pools: Seque
     for k, tail in enumerate(_tails(columns[kept], excess[kept], factor[kept], pools)):
         per_work = excess[:, k] / factor[:, k]
         around = MAD_TO_SIGMA * moving_median(np.abs(per_work))
-        whole = max(core_scale(per_work[kept]), tail) * _uncertainty(int(kept.sum()))
+        whole = max(core_scale(per_work[kept]), tail) * uncertainty(int(kept.sum()))
         scale[:, k] = np.maximum(whole, around) * factor[:, k]
     return Scores(*(part.reshape(times.shape) for part in parts))
 
@@ -101,21 +114,32 @@ def core_scale(excess: Floats) -> float:
 
 def noise_scale(excess: Floats, centre: float, tail: tuple[float, float] = FAR_TAIL) -> float:
     """One sigma of `excess`: the robust core, or the tail where that is heavier; never below the floor."""
-    known = max(core_scale(excess), tail_scale(excess, tail)) * _uncertainty(len(excess))
+    known = max(core_scale(excess), tail_scale(excess, centre, tail)) * uncertainty(len(excess))
     return max(known, _FLOOR * centre, 1e-9)
 
 
-def _uncertainty(count: int) -> float:
+def uncertainty(count: int) -> float:
     """By how much a scale estimated from so few steps may be too small: 1.6 for twenty, 1.02 for a thousand."""
     return float(np.sqrt(1 + _FEW / max(count, 1)))
 
 
-def tail_scale(excess: Floats, tail: tuple[float, float]) -> float:
-    """One sigma of the upper tail of `excess`; zero where there are too few to have a tail."""
-    if len(excess) < _SURE_TAIL:
-        return 0.0
-    quantile, sigmas = tail
-    return float(np.quantile(excess, quantile)) / sigmas
+def tail_scale(excess: Floats, centre: float, tail: tuple[float, float]) -> float:
+    """One sigma of the upper tail of `excess`."""
+    quantile, sigmas = tail if len(excess) >= _SURE_TAIL else _SHORT_TAIL
+    return float(np.quantile(_without_events(excess, centre), quantile)) / sigmas
+
+
+def _without_events(excess: Floats, centre: float) -> Floats:
+    """`excess` without events too large and too far from the rest to be the tail of anything.
+
+    That is values of at least `_EVENT` of the centre, twice the greatest of the rest, few of all.
+    """
+    most = int(_FEW_EVENTS * len(excess))
+    top = np.sort(excess)[::-1][: most + 1]
+    for count in range(most, 0, -1):
+        if top[count - 1] >= max(_EVENT * centre, 2 * top[count]):
+            return excess[excess <= top[count]]
+    return excess
 
 
 def _tails(columns: Floats, excess: Floats, factor: Floats, pools: Sequence[Hashable]) -> list[float]:
@@ -127,41 +151,45 @@ def _tails(columns: Floats, excess: Floats, factor: Floats, pools: Sequence[Hash
         alike = [i for i, pool in enumerate(pools) if pool == pools[k]] if pools else [k]
         # steps have no pool; a kind of span on its own has one of its own
         tail = FAR_TAIL if not pools or len(alike) > 2 else NEAR_TAIL
-        result.append(float(centres[k]) * max(tail_scale(relative[:, alike].reshape(-1), tail), _FLOOR, 1e-9))
+        result.append(float(centres[k]) * max(tail_scale(relative[:, alike].reshape(-1), 1.0, tail), _FLOOR, 1e-9))
     return result
 
 
 def _expected(times: Floats, work: Floats) -> tuple[Floats, Floats]:
     """(expected, factor) of one column."""
-    low, high = _explained_by_work(times, work)
-    middle = np.sqrt(low * high)
-    centre = moving_median(times / middle)
-    # What is expected of a step is the time within the explained range that is nearest to what it took.
-    expected = np.clip(times, centre * low, centre * high)
+    exponent = work_exponent(times, work)
+    if exponent is not None:
+        least = work**exponent
+        centre = moving_median(times / least)
+        long = work > _FAR_LONGER
+        most = np.where(long & (np.mean(long) <= _FEW_LONGER), work ** max(exponent, _SUPERLINEAR), least)
+    else:
+        long = work > _LONG_BATCH  # few, or the exponent were known
+        centre = np.interp(np.arange(len(times)), np.flatnonzero(~long), moving_median(times[~long]))
+        least, most = np.ones_like(work), np.where(long, work**_SUPERLINEAR, 1.0)
+    # What is expected of a step is the time that is nearest to what it took, of those that its work explains.
+    expected = np.clip(times, centre * least, centre * most)
     return expected, np.where(centre > 0, expected / np.where(centre > 0, centre, 1.0), 1.0)
 
 
-def _explained_by_work(times: Floats, work: Floats) -> tuple[Floats, Floats]:
-    """Factors on the baseline that each step's work explains: the least and the most."""
-    exponent = work_exponent(times, work)
-    if exponent is not None:
-        factor = work**exponent
-        return factor, factor
-    longer = work > _LONG_BATCH
-    return np.ones_like(work), np.where(longer, work**_SUPERLINEAR, 1.0)
-
-
 def work_exponent(times: Floats, work: Floats) -> float | None:
-    """How time grows with work (time ~ work^exponent, 0 to 2); None where work varies too little to tell."""
-    x = np.log(work)
-    if np.subtract(*np.quantile(x, [0.75, 0.25])) < 0.02:
-        return None
+    """How time grows with work (time ~ work^exponent, 0 to 2); None where too few steps differ in it to tell."""
     usable = times > 0
-    y = np.log(np.where(usable, times, 1.0)) - moving_median(np.log(np.where(usable, times, 1.0)))
+    x, y = np.log(work[usable]), np.log(times[usable])
+    near = x - moving_median(x) if len(x) else x
+    if _varies(near):
+        x, y = near, y - moving_median(y)  # from step to step: what else changes over the run must not matter
+    elif not _varies(x):
+        return None
     # Theil-Sen over pairs that lie far apart in work: robust against a third of the steps being odd.
-    order = np.argsort(x[usable], kind="stable")
+    order = np.argsort(x, kind="stable")
     half = len(order) // 2
     first, second = order[:half], order[-half:]
-    dx, dy = x[usable][second] - x[usable][first], y[usable][second] - y[usable][first]
+    dx, dy = x[second] - x[first], y[second] - y[first]
     apart = dx > 0.01
     return float(np.clip(np.median(dy[apart] / dx[apart]), 0.0, 2.0)) if apart.any() else None
+
+
+def _varies(logs: Floats) -> bool:
+    """Whether more than a twentieth of the steps differ from the others by 2% and more."""
+    return len(logs) > 0 and float(np.subtract(*np.quantile(logs, [0.95, 0.05]))) >= 0.02

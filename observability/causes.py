@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from observability import schema
-from observability.baseline import MAD_TO_SIGMA, Scores
+from observability.baseline import Scores, core_scale, uncertainty
 from observability.findings import (
     ALARM_AT,
     CHECKPOINT_STALL,
@@ -27,15 +27,19 @@ from observability.findings import (
 )
 from observability.periodic import Period
 from observability.spans import Floats
-from observability.steps import Kind, Pause, StepTable
+from observability.steps import Pause, StepTable
 from observability.sustained import Shift
 
 _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to be at fault
+_BEYOND_USUAL: Final = 0.25  # so much more of the lost time than of a step
 _MEMORY_RISE: Final = 1.05
-_PAUSE_HISTORY: Final = 3  # checkpoints of the same cost after which that cost is routine
-_ROUTINE_SPREAD: Final = 0.25  # of the usual cost
+_ROUTINE_SPREAD: Final = 0.05  # of the usual cost
 _FELT: Final = 0.02  # of a step: the sigma of a pause is at least that much
-_FELT_FIRST: Final = 0.1  # the same, where no earlier pause tells what is usual
+_FELT_FIRST: Final = 0.1  # the same, where no other pause tells what is usual
+# What a write takes that no other tells about: any disk that is well does better.
+_WRITE_SECONDS: Final = 0.025
+_WRITE_BYTES_A_SECOND: Final = 100e6
+_LONGER: Final = 1.1  # times the usual tokens: a batch that is worth a line
 _COSTLY: Final = 0.10  # share of the run's time in checkpoints that is worth a line
 
 
@@ -129,14 +133,17 @@ def judge_pause(pause: Pause, others: list[float], step_seconds: float, scale: f
 
     `step_seconds` and `scale` are a typical step and its sigma.
     """
-    usual, spread = 0.0, max(scale, _FELT_FIRST * step_seconds)
-    if len(others) >= _PAUSE_HISTORY:
-        usual = float(np.median(others))
-        deviation = MAD_TO_SIGMA * float(np.median(np.abs(np.array(others) - usual)))
-        spread = max(deviation, _ROUTINE_SPREAD * usual, _FELT * step_seconds)
+    usual = allowed = 0.0
+    if others:
+        usual = allowed = float(np.median(others))
+        deviation = max(core_scale(np.array(others)), _ROUTINE_SPREAD * usual) * uncertainty(len(others))
+        spread = max(deviation, _FELT * step_seconds)
     elif pause.name == schema.EVAL:
         return None  # evaluations are asked for and take what they take
-    z = (pause.seconds - usual) / spread
+    else:
+        allowed = _WRITE_SECONDS + pause.bytes / _WRITE_BYTES_A_SECOND
+        spread = max(scale, _FELT_FIRST * step_seconds)
+    z = (pause.seconds - allowed) / spread
     if severity(z) is None:
         return None
     word = "checkpoint write" if pause.name == schema.CHECKPOINT else "evaluation"
@@ -161,7 +168,7 @@ def longer_batches(table: StepTable, step: Scores, work: Floats, warm_up: int) -
     """Steps that took longer because they had more to do: explained, so without severity."""
     usual = float(np.median(table.seconds[warm_up:]))
     slower = table.seconds - usual >= ALARM_AT * step.scale
-    rows = np.flatnonzero(slower & (work > 1.1) & (step.z < NOTICED_AT))
+    rows = np.flatnonzero(slower & (work > _LONGER) & (step.z < NOTICED_AT))
     rows = rows[rows >= warm_up]
     findings = []
     for group in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
@@ -184,17 +191,27 @@ def _where(table: StepTable, excess: Floats, lost: float) -> tuple[str, int | No
             continue
         worst = max(indices, key=lambda index: float(excess[index]))
         share = float(excess[worst]) / lost
-        cause = _cause_of(table.kinds[worst])
+        cause = _cause_of(table, excess, worst, share)
         if share >= _MOST and cause is not None:
             return cause, worst, min(share, 1.0)
     return SPIKE, None, 0.0
 
 
-def _cause_of(kind: Kind) -> str | None:
-    """What it means when this kind of span holds most of the lost time. A whole pass being slow is no one's fault."""
+def _cause_of(table: StepTable, excess: Floats, index: int, share: float) -> str | None:
+    """What it means when one kind of span holds this share of the lost time. A whole pass being slow is no one's fault.
+
+    A phase is at fault where it holds far more than its usual share and its layers do not have the time, as they are
+    well or the trace has none: then a kernel outside them was slow.
+    """
+    kind = table.kinds[index]
     if kind.level in ("layer", "kernel"):
         return SLOW_KERNEL
-    return DATA_STALL if kind.name == schema.DATA else None
+    if kind.name == schema.DATA:
+        return DATA_STALL
+    usual = float(np.median(table.durations[:, index])) / typical_step(table)
+    layers = [i for i, other in enumerate(table.kinds) if other.level == "layer" and other.phase == kind.name]
+    in_layers = float(np.sum(np.maximum(excess[layers], 0.0)))
+    return SLOW_KERNEL if share >= usual + _BEYOND_USUAL and in_layers < 0.5 * excess[index] else None
 
 
 def _spread(table: StepTable, kinds: Scores, row: int, lost: float) -> str:

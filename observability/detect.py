@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from observability import causes, health
-from observability.baseline import Mask, Scores, core_scale, noise_scale, relative_work, score
+from observability.baseline import Mask, Scores, core_scale, noise_scale, pools_of, relative_work, score
 from observability.findings import ALARM_AT, COMPILE, NOTICED_AT, Finding, severity
 from observability.periodic import find_period
 from observability.spans import Floats
@@ -23,7 +23,7 @@ from observability.sustained import Shift, find_shifts
 LEAST_STEPS: Final = 8  # fewer say nothing about what is normal
 _WARM_UP: Final = 10  # steps at most
 _COMPILE_FACTOR: Final = 1.5  # a first step that compiles takes at least so many times the typical step
-_MATERIAL: Final = 3.0  # sigmas of the step by which a kind of span must be over to matter to the step
+MATERIAL: Final = 3.0  # sigmas of the step by which a kind of span must be over to matter to the step
 _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
 
 
@@ -44,13 +44,13 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     body = slice(warm_up, len(table))
     if len(table) - warm_up < LEAST_STEPS:
         return health.findings(table), _unscored(table, work, warm_up)
-    seconds, pools = table.seconds[body], [(kind.level, kind.phase) for kind in table.kinds]
+    seconds, pools = table.seconds[body], pools_of(table)
     times = score(seconds, work[body])
-    core = max(core_scale(times.excess), 1e-9)
     kinds = score(table.durations[body], work[body], pools=pools)
-    plain = np.any((kinds.z >= _PLAIN_AT) & (kinds.excess >= _PLAIN_AT * core), axis=1)
+    plain = plainly_explained(times, kinds)
     # A burst of steps that one layer explains is no slowdown of the run.
     shifts = find_shifts(np.where(plain, times.expected, seconds) / times.factor)
+    core = max(core_scale(times.excess), 1e-9)
     period = find_period(np.where(_outside(shifts, len(seconds)), times.excess, 0.0) / core)
     taken = np.zeros(len(seconds), dtype=bool)
     if period is not None:
@@ -73,6 +73,13 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     findings += causes.of_pauses(table, float(np.median(scored.step.scale)))
     findings += health.findings(table)
     return sorted(findings, key=lambda finding: finding.first_step), scored
+
+
+def plainly_explained(times: Scores, kinds: Scores) -> Mask:
+    """Steps that one kind of span was so slow in that nothing else need be asked."""
+    core = max(core_scale(times.excess), 1e-9)
+    result: Mask = np.any((kinds.z >= _PLAIN_AT) & (kinds.excess >= _PLAIN_AT * core), axis=1)
+    return result
 
 
 def warm_up_steps(seconds: Floats) -> int:
@@ -132,7 +139,7 @@ def _compilation(table: StepTable, scored: Scored) -> list[Finding]:
 def _single_steps(table: StepTable, scored: Scored, free: Mask) -> list[Finding]:
     """Steps, or kinds of span that matter to their step, that are over their baseline."""
     step_z = np.where(free, scored.step.z, 0.0)
-    material = scored.kinds.excess >= _MATERIAL * scored.step.scale[:, None]
+    material = scored.kinds.excess >= MATERIAL * scored.step.scale[:, None]
     kind_z = np.where(material & free[:, None], scored.kinds.z, 0.0)
     top = kind_z.max(axis=1, initial=0.0)
     rows = np.flatnonzero((step_z >= NOTICED_AT) | (top >= ALARM_AT))

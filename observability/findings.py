@@ -94,7 +94,9 @@ def severity(z: float) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 412 ms, 1.84 s, 57 µs."""
+    """Seconds for people: 412 ms, 1.84 s, 57 µs, 17.6 min."""
+    if abs(seconds) >= 600:
+        return f"{seconds / 3600:.3g} h" if abs(seconds) >= 7200 else f"{seconds / 60:.3g} min"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}" if abs(seconds) < 1000 * size else f"{seconds / size:.0f} {unit}"

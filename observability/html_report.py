@@ -11,7 +11,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ import numpy as np
 from observability import figures, schema
 from observability.analysis import Analysis, by_cause, lost_in, time_lost, verdict
 from observability.compare import Comparison
+from observability.files import write_whole
 from observability.findings import CAUSES, Finding, duration, size
 
 _ROWS: Final = 300  # anomalies listed, the worst first
@@ -50,7 +50,8 @@ _TEXTS: Final = {
         "Step time",
         "How long each step took, with its checkpoint and without evaluations, beside what was expected of it."
         " Marked are steps that were slower than this run's own noise explains; shaded stretches stayed slow. First"
-        " steps that compile may lie above the plot: double-click to see all, drag to zoom in.",
+        " steps that compile may lie above the plot: double-click to see all, drag to zoom in. With the keyboard: Tab"
+        " to a plot; + and − zoom, arrows move, 0 shows all.",
     ),
     "phases": (
         "Where the time goes",
@@ -65,9 +66,8 @@ _TEXTS: Final = {
 
 def write_html(analysis: Analysis, path: Path, comparison: Comparison | None = None) -> None:
     """Writes the report; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(analysis, comparison), encoding="utf-8")
-    os.replace(temporary, path)
+    text = page(analysis, comparison)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def page(analysis: Analysis, comparison: Comparison | None = None) -> str:
@@ -195,7 +195,8 @@ def _causes(analysis: Analysis) -> str:
         worst = max(findings, key=lambda f: (f.is_alarm, f.z))
         explained = not any(f.is_alarm for f in findings)
         badge = "explained" if explained else str(worst.severity)
-        cost = "–" if explained else duration(sum(lost_in(analysis, f) for f in findings))
+        lost = sum(lost_in(analysis, f) for f in findings)
+        cost = "–" if explained or not lost else duration(lost)
         rows.append(
             f'<tr><td><span class="badge {badge}">{badge}</span></td><td>{CAUSES[cause]}</td>'
             f'<td class="number">{len(findings):,}</td><td class="number">{cost}</td>'
@@ -215,7 +216,13 @@ def _plot(name: str, plots: dict[str, figures.Figure], hint: str = "", tall: boo
     if name not in plots:
         return ""
     heading, text = _TEXTS[name]
-    return _section(heading, f'<div id="{name}" class="plot{" tall" if tall else ""}"></div>', hint or text)
+    return _section(heading, _plot_element(name, heading, tall), hint or text)
+
+
+def _plot_element(name: str, label: str, tall: bool = False) -> str:
+    """Where page.js draws a plot: reachable with the keyboard, and named to who cannot see it."""
+    shape = "plot tall" if tall else "plot"
+    return f'<div id="{name}" class="{shape}" tabindex="0" role="img" aria-label="Plot: {html.escape(label)}"></div>'
 
 
 def _cluster_text(analysis: Analysis) -> str:
@@ -232,7 +239,11 @@ def _cluster_text(analysis: Analysis) -> str:
 
 def _comparison(comparison: Comparison, plots: dict[str, figures.Figure]) -> str:
     parts = [f"<p>{html.escape(comparison.verdict())}.</p>"]
-    parts += [f'<div id="{name}" class="plot"></div>' for name in ("compared", "compared-loss") if name in plots]
+    parts += [
+        _plot_element(name, label)
+        for name, label in (("compared", "step time of both runs"), ("compared-loss", "loss of both runs"))
+        if name in plots
+    ]
     rows = [
         f'<tr><td>{html.escape(c.label)}</td><td class="number">{duration(c.before)}</td>'
         f'<td class="number">{duration(c.after)}</td>'
@@ -266,7 +277,7 @@ def _anomaly_table(analysis: Analysis) -> str:
     hint = "Severity: low from 3σ, medium from 4σ, high above 5σ, in units of this run's own noise."
     if len(analysis.anomalies) > _ROWS:
         hint += f" The {_ROWS} worst of {len(analysis.anomalies):,}."
-    return _section("Anomalies", f'<div class="scroll">{_table(head, rows)}</div>', hint)
+    return _section("Anomalies", f'<div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
 
 
 def _facts(analysis: Analysis) -> str:

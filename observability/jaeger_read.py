@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,7 +18,8 @@ from observability import schema
 from observability.errors import TraceError
 from observability.spans import SpanCollector, printable
 
-_TIMEOUT_SECONDS: Final = 30
+_TIMEOUT_SECONDS: Final = 30  # for the next byte
+_PATIENCE_SECONDS: Final = 120  # for the last
 _MAX_ANSWER: Final = 1 << 30  # bytes
 _TRACES_ASKED: Final = 20
 
@@ -28,7 +30,7 @@ def read_address(address: str, collector: SpanCollector) -> None:
     try:
         # The scheme is http or https: read_trace has looked.
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
-            body = answer.read(_MAX_ANSWER + 1)
+            body = _read(answer)
     except urllib.error.HTTPError as error:
         raise TraceError(f"{address}: Jaeger answered {error.code} {error.reason} to {url}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -44,6 +46,16 @@ def read_address(address: str, collector: SpanCollector) -> None:
     if not data:
         raise TraceError(f"{address}: Jaeger has no such trace (asked {url})")
     add_traces(data, collector)
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """The body, or the first part of one that is too long; TimeoutError where it trickles in."""
+    body, deadline = bytearray(), time.monotonic() + _PATIENCE_SECONDS
+    while len(body) <= _MAX_ANSWER and (part := answer.read1(1 << 20)):
+        body += part
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+    return bytes(body)
 
 
 def _api_url(address: str) -> str:

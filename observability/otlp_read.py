@@ -1,14 +1,19 @@
 """Traces in: OTLP JSON-lines files, run folders that hold one, and Jaeger's HTTP API, all as one `SpanTable`.
 
 The file format is the OpenTelemetry file exporter's (opentelemetry.io/docs/specs/otel/protocol/file-exporter): one
-`{"resourceSpans": [...]}` a line. Lines are read one at a time, so memory holds the table and one line. A file that
-Jaeger's user interface saved is understood too.
+`{"resourceSpans": [...]}` a line. Lines are read one at a time, so memory holds the table and one line. Understood too
+are a file that Jaeger's user interface saved, one object or list of them spread over many lines, and any of it packed
+with gzip.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +21,7 @@ from observability import jaeger_read, schema
 from observability.errors import TraceError
 from observability.spans import SpanCollector, SpanTable, printable
 
+_GZIP: Final = b"\x1f\x8b"
 _MAX_LINE: Final = 256 * 2**20  # bytes; a longer line is no exporter's
 
 
@@ -39,7 +45,7 @@ def read_trace(source: str | Path) -> SpanTable:
 
 def trace_path(path: Path) -> Path:
     """The trace file that `path` means: itself, or the one in a run folder."""
-    if not path.exists():
+    if not os.path.exists(path):  # as Path.exists, but a name too long for any file is no error of its own
         raise TraceError(f"{path}: no such file or folder")
     if path.is_dir():
         if not (path / schema.TRACE_FILE).is_file():
@@ -60,16 +66,25 @@ def newest_run(folder: Path) -> Path:
 
 def _read_file(path: Path, collector: SpanCollector) -> None:
     try:
-        with path.open("rb") as stream:
-            number = 0
-            while line := stream.readline(_MAX_LINE):
-                number += 1
-                if len(line) == _MAX_LINE:
-                    raise TraceError(f"{path}: line {number} is longer than {_MAX_LINE >> 20} MiB")
-                if line.strip():
-                    _read_line(line, collector)
+        with path.open("rb") as file:
+            packed = file.peek(2).startswith(_GZIP)
+            _read_lines(gzip.GzipFile(fileobj=file) if packed else file, path, collector)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        collector.skipped["end of the compressed file cut short or broken"] += 1
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_lines(stream: BufferedIOBase, path: Path, collector: SpanCollector) -> None:
+    number = 0
+    while line := stream.readline(_MAX_LINE):
+        number += 1
+        if len(line) == _MAX_LINE:
+            raise TraceError(f"{path}: line {number} is longer than {_MAX_LINE >> 20} MiB")
+        if number == 1 and line.strip() in (b"{", b"["):  # one object over many lines, as people and browsers save it
+            line = line + stream.read(_MAX_LINE)
+        if line.strip():
+            _read_line(line, collector)
 
 
 def _read_line(line: bytes, collector: SpanCollector) -> None:
@@ -79,13 +94,14 @@ def _read_line(line: bytes, collector: SpanCollector) -> None:
         reason = "lines that are not JSON" if line.endswith(b"\n") else "last line cut short"
         collector.skipped[reason] += 1
         return
-    if isinstance(value, dict) and isinstance(value.get("resourceSpans"), list):
-        for resource, span in _spans(value, collector):
-            _add_span(resource, span, collector)
-    elif isinstance(value, dict) and isinstance(value.get("data"), list):
-        jaeger_read.add_traces(value["data"], collector)
-    else:
-        collector.skipped["lines without spans"] += 1
+    for request in value if isinstance(value, list) and value else [value]:
+        if isinstance(request, dict) and isinstance(request.get("resourceSpans"), list):
+            for resource, span in _spans(request, collector):
+                _add_span(resource, span, collector)
+        elif isinstance(request, dict) and isinstance(request.get("data"), list):
+            jaeger_read.add_traces(request["data"], collector)
+        else:
+            collector.skipped["lines without spans"] += 1
 
 
 def _spans(request: Mapping[str, Any], collector: SpanCollector) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

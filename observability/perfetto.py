@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from observability.analysis import Analysis
+from observability.files import write_whole
 from observability.spans import KERNEL, LAYER, OTHER, PHASE, RUN, RUN_STEP, SpanTable
 
 _HOST, _GPU = 1, 2
@@ -35,14 +35,16 @@ _COUNTERS: Final = {"loss": "loss", "allocated_bytes": "GPU memory (bytes)"}
 
 def write_perfetto(analysis: Analysis, path: Path) -> None:
     """Writes every span, with loss, memory and anomalies beside them. A name that ends in .gz is compressed."""
-    temporary = path.with_name(path.name + ".tmp")
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(temporary, "wt", encoding="utf-8") as stream:
-        stream.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        for index, event in enumerate(_events(analysis)):
-            stream.write((",\n" if index else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))
-        stream.write("\n]}\n")
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        with opener(temporary, "wt", encoding="utf-8") as stream:
+            stream.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+            for index, event in enumerate(_events(analysis)):
+                stream.write((",\n" if index else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))
+            stream.write("\n]}\n")
+
+    write_whole(path, write)
 
 
 def _events(analysis: Analysis) -> Iterator[dict[str, Any]]:

@@ -11,11 +11,12 @@ from scipy.stats import binom
 
 from observability.spans import Floats, Ints
 
-_LEVELS: Final = (0.80, 0.90, 0.95, 0.98)  # a "slow" step is one above this quantile; which one suits is not known
-_LEAST_REPEATS: Final = 5
+# A "slow" step is one above this quantile; which one suits is not known. The first is for every third step.
+_LEVELS: Final = (0.60, 0.80, 0.90, 0.95, 0.98, 0.99, 0.995)
+_LEAST_REPEATS: Final = 4
 _LONGEST: Final = 1000  # steps
 _HIT_RATE: Final = 0.7
-_CHANCE: Final = 1e-5  # accepted probability that chance alone lines the slow steps up, over all periods tried
+_CHANCE: Final = 1e-4  # accepted probability that chance alone lines the slow steps up, over all periods tried
 
 
 @dataclass(frozen=True)
@@ -60,5 +61,4 @@ def _stretch(slow: npt.NDArray[np.bool_], before: Ints, period: int, offset: int
         return None
     others = before[rows[-1]] - before[rows[0]] - len(hit) + 1
     rate = (others + 1) / (rows[-1] - rows[0] - len(rows) + 3)
-    # The ends are hits by construction, so they prove nothing.
-    return float(binom.logsf(len(hit) - 3, len(rows) - 2, min(rate, 1.0))), rows
+    return float(binom.logsf(len(hit) - 1, len(rows), min(rate, 1.0))), rows

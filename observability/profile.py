@@ -3,13 +3,15 @@
 `python -m observability.profile [--otlp [URL]] [--anomaly] [--runs DIR] [--top N] [-- COMMAND...]`
 
 COMMAND is a training run that leaves a trace under DIR; without one, the demo. It runs once under each tool that is
-installed, as two tracers cannot hold one process, and once bare where neither is. Each system call carries the time at
-which it was made, so it is put down to the phase of the step that was running then.
+installed, as two tracers would slow each other's view, and once bare where neither is: a run folder that it names must
+not refuse a second run. System calls and samples carry the time at which they were made, so they are put down to the
+phase of the step that was running then.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -17,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from observability.spans import PHASE, RUN_STEP, SpanTable
 
 OUTSIDE = "outside the steps"
 _COLLECTOR = "http://localhost:4318"
+_SAMPLE_SECONDS = 0.01  # py-spy's own rate
 _CALL = re.compile(
     r"^\d+\s+(?P<at>\d+\.\d+) (?P<resumed><\.\.\. )?(?P<name>\w+)[( ].*= (?P<result>\S+).*<(?P<seconds>\d+\.\d+)>$"
 )
@@ -104,17 +108,35 @@ def total_calls(calls: Iterable[Call], phases: Phases | None) -> dict[str, CallT
     return totals
 
 
-def read_functions(lines: Iterable[str]) -> Counter[str]:
-    """Samples by the innermost function, from py-spy's raw format: `outer;inner COUNT`, a frame `name (file:line)`."""
-    samples: Counter[str] = Counter()
-    for line in lines:
-        stack, _, count = line.rstrip().rpartition(" ")
-        if stack and count.isdecimal():
-            samples[re.sub(r":\d+\)$", ")", stack.rsplit(";", 1)[-1])] += int(count)
-    return samples
+def read_functions(events: Sequence[Mapping[str, Any]], began: float) -> Iterator[tuple[str, float]]:
+    """What the main thread was in, sample by sample: (innermost function, seconds since the epoch).
+
+    From py-spy's chrome trace: its events, in microseconds since it began, enter a function (B) or leave it.
+    """
+    main, last = events[0]["tid"] if events else None, 0.0
+    stack: list[str] = []
+    for event in events:
+        if event["tid"] != main:
+            continue
+        at = began + event["ts"] / 1e6
+        if stack:
+            yield from ((stack[-1], float(when)) for when in np.arange(last, at, _SAMPLE_SECONDS))
+        if event["ph"] == "B":
+            stack.append(f"{event['name']} ({Path(event['args']['filename']).name})")
+        elif stack:
+            stack.pop()
+        last = at
 
 
-def _largest(seconds: dict[str, float]) -> list[tuple[str, float]]:
+def total_functions(samples: Iterable[tuple[str, float]], phases: Phases) -> dict[str, dict[str, float]]:
+    """Seconds by function and phase."""
+    totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for name, at in samples:
+        totals[name][phases.at(at)] += _SAMPLE_SECONDS
+    return totals
+
+
+def _largest(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda item: -item[1])
 
 
@@ -128,15 +150,20 @@ def call_report(totals: dict[str, CallTotal], top: int) -> Iterator[str]:
     yield "system calls, by the time spent in them, waits and all threads included"
     for name, total in sorted(totals.items(), key=lambda item: -item[1].seconds)[:top]:
         errors = f", {total.errors} failed" if total.errors else ""
-        shares = [(phase, seconds / max(total.seconds, 1e-9)) for phase, seconds in _largest(total.phases)[:3]]
-        where = ", ".join(f"{phase} {share:.0%}" for phase, share in shares)
-        yield f"  {total.seconds:9.3f} s  {name}: {total.calls} calls{errors}" + (f"; in {where}" if where else "")
+        yield f"  {total.seconds:9.3f} s  {name}: {total.calls} calls{errors}{_where(total.phases)}"
 
 
-def function_report(samples: Counter[str], top: int) -> Iterator[str]:
-    yield f"functions, by their own share of {samples.total()} samples"
-    for name, count in samples.most_common(top):
-        yield f"  {count / samples.total():6.1%}  {name}"
+def function_report(totals: Mapping[str, Mapping[str, float]], top: int) -> Iterator[str]:
+    yield "functions of the main thread, by the time in them alone, waits included"
+    for name, phases in sorted(totals.items(), key=lambda item: -sum(item[1].values()))[:top]:
+        yield f"  {sum(phases.values()):9.3f} s  {name}{_where(phases)}"
+
+
+def _where(phases: Mapping[str, float]) -> str:
+    """The three phases with most of the time, for the end of a line."""
+    whole = max(sum(phases.values()), 1e-9)
+    shares = ", ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in _largest(phases)[:3])
+    return f"; in {shares}" if shares else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,10 +214,12 @@ def _profile(command: list[str], runs: Path, top: int) -> Path:
                 totals = total_calls(read_calls(lines), phases)
             print(*phase_report(phases, trace), *call_report(totals, top), sep="\n")
         if py_spy is not None:
-            trace = _run([py_spy, "record", "--format", "raw", "--output", str(output), "--", *command], runs)
-            with output.open(encoding="utf-8", errors="replace") as lines:
-                samples = read_functions(lines)
-            print(*phase_report(Phases(read_trace(trace)), trace), *function_report(samples, top), sep="\n")
+            # With --idle a wait counts for the function that waits, not for the last one seen before it.
+            to_file, began = ["--format", "chrometrace", "--output", str(output)], time.time()
+            trace = _run([py_spy, "record", "--idle", *to_file, "--", *command], runs)
+            phases = Phases(read_trace(trace))
+            functions = total_functions(read_functions(json.loads(output.read_bytes()), began), phases)
+            print(*phase_report(phases, trace), *function_report(functions, top), sep="\n")
         if trace is None:
             trace = _run(command, runs)
             print(*phase_report(Phases(read_trace(trace)), trace), sep="\n")

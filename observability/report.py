@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from rich.console import Console
 from observability.analysis import Analysis, analyse
 from observability.compare import compare
 from observability.errors import TraceError
+from observability.files import write_whole
 from observability.otlp_read import newest_run, read_trace
+from observability.spans import one_line
 from observability.steps import step_table
 
 _PLAIN_WIDTH = 160  # characters a line where the output is no terminal
@@ -44,21 +45,19 @@ def report(
         from observability.terminal import print_report
 
         print_report(analysis, comparison, console or Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
-    try:
-        if json_out == "-":
-            print(_json(analysis))
-        elif json_out:
-            _write(Path(json_out), _json(analysis) + "\n")
-        if html:
-            from observability.html_report import write_html
+    if json_out == "-":
+        print(_json(analysis))
+    elif json_out:
+        text = _json(analysis) + "\n"
+        write_whole(Path(json_out), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if html:
+        from observability.html_report import write_html
 
-            write_html(analysis, Path(html), comparison)
-        if perfetto:
-            from observability.perfetto import write_perfetto
+        write_html(analysis, Path(html), comparison)
+    if perfetto:
+        from observability.perfetto import write_perfetto
 
-            write_perfetto(analysis, Path(perfetto))
-    except OSError as error:
-        raise TraceError(f"{error.filename}: cannot be written: {error.strerror}") from None
+        write_perfetto(analysis, Path(perfetto))
     return analysis
 
 
@@ -78,19 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options["source"] = str(newest_run(Path(options["source"])))
         report(**options)
     except TraceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
 def _json(analysis: Analysis) -> str:
     return json.dumps(analysis.to_json(), indent=2, allow_nan=False)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

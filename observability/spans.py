@@ -133,6 +133,11 @@ def printable(text: str, most: int = 2000) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+def one_line(text: str) -> str:
+    """`text` as one line fit for a terminal: what others sent may be a part of it."""
+    return printable(" ".join(text.split()), 600)
+
+
 def whole(value: Any, default: int) -> int:
     """`value` as a whole number below 2^53; `default` where it is none."""
     try:

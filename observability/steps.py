@@ -20,6 +20,7 @@ from observability.spans import KERNEL, LAYER, NO_STEP, PHASE, RUN_STEP, Floats,
 
 PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
 _MAX_KINDS: Final = 1000
+_LARGEST: Final = 1e100
 _LEVEL_NAMES: Final = {PHASE: "phase", LAYER: "layer", KERNEL: "kernel"}
 _VALUES: Final = {
     "loss": schema.LOSS,
@@ -108,6 +109,8 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         notes.append(f"{others} earlier run(s) in the same trace (this is the newest)")
     rows = rows[spans.run[rows] == newest]
     rows = _one_row_a_step(spans, rows, notes)
+    if not len(rows):
+        raise TraceError(f"{source}: its step spans have no step numbers")
     step, start = spans.step[rows], spans.start[rows]
     backwards = int(np.sum(np.diff(start) < 0))
     if backwards:
@@ -120,7 +123,7 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         step=step,
         start=(start - start[0]) / 1e9,
         seconds=np.maximum(wall - inside, 1e-9),
-        wall_seconds=wall - inside + checkpoints,
+        wall_seconds=np.maximum(wall - inside + checkpoints, 1e-9),
         skipped=np.array([bool(a.get(schema.SKIPPED)) for a in attributes]),
         values={key: np.array([number(a.get(name)) for a in attributes]) for key, name in _VALUES.items()},
         kinds=kinds,
@@ -132,9 +135,10 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN where it is none."""
+    """`value` as a float; NaN where it is none, or too large to be summed or squared."""
     try:
-        return float(value)
+        result = float(value)
+        return result if not abs(result) > _LARGEST else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -155,8 +159,6 @@ def _one_row_a_step(spans: SpanTable, rows: Ints, notes: list[str]) -> Ints:
     kept: Ints = numbered[::-1][last]
     if len(kept) < len(numbered):
         notes.append(f"{len(numbered) - len(kept)} steps given more than once (the last is used)")
-    if not len(kept):
-        raise TraceError("the trace's step spans have no step numbers")
     return kept
 
 
@@ -179,14 +181,20 @@ def _children(
         seconds = float(spans.end[row] - spans.start[row]) / 1e9
         size = whole(spans.attributes.get(int(row), {}).get(schema.CHECKPOINT_BYTES), 0)
         pauses.append(Pause(spans.label(row), int(spans.step[row]), seconds, size))
-        if has_step and spans.start[row] < spans.end[rows[place]] and spans.end[row] > spans.start[rows[place]]:
-            inside[place] += seconds
+        if has_step:
+            inside[place] += _overlap(spans, row, rows[place])
     lost = int(np.sum(~known & ~is_pause))
     if lost:
         notes.append(f"{lost} spans whose step is not in the trace")
     keep = known & ~is_pause
     kinds, durations = _by_kind(spans, child[keep], position[keep], len(step), notes)
     return kinds, durations, pauses, inside
+
+
+def _overlap(spans: SpanTable, a: int, b: int) -> float:
+    """Seconds that two spans share."""
+    shared = min(spans.end[a], spans.end[b]) - max(spans.start[a], spans.start[b])
+    return max(float(shared) / 1e9, 0.0)
 
 
 def _by_kind(

@@ -14,12 +14,17 @@ import numpy as np
 from observability.baseline import HEALTHY_START, MAD_TO_SIGMA, core_scale
 from observability.spans import Floats, Ints
 
-BLOCK: Final = 10  # steps a block
+_BLOCK: Final = 10  # steps a block; fewer in a short run
+_BLOCKS: Final = 40  # in a short run, if it has steps for them
+_LEAST_BLOCK: Final = 4
 _SPLIT_AT: Final = 5.0  # sigmas of the difference of two means at which a stretch is split
 _LEAST_BLOCKS: Final = 3
 _LEAST_RISE: Final = 0.03  # a smaller slowdown is not worth a line
 _RISE_OF_NOISE: Final = 2.0  # sigmas of the bulk of single steps: a smaller one is within what steps do anyway
 _RISE_AT: Final = 4.0  # sigmas of one block's median
+_FEW_BLOCKS: Final = 8  # so many more would be needed to know their noise well
+_NINETIETH: Final = 1.645  # sigmas of a Gaussian within which nine tenths of it lie
+_LONG: Final = 0.2  # of the run: so long a faster stretch is what the run can do
 _LEAST_RAMP_BLOCKS: Final = 6  # a shorter ramp cannot be told from a step
 
 
@@ -41,27 +46,36 @@ class Shift:
 
 def find_shifts(times: Floats) -> list[Shift]:
     """Sustained slowdowns in the times of consecutive steps, already corrected for their work. Seconds."""
-    count = len(times) // BLOCK
+    block = min(max(len(times) // _BLOCKS, _LEAST_BLOCK), _BLOCK)
+    count = len(times) // block
     if count < 3 * _LEAST_BLOCKS:
         return []
-    blocks = np.log(np.median(times[: count * BLOCK].reshape(count, BLOCK), axis=1))
+    blocks = np.log(np.median(times[: count * block].reshape(count, block), axis=1))
     sigma = _block_noise(blocks)
     stretches = _split(blocks, 0, count, sigma)
-    start = max(_LEAST_BLOCKS, min(HEALTHY_START // BLOCK, count // 4))
-    healthy = float(np.median(blocks[:start]))
+    healthy = _healthy(blocks, stretches, HEALTHY_START // block)
     steps = np.diff(np.log(times))
     threshold = max(np.log1p(_LEAST_RISE), _RISE_AT * sigma, _RISE_OF_NOISE * core_scale(steps) / np.sqrt(2))
     shifts = []
     for first, last in _elevated(blocks, stretches, healthy, threshold):
-        shifts.append(_shape(blocks, first, last, healthy, sigma, len(times)))
+        shifts.append(_shape(blocks, first, last, healthy, sigma, block, len(times)))
     return shifts
+
+
+def _healthy(blocks: Floats, stretches: list[tuple[int, int]], start: int) -> float:
+    """The fixed baseline: the level of the run's start or, where that was slow already, of a long faster stretch."""
+    begin = float(np.median(blocks[: max(_LEAST_BLOCKS, min(start, len(blocks) // 4))]))
+    least = max(_LEAST_BLOCKS, round(_LONG * len(blocks)))
+    return min([begin, *(float(np.median(blocks[a:b])) for a, b in stretches if b - a >= least)])
 
 
 def _block_noise(blocks: Floats) -> float:
     """Sigma of a block's median. Differences of neighbours see no level or slope; their tail guards against bursts."""
     steps = np.diff(blocks)
     steps = np.abs(steps - np.median(steps)) / np.sqrt(2)
-    return max(MAD_TO_SIGMA * float(np.median(steps)), float(np.quantile(steps, 0.9)) / 1.645, 1e-4)
+    tail = float(np.quantile(steps, 0.9)) / _NINETIETH
+    known = max(MAD_TO_SIGMA * float(np.median(steps)), tail, 1e-4)
+    return known * float(np.sqrt(1 + _FEW_BLOCKS / len(steps)))
 
 
 def _split(blocks: Floats, first: int, end: int, sigma: float) -> list[tuple[int, int]]:
@@ -96,22 +110,25 @@ def _elevated(
     return [(a, b) for a, b in joined if float(np.quantile(blocks[a:b], 0.75)) - healthy >= threshold]
 
 
-def _shape(blocks: Floats, first: int, end: int, healthy: float, sigma: float, rows: int) -> Shift:
-    """Step or ramp, whichever leaves less unexplained over the slow stretch and as much before it."""
+def _shape(blocks: Floats, first: int, end: int, healthy: float, sigma: float, block: int, rows: int) -> Shift:
+    """Step or ramp, whichever leaves less unexplained over the slow stretch and as much before it.
+
+    `block` is the steps of a block, `rows` the steps of the run.
+    """
     begin = max(0, first - (end - first))
     part = blocks[begin:end]
     position = np.arange(begin, end)
     level = float(np.median(blocks[first:end]))
     as_step = _best_step(part, healthy)
     onset, slope, as_ramp = _best_ramp(part, position, healthy)
-    last = rows - 1 if end == len(blocks) else end * BLOCK - 1
+    last = rows - 1 if end == len(blocks) else end * block - 1
     rise = np.sqrt(end - first) * (level - healthy) / sigma
     if end - first >= _LEAST_RAMP_BLOCKS and as_ramp < as_step and slope > 0:
         top = healthy + slope * (end - onset)
         return Shift(
-            "drift", onset * BLOCK, last, float(np.exp(healthy)), float(np.exp(top)), float(rise), slope / BLOCK
+            "drift", onset * block, last, float(np.exp(healthy)), float(np.exp(top)), float(rise), slope / block
         )
-    return Shift("throttle", first * BLOCK, last, float(np.exp(healthy)), float(np.exp(level)), float(rise))
+    return Shift("throttle", first * block, last, float(np.exp(healthy)), float(np.exp(level)), float(rise))
 
 
 def _best_step(part: Floats, healthy: float) -> float:

@@ -81,6 +81,23 @@ def test_slow_layer_in_one_pass(tmp_path: Path) -> None:
     assert (finding.cause, finding.span) == ("slow-kernel", "layer 1 (backward)")
 
 
+@pytest.mark.parametrize("layers", [True, False])
+def test_a_slow_phase_whose_layers_are_well_or_not_told(tmp_path: Path, layers: bool) -> None:
+    steps = made.plain_steps(200)
+    for step in steps:
+        step.layers = step.layers if layers else {}
+    steps[120].phases["forward"] += 40
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.span) == ("slow-kernel", "forward")
+
+
+def test_a_pass_whose_layers_are_all_slow_is_no_one_layer(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    for layer in range(made.LAYERS):
+        made.slow_layer(steps[120], f"forward {layer}", 20)
+    assert only(tmp_path, steps).cause == "spike"
+
+
 def test_slow_kernel_is_named_with_its_shape(tmp_path: Path) -> None:
     steps = made.plain_steps(60)
     for step in steps:
@@ -113,6 +130,20 @@ def test_checkpoints_of_the_usual_cost_are_routine_but_counted(tmp_path: Path) -
     assert "60 checkpoints took 7.2 s, 19% of the run" in costly.evidence
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_checkpoints_of_one_cost_are_routine(tmp_path: Path, count: int) -> None:
+    steps = made.plain_steps(200)
+    for step in steps[39 :: 160 // count][:count]:
+        step.checkpoint_beside = 50 if count == 1 else 150
+    assert alarms_of(tmp_path, steps) == []
+
+
+def test_one_slow_checkpoint_of_two(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    steps[49].checkpoint_beside, steps[149].checkpoint_beside = 60, 290
+    assert only(tmp_path, steps).step == 150
+
+
 def test_spike_of_every_phase(tmp_path: Path) -> None:
     steps = made.plain_steps(200)
     slower(steps[120:121], 2)
@@ -141,6 +172,31 @@ def test_throttle_has_its_stretch(tmp_path: Path) -> None:
     assert abs(finding.first_step - 251) <= 10
     assert abs(finding.last_step - 400) <= 10
     assert "+20%" in finding.evidence
+
+
+def test_a_throttle_that_begins_before_the_baseline_is_known(tmp_path: Path) -> None:
+    steps = made.plain_steps(600)
+    slower(steps[20:160], 1.2)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.last_step) == ("throttle", 160)
+    assert finding.first_step <= 31
+
+
+def test_two_throttles_of_a_short_run(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    slower(steps[90:130], 1.2)
+    slower(steps[180:220], 1.3)
+    assert [(f.cause, f.first_step, f.last_step) for f in alarms_of(tmp_path, steps)] == [
+        ("throttle", pytest.approx(91, abs=7), pytest.approx(130, abs=7)),
+        ("throttle", pytest.approx(181, abs=7), pytest.approx(220, abs=7)),
+    ]
+
+
+def test_a_throttle_of_a_short_run(tmp_path: Path) -> None:
+    steps = made.plain_steps(48)
+    slower(steps[24:], 1.2)
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.first_step, finding.last_step) == ("throttle", 25, 48)
 
 
 def test_drift_has_its_slope(tmp_path: Path) -> None:
@@ -172,6 +228,25 @@ def test_periodic_pause_has_its_period(tmp_path: Path) -> None:
     assert "every 25 steps" in finding.evidence
 
 
+@pytest.mark.parametrize(("steps", "every"), [(300, 50), (300, 3), (1000, 200)])
+def test_pauses_that_are_rare_or_make_up_a_third(tmp_path: Path, steps: int, every: int) -> None:
+    run = made.plain_steps(steps)
+    for step in run[every - 1 :: every]:
+        step.phases["optimizer"] += 30
+    finding = only(tmp_path, run)
+    assert (finding.cause, finding.first_step) == ("periodic", every)
+    assert f"every {every} steps" in finding.evidence
+
+
+def test_separate_large_spikes_are_no_noise_however_many(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    slow = [23, 61, 70, 118, 133, 190, 204, 252, 271]  # 3% of the steps
+    for index in slow:
+        slower([steps[index]], 2)
+    found = alarms_of(tmp_path, steps)
+    assert [(f.cause, f.step) for f in found] == [("spike", index + 1) for index in slow]
+
+
 def test_first_step_that_compiles(tmp_path: Path) -> None:
     steps = made.plain_steps(100)
     slower(steps[:1], 9)
@@ -192,6 +267,25 @@ def test_longer_batches_are_explained_not_flagged(tmp_path: Path, share: float) 
     if share < 0.1:
         assert {f.cause for f in analysis.explained} == {"longer-batch"}
         assert "2.00x the usual tokens" in analysis.explained[0].evidence
+
+
+@pytest.mark.parametrize("attribute", [schema.ROW_TOKENS, schema.TOKENS])
+@pytest.mark.parametrize("rows", [slice(150, 300), slice(60, 80), slice(250, 300)])
+def test_longer_batches_that_stay_are_no_throttle(tmp_path: Path, rows: slice, attribute: str) -> None:
+    steps = made.plain_steps(300)
+    for step in steps[rows]:
+        step.attributes[attribute] *= 2
+        slower([step], 2.05)
+    assert alarms_of(tmp_path, steps) == []
+
+
+def test_longer_batches_may_vary_in_their_time(tmp_path: Path) -> None:
+    steps = made.plain_steps(300, noise=0.004)
+    rng = np.random.default_rng(0)
+    for step in steps[50:70]:
+        step.attributes[schema.ROW_TOKENS] = 4096
+        slower([step], 2 ** rng.uniform(0.9, 1.2))
+    assert alarms_of(tmp_path, steps) == []
 
 
 def test_longer_batch_does_not_hide_a_stall(tmp_path: Path) -> None:
@@ -331,3 +425,18 @@ def test_findings_are_frozen_records() -> None:
     finding = Finding("spike", 1, 1, 1, "step", 1.0, 0.5, float("inf"), "high", "x")
     assert finding.anomaly()["z"] is None
     assert replace(finding, severity="low").is_alarm is False
+
+
+def test_a_pause_that_only_touches_its_step_takes_no_more_than_that_from_it(tmp_path: Path) -> None:
+    """A step ends by the device's clock and what follows begins by the host's, so they may overlap by microseconds."""
+    steps = [
+        made.span("step", start, start + 100 * made.MS, number, 0, "r", SPAN_LEVEL="step", STEP_NUMBER=number)
+        for number, start in ((1, made.START_NS), (2, made.START_NS + 400 * made.MS))
+    ]
+    begin = made.START_NS + 99 * made.MS
+    late = made.span("checkpoint", begin, begin + 290 * made.MS, 9, 1, "r", SPAN_LEVEL="phase", STEP_NUMBER=1)
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(made.request([*steps, late])) + "\n")
+    table = step_table(read_trace(path), "made up")
+    np.testing.assert_allclose(table.seconds, [0.099, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(table.wall_seconds, [0.389, 0.1], rtol=1e-6)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from observability import schema
@@ -113,6 +114,47 @@ def test_a_slow_stretch_is_one_anomaly_and_then_a_throttle() -> None:
     assert any("+25%" in line and "throttle" not in line for line in lines)
 
 
+def test_a_pause_that_comes_back_is_told_once_and_then_expected() -> None:
+    steps = made.plain_steps(600)
+    for step in steps[29::20]:
+        step.phases["optimizer"] += 40
+    steps[549].phases["data"] += 200
+    detector, lines = watch(steps, lines_a_minute=99)
+    detector.run_finished(None)
+    (told,) = (line for line in lines if "every 20 steps" in line)
+    assert told.startswith("steps 30 to ")
+    assert detector.counts["periodic"] == 1
+    assert detector.counts["slow-kernel"] <= 9  # those before it was known
+    assert detector.counts["data-stall"] == 1  # longer than the pause that was due
+
+
+def test_a_second_throttle_is_told_too_and_the_last_one_at_the_end() -> None:
+    steps = made.plain_steps(780)
+    for step in (*steps[200:320], *steps[480:580], *steps[720:]):
+        scaled(step, 1.25)
+    detector, _ = watch(steps)
+    assert detector.counts["throttle"] == 2
+    detector.run_finished(None)
+    assert detector.counts["throttle"] == 3
+
+
+def test_noise_of_two_modes_becomes_what_is_normal() -> None:
+    steps = made.plain_steps(200)
+    rng = np.random.default_rng(1)
+    for step in steps[25:]:
+        if rng.random() < 0.2:
+            scaled(step, 1.15)
+    detector, _ = watch(steps)
+    assert sum(detector.counts.values()) <= 3
+
+
+def test_a_long_stall_does_not_hide_the_next() -> None:
+    steps = made.plain_steps(200)
+    for step in (*steps[120:128], *steps[152:154]):
+        step.phases["data"] += 20
+    assert watch(steps)[0].counts == {"data-stall": 2}
+
+
 def test_skipped_step_and_loss_spike() -> None:
     steps = made.plain_steps(150)
     steps[99].attributes |= {schema.LOSS: float("nan"), schema.SKIPPED: True}
@@ -131,8 +173,8 @@ def test_longer_batch_is_silent() -> None:
 
 def test_lines_are_limited_and_the_rest_is_counted() -> None:
     steps = made.plain_steps(300)
-    for step in steps[100::10]:
-        step.phases["data"] += 60
+    for index in np.random.default_rng(0).choice(np.arange(50, 150), 20, replace=False) * 2:
+        steps[index].phases["data"] += 60
     found: list[Finding] = []
     detector, lines = watch(steps, lines_a_minute=4, clock=lambda: 0.0, on_finding=found.append)
     assert len(lines) == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,12 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from observability import schema
+from observability import jaeger_read, schema
 from observability.errors import TraceError
 from observability.otlp_read import newest_run, read_trace
 from observability.report import main
 from observability.steps import StepTable, step_table
 from tests import made_traces as made
+
+
+def spans_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    spans: list[dict[str, Any]] = line["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    return spans
 
 
 def steps_of(path: Path | str) -> StepTable:
@@ -70,6 +77,40 @@ def test_truncated_last_line_costs_that_line_alone(tmp_path: Path) -> None:
     table = steps_of(path)
     assert len(table) == 9
     assert "1 last line cut short" in table.notes
+
+
+def test_packed_files_are_read_and_broken_ones_as_far_as_they_go(tmp_path: Path) -> None:
+    plain = made.write(tmp_path / "t.jsonl", made.plain_steps(300)).read_bytes()
+    packed = tmp_path / "t.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain))
+    assert len(steps_of(packed)) == 300
+    packed.write_bytes(gzip.compress(plain)[:-2000])
+    table = steps_of(packed)
+    assert 0 < len(table) < 300
+    assert "1 end of the compressed file cut short or broken" in table.notes
+    packed.write_bytes(b"\x1f\x8b nonsense")
+    assert main([str(packed)]) == 2
+
+
+def test_one_object_over_many_lines(tmp_path: Path) -> None:
+    lines = list(made.lines(made.plain_steps(5), "r"))
+    path = tmp_path / "t.json"
+    for value in (lines, made.request([span for line in lines for span in spans_of(line)])):
+        for indent in (None, 1):
+            path.write_text(json.dumps(value, indent=indent))
+            assert len(steps_of(path)) == 5
+
+
+def test_numbers_beyond_all_sense_are_none(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    steps = made.plain_steps(40)
+    for step in steps:
+        step.attributes[schema.LOSS] = 1e308
+    path = made.write(tmp_path / "t.jsonl", steps)
+    assert main([str(path), "--html", str(tmp_path / "r.html")]) == 0
+    path.write_text(re.sub(r'"endTimeUnixNano": "\d+"', f'"endTimeUnixNano": "{made.START_NS}"', path.read_text()))
+    path.write_text(re.sub(r'"startTimeUnixNano": "\d+"', f'"startTimeUnixNano": "{made.START_NS}"', path.read_text()))
+    assert main([str(path), "--html", str(tmp_path / "r.html")]) == 0
+    assert not recwarn.list
 
 
 def test_spans_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
@@ -166,6 +207,15 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
         read_trace(tmp_path)
     with pytest.raises(TraceError, match=r"no trace\.jsonl at or below it"):
         newest_run(tmp_path)
+
+
+def test_whatever_an_error_quotes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a\nb\x1b[2J", "x" * 5000):
+        assert main([name]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.rstrip("\n").isprintable()
+        assert len(error) < 700
 
 
 class Jaeger(HTTPServer):
@@ -267,6 +317,22 @@ def test_the_page_of_one_trace_is_asked_for_by_its_id(jaeger: Any) -> None:
 def test_jaeger_that_answers_nonsense(jaeger: Any, status: int, body: bytes, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         read_trace(jaeger(status, body).address)
+
+
+def test_jaeger_whose_answer_trickles_in_is_given_up(jaeger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaeger_read, "_PATIENCE_SECONDS", -1)
+    with pytest.raises(TraceError, match="cannot be reached: timed out"):
+        read_trace(jaeger(200, b'{"data": []}').address)
+
+
+def test_jaeger_that_sends_control_characters_is_quoted_in_one_line(
+    jaeger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = jaeger(302, b"")  # no address to go to
+    assert main([server.address + "/\x1b[2J"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.rstrip("\n").isprintable()
 
 
 def test_jaeger_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

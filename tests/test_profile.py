@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,9 +52,19 @@ def test_phases_are_added_up(phases: profile.Phases) -> None:
     assert phases.at(START_NS / 1e9 - 1) == profile.OUTSIDE
 
 
-def test_functions_are_added_up_over_their_lines_and_callers() -> None:
-    raw = ["main (a.py:1);encode (b.py:10) 3", "encode (b.py:12) 4", "main (a.py:2) 1", "not a stack"]
-    assert profile.read_functions(raw) == {"encode (b.py)": 7, "main (a.py)": 1}
+def test_functions_are_added_up_by_phase_without_what_they_call(phases: profile.Phases) -> None:
+    def event(ms: float, kind: str, name: str, thread: int = 1) -> dict[str, Any]:
+        return {"ph": kind, "name": name, "ts": ms * 1e3, "tid": thread, "args": {"filename": f"/x/{name}.py"}}
+
+    told = [event(5, "B", "run"), event(15, "B", "wait"), event(20, "B", "other", 2), event(105, "E", "wait")]
+    told += [event(125, "B", "wait"), event(155, "E", "wait"), event(175, "E", "run"), event(180, "E", "other", 2)]
+    totals = profile.total_functions(profile.read_functions(told, START_NS / 1e9), phases)
+    # `run` alone is at work from 5, 105 and 155 ms on, `wait` from 15 and 125 ms on.
+    assert totals["run (run.py)"] == pytest.approx({"data": 0.01, "backward": 0.04})
+    assert totals["wait (wait.py)"] == pytest.approx({"data": 0.01, "forward": 0.06, "backward": 0.05})
+    assert set(totals) == {"run (run.py)", "wait (wait.py)"}
+    lines = list(profile.function_report(totals, 1))
+    assert lines[1:] == ["      0.120 s  wait (wait.py); in forward 50%, backward 42%, data 8%"]
 
 
 RUN = """

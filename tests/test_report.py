@@ -168,9 +168,20 @@ def test_the_trainer_need_not_be_importable(trace: Path, tmp_path: Path) -> None
     assert (tmp_path / "r.html").exists()
 
 
-def test_an_output_that_cannot_be_written_is_one_line(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(trace), "--html", "/nonexistent/r.html"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("option", ["--html", "--json", "--perfetto"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # as a device: writing beside it and putting that in its place would end it
+    before = sorted(tmp_path.iterdir())
+    for name in ("missing/out", "folder", "pipe", "t.jsonl/out", "x" * 300):
+        assert main([str(trace), option, str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path / name}: cannot be written: ")
+        assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_cluster_number_out_of_range(trace: Path) -> None:

@@ -46,6 +46,38 @@ def opened(browser: str, page: Path, *more: str) -> subprocess.CompletedProcess[
         return subprocess.run(command, capture_output=True, text=True, timeout=180)
 
 
+PRESS = """<script>
+const pressed = setInterval(function () {
+  if (document.body.dataset.plotsDrawn !== "6") return;
+  clearInterval(pressed);
+  const plot = document.getElementById("steps");
+  const ranges = [];
+  for (const key of ["", "+", "ArrowRight", "-", "0"]) {
+    plot.dispatchEvent(new KeyboardEvent("keydown", { key }));
+    ranges.push(plot.layout.xaxis.range.map(Math.round).join(" "));
+  }
+  document.body.dataset.ranges = ranges.join(";");
+}, 50);
+</script>"""
+
+
+def test_plots_zoom_and_move_by_the_keyboard(browser: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert main([str(made.write(tmp_path / "trace.jsonl", made.plain_steps(200))), "--html", str(page)]) == 0
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>", PRESS + "</body>"), encoding="utf-8")
+    document = opened(browser, page, "--dump-dom")
+    assert "CONSOLE" not in document.stderr, document.stderr
+    ranges = re.search(r'data-ranges="([^"]*)"', document.stdout)
+    assert ranges is not None
+    before, closer, right, further, whole = (tuple(map(float, part.split())) for part in ranges.group(1).split(";"))
+    width = before[1] - before[0]
+    assert closer[1] - closer[0] == pytest.approx(width / 2, abs=2)
+    assert right[0] == pytest.approx(closer[0] + width / 10, abs=2)
+    assert further[1] - further[0] == pytest.approx(width, abs=3)
+    assert whole == before
+
+
 def test_the_report_draws_in_a_browser(browser: str, tmp_path: Path) -> None:
     steps = faulty_steps()
     for step in steps:

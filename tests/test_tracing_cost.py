@@ -25,7 +25,7 @@ class Collect:
 def test_every_second_block_is_traced() -> None:
     """A record's cost falls into the time to the next one, so block 1, times 3 to 5, is what records 4 to 6 cost."""
     collect = Collect()
-    switch = Switch(collect, block=3)
+    switch = Switch([collect], block=3)
     switch.run_started(run_info())
     for step in range(1, 14):
         switch.step_finished(step_record(step))
