@@ -33,14 +33,25 @@ _LEAST_HISTORY: Final = 20  # steps after the warm-up before anything is said of
 _WARM_UP: Final = 3
 _LINES_A_MINUTE: Final = 6
 _SAME_PAUSE: Final = 2.0  # times the usual of a pause that comes back: one this long is another matter
+_FAR_WORSE: Final = 2.0  # times the seconds lost to what has been told: worth a line of its own
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A line that was told: when, and of how many seconds lost to which cause."""
+
+    at: float
+    cause: str
+    lost: float
 
 
 @dataclass
 class LiveDetector:
     """Observer that tells of anomalies as they happen.
 
-    `emit` gets each line (default: standard error); at most `lines_a_minute` of them, the rest is counted. `on_finding`
-    gets every finding, so that metrics can count them. `clock` is seconds, monotonic.
+    `emit` gets each line (default: standard error). Of each minute's anomalies `lines_a_minute` are told, beyond those
+    only the first of a cause and what lost far more time than all that was told; the rest is counted. `on_finding` gets
+    every finding, so that metrics can count them. `clock` is seconds, monotonic.
     """
 
     emit: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
@@ -50,10 +61,11 @@ class LiveDetector:
     counts: Counter[str] = field(default_factory=Counter)
     unsaid: int = 0
     _history: History = field(default_factory=History)
-    _said_at: deque[float] = field(default_factory=deque)
+    _said: deque[_Said] = field(default_factory=deque)
     _pauses: dict[str, list[float]] = field(default_factory=dict)
     _baseline: Baseline | None = None
     _alarm_before: int = -2
+    _alarm_over: float = 0.0  # seconds lost to the worst step of that alarm
     _sustained_to: int = -1  # the step to which slowdowns that stay have been followed
     _sustained_again: int = -1  # the step from which one that goes on is worth another line
     _period: tuple[Finding, int] | None = None  # a pause that comes back, and every how many steps
@@ -111,14 +123,14 @@ class LiveDetector:
         )
         if not suspicious or self._comes_back(row.step, over):
             return
-        if self._alarm_before == self._history.seen - 1:  # still the same anomaly
-            self._alarm_before = self._history.seen
+        if self._alarm_before == self._history.seen - 1 and over < _FAR_WORSE * self._alarm_over:
+            self._alarm_before = self._history.seen  # still the same anomaly
             self._history.odd.add(row.step)
             return
         table = self._history.table(LOOK_BACK)
         finding = _explained(table, baseline.step_scale)
         if finding is not None and finding.is_alarm:
-            self._alarm_before = self._history.seen
+            self._alarm_before, self._alarm_over = self._history.seen, over
             self._history.odd.add(row.step)
             self._tell(finding, row.seconds, baseline.step * factor, over / baseline.step_scale)
 
@@ -202,11 +214,16 @@ class LiveDetector:
         self.counts[finding.cause] += 1
         if self.on_finding is not None:
             self.on_finding(finding)
-        now = self.clock()
-        while self._said_at and self._said_at[0] <= now - 60:
-            self._said_at.popleft()
-        if len(self._said_at) < self.lines_a_minute:
-            self._said_at.append(now)
+        now, lost = self.clock(), finding.seconds - finding.expected
+        while self._said and self._said[0].at <= now - 60:
+            self._said.popleft()
+        worth_a_line = (
+            len(self._said) < self.lines_a_minute
+            or all(said.cause != finding.cause for said in self._said)
+            or lost > _FAR_WORSE * max(said.lost for said in self._said)
+        )
+        if worth_a_line:
+            self._said.append(_Said(now, finding.cause, lost))
             self.emit(line)
         else:
             self.unsaid += 1

@@ -184,6 +184,27 @@ def test_lines_are_limited_and_the_rest_is_counted() -> None:
     assert lines[-1] == detector.summary()
 
 
+def test_what_is_new_or_far_worse_is_told_even_when_lines_are_used_up() -> None:
+    steps = made.plain_steps(300)
+    for number in (60, 71, 85, 92, 110, 123, 141, 150, 168, 187):
+        steps[number - 1].phases["data"] += 60
+    steps[204].phases["data"] += 600
+    steps[249].attributes |= {schema.LOSS: float("nan"), schema.SKIPPED: True}
+    steps[269].phases["data"] += 600
+    detector, lines = watch(steps, lines_a_minute=2, clock=lambda: 0.0)
+    assert [line.split(":")[0] for line in lines] == ["step 60", "step 71", "step 205", "step 250"]
+    assert detector.unsaid == 8 + 1
+
+
+def test_a_far_worse_step_after_a_slow_one_is_another_anomaly() -> None:
+    steps = made.plain_steps(150)
+    for step in steps[117:119]:
+        step.phases["data"] += 60
+    steps[119].phases["data"] += 600
+    _, lines = watch(steps)
+    assert [line.split(":")[0] for line in lines] == ["step 118", "step 120"]
+
+
 def test_the_first_steps_are_not_judged() -> None:
     steps = made.plain_steps(60)
     scaled(steps[0], 10)
