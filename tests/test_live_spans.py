@@ -93,7 +93,7 @@ def feed(observer: Any, told: Sequence[Any]) -> None:
 
 
 def detector(lines: list[str]) -> LiveDetector:
-    return LiveDetector(emit=lines.append, lines_a_minute=8, clock=lambda: 0.0)
+    return LiveDetector(emit=lines.append, lines_a_minute=2, clock=lambda: 0.0)
 
 
 def through_observer(tmp_path: Path, told: Sequence[Any], processor: AnomalyProcessor, **options: Any) -> None:
