@@ -22,7 +22,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Node, Tensor
 from entrenar_gpu.ops.half import half_bytes, halvable
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.plan import Plan, make_plan
+from entrenar_gpu.plan import Plan, check_bindable, make_plan
 from entrenar_gpu.recompute import Fate, Recompute, handed_on, rewrite
 
 _TRIED = 16  # parts of a ladder after each of which a plan is tried before a budget is called too small
@@ -191,8 +191,13 @@ def fit(
     """The cheapest choice whose plan stays within `budget_bytes`, that plan, and the rewritten graphs.
 
     The choice is made for the first graph; the others have nothing to keep. `halves` allows activations in half
-    precision. Raises MemoryBudgetError when even the smallest plan does not fit.
+    precision. Raises MemoryBudgetError when even the smallest plan does not fit, and UserError where the device cannot
+    bind a tensor, which no choice changes.
     """
+    for graph in graphs.values():
+        for node in graph.nodes:
+            for tensor in node.outputs:  # before workspaces of absurd sizes are cut into parts
+                check_bindable(tensor, caps)
     ladder = Ladder(next(iter(graphs.values())), caps, halves)
 
     def rewritten(steps: int) -> dict[str, Graph]:

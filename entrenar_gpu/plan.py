@@ -115,13 +115,13 @@ def _place_persistents(plan: Plan, graphs: Mapping[str, Graph]) -> None:
             if tensor.role in PAGED_ROLES:
                 groups[tensor.role].append(tensor)
             else:  # a page too: it is the whole of the buffer that bears its name
-                _check_bindable(tensor, plan.caps)
+                check_bindable(tensor, plan.caps)
                 plan.slices[tensor.id] = Slice(name, 0, tensor.nbytes)
                 plan.buffers[name] = max(tensor.nbytes, 4)
     for role, tensors in groups.items():
         layout = page_layout(tensors, role)
         for slice_, tensor in zip(layout, tensors, strict=True):
-            _check_bindable(tensor, plan.caps)
+            check_bindable(tensor, plan.caps)
             plan.slices[tensor.id] = slice_
         plan.buffers.update(page_sizes(layout))
 
@@ -154,7 +154,8 @@ def page_sizes(slices: Sequence[Slice]) -> dict[str, int]:
     return sizes
 
 
-def _check_bindable(tensor: Tensor, caps: Caps) -> None:
+def check_bindable(tensor: Tensor, caps: Caps) -> None:
+    """Raises UserError where the device cannot bind so large a tensor whole."""
     if tensor.nbytes > min(caps.max_binding_bytes, caps.max_buffer_bytes):
         limit = min(caps.max_binding_bytes, caps.max_buffer_bytes)
         raise UserError(
@@ -267,7 +268,7 @@ def _assign(plan: Plan, lives: list[_Life]) -> None:
     """
     slots: list[tuple[int, list[int], list[int]]] = []  # bytes, starts and ends of the lives within, sorted
     for life in sorted(lives, key=lambda x: (-x.nbytes, x.first, x.tensor.id)):
-        _check_bindable(life.tensor, plan.caps)
+        check_bindable(life.tensor, plan.caps)
         choice = -1
         for number in range(len(slots) - 1, -1, -1):  # from the smallest: they were made in order of size
             _, starts, ends = slots[number]

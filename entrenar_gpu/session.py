@@ -83,8 +83,8 @@ class Session:
 
         Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
         `kernels` is given by whoever has opened a device and goes on using it; it wins over `config.device`. `tiles`,
-        of the checkpoint that a run goes on from, stand in for measuring with `config.tune`, and `budget_bytes` for
-        what the adapter has: what a plan rounds or sums in another order follows from both.
+        of the checkpoint that a run goes on from, stand in for measuring with `config.tune`, and `budget_bytes`, where
+        the adapter has so many, for what it has: what a plan rounds or sums in another order follows from both.
         """
         checkpoint = Checkpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
@@ -125,7 +125,7 @@ class Session:
     ) -> Session:
         device = kernels.device
         budget = memory_budget(config, device.caps)
-        if budget_bytes is not None and config.memory_budget is None:
+        if budget_bytes is not None and config.memory_budget is None and _may_have(device.caps, budget_bytes):
             budget = Budget(budget_bytes, "what the run began with")
 
         def fitted(caps: Caps) -> Fitted:
@@ -183,6 +183,11 @@ class Session:
 
     def close(self) -> None:
         self.executor.close()
+
+
+def _may_have(caps: Caps, nbytes: int) -> bool:
+    """Whether a plan of so many bytes may fit the adapter: it does not on a smaller one than the run began on."""
+    return caps.memory_bytes is None or nbytes <= caps.memory_bytes
 
 
 def _adapter(config: TrainConfig, checkpoint: Checkpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from entrenar_gpu import checkpoint
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.session import Budget
+from entrenar_gpu.session import MARGIN, Budget
 from entrenar_gpu.train import Trainer
 from tests.runs import config_of, train
 from tests.tiny import make_data, make_model
@@ -66,6 +67,20 @@ def test_a_resumed_run_plans_for_the_memory_it_began_with(folder, tmp_path, kern
         trainer = Trainer(config_of(folder, str(tmp_path / f"on {given}"), **options), kernels=kernels)
         trainer.session.close()
         assert trainer.session.budget.nbytes == planned
+
+
+@pytest.mark.gpu
+def test_a_run_resumed_on_a_smaller_adapter_plans_for_that_one(folder, tmp_path, kernels, monkeypatch):
+    def planned(memory: int, name: str, **options: Any) -> int:
+        monkeypatch.setattr(kernels.device, "caps", replace(kernels.device.caps, memory_bytes=memory))
+        trainer = Trainer(config_of(folder, str(tmp_path / name), save_every=1, **options), kernels=kernels)
+        trainer.run()
+        trainer.session.close()
+        return trainer.session.budget.nbytes
+
+    began = planned(1 << 30, "run", steps=1)
+    assert planned((1 << 30) - (50 << 20), "same", steps=2, resume=str(tmp_path / "run")) == began
+    assert planned(1 << 29, "smaller", steps=2, resume=str(tmp_path / "run")) == int((1 << 29) * MARGIN)
 
 
 @pytest.mark.gpu
