@@ -236,4 +236,4 @@ class MemoryBudgetError(UserError):
         self.needed, self.budget = needed, budget
         # Rounded apart, so that a budget of what is named is enough.
         least, given = math.ceil(needed / 2**30 * 100) / 100, math.floor(budget / 2**30 * 100) / 100
-        super().__init__(f"needs {least:.2f} GiB, over the budget of {given:.2f} GiB")
+        super().__init__(f"needs {least:.2f} GiB, over the budget of {given:.2f} GiB (--memory-budget)")

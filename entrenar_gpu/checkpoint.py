@@ -59,7 +59,13 @@ def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorS
 
 
 def save_run(
-    session: Session, output: Path, step: int, data_state: Mapping[str, Any], started: datetime, keep: int | None
+    session: Session,
+    output: Path,
+    step: int,
+    data_state: Mapping[str, Any],
+    started: datetime,
+    run_id: str,
+    keep: int | None,
 ) -> Path:
     """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
     target = output / f"checkpoint-{step:06}"
@@ -75,6 +81,7 @@ def save_run(
         state = {
             "step": step,
             "started": started.isoformat(),
+            "run_id": run_id,
             "data": dict(data_state),
             "config": session.config.to_mapping(),
             "model": _model_identity(session.checkpoint),
@@ -128,7 +135,7 @@ def resolve_resume(resume: str, output: Path) -> Path:
 class SavedRun:
     """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
     state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
-    `budget` the bytes of device memory that it planned for, where it did."""
+    `budget` the bytes of device memory that it planned for, where it did, `run_id` the run itself, where it is told."""
 
     path: Path
     step: int
@@ -138,6 +145,7 @@ class SavedRun:
     model: dict[str, Any]
     tiles: dict[str, tuple[int, ...]]
     budget: int | None
+    run_id: str | None
 
 
 def read_state(folder: Path) -> SavedRun:
@@ -148,11 +156,13 @@ def read_state(folder: Path) -> SavedRun:
         started = datetime.fromisoformat(state["started"])
         tiles = {name: tuple(map(int, numbers)) for name, numbers in state["tiles"].items()}
         budget = None if state["budget"] is None else int(state["budget"])
+        run_id = state.get("run_id")
         if not all(map(is_choice, tiles.values())) or (budget is not None and budget < 1):
             raise ValueError
         return SavedRun(
-            path, int(state["step"]), started, state["data"], state["config"], state["model"], tiles, budget
-        )
+            path, int(state["step"]), started, state["data"], state["config"], state["model"], tiles, budget,
+            None if run_id is None else str(run_id),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not the state of a training run") from None
 

@@ -46,6 +46,7 @@ class RunInfo:
     precision: str
     total_steps: int
     first_step: int  # 1, or the step after the checkpoint a run resumed from
+    resumes: str | None  # id of the run that wrote that checkpoint, where it is known
     parameters: int
     trainable_parameters: int
     planned_bytes: int

@@ -82,6 +82,7 @@ class Trainer:
         if resume is None:
             _refuse_used(self.output)
         saved = run_checkpoint.read_state(resume) if resume is not None else None
+        self.run_id, self._resumes = uuid.uuid4().hex, saved.run_id if saved is not None else None
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
         self.train_samples, self.eval_samples = load_data(config, self.started)
@@ -274,7 +275,7 @@ class Trainer:
         start = time.time_ns()
         c = self.config
         path = run_checkpoint.save_run(
-            self.session, self.output, step, self.batches.state(), self.started, c.save_total_limit
+            self.session, self.output, step, self.batches.state(), self.started, self.run_id, c.save_total_limit
         )
         nbytes = sum(f.stat().st_size for f in path.iterdir())
         record = CheckpointRecord(step, str(path), nbytes, start, time.time_ns())
@@ -308,7 +309,7 @@ class Trainer:
     def _run_info(self, start: int) -> RunInfo:
         shapes = self.session.shape.model.parameter_shapes()
         return RunInfo(
-            run_id=uuid.uuid4().hex,
+            run_id=self.run_id,
             output=str(self.output),
             project_version=entrenar_gpu.__version__,
             **self.session.adapter_info,
@@ -317,6 +318,7 @@ class Trainer:
             precision=self.config.precision,
             total_steps=self.total_steps,
             first_step=self.first_step,
+            resumes=self._resumes,
             parameters=sum(math.prod(s) for s in shapes.values()),
             trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
             planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,

@@ -60,7 +60,7 @@ def analyse(source: str | Path, k: int | None = None) -> Analysis:
     spans = read_trace(source)
     table = step_table(spans, str(source))
     findings, scored = detect(table)
-    return Analysis(str(source), spans, table, findings, scored, cluster_steps(table, scored.warm_up, k))
+    return Analysis(str(source), spans, table, findings, scored, cluster_steps(table, scored.cold, k))
 
 
 def verdict(analysis: Analysis) -> str:

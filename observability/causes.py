@@ -65,11 +65,11 @@ def of_step(table: StepTable, step: Scores, kinds: Scores, row: int) -> Finding:
     return Finding(cause, number, number, number, kind.label, seconds, expected, z, severity(z), evidence)
 
 
-def of_shift(table: StepTable, kinds: Scores, shift: Shift, offset: int) -> Finding:
-    """The finding for a slowdown that stays. `offset` is the row of the table where the shift's rows begin."""
-    first, last = shift.first + offset, shift.last + offset
+def of_shift(table: StepTable, kinds: Scores, shift: Shift) -> Finding:
+    """The finding for a slowdown that stays."""
+    first, last = shift.first, shift.last
     lost = shift.level - shift.healthy
-    before = slice(offset, max(first, offset + 1))
+    before = slice(0, max(first, 1))
     tail = slice(max(first, last - (last - first) // 3), last + 1) if shift.kind == DRIFT else slice(first, last + 1)
     risen = np.median(table.durations[tail], axis=0) - np.median(table.durations[before], axis=0)
     cause, culprit, share = _where(table, risen, lost)
@@ -93,9 +93,9 @@ def of_shift(table: StepTable, kinds: Scores, shift: Shift, offset: int) -> Find
     return Finding(cause, first_step, last_step, first_step, span, seconds, expected, shift.z, severity(shift.z), text)
 
 
-def of_period(table: StepTable, step: Scores, kinds: Scores, period: Period, offset: int) -> Finding | None:
+def of_period(table: StepTable, step: Scores, kinds: Scores, period: Period) -> Finding | None:
     """The finding for a pause that comes back, or None where its steps do not stand out enough."""
-    rows = period.rows + offset
+    rows = period.rows
     lost = float(np.median(step.excess[rows]))
     scale = float(np.median(step.scale[rows]))
     z = lost / scale * np.sqrt(len(rows))  # of the median pause, not of one
@@ -164,12 +164,11 @@ def typical_step(table: StepTable) -> float:
     return float(np.median(table.seconds))
 
 
-def longer_batches(table: StepTable, step: Scores, work: Floats, warm_up: int) -> list[Finding]:
+def longer_batches(table: StepTable, step: Scores, work: Floats) -> list[Finding]:
     """Steps that took longer because they had more to do: explained, so without severity."""
-    usual = float(np.median(table.seconds[warm_up:]))
+    usual = float(np.median(table.seconds))
     slower = table.seconds - usual >= ALARM_AT * step.scale
     rows = np.flatnonzero(slower & (work > _LONGER) & (step.z < NOTICED_AT))
-    rows = rows[rows >= warm_up]
     findings = []
     for group in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []:
         worst = int(group[np.argmax(table.seconds[group])])

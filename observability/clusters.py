@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability.baseline import Mask
 from observability.findings import duration, size
 from observability.spans import Floats, Ints
 from observability.steps import StepTable
@@ -97,18 +98,18 @@ def step_features(table: StepTable) -> list[Feature]:
     return [feature for feature in features if np.ptp(feature.values) > 1e-9 * np.max(np.abs(feature.values))]
 
 
-def cluster_steps(table: StepTable, warm_up: int = 0, k: int | None = None) -> Clusters:
-    """Clusters of a run's steps after the warm-up; `k` overrides the number that the silhouette would choose.
+def cluster_steps(table: StepTable, cold: Mask, k: int | None = None) -> Clusters:
+    """Clusters of a run's steps; `k` overrides the number that the silhouette would choose.
 
-    Steps of the warm-up are labelled -1: one that compiles is so far from all others that it would be a cluster.
+    Those in the mask `cold` are labelled -1: a step that compiles is so far from all others that it would be a cluster.
     """
     # scikit-learn takes over a second to import: live detection must not pay for it.
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
     features = step_features(table)
-    body = slice(warm_up, len(table))
-    matrix = _standardised(features, body) if features else np.zeros((len(table) - warm_up, 1))
+    body = ~cold
+    matrix = _standardised(features, body) if features else np.zeros((int(body.sum()), 1))
     distinct = len(np.unique(matrix, axis=0))
     labels = np.full(len(table), -1)
     labels[body] = 0
@@ -130,7 +131,7 @@ def cluster_steps(table: StepTable, warm_up: int = 0, k: int | None = None) -> C
     return Clusters(count, value, labels, _slowest(table, features, labels))
 
 
-def _standardised(features: list[Feature], rows: slice) -> Floats:
+def _standardised(features: list[Feature], rows: Mask) -> Floats:
     from sklearn.preprocessing import StandardScaler
 
     columns = np.stack([feature.values[rows] for feature in features], axis=1)

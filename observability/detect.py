@@ -8,6 +8,7 @@ explained, not flagged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -29,24 +30,36 @@ _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a s
 
 @dataclass(frozen=True)
 class Scored:
-    """Every time of a run against its baseline: `step` [steps], `kinds` [steps, kinds], work [steps]."""
+    """Every time of a run against its baseline: `step` [steps], `kinds` [steps, kinds], work [steps].
+
+    `cold` are the steps that are slow for being first, of the run or after a resume; they shape no baseline.
+    """
 
     step: Scores
     kinds: Scores
     work: Floats
-    warm_up: int
+    cold: Mask
 
 
 def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     """Findings in order of their first step, and the scores they rest on. Both are empty for very short runs."""
-    work = relative_work(table)
-    warm_up = warm_up_steps(table.seconds)
-    body = slice(warm_up, len(table))
-    if len(table) - warm_up < LEAST_STEPS:
-        return health.findings(table), _unscored(table, work, warm_up)
-    seconds, pools = table.seconds[body], pools_of(table)
-    times = score(seconds, work[body])
-    kinds = score(table.durations[body], work[body], pools=pools)
+    work, cold = relative_work(table), cold_steps(table)
+    body = table.rows(~cold)
+    if len(body) < LEAST_STEPS:
+        return health.findings(table), Scored(_unscored(table.seconds), _unscored(table.durations), work, cold)
+    findings, times, kinds = _timed(body, work[~cold])
+    scored = Scored(_placed(times, table.seconds, cold), _placed(kinds, table.durations, cold), work, cold)
+    findings += _compilation(table, scored)
+    findings += causes.of_pauses(table, float(np.median(times.scale)))
+    findings += health.findings(table)
+    return sorted(findings, key=lambda finding: finding.first_step), scored
+
+
+def _timed(table: StepTable, work: Floats) -> tuple[list[Finding], Scores, Scores]:
+    """Findings on the time of steps, and the scores of steps and of kinds of span."""
+    seconds, pools = table.seconds, pools_of(table)
+    times = score(seconds, work)
+    kinds = score(table.durations, work, pools=pools)
     plain = plainly_explained(times, kinds)
     # A burst of steps that one layer explains is no slowdown of the run.
     shifts = find_shifts(np.where(plain, times.expected, seconds) / times.factor)
@@ -55,24 +68,19 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     taken = np.zeros(len(seconds), dtype=bool)
     if period is not None:
         taken[period.rows] = True
-        kinds = score(table.durations[body], work[body], taken, pools)
-    times = score(seconds, work[body], taken | plain)
-    scored = Scored(_padded(times, table.seconds, warm_up), _padded(kinds, table.durations, warm_up), work, warm_up)
+        kinds = score(table.durations, work, taken, pools)
+    times = score(seconds, work, taken | plain)
 
-    findings = _compilation(table, scored)
-    findings += [causes.of_shift(table, scored.kinds, shift, warm_up) for shift in shifts]
+    findings = [causes.of_shift(table, kinds, shift) for shift in shifts]
     if period is not None:
-        finding = causes.of_period(table, scored.step, scored.kinds, period, warm_up)
+        finding = causes.of_period(table, times, kinds, period)
         if finding is not None:
             findings.append(finding)
         else:
             taken[:] = False
-    free = np.concatenate([np.zeros(warm_up, dtype=bool), ~taken])
-    findings += _single_steps(table, scored, free)
-    findings += causes.longer_batches(table, scored.step, work, warm_up)
-    findings += causes.of_pauses(table, float(np.median(scored.step.scale)))
-    findings += health.findings(table)
-    return sorted(findings, key=lambda finding: finding.first_step), scored
+    findings += _single_steps(table, times, kinds, ~taken)
+    findings += causes.longer_batches(table, times, work)
+    return findings, times, kinds
 
 
 def plainly_explained(times: Scores, kinds: Scores) -> Mask:
@@ -80,6 +88,14 @@ def plainly_explained(times: Scores, kinds: Scores) -> Mask:
     core = max(core_scale(times.excess), 1e-9)
     result: Mask = np.any((kinds.z >= _PLAIN_AT) & (kinds.excess >= _PLAIN_AT * core), axis=1)
     return result
+
+
+def cold_steps(table: StepTable) -> Mask:
+    """The first steps of the run and of its resumed parts, as far as they are slow for being first."""
+    cold = np.zeros(len(table), dtype=bool)
+    for begin, end in pairwise((0, *table.restarts, len(table))):
+        cold[begin : begin + warm_up_steps(table.seconds[begin:end])] = True
+    return cold
 
 
 def warm_up_steps(seconds: Floats) -> int:
@@ -101,46 +117,42 @@ def _outside(shifts: list[Shift], count: int) -> Mask:
     return mask
 
 
-def _padded(scores: Scores, times: Floats, warm_up: int) -> Scores:
-    """Scores of the body with the warm-up in front, held against the first expectation after it."""
-    if not warm_up:
-        return scores
-
-    def padded(values: Floats) -> Floats:
-        return np.concatenate([np.repeat(values[:1], warm_up, axis=0), values])
-
-    expected = padded(scores.expected)
-    return Scores(expected, times - expected, padded(scores.scale), padded(scores.factor))
+def _placed(scores: Scores, times: Floats, cold: Mask) -> Scores:
+    """Scores of the steps that are not cold among those that are, which are held against the next one's expectation."""
+    row = np.minimum(np.cumsum(~cold) - ~cold, int(np.sum(~cold)) - 1)
+    expected = scores.expected[row]
+    return Scores(expected, times - expected, scores.scale[row], scores.factor[row])
 
 
-def _unscored(table: StepTable, work: Floats, warm_up: int) -> Scored:
-    def flat(times: Floats) -> Scores:
-        return Scores(times, np.zeros_like(times), np.ones_like(times), np.ones_like(times))
-
-    return Scored(flat(table.seconds), flat(table.durations), work, warm_up)
+def _unscored(times: Floats) -> Scores:
+    return Scores(times, np.zeros_like(times), np.ones_like(times), np.ones_like(times))
 
 
 def _compilation(table: StepTable, scored: Scored) -> list[Finding]:
-    if not scored.warm_up:
-        return []
-    last = scored.warm_up - 1
-    worst = int(np.argmax(table.seconds[: last + 1]))
-    seconds, expected = float(table.seconds[worst]), float(scored.step.expected[worst])
-    z = float(scored.step.z[worst])
-    evidence = (
-        f"the first {'step' if last == 0 else f'{last + 1} steps'} took up to {seconds / expected:.1f}x the steps after"
-        " (shaders compile, caches fill)"
-    )
-    step = int(table.step[worst])
-    first, end = int(table.step[0]), int(table.step[last])
-    return [Finding(COMPILE, first, end, step, "step", seconds, expected, z, severity(z), evidence)]
+    findings = []
+    for begin in (0, *table.restarts):
+        count = int(np.argmin(np.append(scored.cold[begin:], False)))
+        if not count:
+            continue
+        last = begin + count - 1
+        worst = begin + int(np.argmax(table.seconds[begin : last + 1]))
+        seconds, expected = float(table.seconds[worst]), float(scored.step.expected[worst])
+        z = float(scored.step.z[worst])
+        evidence = (
+            f"the first {'step' if count == 1 else f'{count} steps'}{' after a resume' if begin else ''} took up to"
+            f" {seconds / expected:.1f}x the steps after (shaders compile, caches fill)"
+        )
+        first, end = int(table.step[begin]), int(table.step[last])
+        step = int(table.step[worst])
+        findings.append(Finding(COMPILE, first, end, step, "step", seconds, expected, z, severity(z), evidence))
+    return findings
 
 
-def _single_steps(table: StepTable, scored: Scored, free: Mask) -> list[Finding]:
-    """Steps, or kinds of span that matter to their step, that are over their baseline."""
-    step_z = np.where(free, scored.step.z, 0.0)
-    material = scored.kinds.excess >= MATERIAL * scored.step.scale[:, None]
-    kind_z = np.where(material & free[:, None], scored.kinds.z, 0.0)
+def _single_steps(table: StepTable, times: Scores, kinds: Scores, free: Mask) -> list[Finding]:
+    """Steps in the mask `free`, or kinds of span that matter to their step, that are over their baseline."""
+    step_z = np.where(free, times.z, 0.0)
+    material = kinds.excess >= MATERIAL * times.scale[:, None]
+    kind_z = np.where(material & free[:, None], kinds.z, 0.0)
     top = kind_z.max(axis=1, initial=0.0)
     rows = np.flatnonzero((step_z >= NOTICED_AT) | (top >= ALARM_AT))
-    return [causes.of_step(table, scored.step, scored.kinds, int(row)) for row in rows]
+    return [causes.of_step(table, times, kinds, int(row)) for row in rows]

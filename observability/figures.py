@@ -36,6 +36,7 @@ _PHASE_COLOURS: Final = {
 _CLUSTER_COLOURS: Final = ("#4f8ef0", "#4aa889", "#9a6fb8", "#e0a43a", "#5d6b7c")
 _HIGH_LATENCY_COLOUR: Final = "#c0312b"
 _LINE: Final = "#4f8ef0"
+_GREY: Final = "#66717f"
 
 
 def thinned(values: Floats, points: int = POINTS) -> Ints:
@@ -102,7 +103,21 @@ def step_plot(analysis: Analysis) -> Figure:
         for f in analysis.alarms
         if f.last_step > f.first_step and f.cause != "periodic"
     ][:50]
-    _show_from_zero(figure, wall[analysis.scored.warm_up :])
+    figure["layout"]["shapes"] += [
+        {
+            "type": "line",
+            "xref": "x",
+            "yref": "paper",
+            "x0": int(table.step[row]) - 0.5,
+            "x1": int(table.step[row]) - 0.5,
+            "y0": 0,
+            "y1": 1,
+            "line": {"width": 1, "dash": "dot", "color": _GREY},
+            "label": {"text": "resumed", "textposition": "start", "textangle": 0, "font": {"size": 11, "color": _GREY}},
+        }
+        for row in table.restarts[:50]
+    ]
+    _show_from_zero(figure, wall[~analysis.scored.cold])
     return figure
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 DATA_STALL: Final = "data-stall"
@@ -84,6 +85,30 @@ class Finding:
             "last_step": self.last_step,
             "evidence": self.evidence,
         }
+
+
+def in_a_row(findings: Iterable[Finding]) -> list[Finding]:
+    """`findings` in order of steps, those for one cause and span on neighbouring steps as one, for people to read.
+
+    It is the worst of them, over all their steps.
+    """
+    groups: list[list[Finding]] = []
+    for finding in sorted(findings, key=lambda f: (f.cause, f.span, f.first_step)):
+        before = groups[-1][-1] if groups else None
+        alike = before is not None and (before.cause, before.span) == (finding.cause, finding.span)
+        if before is not None and alike and finding.first_step == finding.last_step == before.last_step + 1:
+            groups[-1].append(finding)
+        else:
+            groups.append([finding])
+    return sorted(map(_as_one, groups), key=lambda f: f.first_step)
+
+
+def _as_one(group: list[Finding]) -> Finding:
+    worst = max(group, key=lambda f: f.z)
+    if len(group) == 1:
+        return worst
+    evidence = f"{worst.evidence}; the worst of {len(group)} in a row"
+    return replace(worst, first_step=group[0].first_step, last_step=group[-1].last_step, evidence=evidence)
 
 
 def severity(z: float) -> str | None:

@@ -21,7 +21,7 @@ from observability import figures, schema
 from observability.analysis import Analysis, by_cause, lost_in, time_lost, verdict
 from observability.compare import Comparison
 from observability.files import write_whole
-from observability.findings import CAUSES, Finding, duration, size
+from observability.findings import CAUSES, Finding, duration, in_a_row, size
 
 _ROWS: Final = 300  # anomalies listed, the worst first
 _GROUPS: Final = 12
@@ -260,7 +260,8 @@ def _comparison(comparison: Comparison, plots: dict[str, figures.Figure]) -> str
 
 
 def _anomaly_table(analysis: Analysis) -> str:
-    worst = sorted(analysis.anomalies, key=lambda f: -f.z)[:_ROWS]
+    anomalies = in_a_row(analysis.anomalies)
+    worst = sorted(anomalies, key=lambda f: -f.z)[:_ROWS]
     if not worst:
         return _section("Anomalies", "<p>None.</p>", "")
     rows = [
@@ -275,8 +276,8 @@ def _anomaly_table(analysis: Analysis) -> str:
         '<th class="number">Off by</th><th>Evidence</th>'
     )
     hint = "Severity: low from 3σ, medium from 4σ, high above 5σ, in units of this run's own noise."
-    if len(analysis.anomalies) > _ROWS:
-        hint += f" The {_ROWS} worst of {len(analysis.anomalies):,}."
+    if len(anomalies) > _ROWS:
+        hint += f" The {_ROWS} worst of {len(anomalies):,}."
     return _section("Anomalies", f'<div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
 
 

@@ -86,8 +86,9 @@ def add_traces(traces: list[Any], collector: SpanCollector) -> None:
         processes = trace.get("processes")
         for process in processes.values() if isinstance(processes, dict) else ():
             if isinstance(process, dict):
-                collector.resource.update(_tags(process.get("tags")))
-                collector.resource[schema.SERVICE_NAME] = _text(process.get("serviceName"))
+                collector.describe(
+                    _tags(process.get("tags")) | {schema.SERVICE_NAME: _text(process.get("serviceName"))}
+                )
         for span in trace["spans"]:
             try:
                 start = int(span["startTime"]) * 1000

@@ -180,7 +180,7 @@ class LiveDetector:
             self._sustained_to = last
             if goes_on and last < self._sustained_again:
                 continue
-            finding = causes.of_shift(table, kinds, shift, 0)
+            finding = causes.of_shift(table, kinds, shift)
             if finding.is_alarm:
                 self._sustained_again = last + (STEPS if finding.cause == DRIFT else STEPS // 2)
                 self._count(finding, f"steps {finding.first_step} to {finding.last_step}: {finding.evidence}")
@@ -195,7 +195,7 @@ class LiveDetector:
             return
         table = self._history.table()
         step = score(table.seconds, work, np.isin(np.arange(len(table)), period.rows))
-        finding = causes.of_period(table, step, score(table.durations, work), period, 0)
+        finding = causes.of_period(table, step, score(table.durations, work), period)
         if finding is not None and finding.is_alarm:
             self._period = finding, period.period
             self._count(finding, f"steps {finding.first_step} to {finding.last_step}: {finding.evidence}")

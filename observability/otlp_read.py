@@ -109,7 +109,7 @@ def _spans(request: Mapping[str, Any], collector: SpanCollector) -> Iterator[tup
     for group in _dicts(request.get("resourceSpans"), collector):
         resource_object = group.get("resource")
         resource = _attributes(resource_object.get("attributes")) if isinstance(resource_object, dict) else {}
-        collector.resource.update(resource)
+        collector.describe(resource)
         for scope in _dicts(group.get("scopeSpans"), collector):
             for span in _dicts(scope.get("spans"), collector):
                 yield resource, span

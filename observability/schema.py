@@ -24,7 +24,8 @@ hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles 
 lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A killed run may
 leave a part of a last line (readers pass over it, a resumed run cuts it off) and has no `train` span, so what describes
 the run, its id above all, also stands in each line's resource. A resumed run appends: it is a second trace id (and
-`service.instance.id`) in the same file.
+`service.instance.id`) in the same file. RUN_RESUMES and RUN_FIRST_STEP say which steps of the earlier one it goes on
+from; those that it takes again count as its own.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ RUN_PARAMETERS = _attribute("entrenar.run.parameters", "int", "resource, train",
 RUN_TRAINABLE = _attribute("entrenar.run.trainable_parameters", "int", "resource, train", "parameters that train")
 RUN_PLANNED_BYTES = _attribute("entrenar.run.planned_bytes", "int", "resource, train", "planned peak GPU memory, bytes")
 RUN_FIRST_STEP = _attribute("entrenar.run.first_step", "int", "resource, train", "1, or the first step after a resume")
+RUN_RESUMES = _attribute("entrenar.run.resumes", "string", "resource, train", "id of the run it goes on from, if any")
 RUN_TOTAL_STEPS = _attribute("entrenar.run.total_steps", "int", "resource, train", "the step at which the run ends")
 RUN_CONFIG = _attribute("entrenar.run.config", "string", "train", "the configuration, as JSON")
 GPU_ADAPTER = _attribute("entrenar.gpu.adapter", "string", "resource, train", "the GPU's name")

@@ -49,6 +49,7 @@ class SpanTable:
     attributes: dict[int, Mapping[str, Any]]
     resource: Mapping[str, Any]
     skipped: Counter[str]
+    resumes: Mapping[int, tuple[int, int]]  # of a resumed run: the one it goes on from, and its own first step
 
     def __len__(self) -> int:
         return len(self.start)
@@ -63,12 +64,20 @@ class SpanCollector:
 
     skipped: Counter[str] = field(default_factory=Counter)
     resource: dict[str, Any] = field(default_factory=dict)
+    _resumes: dict[str, tuple[str, int]] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=lambda: {"": 0})
     _runs: dict[str, int] = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _parents: list[str] = field(default_factory=list)
     _rows: list[tuple[int, int, int, int, int, int, int, bool]] = field(default_factory=list)
     _attributes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def describe(self, resource: Mapping[str, Any]) -> None:
+        """The attributes of a resource; what follows may come from it."""
+        self.resource.update(resource)
+        first = whole(resource.get(schema.RUN_FIRST_STEP), NO_STEP)
+        if first > 1 and schema.RUN_ID in resource and schema.RUN_RESUMES in resource:
+            self._resumes[str(resource[schema.RUN_ID])] = str(resource[schema.RUN_RESUMES]), first
 
     def add(
         self, trace: str, span: str, parent: str, name: str, start: int, end: int, attributes: Mapping[str, Any]
@@ -124,6 +133,11 @@ class SpanCollector:
             self._attributes,
             self.resource,
             self.skipped,
+            {
+                self._runs[run]: (self._runs[earlier], first)
+                for run, (earlier, first) in self._resumes.items()
+                if run in self._runs and earlier in self._runs
+            },
         )
 
 

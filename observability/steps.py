@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +20,7 @@ from observability.spans import KERNEL, LAYER, NO_STEP, PHASE, RUN_STEP, Floats,
 
 PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
 _MAX_KINDS: Final = 1000
+_TAKEN_AGAIN: Final = -1  # in place of a run: of steps that a resumed run repeats
 _LARGEST: Final = 1e100
 _LEVEL_NAMES: Final = {PHASE: "phase", LAYER: "layer", KERNEL: "kernel"}
 _VALUES: Final = {
@@ -76,6 +77,7 @@ class StepTable:
     kinds: tuple[Kind, ...]
     durations: Floats
     pauses: tuple[Pause, ...] = ()
+    restarts: tuple[int, ...] = ()  # rows with which resumed parts of the run begin
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -88,6 +90,12 @@ class StepTable:
         pauses = sum(pause.seconds for pause in self.pauses)
         return float(np.sum(self.seconds)) + pauses
 
+    def rows(self, kept: npt.NDArray[np.bool_]) -> StepTable:
+        """The steps that the mask `kept` holds."""
+        own = ("step", "start", "seconds", "wall_seconds", "skipped", "durations")
+        values = {key: column[kept] for key, column in self.values.items()}
+        return replace(self, values=values, restarts=(), **{name: getattr(self, name)[kept] for name in own})
+
     def column(self, level: str, name: str) -> Floats | None:
         """Seconds a step in the kind of this level and name, or None where the trace has none."""
         for index, kind in enumerate(self.kinds):
@@ -98,13 +106,19 @@ class StepTable:
 
 
 def step_table(spans: SpanTable, source: str) -> StepTable:
-    """The steps of the newest run in `spans`; `source` names it in errors. Raises TraceError when there is no step."""
+    """The steps of the newest run in `spans`, with those of earlier runs that it goes on from.
+
+    `source` names the spans in errors. Raises TraceError when there is no step.
+    """
     rows = np.flatnonzero(spans.level == RUN_STEP)
     if not len(rows):
         raise TraceError(f"{source}: no training steps among its {len(spans)} spans{_seen(spans)}")
     notes = [f"{count} {reason}" for reason, count in spans.skipped.items()]
     newest = int(spans.run[rows[np.argmax(spans.start[rows])]])
-    others = len(np.unique(spans.run[rows])) - 1
+    spans, began_again = _with_earlier_parts(spans, newest)
+    if began_again:
+        notes.append(f"resumed at step {', '.join(map(str, began_again))}")
+    others = len(np.setdiff1d(spans.run[rows], [newest, _TAKEN_AGAIN]))
     if others:
         notes.append(f"{others} earlier run(s) in the same trace (this is the newest)")
     rows = rows[spans.run[rows] == newest]
@@ -129,9 +143,29 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         kinds=kinds,
         durations=durations,
         pauses=tuple(pauses),
+        restarts=tuple(np.searchsorted(step, began_again).tolist()),
         facts=_facts(spans, newest),
         notes=tuple(notes),
     )
+
+
+def _with_earlier_parts(spans: SpanTable, newest: int) -> tuple[SpanTable, list[int]]:
+    """`spans` with the steps that `newest` goes on from counted as its own, and the steps at which it began again.
+
+    A step that was taken twice, before an interruption and again after it, is the later one's.
+    """
+    run, part, end = spans.run.copy(), newest, 2**62
+    began_again: list[int] = []
+    seen = {newest}
+    while part in spans.resumes and spans.resumes[part][0] not in seen:
+        part, first = spans.resumes[part]
+        end = min(end, first)
+        of_part = (spans.run == part) & (spans.step != NO_STEP)
+        run[of_part] = np.where(spans.step[of_part] < end, newest, _TAKEN_AGAIN)
+        if np.any(of_part & (spans.level == RUN_STEP) & (spans.step < end)):
+            began_again.insert(0, first)
+        seen.add(part)
+    return replace(spans, run=run), began_again
 
 
 def number(value: Any) -> float:

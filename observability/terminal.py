@@ -10,7 +10,7 @@ from rich.text import Text
 
 from observability.analysis import Analysis, verdict
 from observability.compare import Comparison
-from observability.findings import HIGH, MEDIUM, duration
+from observability.findings import HIGH, MEDIUM, duration, in_a_row
 
 _ROWS = 40
 _STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
@@ -19,7 +19,8 @@ _STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
 def print_report(analysis: Analysis, comparison: Comparison | None, console: Console) -> None:
     """Verdict, anomalies with their evidence (the worst where there are many), clusters, and what was left out."""
     console.print(Text(verdict(analysis), style="bold"))
-    worst = sorted(analysis.anomalies, key=lambda f: -f.z)[:_ROWS]
+    anomalies = in_a_row(analysis.anomalies)
+    worst = sorted(anomalies, key=lambda f: -f.z)[:_ROWS]
     if worst:
         table = Table(box=None, pad_edge=False)
         for name in ("step", "severity", "cause", "span", "time", "off by", "evidence"):
@@ -30,8 +31,8 @@ def print_report(analysis: Analysis, comparison: Comparison | None, console: Con
             cells = (steps, str(f.severity), f.cause, f.span, duration(f.seconds), off, f.evidence)
             table.add_row(*map(Text, cells), style=_STYLES.get(str(f.severity)))
         console.print(table)
-        if len(analysis.anomalies) > _ROWS:
-            console.print(Text(f"... the {_ROWS} worst of {len(analysis.anomalies)}; --html or --json has all"))
+        if len(anomalies) > _ROWS:
+            console.print(Text(f"... the {_ROWS} worst of {len(anomalies)}; --html or --json has all"))
     for finding in analysis.explained:
         place = f"{finding.first_step}" + (f"-{finding.last_step}" if finding.last_step > finding.first_step else "")
         console.print(Text(f"explained: {finding.cause} at step {place}: {finding.evidence}"))

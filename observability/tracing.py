@@ -89,7 +89,8 @@ def span_source() -> SpanSource:
 
 def run_attributes(info: Any) -> dict[str, Any]:
     """What describes a run (`RunInfo`), for its resource and its `train` span."""
-    return {
+    resumes = {} if info.resumes is None else {schema.RUN_RESUMES: clean(info.resumes)}
+    return resumes | {
         schema.RUN_ID: info.run_id,
         schema.RUN_MODEL: clean(info.model),
         schema.RUN_METHOD: info.method,

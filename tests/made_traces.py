@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,21 @@ def write(path: Path, steps: list[Step], run: str = "run-1", tail: str = "") -> 
     return path
 
 
-def lines(steps: list[Step], run: str) -> Iterator[dict[str, Any]]:
-    now = START_NS
+def lines(steps: list[Step], run: str, resumes: str = "", start: int = START_NS) -> Iterator[dict[str, Any]]:
+    """One request a step, of a run that begins at `start` and may go on from the run `resumes`."""
+    now = start
     ids = iter(range(2, 10**9))
+    resource = {schema.RUN_ID: run, schema.RUN_FIRST_STEP: steps[0].number} if steps else {}
+    if resumes:
+        resource[schema.RUN_RESUMES] = resumes
     for step in steps:
         spans, now = _spans(step, now, ids, run)
-        yield request(spans)
+        yield request(spans, resource)
 
 
-def request(spans: list[dict[str, Any]]) -> dict[str, Any]:
+def request(spans: list[dict[str, Any]], of_run: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     resource = {
+        **of_run,
         schema.SERVICE_NAME: "entrenar-gpu",
         schema.RUN_MODEL: "tiny-qwen3",
         schema.RUN_METHOD: "qlora",

@@ -27,6 +27,7 @@ def run_info(**changes: Any) -> RunInfo:
         "precision": "f32",
         "total_steps": 10,
         "first_step": 1,
+        "resumes": None,
         "parameters": 1000,
         "trainable_parameters": 10,
         "planned_bytes": 1 << 20,

@@ -15,7 +15,7 @@ from observability import schema
 from observability.analysis import Analysis, analyse, verdict
 from observability.baseline import noise_scale, score, work_exponent
 from observability.detect import detect
-from observability.findings import CAUSES, Finding, duration, severity
+from observability.findings import CAUSES, Finding, duration, in_a_row, severity
 from observability.otlp_read import read_trace
 from observability.periodic import find_period
 from observability.steps import step_table
@@ -245,6 +245,39 @@ def test_separate_large_spikes_are_no_noise_however_many(tmp_path: Path) -> None
         slower([steps[index]], 2)
     found = alarms_of(tmp_path, steps)
     assert [(f.cause, f.step) for f in found] == [("spike", index + 1) for index in slow]
+
+
+def test_a_resumed_run_compiles_again_and_is_judged_as_a_whole(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    for row in (0, 80, 120):
+        slower([steps[row]], 5)
+    steps[40].phases["data"] += 60
+    steps[150].phases["data"] += 60
+    table = step_table(read_trace(made.write(tmp_path / "t.jsonl", steps)), "made up")
+    findings, scored = detect(replace(table, restarts=(80, 120)))
+    assert [(f.step, f.cause) for f in findings if f.is_alarm] == [
+        (1, "compile"), (41, "data-stall"), (81, "compile"), (121, "compile"), (151, "data-stall"),
+    ]  # fmt: skip
+    assert "after a resume" not in findings[0].evidence
+    assert "the first step after a resume took up to 5" in findings[2].evidence
+    assert np.flatnonzero(scored.cold).tolist() == [0, 80, 120]
+    assert scored.step.excess[80] == pytest.approx(0.4, rel=0.1)
+    (throughout,) = (f for f in detect(table)[0] if f.step == 81)
+    assert throughout.cause == "spike"  # nothing says that the run began again there
+
+
+def test_a_row_of_alike_anomalies_is_read_as_one() -> None:
+    def found(step: int, cause: str = "spike", z: float = 5.0, last: int = 0) -> Finding:
+        return Finding(cause, step, last or step, step, "step", 0.2, 0.1, z, severity(z), f"at {step}")
+
+    rows = [found(4), found(5, z=9.0), found(6), found(6, "data-stall"), found(8), found(9, last=12), found(13)]
+    told = [(f.first_step, f.last_step, f.cause, f.z, f.evidence) for f in in_a_row(rows)]
+    assert told == [
+        (4, 6, "spike", 9.0, "at 5; the worst of 3 in a row"),
+        (6, 6, "data-stall", 5.0, "at 6"),
+        (8, 8, "spike", 5.0, "at 8"),
+        (9, 13, "spike", 5.0, "at 9; the worst of 2 in a row"),
+    ]
 
 
 def test_first_step_that_compiles(tmp_path: Path) -> None:

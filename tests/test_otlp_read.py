@@ -160,6 +160,41 @@ def test_the_newest_of_several_runs_is_taken(tmp_path: Path) -> None:
     assert any("1 earlier run(s)" in note for note in table.notes)
 
 
+def _parts(folder: Path, *parts: tuple[str, str, list[made.Step]]) -> Path:
+    """A trace of runs one after the other: (run, the run that it goes on from, its steps)."""
+    path = folder / "t.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for hour, (run, resumes, steps) in enumerate(parts):
+            for line in made.lines(steps, run, resumes, made.START_NS + hour * 3600 * 10**9):
+                stream.write(json.dumps(line) + "\n")
+    return path
+
+
+def test_a_resumed_run_is_read_from_its_beginning(tmp_path: Path) -> None:
+    steps, again = made.plain_steps(30), made.plain_steps(30, seed=1)
+    parts = ("a", "", steps[:14]), ("b", "a", again[10:20]), ("c", "b", steps[20:])
+    table = steps_of(_parts(tmp_path, *parts))
+    assert table.step.tolist() == list(range(1, 31))
+    assert table.restarts == (10, 20)
+    assert table.notes == ("resumed at step 11, 21",)
+    loss = [step.attributes[schema.LOSS] for step in (*steps[:10], *again[10:20], *steps[20:])]
+    assert table.values["loss"].tolist() == loss  # of steps taken twice, the later
+    assert np.count_nonzero(table.durations[:, 0]) == 30
+
+
+def test_a_run_that_goes_on_from_nothing_in_the_trace_or_from_itself_stands_alone(tmp_path: Path) -> None:
+    steps = made.plain_steps(30)
+    for parts in (
+        [("a", "", steps[:10]), ("b", "elsewhere", steps[10:])],
+        [("a", "b", steps[:10]), ("b", "b", steps[10:])],
+    ):
+        table = steps_of(_parts(tmp_path, *parts))
+        assert (table.step[0], len(table), table.restarts) == (11, 20, ())
+        assert table.notes == ("1 earlier run(s) in the same trace (this is the newest)",)
+    table = steps_of(_parts(tmp_path, ("a", "b", steps[5:15]), ("b", "a", steps[15:])))  # each from the other
+    assert (table.step[0], len(table), table.restarts) == (6, 25, (10,))
+
+
 def test_text_that_steers_a_terminal_does_not_get_through(tmp_path: Path) -> None:
     steps = made.plain_steps(3)
     steps[0].phases["evil\x1b[2J\u202e\ud800"] = 1.0

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+import observability
 from entrenar_gpu import checkpoint
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.session import MARGIN, Budget
 from entrenar_gpu.train import Trainer
+from observability.otlp_read import read_trace
+from observability.steps import step_table
 from tests.runs import config_of, train
 from tests.tiny import make_data, make_model
 
@@ -67,6 +70,21 @@ def test_a_resumed_run_plans_for_the_memory_it_began_with(folder, tmp_path, kern
         trainer = Trainer(config_of(folder, str(tmp_path / f"on {given}"), **options), kernels=kernels)
         trainer.session.close()
         assert trainer.session.budget.nbytes == planned
+
+
+@pytest.mark.gpu
+def test_a_resumed_run_is_reported_as_one(folder, tmp_path, kernels):
+    """Interrupted twice, the first time a step after its checkpoint."""
+    output = str(tmp_path / "run")
+    for steps, resume in [(5, None), (6, "run/checkpoint-000004"), (8, "run")]:
+        config = config_of(folder, output, steps=steps, save_every=4, resume=resume and str(tmp_path / resume))
+        trainer = Trainer(config, kernels=kernels)
+        trainer.observe(observability.observe(output))
+        trainer.run()
+        trainer.session.close()
+    table = step_table(read_trace(output), output)
+    assert table.step.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert table.restarts == (4, 6)
 
 
 @pytest.mark.gpu

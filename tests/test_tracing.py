@@ -108,7 +108,7 @@ def test_times_are_the_records_own_and_never_negative() -> None:
 
 
 def test_attributes_are_those_of_the_schema_with_its_types() -> None:
-    build = builder("kernel")
+    build = SpanBuilder(run_info(resumes="run-12c0"), "kernel", None, OwnSpans())
     record = step_record(1, kernels=("rope",))
     spans = [*build.step(record), *build.checkpoint(checkpoint_record(1)), *build.evaluation(eval_record(1))]
     spans += build.finish(run_summary(1))
@@ -120,6 +120,7 @@ def test_attributes_are_those_of_the_schema_with_its_types() -> None:
             seen.add(name)
     resource = {name for name, row in schema.ATTRIBUTES.items() if row.on == "resource"}
     assert seen == set(schema.ATTRIBUTES) - resource
+    assert schema.RUN_RESUMES not in (builder().finish(run_summary(1))[-1].attributes or {})
     step = spans[0].attributes or {}
     assert (step[schema.STEP_NUMBER], step[schema.LOSS], step[schema.TOKENS]) == (1, 2.5, 1000)
     assert step[schema.RUN_ID] == "run-7f3a"
