@@ -54,15 +54,6 @@ class Plan:
     ticks: dict[tuple[str, int], int] = field(default_factory=dict)  # (graph, repeat) -> byte offset of its ticks
 
     @property
-    def pool_bytes(self) -> int:
-        return sum(size for name, size in self.buffers.items() if name.startswith("pool."))
-
-    def bytes_of(self, *roles: str) -> int:
-        """Bytes of the persistent buffers that hold tensors of these roles."""
-        names = {self.slices[t.id].buffer for t in self.persistents.values() if t.role in roles}
-        return sum(self.buffers[name] for name in names)
-
-    @property
     def peak_bytes(self) -> int:
         return sum(self.buffers.values())
 

@@ -68,6 +68,11 @@ def test_no_case_overwrites_what_is_still_read(name, keep):
         assert len({p.buffer for p in pool}) == len(pool)
 
 
+def pool_bytes(plan: Plan) -> int:
+    """Bytes of the buffers that temporaries share."""
+    return sum(size for name, size in plan.buffers.items() if name.startswith("pool."))
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_no_random_graph_overwrites_what_is_still_read(seed):
     graphs = {f"g{i}": random_graph(np.random.default_rng([seed, i]), 25, differentiate=i == 0) for i in range(2)}
@@ -75,7 +80,7 @@ def test_no_random_graph_overwrites_what_is_still_read(seed):
     check_storage(plan, graphs)
     check_bindings(plan)
     for name in graphs:  # as if one ran after the other, so together they need what the larger one does
-        assert plan.pool_bytes >= make_plan({name: graphs[name]}, Caps()).pool_bytes
+        assert pool_bytes(plan) >= pool_bytes(make_plan({name: graphs[name]}, Caps()))
 
 
 def test_the_check_sees_an_overlap():
@@ -103,7 +108,7 @@ def test_an_output_takes_the_storage_of_an_input_that_dies():
     plan = make_plan({"g": graph}, Caps())
     assert plan.slices[a.id] == plan.slices[b.id] == plan.slices[c.id]
     assert plan.slices[x.id].buffer == "x"
-    assert plan.pool_bytes == 40
+    assert pool_bytes(plan) == 40
 
 
 def test_an_output_leaves_alone_what_is_read_later_or_twice():
@@ -181,8 +186,6 @@ def test_graphs_share_persistent_tensors_and_pages():
         "grad.matrix.0": 1096,
         "grad.vector.0": 12,
     }
-    assert plan.bytes_of("param") == 1108
-    assert plan.bytes_of("param", "grad", "input") == 2 * 1108 + 160
 
 
 def test_one_name_for_two_shapes_is_refused():
@@ -226,7 +229,7 @@ def test_workspace_lives_for_one_node():
     ops.mean(x)
     plan = make_plan({"g": graph}, Caps())
     assert plan.buffers["pool.0"] == 9 * 4
-    assert plan.pool_bytes == 36 + 4
+    assert pool_bytes(plan) == 36 + 4
     assert plan.scratch == {"pool.0"}
 
 
