@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import ops
+from entrenar_gpu import narrowed, ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter
 from entrenar_gpu.autotune import tuned
 from entrenar_gpu.bench_gemm import forward, measure
@@ -99,6 +99,8 @@ def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec) -> None:
     replay.write("rope_table", ops.rope_table(shape.model.rope_frequencies(), shape.train.seq))
     for name, values in init_adapter(spec, 0).items():
         replay.write(name, values)
+    if narrowed.GRAPH in replay.plan.steps:
+        replay.run(narrowed.GRAPH)
 
 
 def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic, tokens: int) -> float:

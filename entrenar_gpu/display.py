@@ -22,6 +22,7 @@ _MEANINGS = {
     "adapter_bytes": "trainable weights",
     "gradient_bytes": "their gradients",
     "optimizer_bytes": "moments and state",
+    "copy_bytes": "weights as products read them",
     "activation_bytes": "activations",
     "scratch_bytes": "scratch",
     "transfer_bytes": "inputs and reports",

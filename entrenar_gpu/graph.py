@@ -222,6 +222,11 @@ class Caps:
     # Measured blockings of matrix products (tiles.py).
     tiles: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
 
+    @property
+    def large(self) -> bool:
+        """Whether this is a card with memory of its own, told by its assumed pace."""
+        return self.flops_per_second >= 1e12
+
     def limited(self) -> Caps:
         """The same device asked for nothing but WebGPU's guaranteed limits and no optional feature."""
         return replace(Caps(), software=self.software, memory_bytes=self.memory_bytes, name=f"{self.name} (defaults)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrenar_gpu import narrowed
 from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -27,7 +28,7 @@ PROFILES = {
 DENSE = {"float32": "f32", "float16": "half", "bfloat16": "bf16"}
 PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
-    *("optimizer_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
+    *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
 )
 SCALE_PARTS = (".absmax", ".absmax_codes", ".nested", ".table")
 
@@ -67,7 +68,7 @@ class PlanReport:
             elif tensor.role == "weight":
                 result[buffer] = _weight_purpose(name)
             elif tensor.role == "state":
-                result[buffer] = "optimizer_bytes"
+                result[buffer] = "copy_bytes" if name.endswith(narrowed.PARTS) else "optimizer_bytes"
         for buffer in self.plan.buffers:
             if buffer.startswith("pool."):
                 result[buffer] = "scratch_bytes" if buffer in self.plan.scratch else "activation_bytes"

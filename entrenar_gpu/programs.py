@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from entrenar_gpu import autodiff, ops
+from entrenar_gpu import autodiff, narrowed, ops
 from entrenar_gpu.budget import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -141,7 +141,13 @@ def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fit
         raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
     # Where products round their operands, so may what waits for them; f32 means f32.
     halves = shape.precision(caps) != "f32"
-    return fit(training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves)
+    level, plan, graphs = fit(
+        training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves
+    )
+    # Memory that nobody spoke of is filled up only where it is a large card's own, and nobody else's.
+    if not level.fates and (shape.train.memory_budget is not None or (caps.large and caps.memory_bytes is not None)):
+        plan, graphs = narrowed.keep_copies(plan, graphs, budget_bytes, shape.train.trace_level)
+    return level, plan, graphs
 
 
 def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import loader, ops
+from entrenar_gpu import loader, narrowed, ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
 from entrenar_gpu.autotune import tuned
 from entrenar_gpu.budget import Fitted
@@ -153,6 +153,8 @@ class Session:
         if LOSS_SCALE_NAME in executor.tensors:
             caps = HOST_CAPS if self.plan is None else self.plan.caps
             executor.write(LOSS_SCALE_NAME, np.array([self.shape.first_loss_scale(caps)], np.float32))
+        if narrowed.GRAPH in self.graphs:
+            executor.run(narrowed.GRAPH)
 
     @property
     def tiles(self) -> TileTable:

@@ -62,3 +62,6 @@ def test_training_is_measured_beside_what_a_product_alone_reaches(monkeypatch):
     assert result["ceiling_share"] == pytest.approx(result["tflops"] / result["ceiling_tflops"])
     assert result["flops_per_step"] > 6 * 32 * 2 * 4 * 64 * 64  # forward and input gradient of every projection
     assert sum(row["share"] for row in result["kernels"]) == pytest.approx(1)
+    with_copies = bench_train("tiny", replace(config, memory_budget=1.0), 2)
+    assert with_copies["planned_bytes"] == with_copies["allocated_bytes"] > result["planned_bytes"]
+    assert with_copies["loss"] == result["loss"]

@@ -13,7 +13,7 @@ from entrenar_gpu import autotune, kernel, nf4, ops, tiles
 from entrenar_gpu.autodiff import backward
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.interpret import run_node
-from entrenar_gpu.ops.linear import turned
+from entrenar_gpu.ops.linear import narrow_operands, turned
 from entrenar_gpu.ops.narrow import quantize_rows
 from entrenar_gpu.ops.quantize import host_parts
 from entrenar_gpu.plan import make_plan
@@ -184,7 +184,7 @@ def test_codes_and_scales_have_the_references_bits(turn, device, kernels):
         for part, array in zip(frozen.parts, host_parts(weight), strict=True):
             replay.write(part.name, array)
         replay.run("codes")
-        a, b, a_scale, b_scale = (replay.read_temporary(t) for t in node.workspace[:4])
+        a, a_scale, b, b_scale = (replay.read_temporary(t) for pair in narrow_operands(node) for t in pair)
     finally:
         replay.close()
     narrowed = [(a, a_scale, values.astype(np.float32)), *([(b, b_scale, weight.dequantize().T)] if turn else [])]

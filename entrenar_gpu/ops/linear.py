@@ -2,8 +2,9 @@
 
 The forward product contracts over in-features, along which NF4's own blocks lie: its codes turn into int8 by a table of
 16 entries. The gradient of the input contracts over out-features: the weight is turned and, for int8, quantised anew
-along that axis. Activations and output gradients are narrowed on the way in. All narrow copies are workspace of one
-node; adapters, biases and residuals stay f32.
+along that axis. Activations and output gradients are narrowed on the way in. The narrow copy of x is
+workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the
+node's inputs (narrowed.py). Adapters, biases and residuals stay f32.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from entrenar_gpu.ops.gemm import Block, Product, epilogue, f16_launch, flat_pai
 from entrenar_gpu.ops.matmul import check_added, matmul, operands, with_added
 from entrenar_gpu.ops.narrow import (
     dequantize_turned,
+    narrow_arrays,
     narrow_rows_launch,
+    narrow_specs,
     narrow_weight_launch,
     quantize_rows,
-    quantize_weight,
 )
-from entrenar_gpu.ops.quantize import Nf4Tensors, dequantized
+from entrenar_gpu.ops.quantize import Nf4Tensors
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
 from entrenar_gpu.tiles import Arithmetic, Choice, choose, slice_length
@@ -79,6 +81,7 @@ def _record(
         rounded=weight.rounded,
         head=1 + len(weight.parts),
         turned=turn,
+        narrowed=False,
         pair=pair is not None,
         beta=pair[2] if pair else 0.0,
         pair_transposed=True,
@@ -88,8 +91,15 @@ def _record(
     return out
 
 
-def _parts(node: Node) -> tuple[Tensor, ...]:
+def weight_of(node: Node) -> tuple[Tensor, ...]:
+    """The tensors that hold a node's weight: its NF4 parts or its narrow copy."""
     return node.inputs[1 : node.attrs["head"]]
+
+
+def reading(node: Node, copy: Sequence[Tensor]) -> Node:
+    """A node that computes the same from a narrow copy of the weight, and shares the outputs of this one."""
+    inputs = (node.inputs[0], *copy, *node.inputs[node.attrs["head"] :])
+    return replace(node, inputs=inputs, attrs={**node.attrs, "head": 1 + len(copy), "narrowed": True})
 
 
 def product_sizes(node: Node) -> tuple[int, int, int, int]:
@@ -116,12 +126,11 @@ def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndar
     attrs, head = node.attrs, node.attrs["head"] - 1
     parts, added = rest[:head], rest[head:]
     rows = x.reshape(-1, x.shape[-1])
+    narrow = parts if attrs["narrowed"] else narrow_arrays(attrs, parts)
     if attrs["arithmetic"] == "f16":
-        weight = dequantized(attrs, *parts)
-        weight = weight.T if attrs["turned"] else weight
-        out = rows.astype(np.float16).astype(np.float32) @ weight.astype(np.float16).astype(np.float32).T
+        out = rows.astype(np.float16).astype(np.float32) @ narrow[0].astype(np.float32).T
     else:
-        (a, a_scale), (b, b_scale) = quantize_rows(rows), quantize_weight(attrs, parts)
+        (a, a_scale), (b, b_scale) = quantize_rows(rows), (narrow[0].view(np.int8), narrow[1].T)
         blocks = (a.reshape(len(a), -1, BLOCK), b.reshape(len(b), -1, BLOCK))
         a_real, b_real = (c * s[..., None] for c, s in zip(blocks, (a_scale, b_scale), strict=True))
         out = a_real.reshape(a.shape) @ b_real.reshape(b.shape).T
@@ -135,7 +144,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
     grads: list[Tensor | None] = [None] * len(node.inputs)
     if context.wanted(node.inputs[0]):
         plain = {**attrs, "turned": not attrs["turned"], "pair": False, "bias": False, "residual": False}
-        (grads[0],) = record("linear", dy, *_parts(node), **plain)
+        (grads[0],) = record("linear", dy, *weight_of(node), **plain)
     at = attrs["head"]
     if o.p is not None and o.q is not None:
         transposed, beta = attrs["pair_transposed"], attrs["beta"]
@@ -181,24 +190,34 @@ def _operand_names(node: Node) -> list[str]:
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """Narrow copies of x and of the weight (int8 with scales), then the partial sums, if any."""
+    """Narrow copies of x and of the weight, unless it is there already, then the partial sums, if any."""
     m, n, k, _ = product_sizes(node)
-    if node.attrs["arithmetic"] == "f16":
-        specs: list[Spec] = [((m, k), "f16"), ((n, k), "f16")]
-    else:
-        specs = [((m, k // 4), "u32"), ((n, k // 4), "u32"), ((k // BLOCK, m), "f32"), ((k // BLOCK, n), "f32")]
-    slices = _slices(node, caps)
+    arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
+    specs = narrow_specs(arithmetic, m, k)
+    specs += [] if node.attrs["narrowed"] else narrow_specs(arithmetic, n, k)
     return [*specs, ((slices, m, n), "f32")] if slices else specs
+
+
+def narrow_operands(node: Node) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """What the product multiplies, x and the weight: each its narrow copy and, in int8, its scales."""
+    has_scales = node.attrs["arithmetic"] == "int8"
+
+    def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return by[0], by[1] if has_scales else None
+
+    weight = weight_of(node) if node.attrs["narrowed"] else node.workspace[2 if has_scales else 1 :]
+    return held(node.workspace), held(weight)
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     m, n, k, r = product_sizes(node)
     o, slices = operands(node), _slices(node, caps)
     partial = node.workspace[-1] if slices else None
+    (narrow_x, x_scales), (narrow_w, w_scales) = narrow_operands(node)
     product = Product(
         (m, n, k),
-        whole(node.workspace[0]),
-        whole(node.workspace[1]),
+        whole(narrow_x),
+        whole(narrow_w),
         Block(node.output, 0, n),
         transpose_b=True,
         pair=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
@@ -209,13 +228,10 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     )
     cooperative = _cooperative(node, caps)
     multiply = _multiply_cooperative if cooperative else _multiply
-    narrow_x, narrow_weight = node.workspace[:2]
-    x_scales, weight_scales = node.workspace[2:4] if node.attrs["arithmetic"] == "int8" else (None, None)
-    launches = [
-        narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps),
-        narrow_weight_launch(node.attrs, _parts(node), narrow_weight, weight_scales, caps),
-        multiply(node, product, partial, caps),
-    ]
+    launches = [narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps)]
+    if not node.attrs["narrowed"]:
+        launches.append(narrow_weight_launch(node.attrs, weight_of(node), narrow_w, w_scales, caps))
+    launches.append(multiply(node, product, partial, caps))
     if partial is not None:
         launches.append(sum_launch(product, partial, caps))
     if cooperative and o.p is not None and o.q is not None:
@@ -234,7 +250,9 @@ def _multiply(node: Node, product: Product, partial: Tensor | None, caps: Caps) 
 
 def _multiply_int8(node: Node, product: Product, choice: Choice) -> Launch:
     (m, n, k), tile = product.sizes, choice.tile
-    a, b, a_scale, b_scale = node.workspace[:4]
+    (a, a_scale), (b, b_scale) = narrow_operands(node)
+    assert a_scale is not None
+    assert b_scale is not None
     bindings = [reads("a", a, 4), reads("b", b, 4), reads("a_scale", a_scale), reads("b_scale", b_scale)]
     length = slice_length(k, choice)
     slices = -(-k // length)
@@ -252,7 +270,7 @@ def _multiply_cooperative(node: Node, product: Product, partial: Tensor | None, 
     tile = COOPERATIVE_TILE
     constants = {"N": n, "K": k, "BM": tile, "BN": tile, "EDGE": caps.cooperative_matrix}
     out = writes("c", node.output if partial is None else partial)
-    bindings = (reads("a", node.workspace[0]), reads("b", node.workspace[1]), out)
+    bindings = (reads("a", product.a.tensor), reads("b", product.b.tensor), out)
     grid = (m // tile, n // tile, 1)
     return Launch("matmul_cooperative", bindings, constants, grid, trusted=True, enables=("wgpu_cooperative_matrix",))
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import nf4
-from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, reads, split_offset, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.nf4 import BLOCK
 from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.gemm import Block
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
-from entrenar_gpu.ops.registry import Op, record, register
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.tiles import Arithmetic
 
 # Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
 INT8_CODES = np.rint(nf4.CODEBOOK * np.float32(127)).astype(np.int8)
@@ -56,6 +57,22 @@ def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tu
     return codes, scales * np.float32(OVER_127)
 
 
+def narrow_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
+    """What holds [rows, K] as a product's operand: f16, or int8 codes and their scales."""
+    if arithmetic == "f16":
+        return [((rows, k), "f16")]
+    return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
+
+
+def narrow_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """An NF4 weight as `narrow_specs` holds it, with `arithmetic`, `shape`, `rounded` and `turned` in `attrs`."""
+    if attrs["arithmetic"] == "f16":
+        weight = dequantized(attrs, *parts)
+        return [np.ascontiguousarray(weight.T if attrs["turned"] else weight, np.float16)]
+    codes, scales = quantize_weight(attrs, parts)
+    return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
+
+
 def narrow_rows_launch(source: Block, rows: int, k: int, out: Tensor, scales: Tensor | None, caps: Caps) -> Launch:
     """The first `rows` of out [.., K] = those of source f32, end to end, K a multiple of 64; int8 with scales."""
     offset, _ = split_offset(source.base, source.tensor)
@@ -92,6 +109,32 @@ def narrow_weight_launch(
     }
     grid = (k // BLOCK, n // BLOCK, 1) if turned else grid_of(-(-n * k // (256 * each)), caps)
     return Launch("nf4_narrow_transposed" if turned else "nf4_narrow", tuple(bindings), constants, grid)
+
+
+def narrow_weight(weight: Nf4Tensors, arithmetic: Arithmetic, turned: bool) -> tuple[Tensor, ...]:
+    """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, turned, [K, N]."""
+    attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "turned": turned}
+    return record("narrow_weight", *weight.parts, **attrs)
+
+
+def _narrow_weight_infer(node: Node) -> Sequence[Spec]:
+    n, k = node.attrs["shape"][::-1] if node.attrs["turned"] else node.attrs["shape"]
+    return narrow_specs(node.attrs["arithmetic"], n, k)
+
+
+def _narrow_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
+    return [narrow_weight_launch(node.attrs, node.inputs, codes, scales, caps)]
+
+
+register(
+    Op(
+        "narrow_weight",
+        _narrow_weight_infer,
+        lambda node, *parts: narrow_arrays(node.attrs, parts),
+        _narrow_weight_launch,
+    )
+)
 
 
 def dequantize_turned(weight: Nf4Tensors) -> Tensor:
