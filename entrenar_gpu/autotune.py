@@ -25,7 +25,7 @@ from entrenar_gpu.ops.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.tiles import key, plausible, to_numbers
 
 Tiles = dict[str, tuple[int, ...]]
-VERSION = 2  # of the kernels: choices measured with other ones are forgotten
+VERSION = 3  # of the kernels: choices measured with other ones are forgotten
 
 
 def products_of(graphs: Iterable[Graph]) -> list[Product]:

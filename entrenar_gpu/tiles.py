@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
 from entrenar_gpu.graph import Caps
@@ -49,10 +49,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile, how many slices of K are summed apart and then added up, and how many columns are left to TAIL tiles.
+    """A tile, and how many slices of K are summed apart and then added up: of all columns or, with a tail, the last.
 
     Large tiles are fastest but come in few, long waves: of 4.6 waves the last keeps a device busy to 60%. So the
-    columns of the last one may go to a launch of its own with small tiles.
+    `tail` columns beyond the last full wave may be cut along K, and the rest left whole (the hybrid schedules of
+    Stream-K, arXiv 2301.03598).
     """
 
     tile: Tile
@@ -98,19 +99,17 @@ SOFTWARE: dict[Arithmetic, Tile] = {
     "int8": Tile(64, 64, 64, 8, 8),
 }
 
-TAIL = Tile(64, 64, 16, 8, 8, unroll=16, buffers=2)
-
 # What the model of waves assumes where nothing was measured: an H200's units, rates of full waves and memory, or a
 # small device's units, since only ratios of the rest matter. Another figure may choose another tile, which sums in
 # another order. (cost.py prices whole ops, with rates of their own.)
-_UNITS = {True: 132, False: 16}  # of a large card or not, told by its assumed pace
-_DISCRETE_PACE = 1e12
+_UNITS = {True: 132, False: 16}  # of a large card or not
 _FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12}
 _BYTES_PER_SECOND = 4e12
 _LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
 _MEASURED = 8  # choices of a product that are measured at most; it takes most of a second each
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_TAIL_SATURATING = 2  # tiles of which a unit needs more at once come in waves short enough as they are
 
 
 def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
@@ -118,44 +117,50 @@ def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
     return f"{arithmetic} {layout} {m}x{n}x{k}"
 
 
-def choose(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True) -> Choice:
-    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums.
+def choose(
+    arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True, tail: bool = True
+) -> Choice:
+    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums, `tail=False`
+    where it cannot leave a tail apart.
 
     What was measured on a larger device, from which a run resumes on this one, counts only where it fits this one.
     """
     measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
     choice = from_numbers(measured) if measured is not None else None
-    if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(choice, n, caps):
-        return choice if split else Choice(choice.tile)
+    if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
+        return choice if split and (tail or not choice.tail) else Choice(choice.tile)
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
-    return _predicted(arithmetic, m, n, k, replace(caps, tiles=None), split)
+    return _predicted(arithmetic, m, n, k, replace(caps, tiles=None), split, tail)
 
 
-def _tail_fits(choice: Choice, n: int, caps: Caps) -> bool:
-    return not choice.tail or (choice.tail < n and fits("f32", TAIL, caps))
+def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
+    whole = n - choice.tail
+    return not choice.tail or (arithmetic == "f32" and choice.slices > 1 and whole > 0 and whole % choice.tile.BN == 0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _predicted(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice:
+def _predicted(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool, tail: bool) -> Choice:
     """The shortest blocking by the model. A search over recomputation plans the same products again and again."""
-    return min(choices(arithmetic, m, n, k, caps, split), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
+    return min(choices(arithmetic, m, n, k, caps, split, tail), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
 
 
-def choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True) -> list[Choice]:
+def choices(
+    arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True, tail: bool = True
+) -> list[Choice]:
     """Every blocking that fits the device and does not waste most of its work on padding."""
     found = []
     for candidate in CANDIDATES[arithmetic]:
         tile = candidate.tile
         if not fits(arithmetic, tile, caps):
             continue
-        for slices in _SLICES if split else (1,):
-            small = slices * m * n * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
-            if slices == 1 or (small and k >= slices * max(4 * tile.BK, 64)):
-                found.append(Choice(tile, slices))
-        tail = _tail_columns(tile, m, n, caps)
-        if arithmetic == "f32" and split and tail and fits("f32", TAIL, caps):
-            found.append(Choice(tile, 1, tail))
+        found.append(Choice(tile))
+        apart = (0, _tail_columns(candidate, m, n, caps)) if arithmetic == "f32" and tail else (0,)
+        for slices in _SLICES[1:] if split and k >= 2 * max(4 * tile.BK, 64) else ():
+            for columns in dict.fromkeys(apart):
+                small = slices * m * (columns or n) * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
+                if small and k >= slices * max(4 * tile.BK, 64):
+                    found.append(Choice(tile, slices, columns))
     return found
 
 
@@ -165,14 +170,15 @@ def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
 
 
 def _units(caps: Caps) -> int:
-    return _UNITS[caps.flops_per_second >= _DISCRETE_PACE]
+    return _UNITS[caps.large]
 
 
-def _tail_columns(tile: Tile, m: int, n: int, caps: Caps) -> int:
+def _tail_columns(candidate: Candidate, m: int, n: int, caps: Caps) -> int:
     """Columns beyond the last full wave of large tiles; 0 where there is no full wave or nothing beyond it."""
-    down, across, units = -(-m // tile.BM), -(-n // tile.BN), _units(caps)
+    tile, units = candidate.tile, _units(caps)
+    down, across = -(-m // tile.BM), -(-n // tile.BN)
     whole = down * across // units * units // down
-    if tile.BM * tile.BN <= TAIL.BM * TAIL.BN or not 0 < whole < across or n % 4:
+    if candidate.saturating > _TAIL_SATURATING or not 0 < whole < across or n % 4:
         return 0
     return n - whole * tile.BN
 
@@ -195,12 +201,13 @@ def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
 
 
 def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: Caps) -> float:
-    """Predicted seconds: waves of workgroups, then the sum of the slices or the launch of the tail."""
-    seconds = _waves(arithmetic, choice.tile, choice.slices, m, n - choice.tail, k, caps)
-    if choice.tail:
-        seconds += _LAUNCH_SECONDS + _waves(arithmetic, TAIL, 1, m, choice.tail, k, caps)
-    if choice.slices > 1:
-        seconds += _LAUNCH_SECONDS + 4 * (2 * choice.slices + 1) * m * n / _BYTES_PER_SECOND
+    """Predicted seconds: waves of workgroups, then the sum of the slices."""
+    cut = choice.tail or n if choice.slices > 1 else 0  # columns that are cut along K
+    seconds = 0.0
+    for columns, slices in ((n - cut, 1), (cut, choice.slices)):
+        seconds += _waves(arithmetic, choice.tile, slices, m, columns, k, caps) if columns else 0.0
+    if cut:
+        seconds += _LAUNCH_SECONDS + 4 * (2 * choice.slices + 1) * m * cut / _BYTES_PER_SECOND
     return seconds
 
 
@@ -226,12 +233,13 @@ def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
 
 def is_choice(numbers: Sequence[int]) -> bool:
     """Whether numbers from a file are a choice that `choices` or a software adapter could have made."""
-    if len(numbers) != len(astuple(TAIL)) + 2:
+    if len(numbers) != len(fields(Tile)) + 2:
         return False
     choice = from_numbers(list(numbers))
     software = {software_tile("f32", m, n) for m, n in ((16, 64), (64, 16), (32, 32), (4096, 4096))}
     tiles = {c.tile for listed in CANDIDATES.values() for c in listed} | {*SOFTWARE.values(), *software}
-    return choice.tile in tiles and choice.slices in _SLICES and choice.tail >= 0 and choice.tail % 4 == 0
+    tail = choice.tail == 0 or (choice.tail > 0 and choice.tail % 4 == 0 and choice.slices > 1)
+    return choice.tile in tiles and choice.slices in _SLICES and tail
 
 
 def slice_length(k: int, choice: Choice) -> int:

@@ -5,6 +5,8 @@
 // to a u32. Offsets and leading dimensions let a launch work on a block of a larger matrix.
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K). C is overwritten (=); with an in-place residual it is added to (+=).
 // With several slices, slice z writes its partial sum to C + z * M * N, and matmul_sum.wgsl adds them up.
+// With a tail, only its columns, the last, have slices, whose sums go to partial [slices, M, tail]; their workgroups come
+// last. Grid: (ceil(M / BM), (N - tail) / BN + slices * ceil(tail / BN)).
 //
 // Tiles lie k-major in workgroup memory as vec4 along m (A) or n (B). A thread stages 4x4 blocks: four vec4 loads along
 // the contiguous axis, transposed in registers where that axis is k, so that no two threads write one vec4. The next
@@ -183,7 +185,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let tx = thread % {{ TX }}u;
   let ty = thread / {{ TX }}u;
   let m0 = group.x * {{ BM }}u;
+{% if tail %}
+  let whole = group.y < {{ (N - tail) // BN }}u;
+  let piece = group.y - {{ (N - tail) // BN }}u;
+  let z = select(piece % {{ slices }}u, 0u, whole);
+  let n0 = select({{ (N - tail) // BN }}u + piece / {{ slices }}u, group.y, whole) * {{ BN }}u;
+{% else %}
+  let z = group.z;
   let n0 = group.y * {{ BN }}u;
+{% endif %}
   {{ "var" if buffers == 2 else "let" }} buffer_a = 0u;
   {{ "var" if buffers == 2 else "let" }} buffer_b = 0u;
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
@@ -192,8 +202,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   {{ declare("ra", BM) }}
   {{ declare("rb", BN) }}
 {% if slices > 1 %}
-  let from_k = group.z * {{ slice }}u;
-  let to_k = min(from_k + {{ slice }}u, {{ K }}u);
+  let from_k = z * {{ slice }}u;
+  let to_k = {{ "select(min(from_k + %du, %du), %du, whole)" % (slice, K, K) if tail else "min(from_k + %du, %du)" % (slice, K) }};
   {{ product("a", A, "b", B, "from_k", "to_k", "") }}
 {% else %}
   {{ product("a", A, "b", B, "0u", "%du" % K, "") }}
@@ -205,7 +215,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endif %}
 {% if R %}
 {% if slices > 1 %}
-  if (group.z == 0u) {
+  if (z == 0u) {
 {% endif %}
   {{ product("p", P, "q", Q, "0u", "%du" % R, "" if beta == 1.0 else " * f32(%r)" % beta) }}
 {% if slices > 1 %}
@@ -219,17 +229,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for j in range(TN // 4) %}
       {
         let n = n0 + {{ j * TX * 4 }}u + tx * 4u;
-        let at = {{ "group.z * %du + " % (M * N) if slices > 1 }}{{ c_base }}u + m * {{ ldc }}u + n;
+        let at = {{ "z * %du + " % (M * N) if slices > 1 and not tail }}{{ c_base }}u + m * {{ ldc }}u + n;
 {% if c_vector %}
         if (n < {{ N }}u) {
           var value = acc{{ i }}_{{ j }};
+{% if tail %}
+          if (!whole) {
+            partial[(z * {{ M * tail }}u + m * {{ tail }}u + n - {{ N - tail }}u) >> 2u] = value;
+          } else {
+{% else %}
+          {
+{% endif %}
 {% if bias %}
-          value += bias[({{ first_column }}u + n) >> 2u];
+            value += bias[({{ first_column }}u + n) >> 2u];
 {% endif %}
 {% if residual %}
-          value += {{ residual }}[at >> 2u];
+            value += {{ residual }}[at >> 2u];
 {% endif %}
-          c[at >> 2u] = value;
+            c[at >> 2u] = value;
+          }
         }
 {% else %}
         for (var x = 0u; x < 4u; x++) {

@@ -1,5 +1,6 @@
 // C = sum of the partial products of a matmul split along K, in order of the slices, + bias + residual (= or +=).
-// partial [slices, M, N]; C begins at element c_base of its tensor. One invocation four consecutive elements, or one where N is no multiple of four.
+// partial [slices, M, N]; C begins at element c_base of its tensor, with rows of ldc elements, and at column first_column
+// of the bias. One invocation four consecutive elements, or one where N is no multiple of four.
 // Grid: ceil(M * N / (256 * width)), folded.
 {% include "_grid.wgsl" %}
 {% set WIDTH = 4 if vector else 1 %}
@@ -16,11 +17,13 @@ fn main(
 {% for slice in range(1, slices) %}
   value += partial[i + {{ slice * M * N // WIDTH }}u];
 {% endfor %}
+  let column = i % {{ N // WIDTH }}u;
+  let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;
 {% if bias %}
-  value += bias[i % {{ N // WIDTH }}u];
+  value += bias[{{ first_column // WIDTH }}u + column];
 {% endif %}
 {% if residual %}
-  value += {{ residual }}[{{ c_base // WIDTH }}u + i];
+  value += {{ residual }}[at];
 {% endif %}
-  c[{{ c_base // WIDTH }}u + i] = value;
+  c[at] = value;
 }

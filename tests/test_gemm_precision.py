@@ -23,7 +23,6 @@ from tests.cases import CASES
 from tests.equivalence import fault, needs
 from tests.test_kernels import check_on
 
-gemm_ops = importlib.import_module("entrenar_gpu.ops.gemm")
 matmul_ops = importlib.import_module("entrenar_gpu.ops.matmul")  # `ops.matmul` is the function
 
 # GPU against NumPy: int8's sums are exact and only their scaling rounds; f16 sums 32 products in f16 (docs/gemm.md).
@@ -122,16 +121,15 @@ def test_error_of_the_arithmetic_itself(precision, low, high):
         assert low <= error(reference[name], exact[name]) <= high
 
 
-@pytest.mark.parametrize("product", ["nn", "nt", "tn", "tt", "nn-fours", "tt-fours"])
-def test_columns_left_to_small_tiles(product, device, kernels, monkeypatch):
-    """Both launches take their part of B, of the pair, the bias and the residual."""
-    small = replace(tiles.TAIL, unroll=1)
-    monkeypatch.setattr(gemm_ops, "TAIL", small)
-    large = Tile(32, 32, 16, 4, 4)
-    monkeypatch.setattr(matmul_ops, "choose", lambda _, m, n, *rest: Choice(large, 1, 20 if n > 32 else 0))
-    layout, _, fours = product.partition("-")
-    size = "64x64x32" if fours else "17x33x20"
-    check_on(CASES[f"matmul-{layout}-pair-bias-residual-{size}"], device, kernels)
+LAST_COLUMNS = ["nn-pair-bias-residual-64x64x32", "tt-pair-bias-residual-64x64x32", "residual-stream", "alpha"]
+
+
+@pytest.mark.parametrize("product", LAST_COLUMNS)
+def test_last_columns_split_along_k(product, device, kernels, monkeypatch):
+    """Whole tiles and the sum of the tail's slices take their part of B, of the pair, the bias and the residual."""
+    tile, tails = Tile(32, 16, 16, 4, 4), {64: 32, 32: 16, 24: 8, 20: 4}
+    monkeypatch.setattr(matmul_ops, "choose", lambda _, m, n, *rest: Choice(tile, 2, tails.get(n, 0)))
+    check_on(CASES[f"matmul-{product}"], device, kernels)
 
 
 FAULTS = [
@@ -254,8 +252,19 @@ def test_choices_fit_their_device(arithmetic, caps):
         choice = tiles.choose(arithmetic, m, n, k, "nt", caps)
         assert choice.tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes
         assert choice.tile.threads <= caps.max_invocations
-        assert choice.slices * m * n * 4 <= caps.max_binding_bytes
+        assert choice.slices * m * (choice.tail or n) * 4 <= caps.max_binding_bytes
         assert choice == tiles.choose(arithmetic, m, n, k, "nt", caps)
+
+
+def test_a_wave_that_would_be_half_empty_is_split_along_k():
+    """608 tiles for 132 units: 528 make four waves, and ten columns of eight are left. Of whole waves nothing is."""
+    choice = tiles.choose("f32", 2048, 9728, 2560, "nn", LARGE)
+    assert (choice.tail, choice.tile.BN) == (1280, 128)
+    assert choice.slices > 1
+    assert tiles.choose("f32", 2048, 8192, 2560, "nn", LARGE).tail == 0
+    assert tiles.choose("f32", 2048, 9728, 2560, "nn", LARGE, tail=False).tail == 0
+    assert tiles.is_choice(tiles.to_numbers(choice))
+    assert not tiles.is_choice(tiles.to_numbers(replace(choice, slices=1)))
 
 
 def test_measured_choices_win_and_survive_json(tmp_path):
@@ -314,10 +323,10 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
 
 
 def test_the_last_columns_apart_take_their_bias_and_residual_along(device, kernels):
-    """The second launch writes from a column on: what it adds must begin there too."""
+    """The sum of their slices is written from a column on: what it adds must begin there too."""
     rng = np.random.default_rng(0)
     tile = tiles.Tile(32, 32, 16, 4, 4)
-    choice = {tiles.key("f32", 40, 128, 48, "nt"): tiles.to_numbers(tiles.Choice(tile, 1, 64))}
+    choice = {tiles.key("f32", 40, 128, 48, "nt"): tiles.to_numbers(tiles.Choice(tile, 2, 64))}
     graph = Graph("g")
     a, b = graph.tensor("a", (40, 48)), graph.tensor("b", (128, 48))
     residual, bias = graph.tensor("residual", (40, 128)), graph.tensor("bias", (128,))

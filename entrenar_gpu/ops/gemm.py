@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
-from entrenar_gpu.tiles import TAIL, Choice, choose, slice_length
+from entrenar_gpu.tiles import Choice, choose, slice_length
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,22 @@ def gemm(
 
 
 def product_launches(product: Product, choice: Choice, partial: Tensor | None, caps: Caps) -> list[Launch]:
-    """The product in one launch; with its last columns in a second; or split along K into `partial` [slices, M, N]."""
+    """The product in one launch; or split along K into `partial` [slices, M, N], or the tail's columns for N."""
     n = product.sizes[1]
-    if choice.tail:
-        main, tail = product.columns(0, n - choice.tail), product.columns(n - choice.tail, choice.tail)
-        return [product_launch(main, Choice(choice.tile)), product_launch(tail, Choice(TAIL))]
     if partial is None:
         return [product_launch(product, choice)]
+    if choice.tail:
+        tail = product.columns(n - choice.tail, choice.tail)
+        return [product_launch(product, choice, partial), sum_launch(tail, partial, caps)]
     apart = replace(product, c=Block(partial, 0, n), bias=None, residual=None, accumulate=False)
     return [product_launch(apart, choice), sum_launch(product, partial, caps)]
 
 
-def product_launch(product: Product, choice: Choice) -> Launch:
-    """The multiplication itself: into C, or with several slices into the partial sums that C then names."""
+def product_launch(product: Product, choice: Choice, partial: Tensor | None = None) -> Launch:
+    """The multiplication itself: into C, or with several slices into the partial sums that C then names.
+
+    With a tail, C gets all other columns, and `partial` the tail's sums.
+    """
     (m, n, _), tile = product.sizes, choice.tile
     constants = {**_blocked(product, choice), "first_column": product.first_column, "c_vector": product.vector}
     bindings = [_bind("a", product.a, constants["A"]), _bind("b", product.b, constants["B"])]
@@ -111,7 +114,9 @@ def product_launch(product: Product, choice: Choice) -> Launch:
         constants.update(Q=_operand(q, (n, r), (tile.BN, tile.BK), product.pair_transposed))
         bindings += [_bind("p", p, constants["P"]), _bind("q", q, constants["Q"])]
     out, written = _output(product, 4 if product.vector else 1)
-    return Launch("matmul", (*bindings, *out), {**constants, **written}, _grid(product, choice), trusted=True)
+    tail = [writes("partial", partial, 4)] if partial is not None else []
+    constants |= {**written, "tail": choice.tail}
+    return Launch("matmul", (*bindings, *out, *tail), constants, _grid(product, choice), trusted=True)
 
 
 def f16_launch(product: Product, choice: Choice) -> Launch:
@@ -140,7 +145,10 @@ def _blocked(product: Product, choice: Choice) -> dict[str, Any]:
 
 def _grid(product: Product, choice: Choice) -> tuple[int, int, int]:
     (m, n, k), tile = product.sizes, choice.tile
-    return -(-m // tile.BM), -(-n // tile.BN), -(-k // slice_length(k, choice))
+    down, slices = -(-m // tile.BM), -(-k // slice_length(k, choice))
+    if choice.tail:  # behind the whole tiles, those of the tail slice by slice
+        return down, (n - choice.tail) // tile.BN + slices * -(-choice.tail // tile.BN), 1
+    return down, -(-n // tile.BN), slices
 
 
 def flat_pair(product: Product) -> tuple[list[Binding], dict[str, Any]]:
@@ -160,11 +168,12 @@ def _output(product: Product, width: int) -> tuple[list[Binding], dict[str, Any]
 
 
 def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
-    """C (+)= the sum of the partial products + bias + residual; the rows of C lie end to end."""
+    """C (+)= the sum of the partial products + bias + residual."""
     (m, n, _), width = product.sizes, 4 if product.vector else 1
     out, written = _output(product, width)
     bindings = (reads("partial", partial, width), *out)
     constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **written}
+    constants["first_column"] = product.first_column
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 
@@ -209,4 +218,4 @@ def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int
     """The workspace that a choice needs, as specs for `Op.workspace`."""
     m, n, k = sizes
     slices = -(-k // slice_length(k, choice))
-    return [((slices, m, n), "f32")] if slices > 1 else []
+    return [((slices, m, choice.tail or n), "f32")] if slices > 1 else []

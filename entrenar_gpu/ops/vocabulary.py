@@ -60,7 +60,7 @@ def _back_choice(pages: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
     """
     (count, _), dtype = logits
     depth, rows = pages[0].columns, pages[0].shape[0]
-    choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps)
+    choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps, tail=False)
     return Choice(choice.tile, -(-rows // slice_length(rows, choice)))
 
 
