@@ -116,9 +116,8 @@ def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic,
 
 def randomise(replay: Replay) -> None:
     """Fill every frozen weight on the device: codes with random bits, scales and tables with small numbers."""
-    for number, tensor in enumerate(list(replay.tensors.values())):
-        if tensor.role != "weight" or tensor.name == "rope_table":
-            continue
+    weights = [t for t in replay.tensors.values() if t.role == "weight" and t.name != "rope_table"]
+    for number, tensor in enumerate(sorted(weights, key=lambda t: t.name)):  # whatever else a plan holds
         if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
             values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(
                 tensor.name.rsplit(".", 1)[1], _ones
