@@ -21,7 +21,7 @@ import numpy as np
 
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import cannot_write, new_file
+from entrenar_gpu.files import new_file, new_folder
 from entrenar_gpu.model_config import PROJECTIONS, ModelConfig
 from entrenar_gpu.nf4 import Floats
 from entrenar_gpu.peft_config import PeftSelection, read_peft_config
@@ -184,10 +184,7 @@ def save_adapter(folder: str | Path, spec: AdapterSpec, tensors: Mapping[str, Fl
     `base_model` is the folder or Hub id that PEFT will look for. Raises UserError when the disk is full.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    new_folder(folder)
     sources = [
         TensorSource(PEFT_PREFIX + name, shape, "F32", lambda name=name: tensors[name])  # type: ignore[misc]
         for name, shape in spec.shapes().items()

@@ -17,12 +17,12 @@ from typing import Any
 from entrenar_gpu.bench_gemm import Product, measure
 from entrenar_gpu.budget import Fitted
 from entrenar_gpu.device import Device
-from entrenar_gpu.files import cache_folder, write_text
+from entrenar_gpu.files import cache_folder, new_folder, write_text
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.ops.linear import product_sizes
 from entrenar_gpu.ops.matmul import is_low_rank, matmul_sizes
-from entrenar_gpu.tiles import key, plausible, to_numbers
+from entrenar_gpu.tiles import is_choice, key, plausible, to_numbers
 
 Tiles = dict[str, tuple[int, ...]]
 VERSION = 3  # of the kernels: choices measured with other ones are forgotten
@@ -53,6 +53,7 @@ def autotune(device: Device, wanted: Iterable[Product], kernels: KernelCache | N
     known = read_cache(path)
     unknown = [product for product in wanted if _name(product) not in known]
     if unknown:
+        new_folder(path.parent)
         print(f"tune: measuring tiles of {len(unknown)} products, kept in {path}", file=sys.stderr)
     for product in unknown:
         known[_name(product)] = fastest(device, kernels, product)
@@ -98,12 +99,12 @@ def read_cache(path: Path) -> Tiles:
         held = json.loads(path.read_text(encoding="utf-8"))
         if held["version"] != VERSION:
             return {}
-        return {str(name): tuple(int(v) for v in numbers) for name, numbers in held["tiles"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        tiles = {str(name): tuple(int(v) for v in numbers) for name, numbers in held["tiles"].items()}
+        return {name: numbers for name, numbers in tiles.items() if is_choice(numbers)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 
 def write_cache(path: Path, tiles: Mapping[str, tuple[int, ...]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     held = {"version": VERSION, "tiles": {name: list(numbers) for name, numbers in sorted(tiles.items())}}
     write_text(path, json.dumps(held, indent=1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,7 @@ class Program:
         self.product = product
         self.graph = Graph("gemm")
         self._rng = np.random.default_rng(0)
+        self._makers: dict[str, Callable[[], np.ndarray]] = {}  # nothing is made before a plan has room for it
         self._arrays: dict[str, np.ndarray] = {}
         p = product
         self._a = self._normal("a", (p.k, p.m) if p.transpose_a else (p.m, p.k))
@@ -195,7 +196,8 @@ class Program:
             self.output = ops.matmul(self._a, self._b, p.transpose_a, p.transpose_b)
 
     def _normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        self._arrays[name] = np.resize(_deviates(len(self._arrays)), shape)
+        seed = len(self._makers)
+        self._makers[name] = lambda: np.resize(_deviates(seed), shape)
         return self.graph.tensor(name, shape)
 
     def _linear(self) -> Tensor:
@@ -204,14 +206,15 @@ class Program:
         weight = ops.Nf4Tensors.declare(self.graph, "weight", shape, False, "float32")
         size = shape[0] * shape[1]
         codes, absmax = weight.parts
-        self._arrays[codes.name] = self._rng.integers(0, 256, size // 2, dtype=np.uint8)
-        self._arrays[absmax.name] = self._rng.uniform(0.5, 1.5, size // BLOCK).astype(np.float32)
+        self._makers[codes.name] = lambda: self._rng.integers(0, 256, size // 2, dtype=np.uint8)
+        self._makers[absmax.name] = lambda: self._rng.uniform(0.5, 1.5, size // BLOCK).astype(np.float32)
         self._b = weight
         if p.transpose_b:
             return ops.linear(self._a, weight, precision=p.arithmetic)
         return turned(self._a, weight, p.arithmetic)
 
     def write(self, replay: Replay) -> None:
+        self._arrays = {name: make() for name, make in self._makers.items()}
         for name, values in self._arrays.items():
             replay.write(name, values)
 

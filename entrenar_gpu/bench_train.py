@@ -44,8 +44,9 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     wall time in which the GPU ran nothing of it.
     """
     model, device = model_shape(shape_name), Device.open(config.device)
-    spec = AdapterSpec.from_config(config, model)
-    storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=spec.modules)
+    spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
+    modules = spec.modules if spec is not None else {}
+    storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
     kernels, budget = KernelCache(device), memory_budget(config, device.caps).nbytes
 
@@ -92,12 +93,12 @@ def _speeds(timings: Timings, config: TrainConfig, flops: int, ceiling: float) -
     }
 
 
-def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec) -> None:
+def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
     """Everything that a run finds on the device when it begins."""
     randomise(replay)
     replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
     replay.write("rope_table", ops.rope_table(shape.model.rope_frequencies(), shape.train.seq))
-    for name, values in init_adapter(spec, 0).items():
+    for name, values in (init_adapter(spec, 0) if spec is not None else {}).items():
         replay.write(name, values)
     if narrowed.GRAPH in replay.plan.steps:
         replay.run(narrowed.GRAPH)
@@ -115,8 +116,8 @@ def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic,
 
 
 def randomise(replay: Replay) -> None:
-    """Fill every frozen weight on the device: codes with random bits, scales and tables with small numbers."""
-    weights = [t for t in replay.tensors.values() if t.role == "weight" and t.name != "rope_table"]
+    """Fill every weight on the device: codes with random bits, scales and tables with small numbers."""
+    weights = [t for t in replay.tensors.values() if t.role in ("weight", "param") and t.name != "rope_table"]
     for number, tensor in enumerate(sorted(weights, key=lambda t: t.name)):  # whatever else a plan holds
         if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
             values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(

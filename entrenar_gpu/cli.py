@@ -16,6 +16,7 @@ import typer
 
 from entrenar_gpu import __version__, options
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.shapes import SHAPES, model_shape
 from observability.errors import TraceError
 
 app = typer.Typer(
@@ -231,7 +232,7 @@ app.add_typer(bench, name="bench")
 )  # fmt: skip
 def bench_train(
     given: Mapping[str, Any],
-    shape: Annotated[str, typer.Option("--shape", help="qwen3-0.6b, 1.7b, 4b, 8b, 14b or llama2-7b")],
+    shape: Annotated[str, typer.Option("--shape", help=f"one of {', '.join(SHAPES)}")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps measured")] = 10,
     as_json: Json = False,
 ) -> None:
@@ -259,14 +260,15 @@ def bench_gemm(
     """Time every matrix product of a training step and check it against float64."""
     from entrenar_gpu import bench_gemm as products
     from entrenar_gpu.device import Device
-    from entrenar_gpu.shapes import model_shape
 
     kinds = [k for k in products.TOLERANCES if k in precision.split(",")]
     if len(kinds) != len(precision.split(",")):
         raise UserError(f"--precision: {precision!r} is not a list of {', '.join(products.TOLERANCES)}")
-    if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
+    if not all(part.strip().isdecimal() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows: {rows!r} is not a list of whole numbers")
     opened = Device.open(device)
+    if "f16" in kinds and not opened.caps.f16:
+        print(f"{opened.caps.name} has no f16 arithmetic: its products are left out", file=sys.stderr)
     wanted = list(products.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
     _show_rows(products.bench_gemm(opened, wanted), as_json)
 
@@ -282,7 +284,6 @@ def bench_ops(
     """Time every kernel of a training step that is no matrix product."""
     from entrenar_gpu.bench_ops import bench_ops as measure
     from entrenar_gpu.device import Device
-    from entrenar_gpu.shapes import model_shape
 
     _show_rows(measure(Device.open(device), model_shape(shape), rows, seq), as_json)
 
@@ -324,6 +325,8 @@ def run(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
+        return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
 
 
 def _complain(message: str) -> int:

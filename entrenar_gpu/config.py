@@ -7,6 +7,7 @@ reads YAML, and scripts/options_table.py prints docs/options.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -55,7 +56,9 @@ class TrainConfig:
     double_quant: bool = option(True, "quantise the NF4 block scales to 8 bits too, as bitsandbytes does")
 
     steps: int | None = option(None, "optimizer steps; wins over --epochs", "steps", low=1)
-    epochs: float | None = option(None, "passes over the data (default 3 when --steps is not given)", "passes", low=0)
+    epochs: float | None = option(
+        None, "passes over the data (default 3 when --steps is not given)", "passes", low=1e-6, high=1e4
+    )
     batch: int = option(4, "rows a micro-step", "rows", low=1, high=MOST)
     seq: int = option(512, "positions a row; longer samples are cut", "tokens", low=2, high=MOST)
     accumulate: int = option(1, "micro-steps an optimizer step", "micro-steps", low=1, high=MOST)
@@ -68,7 +71,7 @@ class TrainConfig:
     min_lr: float = option(0.0, "floor of every schedule", low=0)
     step_size: int | None = option(None, "steps between drops of the step schedule (default: a third)", "steps", low=1)
     gamma: float | None = option(
-        None, "factor a drop (step, default 0.1) or a step (exponential, default 0.999)", low=0
+        None, "factor a drop (step, default 0.1) or a step (exponential, default 0.999)", low=0, high=1
     )
     optimizer: Optimizer = option("adamw", "adamw: decoupled decay (arXiv 1711.05101); adam, sgd: decay as L2")
     momentum: float = option(0.9, "momentum of sgd", low=0, high=0.9999)
@@ -93,7 +96,9 @@ class TrainConfig:
     resume: str | None = option(None, "go on from a checkpoint folder, or from the newest of --output")
 
     precision: Precision = option(
-        "f32", "arithmetic of products with NF4 weights; auto: f16 where a GPU has it; sums and the rest stay f32"
+        "f32",
+        "arithmetic of products with NF4 weights (with f16 and int8, attention and the vocabulary's are in f16 where a"
+        " GPU has it); auto: f16 where a GPU has it; sums and the rest stay f32",
     )
     tune: bool = option(
         False, "measure how matrix products are cut up best, once an adapter and driver; else sizes alone decide"
@@ -180,6 +185,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{path}:{where} not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # of dates, tags, depths
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -203,15 +210,16 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise bad
         return value
     if kind is str:
-        if not isinstance(value, str):
+        value = str(value) if type(value) is int else value  # as YAML reads a name or an index that is all digits
+        if not isinstance(value, str) or "\0" in value:
             raise bad
         return value
     # YAML reads 2e-4 as text; a whole float is a fine int
     try:
         number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or (kind is int and number != int(number)) or number != number or abs(number) == float("inf"):
+    if number is None or not math.isfinite(number) or (kind is int and number != int(number)):
         raise bad
     low, high = f.metadata["low"], f.metadata["high"]
     if low is not None and number < low:

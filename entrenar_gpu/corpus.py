@@ -23,6 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.files import new_folder
 
 # Not library code: tests, applications, vendored or generated files, and what third parties installed.
 SKIPPED_FOLDERS = {
@@ -69,7 +70,7 @@ class Corpus:
     def write(self, folder: str | Path) -> None:
         """Write `train.jsonl` and `valid.jsonl`, one {"prompt", "completion"} a line."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        new_folder(folder)
         for name, pairs in (("train.jsonl", self.train), ("valid.jsonl", self.valid)):
             lines = (json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in pairs)
             _write(folder / name, "".join(line + "\n" for line in lines))
@@ -117,7 +118,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     )
     tokenizer.train_from_iterator(texts, trainer)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    new_folder(folder)
     end_of_text, _, end_of_turn = SPECIAL_TOKENS
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

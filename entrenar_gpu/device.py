@@ -73,7 +73,7 @@ def choose_adapter(choice: str | None = None) -> Any:
     if choice is None:
         return found[0]
     matches = [a for a in found if choice.lower() in a.info["device"].lower()]
-    if choice.isdigit() and int(choice) < len(found):
+    if choice.isdecimal() and int(choice) < len(found):
         matches = [found[int(choice)]]
     if not matches:
         names = "; ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))

@@ -42,6 +42,14 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path}: {'the disk is full; nothing was written' if full else f'cannot be written: {error}'}")
 
 
+def new_folder(path: str | Path) -> None:
+    """Make a folder and those above it, where they are not there. Raises UserError naming it when it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cache_folder() -> Path:
     """Where the system wants files that can be made again: $XDG_CACHE_HOME/entrenar-gpu, by default under ~/.cache;
     ~/Library/Caches/entrenar-gpu on macOS, %LOCALAPPDATA%\\entrenar-gpu on Windows."""

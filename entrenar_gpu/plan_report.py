@@ -95,7 +95,7 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     else:
         raw = read_json_object(path / "config.json" if path.is_dir() else path)
         stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-        if stated not in DENSE:
+        if stated not in tuple(DENSE):  # which may be of any JSON type
             raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(DENSE)}")
         modules = spec.modules if spec is not None else {}
         storage = Storage(config.method, DENSE[stated], {}, config.double_quant, {}, modules)

@@ -31,6 +31,10 @@ class RunShape:
     storage: Storage
     train: TrainConfig
 
+    def __post_init__(self) -> None:
+        if self.train.seq > self.model.max_positions:
+            raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.max_positions} positions")
+
     def precision(self, caps: Caps) -> Arithmetic:
         """The arithmetic of products with NF4 weights on such a device. Raises UserError where it is not to be had."""
         asked = self.train.precision

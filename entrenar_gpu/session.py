@@ -15,7 +15,6 @@ from entrenar_gpu.autotune import tuned
 from entrenar_gpu.budget import Fitted
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.device import Device
-from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.interpret import NumpyExecutor
@@ -89,8 +88,6 @@ class Session:
         checkpoint = Checkpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
-        if config.seq > checkpoint.config.max_positions:
-            raise UserError(f"--seq: {config.seq} exceeds the model's {checkpoint.config.max_positions} positions")
         if config.device == "numpy" and kernels is None:
             session = cls._on_host(config, checkpoint, spec, shape, fit)
         else:

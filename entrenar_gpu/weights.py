@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import cannot_write, new_file, write_text
+from entrenar_gpu.files import new_file, new_folder, write_text
 from entrenar_gpu.model_config import PROJECTIONS, ModelConfig, load_model_config
 from entrenar_gpu.nf4 import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorInfo, TensorSource, write_tensors
@@ -253,10 +253,7 @@ def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_b
     the other layout, which might be read instead.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    new_folder(folder)
     shards = _split(sources, shard_bytes)
     paths = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -301,10 +298,7 @@ def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None
     config = _read_json(source / "config.json")
     config.pop("quantization_config", None)
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(target, error) from None
+    new_folder(target)
     for name in COMPANIONS:
         if (source / name).exists() and name != "config.json":
             with new_file(target / name) as copy, open(source / name, "rb") as original:

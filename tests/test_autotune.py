@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import autotune
+from entrenar_gpu.bench_gemm import forward
 from entrenar_gpu.bench_train import bench_train
 from entrenar_gpu.checkpoint import STATE_FILE
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.tiles import Choice, Tile, from_numbers, to_numbers
 from tests.runs import train
@@ -63,6 +65,33 @@ def test_nothing_is_measured_unasked(measured, tmp_path, kernels):
     train(tmp_path, str(tmp_path / "run"), kernels, **(OPTIONS | {"tune": False}))
     state = json.loads((tmp_path / "run/checkpoint-000002" / STATE_FILE).read_text())
     assert (state["tiles"], measured) == ({}, [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "numbers",
+    [[1, 2], [0] * 9, [64, 64, 16, 7, 8, 1, 1, 1, 0], [4, 4, 4, 4, 4, 1, 1, 1, 0], [float("inf")] * 9],
+    ids=str,
+)
+def test_choices_that_were_never_made_are_measured_again(numbers, measured, tmp_path, kernels):
+    make_model(tmp_path / "model", **TINY)
+    make_data(tmp_path / "train.jsonl", vocab=96)
+    train(tmp_path, str(tmp_path / "run"), kernels, **OPTIONS)
+    path, first = autotune.cache_path(kernels.device), list(measured)
+    whole = path.read_text()
+    held = json.loads(whole)
+    path.write_text(json.dumps(held | {"tiles": dict.fromkeys(held["tiles"], numbers)}))
+    train(tmp_path, str(tmp_path / "again"), kernels, **OPTIONS)
+    assert measured == 2 * first
+    assert path.read_text() == whole
+
+
+@pytest.mark.gpu
+def test_a_cache_folder_that_cannot_be_made_is_said_before_measuring(measured, kernels, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(UserError, match=r"/dev/null/entrenar-gpu/tiles: cannot be written"):
+        autotune.autotune(kernels.device, [forward(64, 64, "f32", 8)], kernels)
+    assert measured == []
 
 
 @pytest.mark.parametrize("tune", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from entrenar_gpu.bench_gemm import TOLERANCES, bench_gemm, products, projection
 from entrenar_gpu.bench_ops import bench_ops
 from entrenar_gpu.bench_train import bench_train
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.device import adapter_caps, choose_adapter
+from entrenar_gpu.plan_report import plan_run
 from entrenar_gpu.shapes import model_shape
 
 TINY = replace(
@@ -65,3 +68,19 @@ def test_training_is_measured_beside_what_a_product_alone_reaches(monkeypatch):
     with_copies = bench_train("tiny", replace(config, memory_budget=1.0), 2)
     assert with_copies["planned_bytes"] == with_copies["allocated_bytes"] > result["planned_bytes"]
     assert with_copies["loss"] == result["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_what_is_measured_is_what_a_run_would_train(method, monkeypatch, tmp_path):
+    raw = {**shapes.SHAPES["qwen3-0.6b"], "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    raw |= {"num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1, "vocab_size": 256}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", raw)
+    monkeypatch.setattr("entrenar_gpu.bench_gemm.WARM_UP_SECONDS", 0.0)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
+    config = TrainConfig(model=str(path), batch=1, seq=16, rank=4, method=method)
+    result = bench_train("tiny", config, 1)
+    caps = adapter_caps(choose_adapter())
+    assert result["planned_bytes"] == plan_run(config, caps, 1 << 40, False).plan.peak_bytes
+    assert 0 < result["loss"] < 20

@@ -1,6 +1,9 @@
 """The command line: flags from the configuration, one line and status 2 for bad input."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from entrenar_gpu import cli, options
 from entrenar_gpu.config import TrainConfig, flag
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.shapes import SHAPES
 from tests.tiny import make_data, make_model
 
 
@@ -34,6 +38,12 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--schedule", "zigzag"], "--schedule: 'zigzag' is not one of constant"),
         (["train", "--target", "q,nose"], "--target: nose_proj"),
         (["train", "--lr", "nan"], "--lr: 'nan' is not a number"),
+        (["train", "--batch", "nan"], "--batch: 'nan' is not a whole number"),
+        (["train", "--steps", "inf"], "--steps: 'inf' is not a whole number"),
+        (["train", "--epochs", "0"], "--epochs: 0 is below 1e-06"),
+        (["train", "--epochs", "1e30"], "--epochs: 1e30 is above 10000.0"),  # every epoch is packed at the start
+        (["train", "--gamma", "1e30"], "--gamma: 1e30 is above 1"),  # to the power of the steps
+        (["train", "--output", "a\0b"], "--output: 'a\\x00b' is not text"),
         (["train", "--no-such-flag"], "No such option: --no-such-flag"),
         (["train"], "--model: missing"),
         (["train", "--model", "/nowhere"], "--data: missing"),
@@ -41,6 +51,11 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan", "--model", "/nowhere", "--profile", "x"], "--profile: 'x' is not one of webgpu"),
         (["frobnicate"], "frobnicate"),
         (["bench", "train", "--shape", "qwen9"], "--shape: 'qwen9' is not one of qwen3-0.6b"),
+        (["bench", "train", "--shape", "llama2-7b", "--seq", "5000"], "--seq: 5000 exceeds the model's 4096 positions"),
+        (["bench", "gemm", "--rows", "²"], "--rows: '²' is not a list of whole numbers"),
+        (["bench", "gemm", "--rows", "100000000000000"], "lower --batch or --seq"),  # and no memory is taken for it
+        (["plan", "--model", "/nowhere", "--device", "²"], "--device '²' matches no adapter"),
+        (["demo", "--device", "numpy", "--steps", "1", "--output", "/dev/null/x"], "/dev/null/x"),
     ],
 )
 def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
@@ -49,9 +64,10 @@ def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], arguments: l
 
 def test_yaml_file_and_flags_that_win(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("rank: 4\nlr: 2e-4\nsave-every: 10\npack: false\n")
+    path.write_text("rank: 4\nlr: 2e-4\nsave-every: 10\npack: false\ndevice: 0\n")
     config = options.make_config({"rank": "8"}, str(path))
     assert (config.rank, config.lr, config.save_every, config.pack) == (8, 2e-4, 10, False)
+    assert config.device == "0"  # an index, which YAML reads as a number
     assert config.lora_alpha == 16
 
 
@@ -62,6 +78,13 @@ def test_yaml_file_and_flags_that_win(tmp_path: Path) -> None:
         ("rank: [1\n", "line 2 not valid YAML"),
         ("- rank\n", "expected `key: value` lines"),
         ("rank: true\n", "--rank: True is not a whole number"),
+        ("steps: .inf\n", "--steps: inf is not a whole number"),
+        (f"steps: {10**400}\n", "is not a whole number"),
+        ("output: 2025-31-12\n", "not valid YAML: month must be in 1..12"),
+        ("steps: !!float x\n", "not valid YAML"),
+        ("steps: !!int ''\n", "not valid YAML"),
+        ("steps: !!timestamp x\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
     ],
 )
 def test_bad_yaml_names_the_file_or_key(tmp_path: Path, text: str, says: str) -> None:
@@ -90,6 +113,47 @@ def test_options_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (root / "docs" / "options.md").read_text()
 
 
+def test_the_plan_in_the_readme_is_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SHAPES["qwen3-4b"]))
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    command, shown = re.search(
+        r"`entrenar-gpu (plan --model Qwen3-4B [^`]*)` prints\n\n```\n(.*?)```", readme, re.S
+    ).groups()
+    assert cli.run(command.replace("Qwen3-4B", str(config)).split()) == 0
+    assert shown.split() == capsys.readouterr().out.split()
+
+
+def test_what_nobody_expected_of_a_file_is_one_line(tmp_path: Path) -> None:
+    """Standard output on a full disk, as `info > file`."""
+    command = [
+        sys.executable,
+        "-m",
+        "entrenar_gpu.cli",
+        "plan",
+        "--model",
+        str(make_model(tmp_path / "m")),
+        "--seq",
+        "32",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr.splitlines() == ["error: output: No space left on device"]
+    assert done.returncode == 2
+
+
+def test_plan_refuses_what_train_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model")
+    assert "--seq: 4000 exceeds the model's 512 positions" in failure(
+        capsys, "plan", "--model", str(folder), "--seq", "4000"
+    )
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for odd in (["bfloat16"], {"a": 1}):
+        (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": odd}))
+        assert "torch_dtype" in failure(capsys, "plan", "--model", str(folder), "--seq", "32")
+
+
 def test_resume_may_stand_alone() -> None:
     assert cli._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
     assert cli._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]
@@ -108,8 +172,6 @@ def test_plan_sums_up_and_needs_no_weights(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_qwen3_4b_fits_four_gib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from entrenar_gpu.shapes import SHAPES
-
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SHAPES["qwen3-4b"]))
     arguments = ["plan", "--model", str(config), "--method", "qlora", "--rank", "16", "--batch", "1", "--seq", "512"]
