@@ -17,18 +17,18 @@ TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def merge(checkpoint: Checkpoint, adapter: Path, output: Path) -> None:
-    """Write W + scale * B A for every adapted W, the rest as it is, in the dtype the checkpoint is stored in.
+    """Write W + scale * B A for every adapted W, the rest as it is, each in the dtype it is stored in.
 
-    Weights stored as NF4 are dequantised and written in F32. Memory stays at the largest tensor.
+    A checkpoint with NF4 weights is written in F32 throughout. Memory stays at the largest tensor.
     """
     spec, values = load_adapter(adapter, checkpoint.config)
     if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise UserError(f"--output: {output} already holds a model; choose another folder")
     names = checkpoint.config.parameter_shapes()
-    stored = {name: "F32" if checkpoint.is_nf4(name) else checkpoint.info(name).dtype for name in names}
-    wide = "F32" if "F32" in stored.values() else stored["model.embed_tokens.weight"]
-    copy_model_files(checkpoint.folder, output, TORCH_NAMES[wide])
-    save_checkpoint(output, [_source(checkpoint, spec, values, n, wide) for n in names])
+    quantised = any(map(checkpoint.is_nf4, names))
+    dtypes = {name: "F32" if quantised else checkpoint.info(name).dtype for name in names}
+    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes["model.embed_tokens.weight"]])
+    save_checkpoint(output, [_source(checkpoint, spec, values, name, dtype) for name, dtype in dtypes.items()])
 
 
 def _source(

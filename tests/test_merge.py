@@ -53,6 +53,20 @@ def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
         np.testing.assert_allclose(merged.f32(name), wanted, rtol=epsilon, atol=1e-5 if dtype == "float32" else 2e-6)
 
 
+def test_each_tensor_keeps_its_own_dtype(tmp_path):
+    """One norm in float32 does not widen a bfloat16 model."""
+    base = Checkpoint.open(make_model(tmp_path / "model", dtype="bfloat16", **TINY))
+    tensors = {name: np.array(base.raw(name)) for name in base.config.parameter_shapes()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    save_safetensors(tmp_path / "model/model.safetensors", tensors)
+    base = Checkpoint.open(tmp_path / "model")
+    make_adapter(tmp_path / "adapter", base)
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = Checkpoint.open(tmp_path / "merged")
+    assert {n: merged.info(n).dtype for n in tensors} == {n: base.info(n).dtype for n in tensors}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_quantised_weights_are_dequantised(tmp_path):
     folder = make_model(tmp_path / "model", **TINY)
     dense = Checkpoint.open(folder)
