@@ -197,12 +197,13 @@ class Transformer:
             bias = None
             if self.config.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
                 bias = self.parameters.vector(f"{module}.bias")
-            adapter = self.parameters.adapter(module)
-            pair = None
+            adapter, pair = self.parameters.adapter(module), None
+            weight = self.parameters.quantised(f"{module}.weight")
+            if weight is not None and self._rng is None:
+                return ops.linear(x, weight, None, bias, residual, self._precision, adapter)
             if adapter is not None:
                 a, b, scale = adapter
                 pair = (ops.matmul(self._dropped(x), a, transpose_b=True), b, scale)
-            weight = self.parameters.quantised(f"{module}.weight")
             if weight is not None:
                 return ops.linear(x, weight, pair, bias, residual, self._precision)
             dense = self.parameters.matrix(f"{module}.weight")

@@ -6,12 +6,25 @@
 // code = round(x / scale). A value from 2^117 on makes its block's scale NaN, so that an overflow is not lost.
 // One invocation sixteen consecutive values, four to a block.
 {% endif %}
+{% if GROUPS %}
+// And what an adapter wants of the same rows: down [M, R] = x op(by), by workgroups of their own, which come first (=).
+// Grid: ceil(M / 4), then one invocation each, 256 a workgroup; folded.
+{% else %}
 // Grid: one invocation each, 256 a workgroup, folded.
+{% endif %}
 {% include "_grid.wgsl" %}
+{% if GROUPS %}
+{% from "_low_rank.wgsl" import parts_added, rows_product with context %}
+{{ parts_added() }}
+{% endif %}
 {% if arithmetic == "int8" %}
 {% include "_int8.wgsl" %}
+{# Together they would pass the 16 KiB that every device has. #}
+{% if not GROUPS %}
 var<workgroup> largest: array<f32, 256>;
 {% endif %}
+{% endif %}
+{% macro largest(i) %}{{ "parts[%s].x" % i if GROUPS else "largest[%s]" % i }}{% endmacro %}
 
 @compute @workgroup_size(256)
 fn main(
@@ -19,7 +32,16 @@ fn main(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
+{% if GROUPS %}
+  let workgroup = linear_workgroup(group, groups);
+  if (workgroup < {{ (M + 3) // 4 }}u) {
+  {{ rows_product("x", "by", "down") }}
+    return;
+  }
+  let i = (workgroup - {{ (M + 3) // 4 }}u) * 256u + thread;
+{% else %}
   let i = linear_workgroup(group, groups) * 256u + thread;
+{% endif %}
 {% if arithmetic == "f16" %}
   if (i < {{ M * K // 4 }}u) { out[i] = vec4<f16>(x[i]); }
 {% else %}
@@ -28,16 +50,16 @@ fn main(
   let value{{ j }} = x[at * 4u + {{ j }}u];
 {% endfor %}
   let size = max(max(abs(value0), abs(value1)), max(abs(value2), abs(value3)));
-  largest[thread] = max(max(size.x, size.y), max(size.z, size.w));
+  {{ largest("thread") }} = max(max(size.x, size.y), max(size.z, size.w));
 {% for j in range(4) %}
   let broken{{ j }} = (bitcast<vec4<u32>>(value{{ j }}) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
 {% endfor %}
   if (any(broken0) || any(broken1) || any(broken2) || any(broken3)) {
-    largest[thread] = bitcast<f32>(0x7f800000u + min(thread, 0u));
+    {{ largest("thread") }} = bitcast<f32>(0x7f800000u + min(thread, 0u));
   }
   workgroupBarrier();
   let four = thread & 252u;
-  let absmax = max(max(largest[four], largest[four + 1u]), max(largest[four + 2u], largest[four + 3u]));
+  let absmax = max(max({{ largest("four") }}, {{ largest("four + 1u") }}), max({{ largest("four + 2u") }}, {{ largest("four + 3u") }}));
   let inverse = inverse_of(absmax);
   if (i == at) {
     out[i] = vec4<u32>({% for j in range(4) %}pack4xI8(vec4<i32>(round(value{{ j }} * inverse))){{ ", " if j < 3 }}{% endfor %});

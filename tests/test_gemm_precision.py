@@ -19,10 +19,14 @@ from entrenar_gpu.ops.quantize import host_parts
 from entrenar_gpu.plan import make_plan
 from entrenar_gpu.replay import Replay
 from entrenar_gpu.tiles import Choice, Tile
+from entrenar_gpu.train import Trainer
 from tests.cases import CASES
 from tests.equivalence import fault, needs
+from tests.runs import config_of, gradients, run_micro_batches
 from tests.test_kernels import check_on
+from tests.tiny import make_data, make_model
 
+linear_ops = importlib.import_module("entrenar_gpu.ops.linear")
 matmul_ops = importlib.import_module("entrenar_gpu.ops.matmul")  # `ops.matmul` is the function
 
 # GPU against NumPy: int8's sums are exact and only their scaling rounds; f16 sums 32 products in f16 (docs/gemm.md).
@@ -37,6 +41,7 @@ class Layer:
     precision: Any
     rounded: Any = "bfloat16"
     double: bool = True
+    apart: bool = False  # x A^T is made by an op of its own, as behind a dropout
     graph: Graph = field(default_factory=lambda: Graph("layer"))
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -52,8 +57,9 @@ class Layer:
         self.x = self.graph.tensor("x", (t, k), requires_grad=True)
         a, b = self.graph.parameter("A", (r, k)), self.graph.parameter("B", (n, r))
         residual, bias = self.graph.tensor("residual", (t, n)), self.graph.tensor("bias", (n,), role="weight")
-        u = ops.matmul(self.x, a, transpose_b=True)
-        self.y = ops.linear(self.x, frozen, (u, b, 0.3), bias, residual, self.precision)
+        pair = (ops.matmul(self.x, a, transpose_b=True), b, 0.3) if self.apart else None
+        adapter = None if self.apart else (a, b, 0.3)
+        self.y = ops.linear(self.x, frozen, pair, bias, residual, self.precision, adapter)
         grads = backward(self.y, [self.x, a, b], self.graph.tensor("up", (t, n)))
         self.results = {"y": self.y, "dx": grads[self.x], "dA": grads[a], "dB": grads[b]}
 
@@ -93,9 +99,10 @@ def check(layer: Layer, got: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("precision", ["f16", "int8"])
 @pytest.mark.parametrize("shape", [(1, 64, 64, 4), (65, 128, 192, 3), (70, 192, 64, 16)])
-def test_a_layer_and_its_gradients(precision, shape, device, kernels):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_layer_and_its_gradients(precision, shape, apart, device, kernels):
     needs(device, precision)
-    layer = Layer(shape, precision)
+    layer = Layer(shape, precision, apart=apart)
     check(layer, layer.on_device(device, kernels))
 
 
@@ -141,6 +148,8 @@ FAULTS = [
     ("matmul_f16", "+ bias[", "- bias[", "f16"),
     ("narrow_rows", "thread & 252u", "thread & 254u", "int8"),
     ("narrow_rows", "vec4<f16>(x[i])", "vec4<f16>(x[i] * 1.01)", "f16"),
+    ("narrow_rows", "workgroup - 17u", "workgroup - 18u", "f16"),
+    ("narrow_rows", "at < 65u", "at < 64u", "int8"),
     ("nf4_narrow", "bytes[(bits[0] >> 4u) & 15u]", "bytes[(bits[0] >> 5u) & 15u]", "int8"),
     ("nf4_narrow", "block = at / 16u", "block = at / 32u", "f16"),
     ("nf4_narrow_transposed", "first + 7u", "first + 6u", "int8"),
@@ -208,9 +217,40 @@ def test_weights_that_do_not_fit_blocks_stay_f32():
 
 
 @pytest.mark.parametrize("precision", ["f16", "int8"])
+def test_a_model_has_the_same_gradients_with_adapters_apart(precision, tmp_path, monkeypatch):
+    """Every projection of a block, whose input gradients are summed inside the products that make them."""
+    make_model(tmp_path / "model", intermediate_size=192, head_dim=32)
+    make_data(tmp_path / "train.jsonl")
+
+    def run() -> dict[str, np.ndarray]:
+        trainer = Trainer(config_of(tmp_path, precision=precision, device="numpy"))
+        rng = np.random.default_rng(0)
+        for name, shape in trainer.session.trainable().items():  # B too, which begins at zero
+            trainer.executor.write(name, 0.1 * rng.standard_normal(shape).astype(np.float32))
+        run_micro_batches(trainer, next(trainer.batches))
+        nodes = trainer.session.graphs["micro"].nodes
+        kinds.append([sum(n.op == op for n in nodes) for op in ("linear", "matmul", "add")])
+        return gradients(trainer)
+
+    kinds: list[list[int]] = []
+    together = run()
+    monkeypatch.setattr(linear_ops, "RANKS", ())
+    apart = run()
+    assert kinds[0][0] == kinds[1][0]
+    assert kinds[0][1] == kinds[1][1] - 2 * 14 + 3  # nobody wants the gradient of what the first three read
+    assert kinds[0][2] == kinds[1][2]  # no sum that was none before
+    for name, gradient in together.items():
+        assert error(gradient, apart[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
 def test_the_adapter_rides_along_both_ways(precision):
-    """Forward and input gradient are one product each: no pass of its own adds the low-rank part."""
+    """Forward and input gradient are one product each: no pass of its own makes or adds the low-rank part."""
     layer = Layer((64, 128, 192, 8), precision)
+    plan = make_plan({"layer": layer.graph}, Caps(f16=True))
+    shaders = [launch.shader for step in plan.steps["layer"] for launch in step.launches]
+    assert shaders.count("low_rank") == 2  # the gradients of A and B
+    assert shaders.count("narrow_rows") == 2
     linears = [node for node in layer.graph.nodes if node.op == "linear"]
     assert [node.attrs["pair"] for node in linears] == [True, True]
     assert [node.attrs["pair_transposed"] for node in linears] == [True, False]

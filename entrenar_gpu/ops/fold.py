@@ -35,11 +35,23 @@ def fold_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor
         node = made_by(made, "matmul", "linear", "norm_grad")
         if node is None or node.attrs["residual"]:
             continue
+        if node.attrs.get("down", False):  # others read its second output: it stays where it is
+            if _made_before(addend, node):
+                node.inputs, node.attrs = (*node.inputs, addend), {**node.attrs, "residual": True}
+                return made
+            continue
         if node.op != "norm_grad":
             return _rebuilt(node, residual=addend)
         node.output.graph.nodes.remove(node)
         return _anew(node, (*node.inputs, addend), {**node.attrs, "residual": True})
     return None
+
+
+def _made_before(tensor: Tensor, node: Node) -> bool:
+    for other in reversed(node.output.graph.nodes):
+        if other is node or other is tensor.node:
+            return other is node
+    return True
 
 
 def _as_pair(skinny: Node, main: Node) -> dict[str, Any] | None:

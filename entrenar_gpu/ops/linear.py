@@ -4,7 +4,8 @@ The forward product contracts over in-features, along which NF4's own blocks lie
 16 entries. The gradient of the input contracts over out-features: the weight is turned and, for int8, quantised anew
 along that axis. Activations and output gradients are narrowed on the way in. The narrow copy of x is
 workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the
-node's inputs (narrowed.py). Adapters, biases and residuals stay f32.
+node's inputs (narrowed.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the launch
+that narrows x, from the same rows: the node's second output.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, reads, writes
 from entrenar_gpu.nf4 import BLOCK
 from entrenar_gpu.ops.gemm import Block, Product, epilogue, f16_launch, flat_pair, product_launch, sum_launch, whole
-from entrenar_gpu.ops.matmul import check_added, matmul, operands, with_added
+from entrenar_gpu.ops.low_rank import RANKS
+from entrenar_gpu.ops.matmul import Operands, check_added, matmul, operands, with_added
 from entrenar_gpu.ops.narrow import (
     dequantize_turned,
     narrow_arrays,
@@ -43,17 +45,24 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     precision: Arithmetic = "f32",
+    adapter: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """x W^T + beta * p q^T + bias + residual, [..., N], for a frozen W [N, K] and `pair` = (p [T, R], q [N, R], beta).
 
-    `precision` is the arithmetic of x W^T and, in the backward pass, of dy W. Weights that are no multiple of 64 both
-    ways are multiplied in f32. "f16" needs a device with that feature.
+    `adapter` = (A [R, K], B [N, R], scale) instead of a pair stands for (x A^T, B, scale). `precision` is the
+    arithmetic of x W^T and, in the backward pass, of dy W. Weights that are no multiple of 64 both ways are multiplied
+    in f32. "f16" needs a device with that feature.
     """
-    if weight.shape[0] % BLOCK or weight.shape[1] % BLOCK:
+    whole_blocks = not (weight.shape[0] % BLOCK or weight.shape[1] % BLOCK)
+    down = adapter is not None and whole_blocks and precision != "f32" and adapter[0].rows in RANKS
+    if adapter is not None:
+        a, b, scale = adapter
+        pair = (a if down else matmul(x, a, transpose_b=True), b, scale)
+    if not whole_blocks:
         return matmul(x, weight.dequantize(), transpose_b=True, pair=pair, bias=bias, residual=residual)
     if precision == "f32":
         return matmul(x, dequantize_turned(weight), pair=pair, bias=bias, residual=residual, pair_transposed=True)
-    return _record(x, weight, precision, False, pair, bias, residual)
+    return _record(x, weight, precision, False, pair, bias, residual, down)
 
 
 def turned(dy: Tensor, weight: Nf4Tensors, precision: Arithmetic) -> Tensor:
@@ -69,9 +78,10 @@ def _record(
     pair: tuple[Tensor, Tensor, float] | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    down: bool = False,
 ) -> Tensor:
     extra = [*(pair[:2] if pair else ()), *([bias] if bias else ()), *([residual] if residual else ())]
-    (out,) = record(
+    return record(
         "linear",
         x,
         *weight.parts,
@@ -85,10 +95,10 @@ def _record(
         pair=pair is not None,
         beta=pair[2] if pair else 0.0,
         pair_transposed=True,
+        down=down,
         bias=bias is not None,
         residual=residual is not None,
-    )
-    return out
+    )[0]
 
 
 def weight_of(node: Node) -> tuple[Tensor, ...]:
@@ -106,8 +116,8 @@ def product_sizes(node: Node) -> tuple[int, int, int, int]:
     """M, N, K of the product (the weight turned if need be), and R of the pair."""
     x, (n, k) = node.inputs[0], node.attrs["shape"]
     n, k = (k, n) if node.attrs["turned"] else (n, k)
-    p = operands(node).p
-    return x.rows, n, k, p.columns if p is not None else 0
+    q = operands(node).q
+    return x.rows, n, k, 0 if q is None else q.columns if node.attrs["pair_transposed"] else q.rows
 
 
 def _infer(node: Node) -> Sequence[Spec]:
@@ -119,7 +129,11 @@ def _infer(node: Node) -> Sequence[Spec]:
     if o.p is not None and o.q is not None and (o.p.rows, o.q.shape) != (m, q_shape):
         raise ValueError(f"{node.label()}: pair {o.p!r}, {o.q!r} does not fit [{m}, {n}]")
     check_added(node, m, n)
-    return [((*x.shape[:-1], n), "f32")]
+    if o.down is None:
+        return [((*x.shape[:-1], n), "f32")]
+    if o.down.shape != ((r, k) if node.attrs["pair_transposed"] else (k, r)):
+        raise ValueError(f"{node.label()}: {o.down!r} does not take {x!r} to rank {r}")
+    return [((*x.shape[:-1], n), "f32"), ((m, r), "f32")]
 
 
 def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
@@ -134,13 +148,18 @@ def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndar
         blocks = (a.reshape(len(a), -1, BLOCK), b.reshape(len(b), -1, BLOCK))
         a_real, b_real = (c * s[..., None] for c, s in zip(blocks, (a_scale, b_scale), strict=True))
         out = a_real.reshape(a.shape) @ b_real.reshape(b.shape).T
-    return [with_added(attrs, out.astype(x.dtype), added).reshape(node.output.shape)]
+    made = []
+    if attrs["down"]:
+        made = [rows @ (added[0].T if attrs["pair_transposed"] else added[0])]
+        added = (made[0], *added[1:])
+    return [with_added(attrs, out.astype(x.dtype), added).reshape(node.output.shape), *made]
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
     """The input's gradient is the same op with the weight turned; the quantisation counts as the identity."""
-    (dy,) = upstream
-    attrs, o = node.attrs, operands(node)
+    dy, attrs, o = upstream[0], node.attrs, operands(node)
+    if attrs["down"]:
+        return _gradient_down(node, dy, context)
     grads: list[Tensor | None] = [None] * len(node.inputs)
     if context.wanted(node.inputs[0]):
         plain = {**attrs, "turned": not attrs["turned"], "pair": False, "bias": False, "residual": False}
@@ -154,12 +173,36 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
             first, second = (dy, o.p) if transposed else (o.p, dy)
             grads[at + 1] = matmul(first, second, transpose_a=True, alpha=beta)
         at += 2
+    return [*grads[:at], *_gradient_added(o, dy, context)]
+
+
+def _gradient_added(o: Operands, dy: Tensor, context: GradientContext) -> list[Tensor | None]:
+    """The gradients of bias and residual, where they are there."""
+    grads: list[Tensor | None] = []
     if o.bias is not None:
-        grads[at] = sum_rows(dy) if context.wanted(o.bias) else None
-        at += 1
+        grads.append(sum_rows(dy) if context.wanted(o.bias) else None)
     if o.residual is not None:
-        grads[at] = dy
+        grads.append(dy)
     return grads
+
+
+def _gradient_down(node: Node, dy: Tensor, context: GradientContext) -> Sequence[Tensor | None]:
+    """Of x W^T + beta (x A^T) B^T: the input's is dy W + beta (dy B) A, the same op with W turned and B for A."""
+    attrs, o = node.attrs, operands(node)
+    x, a, b, p = node.inputs[0], o.down, o.q, o.p
+    assert a is not None
+    assert b is not None
+    assert p is not None
+    dx = None
+    if context.wanted(x):
+        changed = {**attrs, "turned": not attrs["turned"], "pair_transposed": False, "bias": False, "residual": False}
+        dx, du = record("linear", dy, *weight_of(node), b, a, **changed)
+    else:
+        du = matmul(dy, b)
+    da = matmul(du, x, transpose_a=True, alpha=attrs["beta"]) if context.wanted(a) else None
+    db = matmul(dy, p, transpose_a=True, alpha=attrs["beta"]) if context.wanted(b) else None
+    nothing: list[Tensor | None] = [None] * len(weight_of(node))
+    return [dx, *nothing, da, db, *_gradient_added(o, dy, context)]
 
 
 def _choice(node: Node, caps: Caps) -> Choice:
@@ -228,7 +271,8 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     )
     cooperative = _cooperative(node, caps)
     multiply = _multiply_cooperative if cooperative else _multiply
-    launches = [narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps)]
+    down = (o.down, o.p, node.attrs["pair_transposed"]) if o.down is not None and o.p is not None else None
+    launches = [narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps, down)]
     if not node.attrs["narrowed"]:
         launches.append(narrow_weight_launch(node.attrs, weight_of(node), narrow_w, w_scales, caps))
     launches.append(multiply(node, product, partial, caps))
@@ -290,7 +334,7 @@ def _inplace(node: Node) -> Sequence[tuple[int, int]]:
 
 def _flops(node: Node) -> int:
     m, n, k, r = product_sizes(node)
-    return 2 * m * n * (k + r)
+    return 2 * m * (n * (k + r) + (k * r if node.attrs["down"] else 0))
 
 
 register(Op("linear", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops, inplace=_inplace))

@@ -1,7 +1,8 @@
 """Launches of the products that adapters add: x A^T, dy B, and the gradients of A and B, whose one side is a rank.
 
 They take no time to multiply: what counts is one pass over the wide operand and one launch, where tiles made for
-square products split the sum into a second one (docs/fusion.md).
+square products split the sum into a second one (docs/fusion.md). Where the wide operand is narrowed anyway, the launch
+that does so makes the product too (narrow.py).
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ def launch(
     """c (+)= alpha op(a) op(b), for a product that `takes` accepts; only one over a transposed `a` may accumulate."""
     if transpose_a:
         return _over_rows(a, b, c, alpha, accumulate, caps)
-    constants = {"mode": "rows", "M": a.rows, "K": a.columns, "GROUPS": c.columns // 4, "AHEAD": ROWS_AHEAD}
-    constants |= {"b_transposed": transpose_b, "alpha": alpha}
+    constants = {"mode": "rows", "M": a.rows, "K": a.columns, **rows_constants(c.columns, transpose_b, alpha)}
     bindings = (reads("a", a, 4), reads("b", b, 4), writes("c", c, 4))
     return Launch("low_rank", bindings, constants, grid_of(-(-a.rows // 4), caps), trusted=True)
+
+
+def rows_constants(rank: int, transpose_b: bool, alpha: float = 1.0) -> dict[str, Any]:
+    """What _low_rank.wgsl wants to know of a product whose columns are a rank, besides M and K."""
+    return {"GROUPS": rank // 4, "AHEAD": ROWS_AHEAD, "b_transposed": transpose_b, "alpha": alpha}
 
 
 def _over_rows(a: Tensor, b: Tensor, c: Tensor, alpha: float, accumulate: bool, caps: Caps) -> Launch:

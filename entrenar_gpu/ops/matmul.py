@@ -51,7 +51,10 @@ def matmul(
 
 @dataclass(frozen=True)
 class Operands:
-    """The inputs of a matmul or linear node by meaning; a linear's weight is its parts, of which b is the first."""
+    """The operands of a matmul or linear node by meaning; a linear's weight is its parts, of which b is the first.
+
+    A linear that is given `down` makes p of it: its second output.
+    """
 
     a: Tensor
     b: Tensor
@@ -59,6 +62,7 @@ class Operands:
     q: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
+    down: Tensor | None = None
 
 
 def operands(node: Node) -> Operands:
@@ -66,6 +70,9 @@ def operands(node: Node) -> Operands:
     p, q = (next(rest), next(rest)) if node.attrs["pair"] else (None, None)
     bias = next(rest) if node.attrs["bias"] else None
     residual = next(rest) if node.attrs["residual"] else None
+    if node.attrs.get("down", False):
+        made = node.outputs[1] if node.outputs else None  # there are none yet while their shapes are inferred
+        return Operands(node.inputs[0], node.inputs[1], made, q, bias, residual, down=p)
     return Operands(node.inputs[0], node.inputs[1], p, q, bias, residual)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from entrenar_gpu import nf4
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.nf4 import BLOCK
+from entrenar_gpu.ops import low_rank
 from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.gemm import Block
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
@@ -73,15 +74,33 @@ def narrow_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list
     return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
 
 
-def narrow_rows_launch(source: Block, rows: int, k: int, out: Tensor, scales: Tensor | None, caps: Caps) -> Launch:
-    """The first `rows` of out [.., K] = those of source f32, end to end, K a multiple of 64; int8 with scales."""
+def narrow_rows_launch(
+    source: Block,
+    rows: int,
+    k: int,
+    out: Tensor,
+    scales: Tensor | None,
+    caps: Caps,
+    down: tuple[Tensor, Tensor, bool] | None = None,
+) -> Launch:
+    """The first `rows` of out [.., K] = those of source f32, end to end, K a multiple of 64; int8 with scales.
+
+    `down` = (b, c, whether b is transposed) makes c [rows, R] = source op(b) too, R one of low_rank.RANKS.
+    """
     offset, _ = split_offset(source.base, source.tensor)
     bindings = [reads("x", source.tensor, 4, offset), writes("out", out, 4)]
     if scales is not None:
         bindings.append(writes("scales", scales))
     arithmetic, each = ("f16", 4) if scales is None else ("int8", 16)  # values that an invocation takes
-    constants = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
-    return Launch("narrow_rows", tuple(bindings), constants, grid_of(-(-rows * k // (256 * each)), caps), trusted=True)
+    constants: dict[str, Any] = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
+    constants["GROUPS"] = 0
+    workgroups = -(-rows * k // (256 * each))
+    if down is not None:
+        by, product, transposed = down
+        bindings += [reads("by", by, 4), writes("down", product, 4)]
+        constants |= low_rank.rows_constants(product.columns, transposed)
+        workgroups += -(-rows // 4)
+    return Launch("narrow_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
 
 
 def narrow_weight_launch(
