@@ -141,14 +141,19 @@ class TrainBatches:
         return {"epoch": self._epoch, "row": self._next, "order": self.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`. Raises UserError when that was one of other data or another order."""
+        """Go on from a `state`. Raises UserError when that was one of other data or another order, or of none."""
         if state.get("order") != self.fingerprint:
             raise UserError(
                 "--resume: the checkpoint was made with other data, or another --seq, --seed, --pack, --shuffle or"
                 " --loss-on"
             )
-        self._epoch, self._next = int(state["epoch"]), int(state["row"])
-        self._rows = self._epoch_rows(self._epoch)
+        epoch, row = state.get("epoch"), state.get("row")
+        if type(epoch) is int and 0 <= epoch < 2**53:
+            rows = self._epoch_rows(epoch)
+            if type(row) is int and 0 <= row <= len(rows):
+                self._epoch, self._next, self._rows = epoch, row, rows
+                return
+        raise UserError("--resume: the checkpoint's place in the data, an epoch and a row, is damaged")
 
     @property
     def fingerprint(self) -> str:

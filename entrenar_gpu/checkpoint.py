@@ -21,8 +21,10 @@ import numpy as np
 from entrenar_gpu.adapters import load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.graph import Tensor
 from entrenar_gpu.loader import load_weights
 from entrenar_gpu.model_config import is_projection
+from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.programs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
 from entrenar_gpu.session import Session
@@ -30,6 +32,8 @@ from entrenar_gpu.tiles import is_choice
 from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+# The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
+_LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
@@ -75,9 +79,8 @@ def save_run(
     try:
         temporary.mkdir(parents=True)
         save_result(session, temporary)
-        tensors = session.executor.tensors
-        kept = [n for n in tensors if n.startswith(("moment1.", "moment2.")) or n in (STATE_NAME, LOSS_SCALE_NAME)]
-        save_safetensors(temporary / OPTIMIZER_FILE, {n: session.executor.read(n) for n in kept})
+        kept = {name: session.executor.read(name) for name in _optimizer_tensors(session)}
+        save_safetensors(temporary / OPTIMIZER_FILE, kept)
         state = {
             "step": step,
             "started": started.isoformat(),
@@ -99,6 +102,12 @@ def save_run(
         for old in find_checkpoints(output)[:-keep]:
             _remove(old)
     return target
+
+
+def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
+    """Moments and counters of a run, and the scale of its loss, by name; all are f32."""
+    moments, counters = ("moment1.", "moment2."), (STATE_NAME, LOSS_SCALE_NAME)
+    return {n: t for n, t in session.executor.tensors.items() if n.startswith(moments) or n in counters}
 
 
 def _remove(checkpoint: Path) -> None:
@@ -153,24 +162,30 @@ def read_state(folder: Path) -> SavedRun:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        step, budget, run_id = state["step"], state["budget"], state.get("run_id")
         started = datetime.fromisoformat(state["started"])
         tiles = {name: tuple(map(int, numbers)) for name, numbers in state["tiles"].items()}
-        budget = None if state["budget"] is None else int(state["budget"])
-        run_id = state.get("run_id")
-        if not all(map(is_choice, tiles.values())) or (budget is not None and budget < 1):
+        data, config, model = state["data"], state["config"], state["model"]
+        counts = _is_count(step) and (budget is None or (_is_count(budget) and budget > 0))
+        objects = all(isinstance(part, dict) for part in (data, config, model))
+        if not (counts and objects and all(map(is_choice, tiles.values()))):
             raise ValueError
-        return SavedRun(
-            path, int(state["step"]), started, state["data"], state["config"], state["model"], tiles, budget,
-            None if run_id is None else str(run_id),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = None if run_id is None else str(run_id)
+        return SavedRun(path, step, started, data, config, model, tiles, budget, told)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path}: not the state of a training run") from None
+
+
+def _is_count(value: object) -> bool:
+    """A whole number >= 0 that a float holds exactly."""
+    return type(value) is int and 0 <= value < 2**53
 
 
 def load_run(session: Session, saved: SavedRun) -> None:
     """Put a checkpoint's weights, moments and counters on the device.
 
-    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer.
+    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer; or
+    when its files are damaged.
     """
     folder = saved.path.parent
     if saved.model != _model_identity(session.checkpoint):
@@ -180,12 +195,21 @@ def load_run(session: Session, saved: SavedRun) -> None:
         if saved.config.get(key) != now[key]:
             raise UserError(f"{saved.path}: made with {key} {saved.config.get(key)!r}, this run has {now[key]!r}")
     _load_weights(session, folder)
-    file = SafetensorsFile(folder / OPTIMIZER_FILE)
-    for name, info in file.tensors.items():
-        held = session.executor.tensors.get(name)
-        if held is None or info.shape != held.shape:
-            raise UserError(f"{folder / OPTIMIZER_FILE}: tensor {name!r} does not fit this run")
-        session.executor.write(name, np.asarray(file[name]))
+    _load_optimizer(session, folder / OPTIMIZER_FILE)
+
+
+def _load_optimizer(session: Session, path: Path) -> None:
+    file, wanted = SafetensorsFile(path), _optimizer_tensors(session)
+    if file.tensors.keys() != wanted.keys():
+        raise UserError(f"{path}: holds other tensors than this run's optimizer")
+    for name, tensor in wanted.items():
+        info = file.tensors[name]
+        if info.shape != tensor.shape or info.dtype != "F32":
+            raise UserError(f"{path}: tensor {name!r} does not fit this run")
+        values = file[name]
+        if not np.isfinite(values[_LASTING] if name == STATE_NAME else values).all():
+            raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
+        session.executor.write(name, values)
 
 
 def _load_weights(session: Session, folder: Path) -> None:

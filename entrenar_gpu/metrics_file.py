@@ -24,7 +24,7 @@ class MetricsFile:
     def truncate(self, last_step: int) -> None:
         """Forget the steps after `last_step`, which a resumed run will take again."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines()
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= last_step]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
 
@@ -49,5 +49,5 @@ def _finite(value: Any) -> Any:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62  # a line cut off by a crash
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 2**62  # a line cut off by a crash, or none of ours

@@ -1,6 +1,7 @@
 """From JSONL to batches: what is trained, what is refused, how rows are filled, and where a resumed run goes on."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +425,24 @@ def test_a_state_of_other_data_or_order_is_refused():
     ):
         with pytest.raises(UserError, match="--resume: the checkpoint was made with other data"):
             other.restore(state)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"epoch": -1},
+        {"epoch": "x"},
+        {"epoch": math.inf},
+        {"epoch": 10**400},
+        {"row": -3},
+        {"row": 10**6},
+        {"row": None},
+    ],
+)
+def test_a_place_that_the_data_do_not_have_is_refused(place):
+    batches = iterator()
+    with pytest.raises(UserError, match="--resume: the checkpoint's place in the data"):
+        batches.restore(batches.state() | place)
 
 
 def test_the_fingerprint_sees_tokens_targets_and_bounds():

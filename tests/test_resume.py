@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import observability
 from entrenar_gpu import checkpoint
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.metrics_file import MetricsFile
+from entrenar_gpu.ops.optimizer import STATE_FIELDS
+from entrenar_gpu.safetensors_file import SafetensorsFile, save_safetensors
 from entrenar_gpu.session import MARGIN, Budget
 from entrenar_gpu.train import Trainer
 from observability.otlp_read import read_trace
@@ -227,9 +233,50 @@ def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"--resume: .* is not a checkpoint"):
         numpy_run(folder, tmp_path / "run", resume=str(folder))
     numpy_run(folder, tmp_path / "run")
-    (tmp_path / "run/checkpoint-000004/trainer_state.json").write_text("[]")
-    with pytest.raises(UserError, match="not the state of a training run"):
+    for text in ("[]", "[" * 100_000):
+        (tmp_path / "run/checkpoint-000004/trainer_state.json").write_text(text)
+        with pytest.raises(UserError, match="not the state of a training run"):
+            numpy_run(folder, tmp_path / "run", resume="latest")
+
+
+MOMENT = "moment1.matrix.0"
+DAMAGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "no moments": (lambda t: t.pop(MOMENT), "holds other tensors than this run's optimizer"),
+    "another tensor": (lambda t: t.update(rope_table=np.zeros((32, 8), np.float32)), "holds other tensors than"),
+    "whole numbers": (lambda t: t.update({MOMENT: t[MOMENT].astype(np.int64)}), f"{MOMENT!r} does not fit this run"),
+    "another shape": (lambda t: t.update({MOMENT: t[MOMENT][1:]}), f"{MOMENT!r} does not fit this run"),
+    "moments not finite": (lambda t: t[MOMENT].fill(np.nan), f"{MOMENT!r} holds numbers that are not finite"),
+    "counters not finite": (
+        lambda t: t["optimizer_state"].fill(np.inf),
+        "'optimizer_state' holds numbers that are not",
+    ),
+}
+
+
+def change_optimizer(run: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    path = checkpoint.find_checkpoints(run)[-1] / "optimizer.safetensors"
+    file = SafetensorsFile(path)
+    tensors = {name: np.array(file[name]) for name in file.tensors}
+    change(tensors)
+    save_safetensors(path, tensors)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_optimizer_is_refused(folder, tmp_path, damage):
+    change, message = DAMAGES[damage]
+    numpy_run(folder, tmp_path / "run", steps=1)
+    change_optimizer(tmp_path / "run", change)
+    with pytest.raises(UserError, match=rf"optimizer\.safetensors: .*{message}"):
         numpy_run(folder, tmp_path / "run", resume="latest")
+
+
+def test_a_run_goes_on_after_a_skipped_step(folder, tmp_path):
+    """Which leaves the loss and the norm that were not finite in the optimizer's state."""
+    whole = numpy_run(folder, tmp_path / "run")
+    numpy_run(folder, tmp_path / "skipped", steps=1)
+    indices = [STATE_FIELDS.index("loss"), STATE_FIELDS.index("grad_norm")]
+    change_optimizer(tmp_path / "skipped", lambda t: t["optimizer_state"].put(indices, np.nan))
+    assert numpy_run(folder, tmp_path / "skipped", resume="latest") == whole[1:]
 
 
 def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +309,10 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
         {"tiles": {"f32 nt 64x64x64": [0] * 9}},
         {"tiles": {"f32 nt 64x64x64": [64, 64, 16]}},
         {"tiles": {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, -4]}},
-        {"budget": -1},
+        {"tiles": {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, math.inf]}},
+        *({"budget": value} for value in (-1, math.inf, 10**400)),
+        *({"step": value} for value in (-5, 1.5, True, "1", math.inf, 2**53)),
+        *({key: []} for key in ("data", "config", "model")),
     ],
 )
 def test_a_state_that_no_run_has_written_is_one_line(tmp_path, changed):
@@ -273,3 +323,11 @@ def test_a_state_that_no_run_has_written_is_one_line(tmp_path, changed):
     (tmp_path / "trainer_state.json").write_text(json.dumps({**fine, **changed}))
     with pytest.raises(UserError, match=r"trainer_state\.json: not the state of a training run"):
         checkpoint.read_state(tmp_path)
+
+
+def test_lines_of_metrics_that_no_run_has_written_are_dropped(tmp_path):
+    fine = [b'{"step": 1}', b'{"step": 2, "eval_loss": 0.5}']
+    odd = [b"\xff\xfe", b'{"step": 1e999}', b"[" * 100_000, b"[]", b'{"step": 3}', b'{"step": 3']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([fine[0], *odd, fine[1]]))
+    MetricsFile(tmp_path).truncate(2)
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == fine
