@@ -5,11 +5,13 @@ A checkpoint is a folder `checkpoint-000123`, written under another name and ren
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,18 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import load_adapter, save_adapter
+from entrenar_gpu.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.loader import load_weights
+from entrenar_gpu.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.model_config import is_projection
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.programs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.safetensors_file import SafetensorsFile, TensorSource, save_safetensors
 from entrenar_gpu.session import Session
 from entrenar_gpu.tiles import is_choice
-from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
+from entrenar_gpu.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, copy_model_files, save_checkpoint
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
@@ -121,10 +124,41 @@ def _remove(checkpoint: Path) -> None:
 def find_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
     found = [p for p in output.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step_in_name)
 
 
-def resolve_resume(resume: str, output: Path) -> Path:
+def _step_in_name(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def resumed_run(resume: str | None, output: Path) -> SavedRun | None:
+    """What --resume names; None without it.
+
+    Raises UserError when that is no checkpoint, and when `output` cannot be written or holds another run or a model.
+    """
+    _check_writable(output)
+    saved = None if resume is None else read_state(_resolve_resume(resume, output))
+    used = any((output / name).exists() for name in (METRICS_FILE, WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
+    if used and (saved is None or not saved.lies_in(output)):
+        raise UserError(f"--output: {output} already holds a run or a model; use --resume alone, or another folder")
+    return saved
+
+
+def _check_writable(output: Path) -> None:
+    """Raise UserError for a folder that cannot be made or written to, before a model is loaded for it."""
+    missing = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise cannot_write(output, error) from None
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _resolve_resume(resume: str, output: Path) -> Path:
     """The checkpoint that --resume names: a folder, or the newest of the run."""
     if resume != "latest":
         folder = Path(resume)
@@ -155,6 +189,22 @@ class SavedRun:
     tiles: dict[str, tuple[int, ...]]
     budget: int | None
     run_id: str | None
+
+    def lies_in(self, output: Path) -> bool:
+        """Whether this is a checkpoint of the run in `output`."""
+        return self.path.parent.resolve().parent == output.resolve()
+
+
+def forget_after(saved: SavedRun, output: Path) -> None:
+    """Drop the later checkpoints and metrics of the run in `output`, if that is the one that goes on from `saved`: it
+    will make others, and the next --resume must not take up what was abandoned."""
+    if not saved.lies_in(output):
+        return
+    resumed = saved.path.parent.resolve()
+    for later in reversed(find_checkpoints(resumed.parent)):  # a kill on the way leaves none that follows a gap
+        if _step_in_name(later) > saved.step and later != resumed:
+            _remove(later)
+    MetricsFile(output).truncate(saved.step)
 
 
 def read_state(folder: Path) -> SavedRun:

@@ -32,7 +32,7 @@ from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummar
 from entrenar_gpu.files import cannot_write, write_text
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
-from entrenar_gpu.metrics_file import METRICS_FILE, MetricsFile
+from entrenar_gpu.metrics_file import MetricsFile
 from entrenar_gpu.model_config import load_model_config
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
@@ -78,11 +78,8 @@ class Trainer:
                 raise UserError(f"--{key}: missing")
         self.config, self._observers = config, (*observers, MetricsFile(Path(config.output)))
         self.output = Path(config.output)
-        resume = run_checkpoint.resolve_resume(config.resume, self.output) if config.resume is not None else None
-        if resume is None:
-            _refuse_used(self.output)
-        saved = run_checkpoint.read_state(resume) if resume is not None else None
-        self.run_id, self._resumes = uuid.uuid4().hex, saved.run_id if saved is not None else None
+        saved = self._saved = run_checkpoint.resumed_run(config.resume, self.output)
+        self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
         self.train_samples, self.eval_samples = load_data(config, self.started)
@@ -99,10 +96,10 @@ class Trainer:
         )
         try:
             self.first_step = 1 if saved is None else self._go_on(saved)
-            self._make_output()
         except BaseException:
             self.session.close()
             raise
+        self._done = self.first_step - 1
         self._last_end = 0
         self._clock = GpuClock()
         self._skipped = 0
@@ -133,11 +130,12 @@ class Trainer:
         went away; the checkpoints written before stand.
         """
         start = time.time_ns()
+        steps = self.steps()
         self._tell("run_started", self._run_info(start))
         status = "failed"
         try:
             with self._interruptible():
-                for _ in self.steps():
+                for _ in steps:
                     pass
             status = "interrupted" if self._stopping else "finished"
         except KeyboardInterrupt:
@@ -154,9 +152,16 @@ class Trainer:
         return summary
 
     def steps(self) -> Iterator[StepRecord]:
-        """Train step by step; each record comes when its step is done on the device, one step late."""
+        """Train step by step; each record comes when its step is done on the device, one step late.
+
+        Nothing is written before this is called: it makes the run folder, and of a run that goes on there it drops the
+        checkpoints and metrics of later steps.
+        """
+        self._make_output()
+        return self._steps()
+
+    def _steps(self) -> Iterator[StepRecord]:
         c = self.config
-        self._done = self.first_step - 1
         flying: _Flying | None = None
         self._calibrate()
         if self.eval_samples is not None and self.first_step == 1:
@@ -318,7 +323,7 @@ class Trainer:
             precision=self.config.precision,
             total_steps=self.total_steps,
             first_step=self.first_step,
-            resumes=self._resumes,
+            resumes=self._saved.run_id if self._saved is not None else None,
             parameters=sum(math.prod(s) for s in shapes.values()),
             trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
             planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,
@@ -333,14 +338,8 @@ class Trainer:
             raise cannot_write(self.output, error) from None
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
         write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
-        if self.first_step > 1:
-            MetricsFile(self.output).truncate(self.first_step - 1)
-
-
-def _refuse_used(output: Path) -> None:
-    """A run never overwrites another."""
-    if any((output / name).exists() for name in (METRICS_FILE, "adapter_model.safetensors", "model.safetensors")):
-        raise UserError(f"--output: {output} already holds a run or a model; use --resume, or another folder")
+        if self._saved is not None:
+            run_checkpoint.forget_after(self._saved, self.output)
 
 
 def _batches(config: TrainConfig, samples: Samples) -> TrainBatches:

@@ -161,13 +161,45 @@ def test_bad_input_is_one_line(folder, capsys, case):
     assert not (folder / "run").exists()
 
 
-def test_a_run_is_not_overwritten(folder, capsys):
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--resume", "{folder}/other"],
+        ["--method", "full", "--output", "{folder}/model"],
+        ["--method", "full", "--output", "{folder}/model", "--resume", "{folder}/other"],
+    ],
+    ids=["run", "run, with the checkpoint of another", "sharded model", "sharded model, with a checkpoint"],
+)
+def test_a_run_or_a_model_is_not_overwritten(folder, capsys, options):
     assert cli.run(train_command(folder)) == 0
-    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    assert cli.run(train_command(folder, "--output", str(folder / "other"))) == 0
+    write_index(folder, "moved.safetensors")
+    before = contents(folder)
     assert {path.name for path in before} >= {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"}
     capsys.readouterr()
-    assert "--output" in refusal(capsys, train_command(folder))
-    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
+    line = refusal(capsys, train_command(folder, *(option.format(folder=folder) for option in options)))
+    assert "--output" in line
+    assert "already holds a run or a model" in line
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("output", ["train.jsonl", "train.jsonl/run", "new/" + "x" * 300])
+def test_an_output_that_cannot_be_written_is_refused_before_loading(folder, capsys, monkeypatch, output):
+    monkeypatch.setattr("entrenar_gpu.train.load_data", lambda *arguments: 1 / 0)
+    before = sorted(folder.rglob("*"))
+    assert f"{output}: cannot be written" in refusal(capsys, train_command(folder, "--output", str(folder / output)))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_nothing_is_written_for_a_collector_without_an_address(folder, capsys):
+    assert cli.run(train_command(folder, "--otlp", "nonsense")) == 2
+    assert "error: --otlp" in capsys.readouterr().err
+    assert not (folder / "run").exists()
 
 
 def test_samples_without_a_target_are_skipped_and_long_ones_cut(folder):

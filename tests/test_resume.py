@@ -152,6 +152,27 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-000005", "checkpoint-000006"]
 
 
+def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(folder, tmp_path):
+    """Only once the run goes on, and in its own folder: one that is refused, or made and not started, loses nothing."""
+    run = tmp_path / "run"
+    numpy_run(folder, run, steps=6, save_every=2)
+
+    def held() -> tuple[list[int], list[int]]:
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [int(path.name[-6:]) for path in checkpoint.find_checkpoints(run)], steps
+
+    options = {"resume": str(run / "checkpoint-000002"), "steps": 6, "save_every": 1, "save_total_limit": 1}
+    with pytest.raises(UserError, match="made with seed 0"):
+        numpy_run(folder, run, seed=3, **options)
+    numpy_run(folder, tmp_path / "elsewhere", **options)
+    trainer = Trainer(config_of(folder, str(run), device="numpy", **options))
+    assert held() == ([2, 4, 6], [1, 2, 3, 4, 5, 6])
+    next(trainer.steps())  # and then it was killed
+    assert held() == ([2], [1, 2, 3])
+    numpy_run(folder, run, **options)
+    assert held() == ([6], [1, 2, 3, 4, 5, 6])
+
+
 KILLED = """
 import os, signal, sys
 from entrenar_gpu import checkpoint
