@@ -36,7 +36,7 @@ from entrenar_gpu.metrics_file import MetricsFile
 from entrenar_gpu.model_config import load_model_config
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.programs import fit_training
+from entrenar_gpu.programs import STATE_NAME, fit_training
 from entrenar_gpu.samples import Samples
 from entrenar_gpu.schedule import learning_rate
 from entrenar_gpu.session import Session
@@ -94,6 +94,7 @@ class Trainer:
             tiles=None if saved is None else saved.tiles,
             budget_bytes=None if saved is None else saved.budget,
         )
+        self._loss = math.nan
         try:
             self.first_step = 1 if saved is None else self._go_on(saved)
         except BaseException:
@@ -104,7 +105,6 @@ class Trainer:
         self._clock = GpuClock()
         self._skipped = 0
         self._stopping = False
-        self._loss = math.nan
 
     def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
         """Put a checkpoint onto the device; returns the first step to take."""
@@ -112,6 +112,8 @@ class Trainer:
         self.batches.restore(saved.data)
         if saved.step > self.total_steps:
             raise UserError(f"--steps: {saved.path.parent} is at step {saved.step} already, past {self.total_steps}")
+        if saved.step:  # the last loss of a run in which no step is left to take
+            self._loss = field(self.executor.read(STATE_NAME), "loss")
         return saved.step + 1
 
     def observe(self, *observers: Any) -> None:
@@ -137,7 +139,7 @@ class Trainer:
             with self._interruptible():
                 for _ in steps:
                     pass
-            status = "interrupted" if self._stopping else "finished"
+            status = "interrupted" if self._done < self.total_steps else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -164,7 +166,7 @@ class Trainer:
         c = self.config
         flying: _Flying | None = None
         self._calibrate()
-        if self.eval_samples is not None and self.first_step == 1:
+        if self.eval_samples is not None and self._saved is None:
             self.evaluate(0)
         for number in range(self.first_step, self.total_steps + 1):
             if self._stopping:
@@ -187,7 +189,7 @@ class Trainer:
         if self._done < self.total_steps:
             self.save(self._done)
             return
-        if self.eval_samples is not None:
+        if self.eval_samples is not None and self.first_step <= self.total_steps:
             self.evaluate(self.total_steps)
         self.save(self.total_steps)
         run_checkpoint.save_result(self.session, self.output)

@@ -173,6 +173,23 @@ def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(folder, tmp_p
     assert held() == ([6], [1, 2, 3, 4, 5, 6])
 
 
+@pytest.mark.parametrize(("at", "status"), [(0, "interrupted"), (4, "finished")])
+def test_evaluations_are_made_once_and_a_run_interrupted_in_its_last_is_finished(folder, tmp_path, at, status):
+    class Interrupter:
+        def eval_finished(self, record: Any) -> None:
+            if record.step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    options = {"steps": 4, "device": "numpy", "eval_data": str(folder / "train.jsonl")}
+    assert Trainer(config_of(folder, str(tmp_path / "run"), **options), [Interrupter()]).run().status == status
+    resumed = Trainer(config_of(folder, str(tmp_path / "run"), resume="latest", **options)).run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [
+        *[(0, True), (1, False), (2, False), (3, False), (4, False), (4, True)]
+    ]
+    assert (resumed.status, resumed.final_loss) == ("finished", lines[-2]["loss"])
+
+
 KILLED = """
 import os, signal, sys
 from entrenar_gpu import checkpoint
