@@ -217,6 +217,9 @@ def merge(
     from entrenar_gpu.merge import merge as fold
     from entrenar_gpu.weights import Checkpoint
 
+    for name, folder in (("--adapter", adapter), ("--output", output)):
+        if not folder:  # the current one, to Path
+            raise UserError(f"{name}: missing; name a folder")
     fold(Checkpoint.open(resolve_model(model)), Path(adapter), Path(output))
     print(f"merged model: {output}")
 

@@ -15,6 +15,7 @@ from entrenar_gpu.autotune import tuned
 from entrenar_gpu.budget import Fitted
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.device import Device
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.interpret import NumpyExecutor
@@ -85,6 +86,8 @@ class Session:
         of the checkpoint that a run goes on from, stand in for measuring with `config.tune`, and `budget_bytes`, where
         the adapter has so many, for what it has: what a plan rounds or sums in another order follows from both.
         """
+        if config.cache and config.cache_dir == "":
+            raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
         checkpoint = Checkpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)

@@ -362,6 +362,8 @@ def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples 
     model = load_model_config(folder)
     tokenizer = Tokenizer.load(folder, started) if (folder / "tokenizer.json").is_file() else None
     train, held_out = data_files(config.data, config.eval_data)
+    if config.eval_every is not None and held_out is None:
+        raise UserError("--eval-every: no evaluation data; give --eval-data, or valid.jsonl in a --data folder")
 
     def read(path: Path) -> Samples:
         return load_samples(path, tokenizer, vocab_size=model.vocab_size, seq=config.seq, loss_on=config.loss_on)

@@ -139,6 +139,12 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
         ["trainer_state.json: made with rank 5, this run has 4"],
     ),
     "no checkpoint": (lambda f: None, ["--resume"], ["--resume", "holds no checkpoint"]),
+    "no evaluation data": (
+        lambda f: None,
+        ["--eval-every", "1"],
+        ["--eval-every: no evaluation data; give --eval-data"],
+    ),
+    "no folder for the cache": (lambda f: None, ["--cache", "--cache-dir", ""], ["--cache-dir: missing"]),
     "rows too long": (lambda f: None, ["--seq", "600"], ["--seq: 600 exceeds the model's 512 positions"]),
     "flag out of bounds": (lambda f: None, ["--dropout", "1.5"], ["--dropout", "1.5"]),
     "unknown flag": (lambda f: None, ["--learning-rate", "1"], ["--learning-rate"]),

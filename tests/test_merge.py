@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from entrenar_gpu import cli
 from entrenar_gpu.adapters import AdapterSpec, save_adapter
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -91,6 +92,18 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"--output: .*model already holds a model"):
         merge(base, tmp_path / "adapter", tmp_path / "model")
     assert (tmp_path / "model/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--adapter", "--output"])
+def test_no_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, flag):
+    base = make_model(tmp_path / "model", **TINY)
+    make_adapter(tmp_path / "here", Checkpoint.open(base))
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    folders = {"--model": str(base), "--adapter": ".", "--output": str(tmp_path / "merged")} | {flag: ""}
+    assert cli.run(["merge", *(word for pair in folders.items() for word in pair)]) == 2
+    assert capsys.readouterr().err == f"error: {flag}: missing; name a folder\n"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_adapter_of_another_model_is_refused(tmp_path):
