@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from observability import schema
 from observability.errors import TraceError
-from observability.spans import SpanCollector, printable
+from observability.spans import SpanCollector, as_text, as_truth
 
 _TIMEOUT_SECONDS: Final = 30  # for the next byte
 _PATIENCE_SECONDS: Final = 120  # for the last
@@ -84,11 +84,11 @@ def add_traces(traces: list[Any], collector: SpanCollector) -> None:
             collector.skipped["malformed traces"] += 1
             continue
         processes = trace.get("processes")
-        for process in processes.values() if isinstance(processes, dict) else ():
+        resources: dict[str, dict[str, Any]] = {}
+        for key, process in processes.items() if isinstance(processes, dict) else ():
             if isinstance(process, dict):
-                collector.describe(
-                    _tags(process.get("tags")) | {schema.SERVICE_NAME: _text(process.get("serviceName"))}
-                )
+                resources[key] = _tags(process.get("tags")) | {schema.SERVICE_NAME: as_text(process.get("serviceName"))}
+                collector.describe(resources[key])
         for span in trace["spans"]:
             try:
                 start = int(span["startTime"]) * 1000
@@ -98,7 +98,8 @@ def add_traces(traces: list[Any], collector: SpanCollector) -> None:
             except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
                 collector.skipped["malformed spans"] += 1
                 continue
-            collector.add(trace_id, span_id, parent, name, start, end, _tags(span.get("tags")))
+            resource = resources.get(str(span.get("processID")), {})
+            collector.add(trace_id, span_id, parent, name, start, end, _tags(span.get("tags")), resource)
 
 
 def _parent(span: dict[str, Any]) -> str:
@@ -113,19 +114,11 @@ def _tags(tags: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for tag in tags if isinstance(tags, list) else ():
         try:
-            convert: Callable[[Any], Any] = _CONVERTERS.get(tag["type"], _text)
+            convert: Callable[[Any], Any] = _CONVERTERS.get(tag["type"], as_text)
             result[tag["key"]] = convert(tag["value"])
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
     return result
 
 
-def _text(value: Any) -> str:
-    return printable(str(value))
-
-
-def _truth(value: Any) -> bool:
-    return value is True or value == "true"
-
-
-_CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {"int64": int, "float64": float, "bool": _truth}
+_CONVERTERS: Final[dict[str, Callable[[Any], Any]]] = {"int64": int, "float64": float, "bool": as_truth}

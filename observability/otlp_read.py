@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from observability import jaeger_read, schema
 from observability.errors import TraceError
-from observability.spans import SpanCollector, SpanTable, printable
+from observability.spans import SpanCollector, SpanTable, as_text, as_truth
 
 _GZIP: Final = b"\x1f\x8b"
 _MAX_LINE: Final = 256 * 2**20  # bytes; a longer line is no exporter's
@@ -133,10 +133,8 @@ def _add_span(resource: Mapping[str, Any], span: dict[str, Any], collector: Span
     if not (isinstance(trace, str) and isinstance(identity, str) and isinstance(name, str) and trace and identity):
         collector.skipped["malformed spans"] += 1
         return
-    attributes = _attributes(span.get("attributes"))
-    if schema.RUN_ID not in attributes and schema.RUN_ID in resource:
-        attributes[schema.RUN_ID] = resource[schema.RUN_ID]
-    collector.add(trace, identity, str(span.get("parentSpanId") or ""), name, start, end, attributes)
+    parent, attributes = str(span.get("parentSpanId") or ""), _attributes(span.get("attributes"))
+    collector.add(trace, identity, parent, name, start, end, attributes, resource)
 
 
 def _attributes(pairs: Any) -> dict[str, Any]:
@@ -153,8 +151,8 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 
 # 64-bit integers are strings in OTLP/JSON, doubles may be "NaN" or "Infinity"
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "stringValue": lambda value: printable(str(value)),
+    "stringValue": as_text,
     "intValue": int,
     "doubleValue": float,
-    "boolValue": lambda value: value is True or value == "true",
+    "boolValue": as_truth,
 }

@@ -47,7 +47,7 @@ class SpanTable:
     on_gpu: npt.NDArray[np.bool_]
     runs: list[str]
     attributes: dict[int, Mapping[str, Any]]
-    resource: Mapping[str, Any]
+    resources: Mapping[int, Mapping[str, Any]]  # by run
     skipped: Counter[str]
     resumes: Mapping[int, tuple[int, int]]  # of a resumed run: the one it goes on from, and its own first step
 
@@ -63,26 +63,33 @@ class SpanCollector:
     """Collects spans one by one; what cannot be used is counted under its reason instead."""
 
     skipped: Counter[str] = field(default_factory=Counter)
-    resource: dict[str, Any] = field(default_factory=dict)
+    _resources: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     _resumes: dict[str, tuple[str, int]] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=lambda: {"": 0})
     _runs: dict[str, int] = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _parents: list[str] = field(default_factory=list)
-    _rows: list[tuple[int, int, int, int, int, int, int, bool]] = field(default_factory=list)
+    _rows: list[tuple[int, int, int, int, int, int, int, bool, bool]] = field(default_factory=list)
     _attributes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def describe(self, resource: Mapping[str, Any]) -> None:
-        """The attributes of a resource; what follows may come from it."""
-        self.resource.update(resource)
+        """The attributes of a resource: which run it goes on from, if it is one that does."""
         first = whole(resource.get(schema.RUN_FIRST_STEP), NO_STEP)
         if first > 1 and schema.RUN_ID in resource and schema.RUN_RESUMES in resource:
             self._resumes[str(resource[schema.RUN_ID])] = str(resource[schema.RUN_RESUMES]), first
 
     def add(
-        self, trace: str, span: str, parent: str, name: str, start: int, end: int, attributes: Mapping[str, Any]
+        self,
+        trace: str,
+        span: str,
+        parent: str,
+        name: str,
+        start: int,
+        end: int,
+        attributes: Mapping[str, Any],
+        resource: Mapping[str, Any],
     ) -> None:
-        """One span. `parent` is "" for a root; times are nanoseconds since the epoch."""
+        """One span of a resource. `parent` is "" for a root; times are nanoseconds since the epoch."""
         if not 0 < start < 2**62 or not 0 < end < 2**62:
             self.skipped["spans without usable times"] += 1
             return
@@ -96,7 +103,9 @@ class SpanCollector:
         row = len(self._rows)
         self._index[key] = row
         self._parents.append(trace + parent if parent else "")
-        run = str(attributes.get(schema.RUN_ID) or printable(trace))
+        told = attributes.get(schema.RUN_ID) or resource.get(schema.RUN_ID)
+        run = self._runs.setdefault(str(told or printable(trace)), len(self._runs))
+        self._resources[run] = resource
         name, shape = printable(name), attributes.get(schema.KERNEL_SHAPE)
         self._rows.append(
             (
@@ -106,7 +115,8 @@ class SpanCollector:
                 end,
                 _level(name, attributes),
                 whole(attributes.get(schema.STEP_NUMBER), NO_STEP),
-                self._runs.setdefault(run, len(self._runs)),
+                run,
+                bool(told),
                 attributes.get(schema.CLOCK) == "gpu",
             )
         )
@@ -114,10 +124,13 @@ class SpanCollector:
             self._attributes[row] = attributes
 
     def table(self) -> SpanTable:
-        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 8).T
-        name, shape, start, end, level, step, run, on_gpu = (np.ascontiguousarray(c) for c in columns)
+        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 9).T
+        name, shape, start, end, level, step, run, told, on_gpu = (np.ascontiguousarray(c) for c in columns)
         parent = np.array([self._index.get(key, -1) if key else -1 for key in self._parents], dtype=np.int64)
-        step, level = _from_ancestors(step, level, parent)
+        step = _inherited(step, step != NO_STEP, parent)
+        # A caller's own provider has a resource of its own: then only `train` and `step` say which run is theirs.
+        run = _inherited(run, told == 1, parent)
+        level = _with_kernels(level, step, parent)
         return SpanTable(
             list(self._labels),
             name,
@@ -131,7 +144,7 @@ class SpanCollector:
             on_gpu.astype(bool),
             list(self._runs),
             self._attributes,
-            self.resource,
+            self._resources,
             self.skipped,
             {
                 self._runs[run]: (self._runs[earlier], first)
@@ -152,6 +165,14 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()), 600)
 
 
+def as_text(value: Any) -> str:
+    return printable(str(value))
+
+
+def as_truth(value: Any) -> bool:
+    return value is True or value == "true"
+
+
 def whole(value: Any, default: int) -> int:
     """`value` as a whole number below 2^53; `default` where it is none."""
     try:
@@ -168,16 +189,23 @@ def _level(name: str, attributes: Mapping[str, Any]) -> int:
     return LAYER if name.startswith(schema.LAYER_PREFIX) else _BY_NAME.get(name, OTHER)
 
 
-def _from_ancestors(step: Ints, level: Ints, parent: Ints) -> tuple[Ints, Ints]:
-    """Fills missing steps from the nearest ancestor that has one; what is unnamed below a step is a kernel."""
-    step, level, ancestor = step.copy(), level.copy(), parent.copy()
+def _inherited(values: Ints, told: npt.NDArray[np.bool_], parent: Ints) -> Ints:
+    """`values`, where they are not `told` those of the nearest ancestor whose are."""
+    values, told, ancestor = values.copy(), told.copy(), parent.copy()
     for _ in range(_MAX_DEPTH):
-        open_rows = np.flatnonzero((step == NO_STEP) & (ancestor >= 0))
-        if not len(open_rows):
+        rows = np.flatnonzero(~told & (ancestor >= 0))
+        if not len(rows):
             break
-        step[open_rows] = step[ancestor[open_rows]]
-        ancestor[open_rows] = parent[ancestor[open_rows]]
-    has_parent = parent >= 0
-    below = has_parent & (level == OTHER) & (level[np.maximum(parent, 0)] >= RUN_STEP)
+        above = ancestor[rows]
+        ancestor[rows] = parent[above]
+        rows, above = rows[told[above]], above[told[above]]
+        values[rows], told[rows] = values[above], True
+    return values
+
+
+def _with_kernels(level: Ints, step: Ints, parent: Ints) -> Ints:
+    """`level`, where what is unnamed below a step is a kernel."""
+    level = level.copy()
+    below = (parent >= 0) & (level == OTHER) & (level[np.maximum(parent, 0)] >= RUN_STEP)
     level[below & (step != NO_STEP)] = KERNEL
-    return step, level
+    return level

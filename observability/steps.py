@@ -180,7 +180,7 @@ def number(value: Any) -> float:
 def _seen(spans: SpanTable) -> str:
     names, counts = np.unique(spans.name, return_counts=True)
     common = [spans.labels[names[i]][:40] for i in np.argsort(-counts)[:3]]
-    service = str(spans.resource.get(schema.SERVICE_NAME, "another program"))[:40]
+    service = str(spans.resources[int(spans.run[-1])].get(schema.SERVICE_NAME, "another program"))[:40]
     return f": a trace of {service!r}, with spans like {', '.join(map(repr, common))}"
 
 
@@ -284,7 +284,7 @@ def pause_seconds(pauses: Iterable[Pause], step: Ints, name: str) -> Floats:
 
 def _facts(spans: SpanTable, run: int) -> dict[str, Any]:
     """What the run says of itself, from the resource and the `train` span."""
-    facts = dict(spans.resource)
+    facts = dict(spans.resources[run])
     for row, attributes in spans.attributes.items():
         if spans.run[row] == run and spans.label(row) == schema.TRAIN:
             facts.update(attributes)

@@ -70,11 +70,17 @@ def write(path: Path, steps: list[Step], run: str = "run-1", tail: str = "") -> 
     return path
 
 
-def lines(steps: list[Step], run: str, resumes: str = "", start: int = START_NS) -> Iterator[dict[str, Any]]:
-    """One request a step, of a run that begins at `start` and may go on from the run `resumes`."""
+def lines(
+    steps: list[Step],
+    run: str,
+    resumes: str = "",
+    start: int = START_NS,
+    of_run: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[dict[str, Any]]:
+    """One request a step, of a run that begins at `start` and may go on from the run `resumes`; `of_run`: its facts."""
     now = start
     ids = iter(range(2, 10**9))
-    resource = {schema.RUN_ID: run, schema.RUN_FIRST_STEP: steps[0].number} if steps else {}
+    resource = {schema.RUN_ID: run, schema.RUN_FIRST_STEP: steps[0].number, **of_run} if steps else {}
     if resumes:
         resource[schema.RUN_RESUMES] = resumes
     for step in steps:
@@ -84,12 +90,12 @@ def lines(steps: list[Step], run: str, resumes: str = "", start: int = START_NS)
 
 def request(spans: list[dict[str, Any]], of_run: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     resource = {
-        **of_run,
         schema.SERVICE_NAME: "entrenar-gpu",
         schema.RUN_MODEL: "tiny-qwen3",
         schema.RUN_METHOD: "qlora",
         schema.GPU_ADAPTER: "llvmpipe",
         schema.RUN_PLANNED_BYTES: 4 << 30,
+        **of_run,
     }
     return {"resourceSpans": [{"resource": {"attributes": pairs(resource)}, "scopeSpans": [{"spans": spans}]}]}
 
@@ -111,8 +117,13 @@ def _value(value: Any) -> dict[str, Any]:
 def span(
     name: str, start: float, end: float, identity: int, parent: int, run: str, **attributes: Any
 ) -> dict[str, Any]:
-    """One OTLP span; times in nanoseconds, `attributes` by the constants' names in the schema."""
+    """One OTLP span; times in nanoseconds, `attributes` by the constants' names in the schema.
+
+    As in a real trace, spans below a step have the run's id from their resource alone.
+    """
     named = {getattr(schema, key): value for key, value in attributes.items()}
+    if name in (schema.TRAIN, schema.STEP):
+        named[schema.RUN_ID] = run
     result = {
         "traceId": f"{sum(map(ord, run)):032x}",
         "spanId": f"{identity:016x}",
@@ -120,7 +131,7 @@ def span(
         "kind": 1,
         "startTimeUnixNano": str(round(start)),
         "endTimeUnixNano": str(round(end)),
-        "attributes": pairs({schema.RUN_ID: run, **named}),
+        "attributes": pairs(named),
     }
     return result | ({"parentSpanId": f"{parent:016x}"} if parent else {})
 

@@ -469,7 +469,7 @@ def test_a_pause_that_only_touches_its_step_takes_no_more_than_that_from_it(tmp_
     begin = made.START_NS + 99 * made.MS
     late = made.span("checkpoint", begin, begin + 290 * made.MS, 9, 1, "r", SPAN_LEVEL="phase", STEP_NUMBER=1)
     path = tmp_path / "trace.jsonl"
-    path.write_text(json.dumps(made.request([*steps, late])) + "\n")
+    path.write_text(json.dumps(made.request([*steps, late], {schema.RUN_ID: "r"})) + "\n")
     table = step_table(read_trace(path), "made up")
     np.testing.assert_allclose(table.seconds, [0.099, 0.1], rtol=1e-6)
     np.testing.assert_allclose(table.wall_seconds, [0.389, 0.1], rtol=1e-6)

@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,46 @@ from tests import made_traces as made
 def spans_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     spans: list[dict[str, Any]] = line["resourceSpans"][0]["scopeSpans"][0]["spans"]
     return spans
+
+
+def as_lines(lines: list[dict[str, Any]]) -> bytes:
+    """The run folder's trace file."""
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def as_jaeger(lines: list[dict[str, Any]]) -> bytes:
+    """What Jaeger's API answers for spans that came in as OTLP."""
+    kinds = {"stringValue": "string", "intValue": "int64", "doubleValue": "float64", "boolValue": "bool"}
+
+    def tags(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"key": pair["key"], "type": kinds[kind], "value": value}
+            for pair in pairs
+            for kind, value in pair["value"].items()
+        ]
+
+    spans, processes = [], dict[str, Any]()
+    for line in lines:
+        resource = line["resourceSpans"][0]["resource"]["attributes"]
+        process = f"p{sum(map(ord, json.dumps(resource)))}"
+        processes[process] = {"serviceName": "entrenar-gpu", "tags": tags(resource)}
+        for span in spans_of(line):
+            start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+            parent = span.get("parentSpanId")
+            reference = {"refType": "CHILD_OF", "traceID": span["traceId"], "spanID": parent}
+            spans.append(
+                {
+                    "traceID": span["traceId"],
+                    "spanID": span["spanId"],
+                    "operationName": span["name"],
+                    "references": [reference] if parent else [],
+                    "startTime": start // 1000,
+                    "duration": (end - start) // 1000,
+                    "tags": tags(span["attributes"]),
+                    "processID": process,
+                }
+            )
+    return json.dumps({"data": [{"traceID": "t", "spans": spans, "processes": processes}]}).encode()
 
 
 def steps_of(path: Path | str) -> StepTable:
@@ -95,7 +135,8 @@ def test_packed_files_are_read_and_broken_ones_as_far_as_they_go(tmp_path: Path)
 def test_one_object_over_many_lines(tmp_path: Path) -> None:
     lines = list(made.lines(made.plain_steps(5), "r"))
     path = tmp_path / "t.json"
-    for value in (lines, made.request([span for line in lines for span in spans_of(line)])):
+    spans = [span for line in lines for span in spans_of(line)]
+    for value in (lines, made.request(spans, {schema.RUN_ID: "r"})):
         for indent in (None, 1):
             path.write_text(json.dumps(value, indent=indent))
             assert len(steps_of(path)) == 5
@@ -121,7 +162,7 @@ def test_spans_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         made.span("data", made.START_NS, made.START_NS + 1, 902, 999999, "run-1", STEP_NUMBER=77),
         "not a span",
     ]
-    tail = json.dumps(made.request(broken)) + "\nnot json\n[]\n" + '{"resourceLogs": []}\n'  # type: ignore[arg-type]
+    tail = json.dumps(made.request(broken, {schema.RUN_ID: "run-1"})) + "\nnot json\n[]\n" + '{"resourceLogs": []}\n'  # type: ignore[arg-type]
     table = steps_of(made.write(tmp_path / "t.jsonl", made.plain_steps(10), tail=tail))
     assert len(table) == 10
     for note in (
@@ -158,6 +199,30 @@ def test_the_newest_of_several_runs_is_taken(tmp_path: Path) -> None:
     table = steps_of(path)
     assert len(table) == 4
     assert any("1 earlier run(s)" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("written", [as_lines, as_jaeger])
+def test_facts_are_those_of_the_newest_run(tmp_path: Path, newest_first: bool, written: Callable[..., bytes]) -> None:
+    steps = made.plain_steps(4)
+    old = made.lines(steps, "old", start=made.START_NS - 3600 * 10**9, of_run={schema.RUN_MODEL: "an earlier model"})
+    lines = [*made.lines(steps, "new"), *old] if newest_first else [*old, *made.lines(steps, "new")]
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(written(lines))
+    facts = steps_of(path).facts
+    assert (facts[schema.RUN_ID], facts[schema.RUN_MODEL]) == ("new", "tiny-qwen3")
+
+
+@pytest.mark.parametrize("written", [as_lines, as_jaeger])
+def test_spans_of_a_callers_provider_have_their_run_from_their_step(
+    tmp_path: Path, written: Callable[..., bytes]
+) -> None:
+    lines = list(made.lines(made.plain_steps(4), "r"))
+    for line in lines:
+        line["resourceSpans"][0]["resource"]["attributes"] = made.pairs({schema.SERVICE_NAME: "nightly"})
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(written(lines))
+    assert {kind.level for kind in steps_of(path).kinds} == {"phase", "layer"}
 
 
 def _parts(folder: Path, *parts: tuple[str, str, list[made.Step]]) -> Path:
@@ -293,44 +358,16 @@ def jaeger() -> Iterator[Any]:
         server.server_close()
 
 
-def as_jaeger(lines: list[dict[str, Any]]) -> bytes:
-    """What Jaeger's API answers for spans that came in as OTLP."""
-    kinds = {"stringValue": "string", "intValue": "int64", "doubleValue": "float64", "boolValue": "bool"}
-    spans = []
-    for line in lines:
-        for span in line["resourceSpans"][0]["scopeSpans"][0]["spans"]:
-            start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
-            tags = [
-                {"key": pair["key"], "type": kinds[kind], "value": value}
-                for pair in span["attributes"]
-                for kind, value in pair["value"].items()
-            ]
-            parent = span.get("parentSpanId")
-            reference = {"refType": "CHILD_OF", "traceID": span["traceId"], "spanID": parent}
-            spans.append(
-                {
-                    "traceID": span["traceId"],
-                    "spanID": span["spanId"],
-                    "operationName": span["name"],
-                    "references": [reference] if parent else [],
-                    "startTime": start // 1000,
-                    "duration": (end - start) // 1000,
-                    "tags": tags,
-                    "processID": "p1",
-                }
-            )
-    processes = {"p1": {"serviceName": "entrenar-gpu", "tags": []}}
-    return json.dumps({"data": [{"traceID": "t", "spans": spans, "processes": processes}]}).encode()
-
-
 def test_jaeger_gives_the_same_steps_as_the_file(tmp_path: Path, jaeger: Any) -> None:
     steps = made.plain_steps(12)
+    steps[5].checkpoint_beside = 30
     from_file = steps_of(made.write(tmp_path / "t.jsonl", steps))
     server = jaeger(200, as_jaeger(list(made.lines(steps, "run-1"))))
     table = steps_of(server.address)
     assert server.asked == ["/api/traces?service=entrenar-gpu&limit=20"]
     np.testing.assert_allclose(table.seconds, from_file.seconds, atol=2e-6)
-    assert {kind.label for kind in table.kinds} == {kind.label for kind in from_file.kinds}
+    assert {kind.label for kind in table.kinds} == {kind.label for kind in from_file.kinds} > {"layer 1 (backward)"}
+    assert [(pause.name, pause.step) for pause in table.pauses] == [("checkpoint", 6)]
     np.testing.assert_allclose(table.values["loss"], from_file.values["loss"])
 
 
