@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from observability import schema
 from observability.clusters import Clusters, cluster_steps
 from observability.detect import LEAST_STEPS, Scored, detect
 from observability.findings import CAUSES, COMPILE, LOSS_SPIKE, PERIODIC, SKIPPED_STEP, Finding, duration
 from observability.otlp_read import read_trace
-from observability.spans import SpanTable
-from observability.steps import StepTable, step_table
+from observability.spans import Floats, Ints, SpanTable, printable
+from observability.steps import PAUSES, StepTable, step_table
+
+_MOST_OF_A_PAUSE: Final = 0.5  # of the typical one: steps so much over have the pause that comes back
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an alarm cost: `seconds`, and the `rows` of the steps that it is about."""
+
+    rows: Ints
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,11 @@ class Analysis:
     findings: list[Finding]
     scored: Scored
     clusters: Clusters
+
+    @cached_property
+    def losses(self) -> dict[Finding, Loss]:
+        """By alarm."""
+        return _losses(self)
 
     @property
     def anomalies(self) -> list[Finding]:
@@ -60,7 +75,7 @@ def analyse(source: str | Path, k: int | None = None) -> Analysis:
     spans = read_trace(source)
     table = step_table(spans, str(source))
     findings, scored = detect(table)
-    return Analysis(str(source), spans, table, findings, scored, cluster_steps(table, scored.cold, k))
+    return Analysis(printable(str(source)), spans, table, findings, scored, cluster_steps(table, scored.cold, k))
 
 
 def verdict(analysis: Analysis) -> str:
@@ -75,7 +90,7 @@ def verdict(analysis: Analysis) -> str:
         return f"Healthy: {ran}, nothing out of the ordinary" + (f" but {low} slightly slow." if low else ".")
     lost = time_lost(analysis)
     total = table.total_seconds
-    steps = len({step for finding in alarms for step in range(finding.first_step, finding.last_step + 1)})
+    steps = len(np.unique(np.concatenate([analysis.losses[finding].rows for finding in alarms])))
     worst = max(by_cause(alarms).items(), key=lambda item: sum(lost_in(analysis, f) for f in item[1]))
     head = f"{ran}; {steps:,} of them out of the ordinary"
     return f"{head}, costing {duration(lost)} ({lost / total:.1%} of the run), most of it through {CAUSES[worst[0]]}."
@@ -89,23 +104,43 @@ def by_cause(findings: list[Finding]) -> dict[str, list[Finding]]:
 
 
 def lost_in(analysis: Analysis, finding: Finding) -> float:
-    """Seconds that a finding cost: what its steps took beyond what they should have."""
-    if finding.cause in (LOSS_SPIKE, SKIPPED_STEP):
-        return 0.0
-    if finding.span in (schema.CHECKPOINT, schema.EVAL):
-        return max(finding.seconds - finding.expected, 0.0)
-    table = analysis.table
-    rows = (table.step >= finding.first_step) & (table.step <= finding.last_step)
-    if finding.first_step == finding.last_step or finding.cause == COMPILE:
-        return float(np.sum(np.maximum(analysis.scored.step.excess[rows], 0.0)))
-    if finding.cause == PERIODIC:
-        count = max(int(np.sum(analysis.scored.step.z[rows] > 1)), 1)
-    elif finding.span == schema.STEP:
-        return float(np.sum(np.maximum(table.seconds[rows] - finding.expected, 0.0)))
-    else:
-        count = int(np.sum(rows))
-    return count * max(finding.seconds - finding.expected, 0.0)
+    """Seconds that a finding cost: what its steps took beyond what they should have. What is no alarm costs nothing."""
+    return analysis.losses[finding].seconds if finding.is_alarm else 0.0
 
 
 def time_lost(analysis: Analysis) -> float:
     return sum(lost_in(analysis, finding) for finding in analysis.alarms)
+
+
+def _losses(analysis: Analysis) -> dict[Finding, Loss]:
+    """A second of a step counts once, for the alarm on the fewest steps: a stall within a slow stretch is a stall."""
+    table = analysis.table
+    counted = np.zeros(len(table))
+    result = {}
+    for finding in sorted(analysis.alarms, key=lambda f: f.last_step - f.first_step):
+        rows = np.arange(*np.searchsorted(table.step, (finding.first_step, finding.last_step + 1)))
+        if finding.cause in (LOSS_SPIKE, SKIPPED_STEP):
+            result[finding] = Loss(rows, 0.0)
+        elif finding.span in PAUSES:
+            result[finding] = Loss(rows, max(finding.seconds - finding.expected, 0.0))
+        else:
+            over = _over(analysis, finding, rows)
+            if finding.cause == PERIODIC:
+                own = over >= _MOST_OF_A_PAUSE * (finding.seconds - finding.expected)
+                rows, over = rows[own], over[own]
+            over = np.maximum(over - counted[rows], 0.0)
+            counted[rows] += over
+            result[finding] = Loss(rows, float(np.sum(over)))
+    return result
+
+
+def _over(analysis: Analysis, finding: Finding, rows: Ints) -> Floats:
+    """Seconds beyond the moving baseline or, on a stretch that this has followed, beyond what the finding expects."""
+    table, scored = analysis.table, analysis.scored
+    if finding.first_step == finding.last_step or finding.cause in (COMPILE, PERIODIC):
+        return scored.step.excess[rows]
+    labels = [kind.label for kind in table.kinds]
+    if finding.span not in labels:
+        return table.seconds[rows] - finding.expected * scored.step.factor[rows]
+    kind = labels.index(finding.span)
+    return table.durations[rows, kind] - finding.expected * scored.kinds.factor[rows, kind]

@@ -109,12 +109,13 @@ def cluster_steps(table: StepTable, cold: Mask, k: int | None = None) -> Cluster
 
     features = step_features(table)
     body = ~cold
-    matrix = _standardised(features, body) if features else np.zeros((int(body.sum()), 1))
-    distinct = len(np.unique(matrix, axis=0))
-    labels = np.full(len(table), -1)
-    labels[body] = 0
+    labels = np.where(body, 0, -1)
     whole = Clusters(1, None, labels, None)
-    if len(matrix) < _LEAST_STEPS or distinct < 3:
+    if body.sum() < _LEAST_STEPS or not features:
+        return whole
+    matrix = _standardised(features, body)
+    distinct = len(np.unique(matrix, axis=0))
+    if distinct < 3:
         return whole
     choices = [min(k, distinct - 1)] if k else range(2, min(MOST_CLUSTERS, distinct - 1) + 1)
     best: tuple[float, int, Ints] | None = None

@@ -30,34 +30,36 @@ _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a s
 
 @dataclass(frozen=True)
 class Scored:
-    """Every time of a run against its baseline: `step` [steps], `kinds` [steps, kinds], work [steps].
+    """Every time of a run against its baseline: `step` [steps], `kinds` [steps, kinds].
 
     `cold` are the steps that are slow for being first, of the run or after a resume; they shape no baseline.
     """
 
     step: Scores
     kinds: Scores
-    work: Floats
     cold: Mask
 
 
 def detect(table: StepTable) -> tuple[list[Finding], Scored]:
-    """Findings in order of their first step, and the scores they rest on. Both are empty for very short runs."""
-    work, cold = relative_work(table), cold_steps(table)
+    """Findings in order of their first step, and the scores they rest on.
+
+    Of a run with fewer than LEAST_STEPS steps that are not cold only the health is judged: no time in it is odd.
+    """
+    cold = cold_steps(table)
     body = table.rows(~cold)
     if len(body) < LEAST_STEPS:
-        return health.findings(table), Scored(_unscored(table.seconds), _unscored(table.durations), work, cold)
-    findings, times, kinds = _timed(body, work[~cold])
-    scored = Scored(_placed(times, table.seconds, cold), _placed(kinds, table.durations, cold), work, cold)
+        return health.findings(table), Scored(_unscored(table.seconds), _unscored(table.durations), cold)
+    findings, times, kinds = _timed(body)
+    scored = Scored(_placed(times, table.seconds, cold), _placed(kinds, table.durations, cold), cold)
     findings += _compilation(table, scored)
     findings += causes.of_pauses(table, float(np.median(times.scale)))
     findings += health.findings(table)
     return sorted(findings, key=lambda finding: finding.first_step), scored
 
 
-def _timed(table: StepTable, work: Floats) -> tuple[list[Finding], Scores, Scores]:
+def _timed(table: StepTable) -> tuple[list[Finding], Scores, Scores]:
     """Findings on the time of steps, and the scores of steps and of kinds of span."""
-    seconds, pools = table.seconds, pools_of(table)
+    seconds, work, pools = table.seconds, relative_work(table), pools_of(table)
     times = score(seconds, work)
     kinds = score(table.durations, work, pools=pools)
     plain = plainly_explained(times, kinds)
@@ -130,21 +132,24 @@ def _unscored(times: Floats) -> Scores:
 
 def _compilation(table: StepTable, scored: Scored) -> list[Finding]:
     findings = []
-    for begin in (0, *table.restarts):
-        count = int(np.argmin(np.append(scored.cold[begin:], False)))
+    for begin, end in pairwise((0, *table.restarts, len(table))):
+        count = int(np.argmin(np.append(scored.cold[begin:end], False)))
         if not count:
             continue
         last = begin + count - 1
         worst = begin + int(np.argmax(table.seconds[begin : last + 1]))
         seconds, expected = float(table.seconds[worst]), float(scored.step.expected[worst])
         z = float(scored.step.z[worst])
+        if seconds < _COMPILE_FACTOR * expected or severity(z) is None:
+            continue  # the first step of a short part, cold by precaution alone
         evidence = (
             f"the first {'step' if count == 1 else f'{count} steps'}{' after a resume' if begin else ''} took up to"
             f" {seconds / expected:.1f}x the steps after (shaders compile, caches fill)"
         )
-        first, end = int(table.step[begin]), int(table.step[last])
-        step = int(table.step[worst])
-        findings.append(Finding(COMPILE, first, end, step, "step", seconds, expected, z, severity(z), evidence))
+        first_step, last_step, step = (int(table.step[row]) for row in (begin, last, worst))
+        findings.append(
+            Finding(COMPILE, first_step, last_step, step, "step", seconds, expected, z, severity(z), evidence)
+        )
     return findings
 
 

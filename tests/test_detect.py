@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from observability import schema
-from observability.analysis import Analysis, analyse, verdict
+from observability.analysis import Analysis, analyse, lost_in, time_lost, verdict
 from observability.baseline import noise_scale, score, work_exponent
+from observability.clusters import cluster_steps
 from observability.detect import detect
 from observability.findings import CAUSES, Finding, duration, in_a_row, severity
 from observability.otlp_read import read_trace
@@ -278,6 +279,103 @@ def test_a_row_of_alike_anomalies_is_read_as_one() -> None:
         (8, 8, "spike", 5.0, "at 8"),
         (9, 13, "spike", 5.0, "at 9; the worst of 2 in a row"),
     ]
+
+
+def pauses_that_come_back(steps: list[made.Step]) -> float:
+    for step in steps[49::50]:
+        step.phases["data"] += 300
+    return 12 * 0.3
+
+
+def one_layer_drifts(steps: list[made.Step]) -> float:
+    for index, step in enumerate(steps[200:]):
+        made.slow_layer(step, "forward 1", index / 10)
+    return sum(index / 10 for index in range(400)) / 1000
+
+
+def a_stall_within_a_throttle(steps: list[made.Step]) -> float:
+    slower(steps[400:], 1.6)
+    steps[500].phases["data"] += 60_000
+    return 200 * 0.06 + 60
+
+
+def a_throttle_under_work_that_varies(steps: list[made.Step]) -> float:
+    for step, work in zip(steps, np.random.default_rng(0).uniform(0.5, 1.5, 600), strict=True):
+        step.attributes[schema.ROW_TOKENS] = round(2048 * work)
+        slower([step], float(work))
+    slower(steps[400:], 1.3)
+    return sum(sum(step.phases.values()) for step in steps[400:]) / 1000 * (1 - 1 / 1.3)
+
+
+def a_throttle_of_steps_that_are_not_recorded_all(steps: list[made.Step]) -> float:
+    slower(steps[400:], 1.6)
+    for step in steps:
+        step.number *= 10**12
+    return 200 * 0.06
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "dearest"),
+    [
+        (pauses_that_come_back, 12, "a pause that comes back"),
+        (one_layer_drifts, pytest.approx(400, abs=30), "steps getting slower and slower"),
+        (a_stall_within_a_throttle, 200, "waiting for data"),
+        (a_throttle_under_work_that_varies, pytest.approx(200, abs=10), "sustained slowdown"),
+        (a_throttle_of_steps_that_are_not_recorded_all, 200, "sustained slowdown"),
+    ],
+)
+def test_time_lost_counts_once(
+    tmp_path: Path, change: Callable[[list[made.Step]], float], count: int, dearest: str
+) -> None:
+    steps = made.plain_steps(600)
+    lost = change(steps)
+    analysis = analysed(tmp_path, steps)
+    assert time_lost(analysis) == pytest.approx(lost, rel=0.02)
+    told = re.search(r"; ([\d,]+) of them out of the ordinary, .* most of it through (.*)\.", verdict(analysis))
+    assert told is not None
+    assert (int(told[1]), told[2]) == (count, dearest)
+
+
+def test_the_step_of_a_slow_checkpoint_is_out_of_the_ordinary_and_what_is_explained_costs_nothing(
+    tmp_path: Path,
+) -> None:
+    steps = made.plain_steps(200)
+    for step in steps[4::5]:
+        step.checkpoint_beside = 120
+    steps[119].checkpoint_beside = 900
+    analysis = analysed(tmp_path, steps)
+    assert "; 1 of them out of the ordinary, costing 780 ms" in verdict(analysis)
+    assert [(f.cause, lost_in(analysis, f)) for f in analysis.explained] == [("checkpoint-stall", 0)]
+
+
+def test_parts_of_few_steps(tmp_path: Path) -> None:
+    """The first step of each is cold by precaution; it is told of only where it was slow."""
+    steps = made.plain_steps(40)
+    analysis = analysed(tmp_path, steps)
+    parts = replace(analysis.table, restarts=tuple(range(2, 40, 2)))
+    assert detect(parts)[0] == []
+    slower(steps[:5], 5)
+    parts = replace(analysed(tmp_path, steps).table, restarts=(1, 2, 3, 4))
+    found, _ = detect(parts)
+    assert [(f.cause, f.first_step, f.last_step) for f in found] == [("compile", n, n) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("ends", [(1, 2), (1, 2, 3)])
+def test_a_run_of_nothing_but_first_steps(tmp_path: Path, ends: tuple[int, ...]) -> None:
+    table = analysed(tmp_path, made.plain_steps(ends[-1])).table
+    table = replace(table, restarts=ends[:-1])
+    findings, scored = detect(table)
+    assert (findings, scored.cold.all()) == ([], True)
+    assert cluster_steps(table, scored.cold).k == 1
+
+
+def test_first_steps_of_shorter_batches_are_no_measure_of_work(tmp_path: Path) -> None:
+    steps = made.plain_steps(16)
+    slower(steps[:8], 5)
+    for step in steps[:8]:
+        step.attributes[schema.ROW_TOKENS] = 1000
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.first_step, finding.last_step) == ("compile", 1, 8)
 
 
 def test_first_step_that_compiles(tmp_path: Path) -> None:
