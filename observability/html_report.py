@@ -21,7 +21,8 @@ from observability import figures, schema
 from observability.analysis import Analysis, by_cause, lost_in, time_lost, verdict
 from observability.compare import Comparison
 from observability.files import write_whole
-from observability.findings import CAUSES, Finding, duration, in_a_row, size
+from observability.findings import CAUSES, HIGH, Finding, duration, in_a_row, size
+from observability.spans import whole
 
 _ROWS: Final = 300  # anomalies listed, the worst first
 _GROUPS: Final = 12
@@ -134,7 +135,7 @@ def _plots(analysis: Analysis, comparison: Comparison | None) -> dict[str, figur
 
 
 def _body(analysis: Analysis, comparison: Comparison | None, plots: dict[str, figures.Figure], title: str) -> list[str]:
-    grade = "bad" if any(f.severity == "high" for f in analysis.alarms) else "warn" if analysis.alarms else ""
+    grade = "bad" if any(f.severity == HIGH for f in analysis.alarms) else "warn" if analysis.alarms else ""
     return [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="subtitle">{html.escape(_subtitle(analysis))}</p>',
@@ -196,7 +197,7 @@ def _causes(analysis: Analysis) -> str:
         explained = not any(f.is_alarm for f in findings)
         badge = "explained" if explained else str(worst.severity)
         lost = sum(lost_in(analysis, f) for f in findings)
-        cost = "–" if explained or not lost else duration(lost)
+        cost = duration(lost) if lost else "–"
         rows.append(
             f'<tr><td><span class="badge {badge}">{badge}</span></td><td>{CAUSES[cause]}</td>'
             f'<td class="number">{len(findings):,}</td><td class="number">{cost}</td>'
@@ -288,9 +289,16 @@ def _facts(analysis: Analysis) -> str:
         value = facts.get(key)
         if value is None or value == "":
             continue
-        shown = size(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value)
-        cells.append(f"<div><dt>{name}</dt><dd>{html.escape(shown)}</dd></div>")
+        cells.append(f"<div><dt>{name}</dt><dd>{html.escape(_fact(key, value))}</dd></div>")
     return _section("What ran", f'<dl class="facts">{"".join(cells)}</dl>', "") if cells else ""
+
+
+def _fact(key: str, value: Any) -> str:
+    """A count as people write it; as it is, what is none or should have been one."""
+    count = whole(value, -1) if schema.ATTRIBUTES[key].type == "int" else -1
+    if count < 0:
+        return str(value)
+    return size(count) if key.endswith("bytes") else f"{count:,}"
 
 
 def _notes(analysis: Analysis) -> str:

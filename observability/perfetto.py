@@ -95,9 +95,10 @@ def _level_events(spans: SpanTable, rows: Any, process: int, level: int, zero: i
 
 def _step_events(analysis: Analysis, zero: int) -> Iterator[dict[str, Any]]:
     """Counters by step, and a mark on every step with an anomaly."""
-    table, spans = analysis.table, analysis.spans
-    rows = np.flatnonzero(spans.level == RUN_STEP)
-    starts = {int(spans.step[row]): (int(spans.start[row]) - zero) / 1000 for row in rows}
+    table = analysis.table
+    # From the table: the trace may have steps of these numbers in other runs too.
+    begins = (table.began_ns - zero) / 1000 + 1e6 * table.start
+    starts = dict(zip(table.step.tolist(), begins.tolist(), strict=True))
     for key, name in _COUNTERS.items():
         for step, value in zip(table.step.tolist(), table.values[key].tolist(), strict=True):
             if np.isfinite(value):

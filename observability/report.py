@@ -15,7 +15,7 @@ from observability.compare import compare
 from observability.errors import TraceError
 from observability.files import write_whole
 from observability.otlp_read import newest_run, read_trace
-from observability.spans import one_line
+from observability.spans import one_line, printable
 from observability.steps import step_table
 
 _PLAIN_WIDTH = 160  # characters a line where the output is no terminal
@@ -39,7 +39,7 @@ def report(
     analysis = analyse(source, clusters)
     comparison = None
     if against is not None:
-        comparison = compare(analysis.table, step_table(read_trace(against), against), against)
+        comparison = compare(analysis.table, step_table(read_trace(against), against), printable(against))
     if json_out != "-":
         # Imported here, as the plain JSON answer needs neither tables nor pages.
         from observability.terminal import print_report

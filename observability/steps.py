@@ -65,7 +65,8 @@ class Pause:
 class StepTable:
     """A run's steps in order. `durations[i, k]` are the seconds that step i spent in spans of `kinds[k]`.
 
-    `start` is seconds since the first step, `values` what the steps tell of themselves (NaN where they do not).
+    `start` is seconds since the first step, which began `began_ns` after the epoch. `values` are what the steps tell of
+    themselves (NaN where they do not).
     """
 
     step: Ints
@@ -80,6 +81,7 @@ class StepTable:
     restarts: tuple[int, ...] = ()  # rows with which resumed parts of the run begin
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    began_ns: int = 0
 
     def __len__(self) -> int:
         return len(self.step)
@@ -146,6 +148,7 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         restarts=tuple(np.searchsorted(step, began_again).tolist()),
         facts=_facts(spans, newest),
         notes=tuple(notes),
+        began_ns=int(start[0]),
     )
 
 

@@ -151,6 +151,41 @@ def test_perfetto_has_host_and_gpu_apart_and_nothing_overlaps(trace: Path, tmp_p
     assert any(e["ph"] == "i" and e["name"].startswith("data-stall") for e in events)
 
 
+def test_perfetto_marks_the_steps_of_the_run_that_is_reported(tmp_path: Path) -> None:
+    steps = made.plain_steps(30)
+    hour = 3600 * 10**9
+    newest = made.lines(steps[10:], "b", "a", made.START_NS + 2 * hour)
+    another = made.lines(steps, "x", start=made.START_NS + hour)
+    lines = [*newest, *another, *made.lines(steps[:15], "a")]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(str(path), perfetto=str(tmp_path / "p.json"), console=quiet())
+    events = json.loads((tmp_path / "p.json").read_text())["traceEvents"]
+    told = [event["ts"] for event in events if event["name"] == "loss"]
+    hours = [round(at / 3600e6) for at in told]
+    assert hours == [0] * 10 + [2] * 20
+    slices = {event["ts"] for event in events if event["ph"] == "X" and event["name"].startswith("step ")}
+    assert all(min(abs(at - begin) for begin in slices) < 0.01 for at in told)  # microseconds
+
+
+@pytest.mark.parametrize("value", [{"stringValue": "lots"}, {"intValue": "9" * 400}, {"doubleValue": "NaN"}])
+def test_a_fact_that_is_no_count_is_shown_as_it_is(tmp_path: Path, value: dict[str, str]) -> None:
+    path = made.write(tmp_path / "t.jsonl", made.plain_steps(3))
+    planned = json.dumps({"intValue": str(4 << 30)})
+    path.write_text(path.read_text().replace(planned, json.dumps(value)))
+    report(str(path), html=str(tmp_path / "r.html"), console=quiet())
+    shown = next(iter(value.values()))
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"<dt>Planned memory</dt><dd>{shown.replace('NaN', 'nan')}</dd>" in page
+
+
+def test_names_that_are_not_utf_8(trace: Path, tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"tr\xff.jsonl")
+    name.write_bytes(trace.read_bytes())
+    report(str(name), html=str(tmp_path / "r.html"), against=str(name), console=quiet())
+    assert "tr\ufffd.jsonl." in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_json_on_standard_output_is_nothing_but_json(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(trace), "--json", "-", "--clusters", "3"]) == 0
     value = json.loads(capsys.readouterr().out)
