@@ -18,6 +18,7 @@ from entrenar_gpu import __version__, options
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.shapes import SHAPES, model_shape
 from observability.errors import TraceError
+from observability.streams import print_any_text
 
 app = typer.Typer(
     help="Fine-tune language models on any Vulkan, Metal or DX12 GPU.",
@@ -308,6 +309,7 @@ def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the `entrenar-gpu` script."""
+    print_any_text()
     sys.exit(run(sys.argv[1:]))
 
 

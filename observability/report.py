@@ -17,6 +17,7 @@ from observability.files import write_whole
 from observability.otlp_read import newest_run, read_trace
 from observability.spans import one_line, printable
 from observability.steps import step_table
+from observability.streams import print_any_text
 
 _PLAIN_WIDTH = 160  # characters a line where the output is no terminal
 
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", metavar="RUN", help="compare with another run, step by step")
     parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette)")
     options = vars(parser.parse_args(arguments))
+    print_any_text()
     try:
         if options.pop("newest") and not Path(options["source"]).is_file():
             options["source"] = str(newest_run(Path(options["source"])))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entrenar_gpu import cli
+from entrenar_gpu.display import Progress
 from observability import schema
 from observability.findings import Finding
 from observability.live import LiveDetector
@@ -55,7 +59,7 @@ def span(name: str, kind: str, start: int, end: int, parent: int | None = None) 
 
 def watch(steps: list[made.Step], **options: Any) -> tuple[LiveDetector, list[str]]:
     lines: list[str] = []
-    detector = LiveDetector(emit=lines.append, **options)
+    detector = LiveDetector(**({"emit": lines.append} | options))
     for record in records(steps):
         (detector.checkpoint_saved if hasattr(record, "path") else detector.step_finished)(record)
     return detector, lines
@@ -93,6 +97,19 @@ def test_slow_checkpoint_in_one_line(inside: bool) -> None:
     (line,) = lines
     assert line.startswith("step 120: 408 ms, ")
     assert "over 118 ms: checkpoint write took 290 ms" in line
+
+
+def test_a_terminal_without_sigma_gets_the_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["entrenar-gpu", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    steps = made.plain_steps(60)
+    steps[40].phases["data"] += 300
+    watch(steps, emit=Progress().say)
+    sys.stdout.flush()
+    assert b"? over " in written.getvalue()
 
 
 def test_a_checkpoint_told_twice_counts_once() -> None:

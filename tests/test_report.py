@@ -59,6 +59,14 @@ def test_terminal_has_verdict_table_and_evidence(trace: Path) -> None:
         assert part in text
 
 
+def test_a_terminal_without_sigma_gets_the_report_too(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert main([str(trace)]) == 0
+    sys.stdout.flush()
+    assert b"data-stall" in written.getvalue()
+
+
 def test_html_tells_the_story_and_loads_nothing(trace: Path, tmp_path: Path) -> None:
     report(str(trace), html=str(tmp_path / "r.html"), console=quiet())
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
