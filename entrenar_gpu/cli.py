@@ -143,7 +143,8 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
         emit=lambda line: progress.say(line, "magenta"),
         on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity or "noticed"),
     )
-    return tracer, [tracer, detector]
+    # At the end of the run the detector still finds anomalies, which the tracer counts until it has ended itself.
+    return tracer, [detector, tracer]
 
 
 @app.command()

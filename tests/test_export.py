@@ -16,15 +16,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf import json_format
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from entrenar_gpu import cli
+from entrenar_gpu.events import notify
 from observability import metrics, observe, schema
 from observability.errors import TraceError
 from observability.export import Sender, TraceFile, encode_line, line_head
@@ -35,6 +41,8 @@ from observability.tracing import OwnSpans, SpanBuilder
 from tests.otlp_server import Received, grpc_receiver, http_receiver, values
 from tests.step_records import (
     KERNELS,
+    START_NS,
+    STEP_NS,
     checkpoint_record,
     eval_record,
     run_info,
@@ -225,6 +233,33 @@ def test_metrics_arrive_with_their_names_units_and_values(tmp_path: Path, receiv
     assert received.metrics[metrics.SKIPPED_STEPS.name].sum.data_points[0].as_int == 1
     anomaly = received.metrics[metrics.ANOMALIES.name].sum.data_points[0]
     assert (anomaly.as_int, values(anomaly.attributes)) == (1, {"cause": "data-stall", "severity": "high"})
+
+
+def test_anomalies_found_at_the_end_of_the_run_reach_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    monkeypatch.setattr("opentelemetry.metrics.get_meter_provider", lambda: provider)
+    config = SimpleNamespace(output=str(tmp_path), trace_level="step", otlp=None)
+    said: list[str] = []
+    _, observers = cli._tracing(config, SimpleNamespace(say=lambda line, style: said.append(line)))
+    notify(observers, "run_started", run_info())
+    noise = np.random.default_rng(0).normal(1, 0.01, 190)
+    for step in range(1, 191):
+        taken = round(STEP_NS * noise[step - 1] * (1.6 if step > 120 else 1))
+        notify(observers, "step_finished", step_record(step, end_ns=START_NS + (step - 1) * STEP_NS + taken, spans=()))
+    notify(observers, "run_finished", run_summary(190))
+    assert any("for 70 steps" in line for line in said)
+    data = reader.get_metrics_data()
+    assert data is not None
+    told = [
+        point.attributes["cause"]
+        for metric in data.resource_metrics[0].scope_metrics[0].metrics
+        if metric.name == metrics.ANOMALIES.name
+        for point in metric.data.data_points
+    ]
+    assert "throttle" in told
 
 
 @RECEIVERS
