@@ -21,6 +21,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from observability.errors import TraceError
+
 _log = logging.getLogger(__name__)
 
 # SpanFlags of trace.proto: bit 8 says that bit 9, "the parent is in another process", is meaningful.
@@ -88,13 +90,17 @@ class TraceFile:
     """The run's trace file, appended to by the line. A failing disk loses spans, and ends no run."""
 
     def __init__(self, path: Path, head: str) -> None:
+        """Raises TraceError where the file cannot be opened."""
         self.path = path
         self.written = 0  # spans
         self.lost = 0  # spans
         self._head = head
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_partial_line(path)
-        self._file = path.open("ab", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_partial_line(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def write(self, spans: Sequence[ReadableSpan]) -> None:
         """Append `spans` as one line, handed to the operating system before this returns."""

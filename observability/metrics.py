@@ -8,7 +8,6 @@ They go through the caller's meter provider where one is set, else over OTLP to 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -20,6 +19,7 @@ from opentelemetry.sdk.metrics.export import MetricExporter, PeriodicExportingMe
 from opentelemetry.sdk.resources import Resource
 
 from observability import schema
+from observability.otlp import environ_int
 
 _EXPORT_MILLIS = 5_000  # the SDK's default of a minute would show nothing of a short run
 
@@ -104,9 +104,12 @@ class RunMetrics:
 
 
 def run_metrics(resource: Resource, exporter: MetricExporter | None) -> RunMetrics | None:
-    """Metrics to `exporter`, or through the caller's global provider, or None where nobody would get them."""
+    """Metrics to `exporter`, or through the caller's global provider, or None where nobody would get them.
+
+    Raises TraceError for an interval of exports that cannot be used.
+    """
     if exporter is not None:
-        interval = None if "OTEL_METRIC_EXPORT_INTERVAL" in os.environ else _EXPORT_MILLIS
+        interval = environ_int("OTEL_METRIC_EXPORT_INTERVAL", _EXPORT_MILLIS)
         reader = PeriodicExportingMetricReader(exporter, export_interval_millis=interval)
         provider = MeterProvider([reader], resource, shutdown_on_exit=False)
         return RunMetrics(provider.get_meter(schema.SCOPE_NAME), provider)

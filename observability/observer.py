@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -112,21 +112,31 @@ class TraceObserver:
         return self._promised or self._pipeline.builder.train
 
     def run_started(self, info: Any) -> None:
-        """Open the run's span under the span that is open here, the run's file, and the way to the collector."""
+        """Open the run's span under the span that is open here, the way to the collector, and the run's file.
+
+        Raises TraceError, and leaves no file behind, where one of them cannot be had.
+        """
         if self._disabled:
             return
         source = span_source()
         around = trace.get_current_span().get_span_context()
         builder = SpanBuilder(info, self._level, around if around.is_valid else None, source)
-        path = self._output_dir / schema.TRACE_FILE
-        file = TraceFile(path, line_head(builder.resource, schema.SCOPE_NAME, info.project_version))
         ours = isinstance(source, OwnSpans)
         if ours:
             otlp_settings.quiet_exporters()
         spans_to = otlp_settings.target("traces", self._otlp) if ours or self._otlp is not None else None
         metrics_to = otlp_settings.target("metrics", self._otlp)
-        metrics = run_metrics(builder.resource, otlp_settings.metric_exporter(metrics_to) if metrics_to else None)
-        self._pipeline = _Pipeline(builder, file, _sender(spans_to), metrics, self._processors)
+        head = line_head(builder.resource, schema.SCOPE_NAME, info.project_version)
+        with ExitStack() as undo:
+            sender = _sender(spans_to)
+            if sender is not None:
+                undo.callback(sender.close, 0.0)
+            metrics = run_metrics(builder.resource, otlp_settings.metric_exporter(metrics_to) if metrics_to else None)
+            if metrics is not None:
+                undo.callback(metrics.close, 0.0)
+            file = TraceFile(self._output_dir / schema.TRACE_FILE, head)
+            undo.pop_all()
+        self._pipeline = _Pipeline(builder, file, sender, metrics, self._processors)
         self._promise(source)
         atexit.register(self.close)
 
@@ -176,17 +186,10 @@ class TraceObserver:
 def _sender(to: otlp_settings.Target | None) -> Sender | None:
     if to is None:
         return None
-    limit = _environ_int("OTEL_BSP_MAX_QUEUE_SIZE", _QUEUE_SPANS)
-    batch = _environ_int("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", _BATCH_SPANS)
-    period = _environ_int("OTEL_BSP_SCHEDULE_DELAY", _SEND_MILLIS) / 1e3
+    limit = otlp_settings.environ_int("OTEL_BSP_MAX_QUEUE_SIZE", _QUEUE_SPANS)
+    batch = otlp_settings.environ_int("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", _BATCH_SPANS)
+    period = otlp_settings.environ_int("OTEL_BSP_SCHEDULE_DELAY", _SEND_MILLIS) / 1e3
     return Sender(otlp_settings.span_exporter(to), to.name, limit, batch, period)
-
-
-def _environ_int(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) == 0:
-        raise TraceError(f"{name}: expected a positive whole number, not {text!r}")
-    return int(text)
 
 
 class _Pipeline:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.metrics.export import MetricExporter
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from observability.errors import TraceError
 
 Signal = Literal["traces", "metrics"]
+_Exporter = TypeVar("_Exporter")
 _GRPC = {"grpc": "http", "grpcs": "https"}  # the scheme that the SDK's exporter takes: without and with TLS
 _SCHEMES = ("http", "https", *_GRPC)
 
@@ -84,6 +86,14 @@ def _protocol(signal: Signal) -> Literal["http", "grpc"]:
     raise TraceError(f"OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf or grpc, not {protocol!r}")
 
 
+def environ_int(name: str, default: int) -> int:
+    """The variable `name`, or `default` where it is not set or empty. Raises TraceError where it is no count."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) == 0:
+        raise TraceError(f"{name}: expected a positive whole number, not {text!r}")
+    return int(text)
+
+
 def quiet_exporters() -> None:
     """Keep the SDK's exporters from logging each failed try: Sender warns once and the summary has the counts.
 
@@ -95,22 +105,32 @@ def quiet_exporters() -> None:
 
 
 def span_exporter(to: Target) -> SpanExporter:
-    """The SDK's span exporter for a target; the gRPC library is imported only where it is used."""
+    """The SDK's span exporter for a target; the gRPC library is imported only where it is used.
+
+    Raises TraceError where a variable that the exporter reads cannot be used.
+    """
     if to.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
-        return GrpcExporter(endpoint=to.endpoint)
+        return _made(GrpcExporter, to)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
-    return HttpExporter(endpoint=to.endpoint)
+    return _made(HttpExporter, to)
 
 
 def metric_exporter(to: Target) -> MetricExporter:
-    """The SDK's metric exporter for a target."""
+    """The SDK's metric exporter for a target. Raises TraceError as `span_exporter` does."""
     if to.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
 
-        return GrpcExporter(endpoint=to.endpoint)
+        return _made(GrpcExporter, to)
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-    return HttpExporter(endpoint=to.endpoint)
+    return _made(HttpExporter, to)
+
+
+def _made(exporter: Callable[..., _Exporter], to: Target) -> _Exporter:
+    try:
+        return exporter(endpoint=to.endpoint)
+    except Exception as error:  # each variable has exceptions of its own
+        raise TraceError(f"OTEL_EXPORTER_OTLP_*: {error}") from None

@@ -470,11 +470,42 @@ def test_an_exporter_that_raises_does_not_end_the_sender() -> None:
     assert (sender.sent, sender.dropped) == (len(spans), len(spans))
 
 
-@pytest.mark.parametrize("name", ["OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_SCHEDULE_DELAY"])
-def test_a_bad_number_in_the_environment_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "many", "OTEL_BSP_MAX_QUEUE_SIZE: expected a positive whole number, not 'many'"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "many", "OTEL_BSP_SCHEDULE_DELAY: expected a positive whole number, not 'many'"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "0", "OTEL_METRIC_EXPORT_INTERVAL: expected a positive whole number, not '0'"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s", r"OTEL_EXPORTER_OTLP_\*: .*'10s'"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", r"OTEL_EXPORTER_OTLP_\*: .*zstd.*"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "mail", "OTEL_EXPORTER_OTLP_PROTOCOL: expected .* not 'mail'"),
+    ],
+)
+def test_a_bad_variable_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    monkeypatch.setenv(name, "many")
-    observer = observe(tmp_path, otlp="http://127.0.0.1:9")
-    with pytest.raises(TraceError, match=f"^{name}: expected a positive whole number, not 'many'$"):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv(name, value)
+    threads = threading.active_count()
+    observer = observe(tmp_path / "run")
+    with pytest.raises(TraceError, match=f"^{message}$"):
         observer.run_started(run_info())
+    assert not (tmp_path / "run").exists()
+    _await(lambda: threading.active_count() <= threads)
+
+
+def test_a_trace_that_cannot_be_written_is_one_line_and_leaves_no_thread(tmp_path: Path, closed_port: int) -> None:
+    (tmp_path / schema.TRACE_FILE).mkdir()
+    threads = threading.active_count()
+    observer = observe(tmp_path, otlp=f"http://127.0.0.1:{closed_port}")
+    with pytest.raises(TraceError, match=r"trace\.jsonl: cannot be written: Is a directory$"):
+        observer.run_started(run_info())
+    _await(lambda: threading.active_count() <= threads)
+
+
+def _await(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
