@@ -30,17 +30,21 @@ def read_trace(source: str | Path) -> SpanTable:
 
     Raises TraceError when there is nothing to read, or nothing in it is a span.
     """
-    text = str(source)
     collector = SpanCollector()
-    if text.startswith(("http://", "https://")):
-        jaeger_read.read_address(text, collector)
+    if is_address(source):
+        jaeger_read.read_address(str(source), collector)
     else:
-        _read_file(trace_path(Path(text)), collector)
+        _read_file(trace_path(Path(source)), collector)
     table = collector.table()
     if not len(table):
         reasons = "; ".join(f"{count} {reason}" for reason, count in table.skipped.items())
         raise TraceError(f"{source}: no spans in it" + (f" ({reasons})" if reasons else ""))
     return table
+
+
+def is_address(source: str | Path) -> bool:
+    """Whether `source` is Jaeger's, and no file."""
+    return str(source).startswith(("http://", "https://"))
 
 
 def trace_path(path: Path) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from observability.analysis import Analysis, analyse
 from observability.compare import compare
 from observability.errors import TraceError
 from observability.files import write_whole
-from observability.otlp_read import newest_run, read_trace
+from observability.otlp_read import is_address, newest_run, read_trace, trace_path
 from observability.spans import one_line, printable
 from observability.steps import step_table
 from observability.streams import print_any_text
@@ -37,6 +38,7 @@ def report(
     """
     if clusters is not None and not 1 <= clusters <= 50:
         raise TraceError(f"--clusters: {clusters} is not between 1 and 50")
+    _refuse_overwriting((source, against), {"--html": html, "--json": json_out, "--perfetto": perfetto})
     analysis = analyse(source, clusters)
     comparison = None
     if against is not None:
@@ -82,6 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_overwriting(sources: Sequence[str | None], outputs: Mapping[str, str | None]) -> None:
+    """Raises TraceError for an output, by its flag, that would replace a trace that is read or another output."""
+    files = [source for source in sources if source is not None and not is_address(source)]
+    taken = [(str(trace_path(Path(file))), "is the trace that is read") for file in files]
+    for flag, path in outputs.items():
+        if not path or (flag, path) == ("--json", "-"):
+            continue
+        for other, what in taken:
+            if _same_file(path, other):
+                raise TraceError(f"{flag}: {path} {what}")
+        taken.append((path, f"is what {flag} writes"))
+
+
+def _same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one is not there yet
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _json(analysis: Analysis) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from benchmarks.detection import bench, faults, recording, scoring
+from benchmarks.detection.record import record_run
 from benchmarks.detection.scoring import Event, Tally
+from tests import made_traces as made
 
 
 def test_large_faults_are_found_and_named_and_clean_runs_are_left_alone() -> None:
@@ -37,6 +43,26 @@ def test_a_fault_adds_what_it_says() -> None:
     np.testing.assert_allclose(changed.seconds[rows] - base.seconds[rows], 7 * one)
     data = [kind.name for kind in base.kinds].index("data")
     np.testing.assert_allclose(changed.durations[rows, data] - base.durations[rows, data], 7 * one)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cp short.jsonl run/trace.jsonl", "record: run: 30 steps; the benchmark needs 2020 and more"),
+        ("true", "record: run: no trace.jsonl in this folder; was the run traced?"),
+        ("no-such-trainer", "record: no-such-trainer: No such file or directory"),
+    ],
+)
+def test_a_recording_that_is_none_leaves_the_one_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    made.write(Path("short.jsonl"), made.plain_steps(30))
+    Path("recorded.npz").write_text("a long one")
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
+        record_run(Path("run"), command.split(), Path("recorded.npz"))
+    assert Path("recorded.npz").read_text() == "a long one"
 
 
 def test_scoring_by_event() -> None:

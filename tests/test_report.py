@@ -227,6 +227,35 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["--html", "run/trace.jsonl"], "--html: run/trace.jsonl is the trace that is read"),
+        (["--json", "link.jsonl"], "--json: link.jsonl is the trace that is read"),
+        (["--against", "other.jsonl", "--perfetto", "./other.jsonl"], "--perfetto: ./other.jsonl is the trace that"),
+        (["--html", "new", "--perfetto", "run/../new"], "--perfetto: run/../new is what --html writes"),
+    ],
+)
+def test_an_output_replaces_neither_a_trace_that_is_read_nor_another_output(
+    trace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outputs: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for name in ("run/trace.jsonl", "other.jsonl"):
+        Path(name).write_bytes(trace.read_bytes())
+    Path("link.jsonl").symlink_to("run/trace.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["run", *outputs]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("run/trace.jsonl").read_bytes() == Path("other.jsonl").read_bytes() == trace.read_bytes()
+
+
 def test_cluster_number_out_of_range(trace: Path) -> None:
     with pytest.raises(TraceError, match="--clusters: 0"):
         report(str(trace), clusters=0)

@@ -13,6 +13,9 @@ from typing import Final
 import numpy as np
 
 from benchmarks.detection import recording
+from benchmarks.detection.bench import SEGMENT
+from observability import schema
+from observability.errors import TraceError
 from observability.otlp_read import read_trace
 from observability.steps import step_table
 
@@ -21,16 +24,27 @@ _WARM_UP: Final = 20  # steps
 
 def record_run(run: Path, command: list[str], output: Path) -> None:
     """Runs `command`, which trains with a trace into the folder `run`, and stores its step times in `output`."""
-    status = subprocess.call(command)
+    try:
+        status = subprocess.call(command)
+    except OSError as error:
+        raise SystemExit(f"record: {command[0]}: {error.strerror}") from None
     if status != 0:
         raise SystemExit(f"record: the training command failed with status {status}")
     store(run, " ".join(command), output)
 
 
 def store(run: Path, command: str, output: Path) -> None:
-    """Stores the step times of the run in the folder `run`, which `command` made."""
-    table = step_table(read_trace(run), str(run))
+    """Stores the step times of the run in the folder `run`, which `command` made.
+
+    Raises SystemExit where there is no trace, or too little of it for a run of either half of the benchmark.
+    """
+    try:
+        table = step_table(read_trace(run), str(run))
+    except TraceError as error:
+        raise SystemExit(f"record: {error}") from None
     kept = np.arange(_WARM_UP, len(table))
-    about = {"command": command, "adapter": str(table.facts.get("entrenar.gpu.adapter", "")), "steps": len(kept)}
+    if len(kept) < 2 * SEGMENT:
+        raise SystemExit(f"record: {run}: {len(table)} steps; the benchmark needs {_WARM_UP + 2 * SEGMENT} and more")
+    about = {"command": command, "adapter": str(table.facts.get(schema.GPU_ADAPTER, "")), "steps": len(kept)}
     recording.save(recording.rows(table, kept), output, about)
     print(f"record: {len(kept)} steps in {output}")
