@@ -19,8 +19,6 @@ from entrenar_gpu.events import Span
 from entrenar_gpu.graph import Node
 from entrenar_gpu.ops.registry import OPS
 
-LEVELS = ("step", "phase", "layer", "kernel")
-
 
 class Report(Protocol):
     """What an executor hands over when a step is done."""

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability import schema
 from observability.analysis import Analysis
 from observability.baseline import moving_median
 from observability.compare import Comparison
-from observability.findings import HIGH, LOW, MEDIUM, Finding, duration
+from observability.findings import HIGH, LOSS_SPIKE, LOW, MEDIUM, PERIODIC, SKIPPED_STEP, Finding, duration
 from observability.spans import Floats, Ints
 from observability.steps import PAUSES, pause_seconds
 
@@ -25,12 +26,12 @@ _BUCKETS: Final = 250
 _BARS: Final = 12
 _SEVERITY_COLOURS: Final = {LOW: "#7b8794", MEDIUM: "#d98a1c", HIGH: "#c0312b"}
 _PHASE_COLOURS: Final = {
-    "data": "#e0a43a",
-    "forward": "#4f8ef0",
-    "backward": "#2450a4",
-    "optimizer": "#4aa889",
-    "checkpoint": "#b0524f",
-    "eval": "#9a6fb8",
+    schema.DATA: "#e0a43a",
+    schema.FORWARD: "#4f8ef0",
+    schema.BACKWARD: "#2450a4",
+    schema.OPTIMIZER: "#4aa889",
+    schema.CHECKPOINT: "#b0524f",
+    schema.EVAL: "#9a6fb8",
     "other": "#c3ccd6",
 }
 _CLUSTER_COLOURS: Final = ("#4f8ef0", "#4aa889", "#9a6fb8", "#e0a43a", "#5d6b7c")
@@ -68,7 +69,7 @@ def loss_plot(analysis: Analysis) -> Figure | None:
         _line(table.step[rows], loss[rows], "loss of the step", "#b9cdf3", 1),
         _line(table.step[rows], smooth[rows], "smoothed", "#2450a4", 2.2),
     ]
-    marked = [f for f in analysis.anomalies if f.cause in ("loss-spike", "skipped-step")]
+    marked = [f for f in analysis.anomalies if f.cause in (LOSS_SPIKE, SKIPPED_STEP)]
     ceiling = float(np.nanmax(np.where(np.isfinite(loss), loss, np.nan)))
     at = {int(step): float(value) for step, value in zip(table.step, loss, strict=True)}
     traces += _marks(marked, {step: value if np.isfinite(value) else ceiling for step, value in at.items()})
@@ -84,7 +85,7 @@ def step_plot(analysis: Analysis) -> Figure:
         _line(table.step[rows], wall[rows], "step", "#b9cdf3", 1),
         _line(table.step[rows], expected[rows], "expected (moving median)", "#2450a4", 2),
     ]
-    marked = [f for f in analysis.anomalies if f.cause not in ("loss-spike", "skipped-step")]
+    marked = [f for f in analysis.anomalies if f.cause not in (LOSS_SPIKE, SKIPPED_STEP)]
     traces += _marks(marked, dict(zip(table.step.tolist(), wall.tolist(), strict=True)))
     figure = _figure(traces, "step", "step time (ms)")
     figure["layout"]["shapes"] = [
@@ -96,12 +97,12 @@ def step_plot(analysis: Analysis) -> Figure:
             "x1": f.last_step,
             "y0": 0,
             "y1": 1,
-            "fillcolor": "#c0312b" if f.severity == HIGH else "#d98a1c",
+            "fillcolor": _SEVERITY_COLOURS[str(f.severity)],
             "opacity": 0.09,
             "line": {"width": 0},
         }
         for f in analysis.alarms
-        if f.last_step > f.first_step and f.cause != "periodic"
+        if f.last_step > f.first_step and f.cause != PERIODIC
     ][:50]
     figure["layout"]["shapes"] += [
         {

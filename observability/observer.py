@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
@@ -76,7 +76,7 @@ def observe(
     flush_seconds: how long the end of the run may wait for the collector.
     Raises TraceError for an unusable level or address, before anything is started.
     """
-    if level not in get_args(schema.Level):
+    if level not in schema.LEVELS:
         raise TraceError(f"--trace-level: expected {', '.join(schema.LEVELS)}, not {level!r}")
     if otlp is not None:
         otlp_settings.target("traces", otlp)  # complains now, not when the run starts

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"profile_llama: {error}", file=sys.stderr)
         return 2
     if options.anomaly:
-        return subprocess.run([Path("scripts/analyze_training"), trace], check=False).returncode
+        return subprocess.run([sys.executable, "-m", "observability.report", trace], check=False).returncode
     return 0
 
 

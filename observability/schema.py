@@ -31,14 +31,14 @@ from; those that it takes again count as its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 TRACE_FILE: Final = "trace.jsonl"
 SCOPE_NAME: Final = "entrenar.observability"
 SERVICE_NAME_DEFAULT: Final = "entrenar-gpu"
 
 Level = Literal["step", "phase", "layer", "kernel"]
-LEVELS: Final[tuple[Level, ...]] = ("step", "phase", "layer", "kernel")
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 DEFAULT_LEVEL: Final[Level] = "layer"
 
 TRAIN: Final = "train"

@@ -82,9 +82,12 @@ def test_a_run_is_profiled_with_what_is_installed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profile, "_py_spy", lambda: None)
-    status = profile.main(["--runs", str(tmp_path), "--", sys.executable, "-c", RUN, str(tmp_path / "run")])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    status = profile.main(["--anomaly", "--runs", ".", "--", sys.executable, "-c", RUN, "run"])
     said = capfd.readouterr().out
     assert status == 0
+    assert "1 step of typically 200 ms: too few to tell normal from slow." in said
     assert "py-spy is not installed" in said
     assert "phases of 1 steps, 0.20 s" in said
     assert ("strace is not installed" in said) == (shutil.which("strace") is None) != ("system calls, by" in said)
