@@ -120,10 +120,10 @@ def train(
     from entrenar_gpu.display import Progress, show_start
     from entrenar_gpu.train import Trainer
 
-    trainer = Trainer(options.make_config(given, config))
+    made, progress = options.make_config(given, config), Progress(quiet)
+    tracer, observers = _tracing(made, progress)  # a wrong --otlp is told before a model is loaded
+    trainer = Trainer(made)
     show_start(trainer)
-    progress = Progress(quiet)
-    tracer, observers = _tracing(trainer.config, progress)
     trainer.observe(progress, *observers)
     try:
         summary = trainer.run()

@@ -46,6 +46,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--output", "a\0b"], "--output: 'a\\x00b' is not text"),
         (["train", "--no-such-flag"], "No such option: --no-such-flag"),
         (["train"], "--model: missing"),
+        (["train", "--otlp", "nonsense"], "--otlp: expected"),
         (["train", "--model", "/nowhere"], "--data: missing"),
         (["plan", "--model", "/nowhere"], "--model: /nowhere: no such folder"),
         (["plan", "--model", "/nowhere", "--profile", "x"], "--profile: 'x' is not one of webgpu"),
