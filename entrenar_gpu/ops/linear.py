@@ -2,10 +2,10 @@
 
 The forward product contracts over in-features, along which NF4's own blocks lie: its codes turn into int8 by a table of
 16 entries. The gradient of the input contracts over out-features: the weight is turned and, for int8, quantised anew
-along that axis. Activations and output gradients are narrowed on the way in. The narrow copy of x is
-workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the
-node's inputs (narrowed.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the launch
-that narrows x, from the same rows: the node's second output.
+along that axis. Activations and output gradients are narrowed on the way in. The narrow copy of x is workspace of the
+node; so is the weight's, unless one that stays on the device takes the weight's place among the node's inputs
+(narrowed.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the launch that narrows
+x, from the same rows: the node's second output.
 """
 
 from __future__ import annotations
