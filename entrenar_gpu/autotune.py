@@ -100,7 +100,7 @@ def read_cache(path: Path) -> Tiles:
         if held["version"] != VERSION:
             return {}
         tiles = {str(name): tuple(int(v) for v in numbers) for name, numbers in held["tiles"].items()}
-        return {name: numbers for name, numbers in tiles.items() if is_choice(numbers)}
+        return {name: numbers for name, numbers in tiles.items() if is_choice(name, numbers)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 

@@ -118,7 +118,7 @@ def _remove(checkpoint: Path) -> None:
     if checkpoint.exists():
         doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
         os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoints(output: Path) -> list[Path]:
@@ -140,7 +140,8 @@ def resumed_run(resume: str | None, output: Path) -> SavedRun | None:
     saved = None if resume is None else read_state(_resolve_resume(resume, output))
     used = any((output / name).exists() for name in (METRICS_FILE, WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
     if used and (saved is None or not saved.lies_in(output)):
-        raise UserError(f"--output: {output} already holds a run or a model; use --resume alone, or another folder")
+        other = "use --resume alone, or another folder" if find_checkpoints(output) else "use another folder"
+        raise UserError(f"--output: {output} already holds a run or a model; {other}")
     return saved
 
 
@@ -192,7 +193,9 @@ class SavedRun:
 
     def lies_in(self, output: Path) -> bool:
         """Whether this is a checkpoint of the run in `output`."""
-        return self.path.parent.resolve().parent == output.resolve()
+        folder = self.path.parent
+        places = Path(os.path.abspath(folder)).parent, folder.resolve().parent  # it may be a link to another disk
+        return output.exists() and any(os.path.samefile(place, output) for place in places)
 
 
 def forget_after(saved: SavedRun, output: Path) -> None:
@@ -200,9 +203,8 @@ def forget_after(saved: SavedRun, output: Path) -> None:
     will make others, and the next --resume must not take up what was abandoned."""
     if not saved.lies_in(output):
         return
-    resumed = saved.path.parent.resolve()
-    for later in reversed(find_checkpoints(resumed.parent)):  # a kill on the way leaves none that follows a gap
-        if _step_in_name(later) > saved.step and later != resumed:
+    for later in reversed(find_checkpoints(output)):  # a kill on the way leaves none that follows a gap
+        if _step_in_name(later) > saved.step and not os.path.samefile(later, saved.path.parent):
             _remove(later)
     MetricsFile(output).truncate(saved.step)
 
@@ -218,7 +220,7 @@ def read_state(folder: Path) -> SavedRun:
         data, config, model = state["data"], state["config"], state["model"]
         counts = _is_count(step) and (budget is None or (_is_count(budget) and budget > 0))
         objects = all(isinstance(part, dict) for part in (data, config, model))
-        if not (counts and objects and all(map(is_choice, tiles.values()))):
+        if not (counts and objects and all(is_choice(*item) for item in tiles.items())):
             raise ValueError
         told = None if run_id is None else str(run_id)
         return SavedRun(path, step, started, data, config, model, tiles, budget, told)

@@ -114,7 +114,7 @@ def _caps(device: str | None, profile: str | None) -> Any:
 def train(
     given: Mapping[str, Any],
     config: Annotated[str | None, typer.Option("--config", help="YAML file with any of these keys; flags win")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
     """Fine-tune a model on JSONL data."""
     from entrenar_gpu.display import Progress, show_start
@@ -329,8 +329,6 @@ def run(arguments: list[str]) -> int:
         return _complain(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        return 0
     except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
 

@@ -1,8 +1,9 @@
 """Predicted time of a node, for choices between arithmetic and memory.
 
 A node takes as long as its arithmetic or its traffic, whichever is longer, then the traffic of its workspace, which one
-launch writes and the next reads, and its launches. Only ratios decide, so every device is priced as the one that was
-measured, an NVIDIA H200 (docs/memory.md has the figures): predicted seconds are not for the clock elsewhere.
+launch writes and the next reads, and its launches, for which the tensors of its workspace stand. Only ratios decide, so
+every device is priced as the one that was measured, an NVIDIA H200 (docs/memory.md has the figures): predicted seconds
+are not for the clock elsewhere.
 """
 
 from __future__ import annotations

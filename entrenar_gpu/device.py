@@ -89,19 +89,49 @@ def memory_bytes(info: Any) -> int | None:
         # Metal lets a process use about three quarters of the unified memory
         text = _output(["sysctl", "-n", "hw.memsize"])
         return int(text) * 3 // 4 if text and text.strip().isdigit() else None
-    if "nvidia" in info["device"].lower() or info["vendor_id"] == 0x10DE:
-        text = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"])
-        for line in (text or "").splitlines():
-            name, _, mebibytes = line.rpartition(",")
-            if name.strip() in info["device"] or info["device"] in name:
-                return int(mebibytes) << 20 if mebibytes.strip().isdigit() else None
+    if _is_nvidia(info):
+        return _nvidia_smi(info, "memory.total")
+    folder = _amd_folder(info)
+    if folder is not None:
+        return int((folder / "mem_info_vram_total").read_text())
+    if info["adapter_type"] == "IntegratedGPU":
+        return _meminfo("MemAvailable")
+    return None
+
+
+def free_bytes(info: Any) -> int | None:
+    """What nobody uses of the memory that a card has for itself, where the system tells, else None."""
+    if info["adapter_type"] != "DiscreteGPU":
         return None
+    if _is_nvidia(info):
+        return _nvidia_smi(info, "memory.free")
+    folder = _amd_folder(info)
+    if folder is None:
+        return None
+    total, used = (int((folder / f"mem_info_vram_{key}").read_text()) for key in ("total", "used"))
+    return max(total - used, 0)
+
+
+def _is_nvidia(info: Any) -> bool:
+    return "nvidia" in info["device"].lower() or info["vendor_id"] == 0x10DE
+
+
+def _nvidia_smi(info: Any, figure: str) -> int | None:
+    """Bytes of a figure that nvidia-smi tells of the card in MiB."""
+    text = _output(["nvidia-smi", f"--query-gpu=name,{figure}", "--format=csv,noheader,nounits"])
+    for line in (text or "").splitlines():
+        name, _, mebibytes = line.rpartition(",")
+        if name.strip() in info["device"] or info["device"] in name:
+            return int(mebibytes) << 20 if mebibytes.strip().isdigit() else None
+    return None
+
+
+def _amd_folder(info: Any) -> Path | None:
+    """Where amdgpu tells of the card's memory."""
     for path in glob.glob("/sys/class/drm/card*/device/mem_info_vram_total"):
         ids = [int((Path(path).parent / key).read_text(), 16) for key in ("vendor", "device")]
         if ids == [info["vendor_id"], info["device_id"]]:
-            return int(Path(path).read_text())
-    if info["adapter_type"] == "IntegratedGPU":
-        return _meminfo("MemAvailable")
+            return Path(path).parent
     return None
 
 
@@ -138,6 +168,7 @@ def adapter_caps(adapter: Any) -> Caps:
         cooperative_matrix=_cooperative_edge(info["backend_type"]) if any(f in features for f in _EXPERIMENTAL) else 0,
         software=info["adapter_type"] == "CPU",
         memory_bytes=memory_bytes(info),
+        free_bytes=free_bytes(info),
         flops_per_second=_PACES.get(info["adapter_type"], 1e11),
     )
 

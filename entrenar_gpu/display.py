@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +36,10 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 2**30:.3f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def show_plan(parts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
@@ -44,7 +50,8 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}")
+        Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
+        soft_wrap=True,
     )
     for words, counts in (("again", parts["again"]), ("in half precision", parts["half"])):
         if counts:
@@ -81,7 +88,7 @@ def show_start(trainer: Any) -> None:
     console = Console()
 
     def line(name: str, text: str) -> None:
-        console.print(Text.assemble((f"{name:9}", "dim"), text), highlight=False)
+        console.print(Text.assemble((f"{name:9}", "dim"), text), highlight=False, soft_wrap=True)
 
     shapes = session.trainable().values()
     trainable = sum(math.prod(shape) for shape in shapes)
@@ -100,11 +107,19 @@ def show_start(trainer: Any) -> None:
         line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {again}")
 
 
+class _Lasting(Console):
+    """Goes on silently when nobody reads any more, as behind `| head`: a training is worth more than its lines."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+
+
 class Progress:
     """Observer: a bar with loss, learning rate, tokens a second and time left; evaluations and checkpoints as lines."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or _Lasting()
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Bar(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
         self._quiet = quiet
@@ -135,12 +150,12 @@ class Progress:
         rate = summary.steps / summary.seconds if summary.seconds else 0.0
         skipped = f", {summary.skipped_steps} skipped" if summary.skipped_steps else ""
         self.say(
-            f"{summary.status}: {summary.steps} steps{skipped} in {summary.seconds:.1f} s ({rate:.2f} steps/s),"
-            f" last loss {summary.final_loss:.4f}; {summary.output}",
+            f"{summary.status.partition(':')[0]}: {counted(summary.steps, 'step')}{skipped} in {summary.seconds:.1f} s"
+            f" ({rate:.2f} steps/s), last loss {summary.final_loss:.4f}; {summary.output}",
             "bold",
         )
 
     def say(self, text: str, style: str = "") -> None:
         """A line above the bar."""
         if not self._quiet:
-            self._bar.console.print(Text(text, style=style), highlight=False)
+            self._bar.console.print(Text(text, style=style), highlight=False, soft_wrap=True)

@@ -218,13 +218,14 @@ class Caps:
     cooperative_matrix: int = 0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 without them
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
+    free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells
     flops_per_second: float = 1e11  # assumed pace of matrix products: cuts runs into submits, tells large cards
     # Measured blockings of matrix products (tiles.py).
     tiles: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
 
     @property
     def large(self) -> bool:
-        """Whether this is a card with memory of its own, told by its assumed pace."""
+        """Whether this is a large card, told by its assumed pace."""
         return self.flops_per_second >= 1e12
 
     def limited(self) -> Caps:

@@ -11,8 +11,9 @@ from entrenar_gpu.errors import UserError
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
 
 
-def resolve_model(name: str, flag: str = "--model") -> Path:
-    """The folder of a model: `name` itself where that is one, otherwise the Hub's repository `name`, downloaded once.
+def resolve_model(name: str, flag: str = "--model", weights: bool = True) -> Path:
+    """The folder of a model: `name` itself where that is one, otherwise the Hub's repository `name`, downloaded once,
+    on request without its weights.
 
     Raises UserError naming the flag when there is neither, or when the Hub cannot be reached and holds no copy here.
     """
@@ -21,11 +22,11 @@ def resolve_model(name: str, flag: str = "--model") -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UserError(f"{flag}: {name}: no such folder")
+        raise UserError(f"{flag}: {name}: no such folder, and no Hub id such as Qwen/Qwen3-4B")
     import huggingface_hub  # slow to import, and most runs name a folder
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS if weights else ["*.json"]))
     except Exception as error:  # whatever a network, proxy or disk can raise, under several libraries' names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag}: {name}: no such folder, and not to be had from the Hub: {reason}") from error

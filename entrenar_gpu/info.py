@@ -44,8 +44,12 @@ def describe() -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The same for a person."""
-    console = Console()
-    console.print(f"entrenar-gpu {found['version']}, wgpu {found['wgpu']}, Python {found['python']}", highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"entrenar-gpu {found['version']}, wgpu {found['wgpu']}, Python {found['python']}",
+        highlight=False,
+        soft_wrap=True,
+    )
     for adapter in found["adapters"]:
         uses, chosen = adapter["uses"], adapter["index"] == found["chosen"]
         console.print(
@@ -57,6 +61,8 @@ def show(found: dict[str, Any]) -> None:
         facts = [adapter["adapter_type"], adapter["backend_type"], adapter["description"], known]
         facts.append(f"binds {uses['max_binding_bytes'] / 2**20:.0f} MiB")
         facts.append(f"{uses['max_workgroup_bytes'] >> 10} KiB a workgroup")
-        console.print(Text("     " + ", ".join(facts)), highlight=False)
-        console.print(Text("     uses " + (", ".join(has) or "no optional feature")), highlight=False)
-    console.print("→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE", style="dim", highlight=False)
+        console.print(Text("     " + ", ".join(facts)))
+        console.print(Text("     uses " + (", ".join(has) or "no optional feature")))
+    console.print(
+        "→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE", style="dim", highlight=False, soft_wrap=True
+    )

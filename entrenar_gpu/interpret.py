@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import ml_dtypes
@@ -38,6 +39,7 @@ class Report:
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
+        self.done_ns = time.time_ns()
 
     def result(self) -> np.ndarray:
         return self._values

@@ -24,9 +24,15 @@ class MetricsFile:
     def truncate(self, last_step: int) -> None:
         """Forget the steps after `last_step`, which a resumed run will take again."""
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= last_step]
+            kept = [line for line in self._lines() if _step_of(line) <= last_step]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation after this step is in the file."""
+        return any(_step_of(line) == step and '"eval_loss"' in line for line in self._lines())
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.exists() else []
 
     def step_finished(self, record: StepRecord) -> None:
         self._append({key: _finite(getattr(record, key)) for key in self.FIELDS} | {"skipped": record.skipped})

@@ -86,7 +86,7 @@ def _weight_purpose(name: str) -> str:
 def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool) -> PlanReport:
     """Trace and plan a run for a model folder, a Hub id or a bare config.json, with or without its weights."""
     path = Path(config.model)
-    path = path if path.is_file() else resolve_model(config.model)
+    path = path if path.is_file() else resolve_model(config.model, weights=False)
     model = load_model_config(path)
     spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
     folder = path if path.is_dir() else path.parent

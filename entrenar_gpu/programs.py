@@ -148,10 +148,15 @@ def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fit
     level, plan, graphs = fit(
         training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves
     )
-    # Memory that nobody spoke of is filled up only where it is a large card's own, and nobody else's.
-    if not level.fates and (shape.train.memory_budget is not None or (caps.large and caps.memory_bytes is not None)):
-        plan, graphs = narrowed.keep_copies(plan, graphs, budget_bytes, shape.train.trace_level)
+    if not level.fates:
+        fills = budget_bytes if shape.train.memory_budget is not None else min(budget_bytes, _unused(caps))
+        plan, graphs = narrowed.keep_copies(plan, graphs, fills, shape.train.trace_level)
     return level, plan, graphs
+
+
+def _unused(caps: Caps) -> int:
+    """Memory that may be filled where nobody spoke of any: a card's own that is free, less a tenth for others."""
+    return int((caps.free_bytes or 0) * 0.9)
 
 
 def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:

@@ -107,7 +107,8 @@ class Session:
     def _on_host(
         cls, config: TrainConfig, checkpoint: Checkpoint, spec: AdapterSpec | None, shape: RunShape, fit: Fit
     ) -> Session:
-        level, _, graphs = fit(shape, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
+        unlimited = replace(shape, train=replace(config, memory_budget=None))  # nor is there memory to fill
+        level, _, graphs = fit(unlimited, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
         info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
         return cls(config, checkpoint, spec, shape, NumpyExecutor(graphs), graphs, None, None, level, info)
 

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
 from entrenar_gpu.graph import Caps
+from entrenar_gpu.nf4 import BLOCK
 
 Arithmetic = Literal["f32", "f16", "int8"]
 
@@ -135,8 +136,10 @@ def choose(
 
 
 def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
-    whole = n - choice.tail
-    return not choice.tail or (arithmetic == "f32" and choice.slices > 1 and whole > 0 and whole % choice.tile.BN == 0)
+    """Whether there is none, or it is of a product in f32 whose other columns are whole tiles."""
+    whole, fours = n - choice.tail, n % 4 == 0 and choice.tail >= 0
+    apart = arithmetic == "f32" and choice.slices > 1 and fours and whole > 0 and whole % choice.tile.BN == 0
+    return choice.tail == 0 or apart
 
 
 @functools.lru_cache(maxsize=1024)
@@ -156,12 +159,17 @@ def choices(
             continue
         found.append(Choice(tile))
         apart = (0, _tail_columns(candidate, m, n, caps)) if arithmetic == "f32" and tail else (0,)
-        for slices in _SLICES[1:] if split and k >= 2 * max(4 * tile.BK, 64) else ():
+        for slices in _SLICES[1:] if split else ():
             for columns in dict.fromkeys(apart):
                 small = slices * m * (columns or n) * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
-                if small and k >= slices * max(4 * tile.BK, 64):
+                if small and _long_enough(tile, slices, k):
                     found.append(Choice(tile, slices, columns))
     return found
+
+
+def _long_enough(tile: Tile, slices: int, k: int) -> bool:
+    """Whether a slice of K is worth its start, and as long as a block of NF4."""
+    return slices == 1 or k >= slices * max(4 * tile.BK, BLOCK)
 
 
 def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
@@ -231,15 +239,18 @@ def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
     return Choice(Tile(*tile), slices, tail)
 
 
-def is_choice(numbers: Sequence[int]) -> bool:
-    """Whether numbers from a file are a choice that `choices` or a software adapter could have made."""
-    if len(numbers) != len(fields(Tile)) + 2:
+def is_choice(name: str, numbers: Sequence[int]) -> bool:
+    """Whether numbers from a file are a choice that the product of this `key` could have been given."""
+    asked, _, sizes = name.split(" ")
+    arithmetic = next((a for a in CANDIDATES if a == asked), None)
+    if arithmetic is None or len(numbers) != len(fields(Tile)) + 2:
         return False
+    m, n, k = map(int, sizes.split("x"))
     choice = from_numbers(list(numbers))
-    software = {software_tile("f32", m, n) for m, n in ((16, 64), (64, 16), (32, 32), (4096, 4096))}
-    tiles = {c.tile for listed in CANDIDATES.values() for c in listed} | {*SOFTWARE.values(), *software}
-    tail = choice.tail == 0 or (choice.tail > 0 and choice.tail % 4 == 0 and choice.slices > 1)
-    return choice.tile in tiles and choice.slices in _SLICES and tail
+    tiles = {c.tile for c in CANDIDATES[arithmetic]} | {software_tile(arithmetic, m, n)}
+    if choice.tile not in tiles or choice.slices not in _SLICES:
+        return False
+    return _long_enough(choice.tile, choice.slices, k) and _tail_fits(arithmetic, choice, n)
 
 
 def slice_length(k: int, choice: Choice) -> int:

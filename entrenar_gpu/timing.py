@@ -21,7 +21,9 @@ from entrenar_gpu.ops.registry import OPS
 
 
 class Report(Protocol):
-    """What an executor hands over when a step is done."""
+    """What an executor hands over when a step is done; `done_ns` says when that was, where the host knows."""
+
+    done_ns: int | None
 
     def ticks(self, graph: str, repeat: int) -> np.ndarray | None: ...
 
@@ -93,7 +95,7 @@ def step_spans(
 
     `repeats` micro-steps, then the update. Parents count from the first span returned.
     """
-    now = time.time_ns()
+    now = report.done_ns or time.time_ns()
     runs = [("micro", r) for r in range(repeats)] + [("update", 0)]
     timed = [(groups[name], ticks) for name, r in runs if (ticks := report.ticks(name, r)) is not None]
     if not timed:

@@ -156,8 +156,8 @@ class Trainer:
     def steps(self) -> Iterator[StepRecord]:
         """Train step by step; each record comes when its step is done on the device, one step late.
 
-        Nothing is written before this is called: it makes the run folder, and of a run that goes on there it drops the
-        checkpoints and metrics of later steps.
+        Nothing is written before this is called, which makes the run folder; with the first step a run that goes on
+        there drops the checkpoints and metrics of later ones.
         """
         self._make_output()
         return self._steps()
@@ -165,6 +165,8 @@ class Trainer:
     def _steps(self) -> Iterator[StepRecord]:
         c = self.config
         flying: _Flying | None = None
+        if self._saved is not None:  # only now: a run that an observer refuses to begin has lost nothing
+            run_checkpoint.forget_after(self._saved, self.output)
         self._calibrate()
         if self.eval_samples is not None and self._saved is None:
             self.evaluate(0)
@@ -189,7 +191,8 @@ class Trainer:
         if self._done < self.total_steps:
             self.save(self._done)
             return
-        if self.eval_samples is not None and self.first_step <= self.total_steps:
+        evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
+        if self.eval_samples is not None and not evaluated:
             self.evaluate(self.total_steps)
         self.save(self.total_steps)
         run_checkpoint.save_result(self.session, self.output)
@@ -262,7 +265,7 @@ class Trainer:
         if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
                 f"step {flying.number}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
-                f" lower --lr. {self._last_checkpoint()}"
+                f" lower --lr; {self._last_checkpoint()}"
             )
         return record
 
@@ -340,8 +343,6 @@ class Trainer:
             raise cannot_write(self.output, error) from None
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
         write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
-        if self._saved is not None:
-            run_checkpoint.forget_after(self._saved, self.output)
 
 
 def _batches(config: TrainConfig, samples: Samples) -> TrainBatches:

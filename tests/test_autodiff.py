@@ -105,6 +105,20 @@ def test_what_was_computed_beside_the_loss_is_not_differentiated():
     assert ops_of(graph) == ["fill", "expand"]
 
 
+def test_a_sum_is_not_folded_into_what_was_made_before_it():
+    """The product with an adapter stays where it is, as others read its second output."""
+    graph = Graph()
+    x, a, b = leaf(graph, "x", 5, 64), graph.parameter("a", (8, 64)), graph.parameter("b", (64, 8))
+    weight = ops.Nf4Tensors.declare(graph, "w", (64, 64), False, "float32")
+    first = ops.swish(x)
+    loss = ops.sum(ops.add(first, ops.linear(x, weight, precision="int8", adapter=(a, b, 0.5))))
+    backward(loss, [x, a, b])
+    made = {t.id for t in graph.persistents.values()}
+    for node in graph.nodes:
+        assert {t.id for t in node.inputs} <= made, node.label()
+        made |= {t.id for t in node.outputs}
+
+
 def test_gradients_of_intermediate_tensors_survive():
     """The gradient of `hidden` is asked for, so that folding it into another product would lose it."""
     graph = Graph()

@@ -121,7 +121,7 @@ def test_tiles_of_a_larger_device_give_way_on_a_smaller_one(measured, tmp_path, 
     whole = train(tmp_path, str(tmp_path / "whole"), kernels, **OPTIONS)
     saved = tmp_path / "whole/checkpoint-000002"
     state = json.loads((saved / STATE_FILE).read_text())
-    large = Choice(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2), 2, 64)
+    large = Choice(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2))
     state["tiles"] = dict.fromkeys(state["tiles"], to_numbers(large))
     (saved / STATE_FILE).write_text(json.dumps(state))
     resumed = train(tmp_path, str(tmp_path / "resumed"), limited_kernels, resume=str(saved), **OPTIONS)

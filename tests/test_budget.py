@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,9 +186,15 @@ ROWS = [(1, 512, 3.6), (4, 512, 4.5), (4, 2048, 7.0), (1, 512, 16.0), (4, 512, 1
 
 @pytest.mark.parametrize(("batch", "seq", "gib"), ROWS)
 def test_qwen3_4b_within_budgets(batch, seq, gib):
-    """Fits, and what is left of the budget is less than any single step back would take: it is used."""
-    shape = run_shape(model_shape("qwen3-4b"), batch=batch, seq=seq, rank=16, precision="int8")
+    """Fits, and what is left of the budget is less than any single step back would take: it is used, as docs/memory.md
+    has it."""
+    options = {"batch": batch, "seq": seq, "rank": 16, "precision": "int8", "memory_budget": gib}
+    shape = run_shape(model_shape("qwen3-4b"), **options)
     choice, plan, _ = fit_training(shape, PROFILES["desktop"], int(gib * 2**30), evaluates=False)
     assert plan.peak_bytes <= gib * 2**30
     assert plan.peak_bytes > 0.97 * gib * 2**30 or not choice.fates
     assert choice.share < 0.35
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {batch} × {seq} | {gib:g} |"))
+    assert row.split("|")[3].split(",")[0].strip() == f"{plan.peak_bytes / 2**30:.2f}"
+    assert row.split("|")[-2].strip() in (f"{choice.share:.0%}", f"{choice.share:.1%}", f"{choice.share:g}")

@@ -119,12 +119,13 @@ def test_the_plan_in_the_readme_is_what_is_printed(tmp_path: Path, capsys: pytes
     config.write_text(json.dumps(SHAPES["qwen3-4b"]))
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     command, shown = re.search(
-        r"`entrenar-gpu (plan --model Qwen3-4B [^`]*)` prints\n\n```\n(.*?)```", readme, re.S
+        r"`entrenar-gpu (plan --model Qwen/Qwen3-4B [^`]*)` prints\n\n```\n(.*?)```", readme, re.S
     ).groups()
-    assert cli.run(command.replace("Qwen3-4B", str(config)).split()) == 0
+    assert cli.run(command.replace("Qwen/Qwen3-4B", str(config)).split()) == 0
     assert shown.split() == capsys.readouterr().out.split()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_what_nobody_expected_of_a_file_is_one_line(tmp_path: Path) -> None:
     """Standard output on a full disk, as `info > file`."""
     command = [
@@ -141,6 +142,19 @@ def test_what_nobody_expected_of_a_file_is_one_line(tmp_path: Path) -> None:
         done = subprocess.run([*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr.splitlines() == ["error: output: No space left on device"]
     assert done.returncode == 2
+
+
+def test_a_training_goes_on_when_nobody_reads_its_lines_any_more() -> None:
+    script = "import sys, time; from entrenar_gpu.display import Progress; p = Progress()\n"
+    script += "for i in range(40): p.say(str(i)); time.sleep(0.01)\n"
+    script += "print('went on', file=sys.stderr)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"went on\n"
+    assert process.wait() == 0
 
 
 def test_plan_refuses_what_train_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,11 +166,23 @@ def test_a_planted_fault_is_caught(shader, old, new, precision, device, kernels)
         check(layer, layer.on_device(device, kernels, caps))
 
 
-def test_what_is_not_finite_is_not_lost(device, kernels):
-    """Loss scaling relies on an overflow showing up in what it touches."""
-    layer = Layer((65, 64, 128, 4), "int8")
-    layer.arrays["x"][7, 70] = np.inf
-    y = layer.on_device(device, kernels)["y"]
+@pytest.mark.parametrize("value", [2.0**118, np.inf, np.nan])
+def test_what_is_not_finite_is_not_lost(value, device, kernels):
+    """Loss scaling relies on an overflow showing up in what it touches: by the product itself, without an adapter."""
+    graph, rng = Graph("g"), np.random.default_rng(0)
+    x, weight = graph.tensor("x", (65, 128)), ops.Nf4Tensors.declare(graph, "w", (64, 128), False, "float32")
+    ops.keep(ops.linear(x, weight, precision="int8"), "y")
+    values = rng.standard_normal((65, 128), np.float32)
+    values[7, 70] = value
+    replay = Replay(device, make_plan({"g": graph}, device.caps), kernels)
+    try:
+        replay.write("x", values)
+        replay.write("w.codes", rng.integers(0, 256, 64 * 64, dtype=np.uint8))
+        replay.write("w.absmax", np.ones(128, np.float32))
+        replay.run("g")
+        y = replay.read("y")
+    finally:
+        replay.close()
     assert not np.isfinite(y[7]).any()
     assert np.isfinite(np.delete(y, 7, axis=0)).all()
 
@@ -303,12 +315,29 @@ def test_a_wave_that_would_be_half_empty_is_split_along_k():
     assert choice.slices > 1
     assert tiles.choose("f32", 2048, 8192, 2560, "nn", LARGE).tail == 0
     assert tiles.choose("f32", 2048, 9728, 2560, "nn", LARGE, tail=False).tail == 0
-    assert tiles.is_choice(tiles.to_numbers(choice))
-    assert not tiles.is_choice(tiles.to_numbers(replace(choice, slices=1)))
+    name = tiles.key("f32", 2048, 9728, 2560, "nn")
+    assert tiles.is_choice(name, tiles.to_numbers(choice))
+    # One slice, whole tiles that do not fit, nothing whole, another arithmetic, K cut too short.
+    for wrong in (replace(choice, slices=1), replace(choice, tail=1284), replace(choice, tail=9728)):
+        assert not tiles.is_choice(name, tiles.to_numbers(wrong))
+        caps = replace(LARGE, tiles={name: tiles.to_numbers(wrong)})
+        assert tiles.choose("f32", 2048, 9728, 2560, "nn", caps) == choice
+    assert not tiles.is_choice(name.replace("f32", "int8"), tiles.to_numbers(choice))
+    assert not tiles.is_choice(name.replace("2560", "128"), tiles.to_numbers(choice))
+
+
+def test_a_tile_of_another_arithmetic_is_no_choice():
+    """In int8 a slice shorter than a block would leave out the product without a word."""
+    f16 = Choice(tiles.CANDIDATES["f16"][1].tile, 2)
+    name = tiles.key("int8", 128, 192, 64, "nt")
+    assert not tiles.is_choice(name, tiles.to_numbers(f16))
+    assert tiles.is_choice(name, tiles.to_numbers(Choice(tiles.CANDIDATES["int8"][0].tile)))
+    with pytest.raises(ValueError, match="unpack"):
+        tiles.is_choice("int8", tiles.to_numbers(f16))
 
 
 def test_measured_choices_win_and_survive_json(tmp_path):
-    choice = Choice(Tile(32, 32, 16, 4, 4), 3)
+    choice = Choice(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 3)
     name = tiles.key("f32", 100, 200, 300, "nt")
     path = tmp_path / "tiles.json"
     autotune.write_cache(path, {name: tiles.to_numbers(choice)})

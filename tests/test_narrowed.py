@@ -25,7 +25,7 @@ from tests.tiny import QWEN3, make_data, make_model
 # Every projection a multiple of 64 both ways, as narrow products want.
 WIDE = {"intermediate_size": 192, "head_dim": 32}
 MODEL = parse_model_config(QWEN3 | WIDE)
-CARD = Caps("card", f16=True, max_binding_bytes=1 << 30, flops_per_second=2e12, memory_bytes=1 << 40)
+CARD = Caps("card", f16=True, max_binding_bytes=1 << 30, flops_per_second=2e12, free_bytes=1 << 40)
 TURNED = 2 * 7 - 3  # two layers' projections; nobody wants the gradient of what the first three read
 COPIES = 2 * 7 + TURNED
 
@@ -58,7 +58,7 @@ def test_a_copy_is_what_a_product_would_make(arithmetic, turned, device, kernels
 @pytest.mark.parametrize("precision", ["f16", "int8"])
 def test_copies_change_no_bit_of_a_run(precision, tmp_path, kernels, monkeypatch):
     needs(kernels.device, precision)
-    monkeypatch.setattr(kernels.device, "caps", replace(kernels.device.caps, memory_bytes=None))
+    monkeypatch.setattr(kernels.device, "caps", replace(kernels.device.caps, free_bytes=None))
     make_model(tmp_path / "model", **WIDE)
     make_data(tmp_path / "train.jsonl")
     runs = []
@@ -78,7 +78,7 @@ def test_copies_change_no_bit_of_a_run(precision, tmp_path, kernels, monkeypatch
 
 
 def test_copies_take_what_a_budget_leaves_and_no_more():
-    none = fitted(replace(CARD, memory_bytes=None), 1 << 40)[1].peak_bytes
+    none = fitted(replace(CARD, free_bytes=None), 1 << 40)[1].peak_bytes
     sizes, found = fitted(CARD, 1 << 40)[1].buffers, []
     for left in range(-20_000, 400_000, 20_000):
         level, plan, graphs = fitted(CARD, none + left)
@@ -100,9 +100,9 @@ def test_copies_take_what_a_budget_leaves_and_no_more():
     ("caps", "options", "copies"),
     [
         (CARD, {}, COPIES),
-        (replace(CARD, memory_bytes=None), {}, 0),  # 16 GiB assumed are not there to be filled
-        (replace(CARD, flops_per_second=2e11), {}, 0),  # memory that is the system's too
-        (replace(CARD, flops_per_second=2e11), {"memory_budget": 1.0}, COPIES),
+        (replace(CARD, free_bytes=None), {}, 0),  # 16 GiB assumed are not there to be filled, nor the system's memory
+        (replace(CARD, free_bytes=0), {}, 0),  # all of it is somebody else's
+        (replace(CARD, free_bytes=None), {"memory_budget": 1.0}, COPIES),
         (CARD, {"precision": "f32"}, 0),
         (CARD, {"precision": "f16"}, COPIES),
     ],

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -25,6 +26,7 @@ from entrenar_gpu.metrics_file import MetricsFile
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.safetensors_file import SafetensorsFile, save_safetensors
 from entrenar_gpu.session import MARGIN, Budget
+from entrenar_gpu.timing import GpuClock, step_spans
 from entrenar_gpu.train import Trainer
 from observability.otlp_read import read_trace
 from observability.steps import step_table
@@ -166,11 +168,59 @@ def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(folder, tmp_p
         numpy_run(folder, run, seed=3, **options)
     numpy_run(folder, tmp_path / "elsewhere", **options)
     trainer = Trainer(config_of(folder, str(run), device="numpy", **options))
+
+    class Refusing:
+        def run_started(self, info: Any) -> None:
+            raise UserError("no tracing")
+
+    with pytest.raises(UserError, match="no tracing"):
+        Trainer(trainer.config, [Refusing()]).run()
     assert held() == ([2, 4, 6], [1, 2, 3, 4, 5, 6])
     next(trainer.steps())  # and then it was killed
     assert held() == ([2], [1, 2, 3])
     numpy_run(folder, run, **options)
     assert held() == ([6], [1, 2, 3, 4, 5, 6])
+
+
+def test_a_checkpoint_on_another_disk_is_of_the_run_that_links_to_it(folder, tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "disk"
+    numpy_run(folder, run, steps=4, save_every=2)
+    kept.mkdir()
+    for name in ("checkpoint-000002", "checkpoint-000004"):
+        (run / name).rename(kept / name)
+        (run / name).symlink_to(kept / name)
+    numpy_run(folder, run, steps=6, resume="latest")
+    numpy_run(folder, run, steps=6, resume=str(run / "checkpoint-000002"))
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-000002", "checkpoint-000006"]
+    assert (kept / "checkpoint-000004/adapter_model.safetensors").exists()
+
+
+def test_a_run_without_a_checkpoint_is_not_said_to_have_one(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a run or a model; use another folder$"):
+        numpy_run(folder, run)
+
+
+def test_an_evaluation_that_is_missing_at_the_end_is_made(folder, tmp_path):
+    numpy_run(folder, tmp_path / "run", steps=3)
+    options = {"steps": 3, "resume": "latest", "eval_data": str(folder / "train.jsonl")}
+    for _ in range(2):
+        numpy_run(folder, tmp_path / "run", **options)
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "eval_loss" in line] == [3]
+
+
+def test_a_step_on_the_host_ends_when_it_is_done(folder, tmp_path):
+    """Not when it is asked after, a step later: a slow observer of one step would make the next look long."""
+    trainer = Trainer(config_of(folder, str(tmp_path / "run"), device="numpy", steps=2))
+    trainer.session.write_batch(next(trainer.batches).micro_batches[0])
+    report = trainer.executor.run("update")
+    done = time.time_ns()
+    time.sleep(0.05)
+    assert step_spans(report, {}, 0, GpuClock(), 0) == ([], report.done_ns)
+    assert report.done_ns <= done
 
 
 @pytest.mark.parametrize(("at", "status"), [(0, "interrupted"), (4, "finished")])
@@ -344,10 +394,10 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "changed",
     [
-        {"tiles": {"f32 nt 64x64x64": [0] * 9}},
-        {"tiles": {"f32 nt 64x64x64": [64, 64, 16]}},
-        {"tiles": {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, -4]}},
-        {"tiles": {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, math.inf]}},
+        {"tiles": {"f32 nt 4096x4096x64": [0] * 9}},
+        {"tiles": {"f32 nt 4096x4096x64": [64, 64, 16]}},
+        {"tiles": {"f32 nt 4096x4096x64": [64, 64, 16, 8, 4, 1, 1, 1, -4]}},
+        {"tiles": {"f32 nt 4096x4096x64": [64, 64, 16, 8, 4, 1, 1, 1, math.inf]}},
         *({"budget": value} for value in (-1, math.inf, 10**400)),
         *({"step": value} for value in (-5, 1.5, True, "1", math.inf, 2**53)),
         *({key: []} for key in ("data", "config", "model")),
@@ -355,7 +405,7 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
 )
 def test_a_state_that_no_run_has_written_is_one_line(tmp_path, changed):
     fine = {"step": 1, "started": "2024-07-26T12:00:00", "data": {}, "config": {}, "model": {}, "budget": None}
-    fine["tiles"] = {"f32 nt 64x64x64": [64, 64, 16, 8, 4, 1, 1, 1, 0]}
+    fine["tiles"] = {"f32 nt 4096x4096x64": [64, 64, 16, 8, 4, 1, 1, 1, 0]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(fine))
     checkpoint.read_state(tmp_path)
     (tmp_path / "trainer_state.json").write_text(json.dumps({**fine, **changed}))

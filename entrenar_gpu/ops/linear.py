@@ -189,6 +189,8 @@ def _gradient_added(o: Operands, dy: Tensor, context: GradientContext) -> list[T
 def _gradient_down(node: Node, dy: Tensor, context: GradientContext) -> Sequence[Tensor | None]:
     """Of x W^T + beta (x A^T) B^T: the input's is dy W + beta (dy B) A, the same op with W turned and B for A."""
     attrs, o = node.attrs, operands(node)
+    if attrs["turned"]:
+        raise ValueError(f"{node.label()}: a gradient, and not differentiable again")
     x, a, b, p = node.inputs[0], o.down, o.q, o.p
     assert a is not None
     assert b is not None
