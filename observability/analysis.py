@@ -21,9 +21,12 @@ _MOST_OF_A_PAUSE: Final = 0.5  # of the typical one: steps so much over have the
 
 @dataclass(frozen=True)
 class Loss:
-    """What an alarm cost: `seconds`, and the `rows` of the steps that it is about."""
+    """What an alarm cost: `seconds`, and the numbers of the `steps` that it is about.
 
-    rows: Ints
+    A pause may belong to a step that the table lacks: the evaluation before the first one has number 0.
+    """
+
+    steps: Ints
     seconds: float
 
 
@@ -90,7 +93,7 @@ def verdict(analysis: Analysis) -> str:
         return f"Healthy: {ran}, nothing out of the ordinary" + (f" but {low} slightly slow." if low else ".")
     lost = time_lost(analysis)
     total = table.total_seconds
-    steps = len(np.unique(np.concatenate([analysis.losses[finding].rows for finding in alarms])))
+    steps = len(np.unique(np.concatenate([analysis.losses[finding].steps for finding in alarms])))
     worst = max(by_cause(alarms).items(), key=lambda item: sum(lost_in(analysis, f) for f in item[1]))
     head = f"{ran}; {steps:,} of them out of the ordinary"
     return f"{head}, costing {duration(lost)} ({lost / total:.1%} of the run), most of it through {CAUSES[worst[0]]}."
@@ -120,9 +123,9 @@ def _losses(analysis: Analysis) -> dict[Finding, Loss]:
     for finding in sorted(analysis.alarms, key=lambda f: f.last_step - f.first_step):
         rows = np.arange(*np.searchsorted(table.step, (finding.first_step, finding.last_step + 1)))
         if finding.cause in (LOSS_SPIKE, SKIPPED_STEP):
-            result[finding] = Loss(rows, 0.0)
+            result[finding] = Loss(table.step[rows], 0.0)
         elif finding.span in PAUSES:
-            result[finding] = Loss(rows, max(finding.seconds - finding.expected, 0.0))
+            result[finding] = Loss(np.array([finding.step]), max(finding.seconds - finding.expected, 0.0))
         else:
             over = _over(analysis, finding, rows)
             if finding.cause == PERIODIC:
@@ -130,7 +133,7 @@ def _losses(analysis: Analysis) -> dict[Finding, Loss]:
                 rows, over = rows[own], over[own]
             over = np.maximum(over - counted[rows], 0.0)
             counted[rows] += over
-            result[finding] = Loss(rows, float(np.sum(over)))
+            result[finding] = Loss(table.step[rows], float(np.sum(over)))
     return result
 
 

@@ -114,6 +114,8 @@ def of_pauses(table: StepTable, scale: float) -> list[Finding]:
     findings = []
     for name in (schema.CHECKPOINT, schema.EVAL):
         pauses = [pause for pause in table.pauses if pause.name == name]
+        if name == schema.EVAL:
+            pauses = _warm(table, pauses)
         for index, pause in enumerate(pauses):
             others = [other.seconds for other in pauses[:index] + pauses[index + 1 :]]
             finding = judge_pause(pause, others, typical_step(table), scale)
@@ -126,6 +128,13 @@ def of_pauses(table: StepTable, scale: float) -> list[Finding]:
         first, last, typical = written[0].step, written[-1].step, total / len(written)
         findings.append(Finding(CHECKPOINT_STALL, first, last, first, schema.CHECKPOINT, typical, 0.0, 0.0, None, text))
     return findings
+
+
+def _warm(table: StepTable, pauses: list[Pause]) -> list[Pause]:
+    """`pauses` but the first of the run and of each resumed part: those compile and fill caches, as first steps do."""
+    begins = (0, *(int(table.step[row]) for row in table.restarts))
+    cold = {min((pause.step for pause in pauses if pause.step >= begin), default=None) for begin in begins}
+    return [pause for pause in pauses if pause.step not in cold]
 
 
 def judge_pause(pause: Pause, others: list[float], step_seconds: float, scale: float) -> Finding | None:

@@ -145,6 +145,40 @@ def test_one_slow_checkpoint_of_two(tmp_path: Path) -> None:
     assert only(tmp_path, steps).step == 150
 
 
+def pause(name: str, step: int, ms: float) -> str:
+    """A line of the trace with a pause after (for 0 before) that step."""
+    start = made.START_NS + (step * 100 - 2000) * made.MS
+    attributes = {"SPAN_LEVEL": "phase", "STEP_NUMBER": step}
+    span = made.span(name, start, start + ms * made.MS, 10**9 + step, 1, "run-1", **attributes)
+    return json.dumps(made.request([span], {schema.RUN_ID: "run-1"})) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "resumed", "slow"),
+    [
+        ({0: 1490, 10: 247, 20: 247}, (), None),
+        ({0: 1490, 30: 247}, (), None),
+        ({0: 1490, 10: 247, 20: 900, 30: 247}, (), 20),
+        ({0: 247, 10: 1490, 20: 247, 30: 247}, (), 10),
+        ({0: 1490, 10: 1490, 20: 247, 30: 247}, (5,), None),
+        ({0: 1490, 20: 247, 30: 247}, (3, 5), None),
+        ({0: 1490, 10: 1490, 20: 900, 30: 247}, (5,), 20),
+    ],
+)
+def test_the_first_evaluation_of_a_run_and_of_a_resumed_part_is_cold(
+    tmp_path: Path, evaluations: dict[int, float], resumed: tuple[int, ...], slow: int | None
+) -> None:
+    lines = "".join(pause("eval", step, ms) for step, ms in reversed(evaluations.items()))
+    path = made.write(tmp_path / "t.jsonl", made.plain_steps(30), tail=lines)
+    table = replace(step_table(read_trace(path), "made up"), restarts=resumed)
+    assert [(f.step, f.span) for f in detect(table)[0] if f.is_alarm] == ([(slow, "eval")] if slow else [])
+
+
+def test_a_pause_of_a_step_that_the_trace_lacks_counts_as_a_step(tmp_path: Path) -> None:
+    analysis = analyse(made.write(tmp_path / "t.jsonl", made.plain_steps(40), tail=pause("checkpoint", 41, 400)))
+    assert "; 1 of them out of the ordinary, costing 400 ms" in verdict(analysis)
+
+
 def test_spike_of_every_phase(tmp_path: Path) -> None:
     steps = made.plain_steps(200)
     slower(steps[120:121], 2)
