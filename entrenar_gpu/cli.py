@@ -170,7 +170,7 @@ def report(context: typer.Context) -> None:
     """Explain a run from its trace: RUN|TRACE [--html OUT] [--json OUT] [--perfetto OUT] [--against RUN]."""
     from observability.report import main as explain
 
-    raise typer.Exit(explain(context.args))
+    raise typer.Exit(explain(context.args, prog="entrenar-gpu report"))
 
 
 @app.command("eval")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -64,9 +65,14 @@ def report(
     return analysis
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 on input that cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m observability.report", description=__doc__)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TraceError(message)  # argparse itself would print the usage too
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m observability.report") -> int:
+    """The command line, `prog` as its help calls it; 2 on input that cannot be used."""
+    parser = _Parser(prog=prog, description="Explain a run from its trace.")
     parser.add_argument("source", metavar="RUN|TRACE", help="run folder, OTLP JSON-lines file, or Jaeger address")
     parser.add_argument("--newest", action="store_true", help="RUN is a folder of runs: report the last one below it")
     parser.add_argument("--html", metavar="OUT", help="write a self-contained HTML report")
@@ -74,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--perfetto", metavar="OUT", help="write a trace for ui.perfetto.dev (.gz compresses)")
     parser.add_argument("--against", metavar="RUN", help="compare with another run, step by step")
     parser.add_argument("--clusters", metavar="K", type=int, help="number of clusters (default: by silhouette)")
-    options = vars(parser.parse_args(arguments))
     print_any_text()
     try:
+        options = vars(parser.parse_args(arguments))
         if options.pop("newest") and not Path(options["source"]).is_file():
             options["source"] = str(newest_run(Path(options["source"])))
         report(**options)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from entrenar_gpu.cli import run
 from observability import schema
 from observability.errors import TraceError
 from observability.html_report import script_json
@@ -254,6 +255,28 @@ def test_an_output_replaces_neither_a_trace_that_is_read_nor_another_output(
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert sorted(tmp_path.rglob("*")) == before
     assert Path("run/trace.jsonl").read_bytes() == Path("other.jsonl").read_bytes() == trace.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: RUN|TRACE"),
+        (["run", "--json"], "argument --json: expected one argument"),
+        (["run", "--clusters", "many"], "argument --clusters: invalid int value: 'many'"),
+        (["run", "--h\ntml=x"], "unrecognized arguments: --h tml=x"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_help_is_the_callers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run(["report", "--help"])
+    assert capsys.readouterr().out.startswith("usage: entrenar-gpu report [-h]")
 
 
 def test_cluster_number_out_of_range(trace: Path) -> None:
