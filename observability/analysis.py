@@ -11,7 +11,16 @@ import numpy as np
 
 from observability.clusters import Clusters, cluster_steps
 from observability.detect import LEAST_STEPS, Scored, detect
-from observability.findings import CAUSES, COMPILE, LOSS_SPIKE, PERIODIC, SKIPPED_STEP, Finding, duration
+from observability.findings import (
+    CAUSES,
+    COMPILE,
+    LOSS_SPIKE,
+    PERIODIC,
+    SKIPPED_STEP,
+    Finding,
+    duration,
+    number_of_steps,
+)
 from observability.otlp_read import read_trace
 from observability.spans import Floats, Ints, SpanTable, printable
 from observability.steps import PAUSES, StepTable, step_table
@@ -85,7 +94,7 @@ def verdict(analysis: Analysis) -> str:
     """One sentence: is this run healthy?"""
     table, alarms = analysis.table, analysis.alarms
     typical = duration(float(np.median(table.seconds)))
-    ran = f"{len(table):,} {'step' if len(table) == 1 else 'steps'} of typically {typical}"
+    ran = f"{number_of_steps(len(table))} of typically {typical}"
     if len(table) < LEAST_STEPS:
         return f"{ran}: too few to tell normal from slow."
     if not alarms:

@@ -128,6 +128,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
+def number_of_steps(count: int) -> str:
+    """1 step, 1,203 steps."""
+    return f"{count:,} {'step' if count == 1 else 'steps'}"
+
+
 def size(count: float) -> str:
     """Bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from observability.errors import TraceError
+from observability.findings import number_of_steps
 from observability.otlp_read import newest_run, read_trace, trace_path
 from observability.spans import PHASE, RUN_STEP, SpanTable
 
@@ -141,7 +142,7 @@ def _largest(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def phase_report(phases: Phases, source: Path) -> Iterator[str]:
-    yield f"phases of {phases.steps} steps, {phases.step_seconds:.2f} s ({source})"
+    yield f"phases of {number_of_steps(phases.steps)}, {phases.step_seconds:.2f} s ({source})"
     for name, seconds in _largest(phases.seconds()):
         yield f"  {seconds / max(phases.step_seconds, 1e-9):6.1%} {seconds:9.3f} s  {name}"
 

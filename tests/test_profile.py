@@ -89,7 +89,7 @@ def test_a_run_is_profiled_with_what_is_installed(
     assert status == 0
     assert "1 step of typically 200 ms: too few to tell normal from slow." in said
     assert "py-spy is not installed" in said
-    assert "phases of 1 steps, 0.20 s" in said
+    assert "phases of 1 step, 0.20 s" in said
     assert ("strace is not installed" in said) == (shutil.which("strace") is None) != ("system calls, by" in said)
 
 
