@@ -16,12 +16,14 @@ MOST_CLUSTERS: Final = 5
 _LEAST_STEPS: Final = 10
 _SAMPLE: Final = 2000  # steps that the silhouette is computed on: it takes time with their square
 _WINSORISED: Final = (0.005, 0.995)  # features are cut off at these quantiles
+_NAMED: Final = 4  # features at most
 _DISTINCT: Final = 1.0  # sigmas between cluster and rest from which a feature is worth naming
+_SEPARATE: Final = 0.25  # silhouette from which the kinds are kinds at all
 # Bands of Kaufman and Rousseeuw, "Finding Groups in Data" (1990), chapter 2.
 _MEANING: Final = (
     (0.7, "the kinds of steps are clearly apart"),
     (0.5, "the kinds of steps are reasonably apart"),
-    (0.25, "the kinds of steps overlap; the split may be artificial"),
+    (_SEPARATE, "the kinds of steps overlap; the split may be artificial"),
     (-1.0, "there are no distinct kinds of steps: all are much alike"),
 )
 
@@ -56,6 +58,11 @@ class Clusters:
     silhouette: float | None
     labels: Ints
     high_latency: HighLatency | None
+
+    @property
+    def separate(self) -> bool:
+        """Whether there are distinct kinds of steps to speak of."""
+        return self.silhouette is not None and self.silhouette >= _SEPARATE
 
     @property
     def meaning(self) -> str:
@@ -153,14 +160,14 @@ def _slowest(table: StepTable, features: list[Feature], labels: Ints) -> HighLat
         apart = float(np.mean(inside) - np.mean(outside)) / max(float(np.std(feature.values)), 1e-30)
         distances.append((abs(apart), feature, float(np.mean(inside)), float(np.mean(outside))))
     distances.sort(key=lambda item: -item[0])
-    named = [
-        f"{feature.name} {_shown(inside, feature.unit)} against {_shown(outside, feature.unit)}"
-        for apart, feature, inside, outside in distances[:4]
-        if apart >= _DISTINCT
-    ]
+    named = []
+    for apart, feature, *values in distances:
+        inside, outside = (_shown(value, feature.unit) for value in values)
+        if apart >= _DISTINCT and inside != outside:  # a difference that nobody can see is no reason
+            named.append(f"{feature.name} {inside} against {outside}")
     telling = next((f.name for _, f, _, _ in distances if f.group in ("phases", "layers")), "")
     others = float(np.mean(table.wall_seconds[rest]))
-    return HighLatency(slowest, table.step[members].tolist(), means[slowest], others, named, telling)
+    return HighLatency(slowest, table.step[members].tolist(), means[slowest], others, named[:_NAMED], telling)
 
 
 def _shown(value: float, unit: str) -> str:

@@ -21,7 +21,7 @@ from observability import figures, schema
 from observability.analysis import Analysis, by_cause, lost_in, time_lost, verdict
 from observability.compare import Comparison
 from observability.files import write_whole
-from observability.findings import CAUSES, HIGH, Finding, duration, in_a_row, size
+from observability.findings import CAUSES, HIGH, Finding, duration, in_a_row, number_of_steps, size
 from observability.spans import whole
 
 _ROWS: Final = 300  # anomalies listed, the worst first
@@ -230,10 +230,12 @@ def _cluster_text(analysis: Analysis) -> str:
     clusters, high = analysis.clusters, analysis.clusters.high_latency
     if high is None or clusters.silhouette is None:
         return clusters.meaning.capitalize() + "."
-    text = (
-        f"Sorted into {clusters.k} kinds; {clusters.meaning} (silhouette {clusters.silhouette:.2f}). The high-latency"
-        f" cluster holds {len(high.steps):,} steps of {duration(high.mean_seconds)} on average, the others take"
-        f" {duration(high.others_mean_seconds)}."
+    text = f"Sorted into {clusters.k} kinds; {clusters.meaning} (silhouette {clusters.silhouette:.2f})."
+    if not clusters.separate:
+        return text
+    text += (
+        f" The high-latency cluster holds {number_of_steps(len(high.steps))} of {duration(high.mean_seconds)} on"
+        f" average, the others take {duration(high.others_mean_seconds)}."
     )
     return text + (f" What sets it apart: {'; '.join(high.distinguished_by)}." if high.distinguished_by else "")
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from observability.analysis import Analysis, verdict
 from observability.compare import Comparison
-from observability.findings import HIGH, MEDIUM, duration, in_a_row
+from observability.findings import HIGH, MEDIUM, duration, in_a_row, number_of_steps
 
 _ROWS = 40
 _STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
@@ -38,13 +38,12 @@ def print_report(analysis: Analysis, comparison: Comparison | None, console: Con
         console.print(Text(f"explained: {finding.cause} at step {place}: {finding.evidence}"))
     clusters, high = analysis.clusters, analysis.clusters.high_latency
     if high is not None and clusters.silhouette is not None:
-        apart = f": {'; '.join(high.distinguished_by)}" if high.distinguished_by else ""
-        console.print(
-            Text(
-                f"{clusters.k} kinds of steps (silhouette {clusters.silhouette:.2f}: {clusters.meaning});"
-                f" the high-latency one has {len(high.steps)} steps of {duration(high.mean_seconds)}{apart}"
-            )
-        )
+        text = f"{clusters.k} kinds of steps (silhouette {clusters.silhouette:.2f}: {clusters.meaning})"
+        if clusters.separate:
+            apart = f": {'; '.join(high.distinguished_by)}" if high.distinguished_by else ""
+            slow = f"{number_of_steps(len(high.steps))} of {duration(high.mean_seconds)}"
+            text += f"; the high-latency one has {slow}{apart}"
+        console.print(Text(text))
     if comparison is not None:
         console.print(Text(comparison.verdict(), style="bold"))
         for change in comparison.changes[:15]:

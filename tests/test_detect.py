@@ -518,6 +518,20 @@ def test_clusters_find_the_slow_kind_and_say_what_it_is(tmp_path: Path) -> None:
     assert analyse(tmp_path / "trace.jsonl", k=4).clusters.k == 4
 
 
+def test_what_sets_the_slow_kind_apart_can_be_seen(tmp_path: Path) -> None:
+    steps = made.plain_steps(300)
+    for step in steps:
+        slow = step.number % 10 == 0
+        step.phases["data"] = 0.003 if slow else 0.001
+        step.attributes[schema.ALLOCATED_BYTES] += 4096 if slow else 0
+        made.slow_layer(step, "forward 1", 50 if slow else 0)
+    high = analysed(tmp_path, steps).clusters.high_latency
+    assert high is not None
+    told = [text.split(" against ") for text in high.distinguished_by]
+    assert [pair for pair in told if pair[0].endswith(f" {pair[1]}")] == []
+    assert len(told) == 4
+
+
 def test_json_has_the_promised_form(tmp_path: Path) -> None:
     steps = made.plain_steps(300)
     steps[120].phases["data"] += 60

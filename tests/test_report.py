@@ -78,6 +78,15 @@ def test_html_tells_the_story_and_loads_nothing(trace: Path, tmp_path: Path) -> 
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", visible)
 
 
+def test_steps_that_are_much_alike_have_no_slow_kind(tmp_path: Path) -> None:
+    path, console = made.write(tmp_path / "trace.jsonl", made.plain_steps(100, noise=0.05)), quiet()
+    report(str(path), html=str(tmp_path / "r.html"), console=console)
+    alike = "there are no distinct kinds of steps: all are much alike"
+    assert re.search(rf"2 kinds of steps \(silhouette 0\.2\d: {alike}\)\n", text_of(console))
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert re.search(rf"Sorted into 2 kinds; {alike} \(silhouette 0\.2\d\)\.</p>", page)
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     steps = faulty_steps()
     for step in steps:
