@@ -199,7 +199,10 @@ def test_a_fact_that_is_no_count_is_shown_as_it_is(tmp_path: Path, value: dict[s
 
 def test_names_that_are_not_utf_8(trace: Path, tmp_path: Path) -> None:
     name = tmp_path / os.fsdecode(b"tr\xff.jsonl")
-    name.write_bytes(trace.read_bytes())
+    try:
+        name.write_bytes(trace.read_bytes())
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
     report(str(name), html=str(tmp_path / "r.html"), against=str(name), console=quiet())
     assert "tr\ufffd.jsonl." in (tmp_path / "r.html").read_text(encoding="utf-8")
 
