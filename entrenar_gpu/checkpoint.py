@@ -22,7 +22,7 @@ import numpy as np
 
 from entrenar_gpu.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.files import cannot_write, new_folder, write_text
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.loader import load_weights
 from entrenar_gpu.metrics_file import METRICS_FILE, MetricsFile
@@ -149,7 +149,7 @@ def _check_writable(output: Path) -> None:
     """Raise UserError for a folder that cannot be made or written to, before a model is loaded for it."""
     missing = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        new_folder(output)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise cannot_write(output, error) from None

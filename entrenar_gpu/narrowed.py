@@ -7,7 +7,7 @@ graph of their own, and hold the same bits, so that no result depends on how man
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from entrenar_gpu import ops
@@ -27,18 +27,18 @@ def keep_copies(
     plan: Plan, graphs: Mapping[str, Graph], budget_bytes: int, trace_level: str
 ) -> tuple[Plan, Mapping[str, Graph]]:
     """The plan and its graphs with as many copies as the budget leaves room for, and the graph that makes them."""
-    chosen, left = [], budget_bytes - plan.peak_bytes
+    chosen, left = dict[Key, Node](), budget_bytes - plan.peak_bytes
     for key, node in _products(graphs).items():
         nbytes = sum(t.nbytes for t in _copy(Graph(), key, node))
         if nbytes <= left:
-            chosen.append(key)
+            chosen[key] = node
             left -= nbytes
     while chosen:
         rewritten = _rewritten(graphs, chosen)
         larger = make_plan(rewritten, plan.caps, trace_level=trace_level)
         if larger.peak_bytes <= budget_bytes:
             return larger, rewritten
-        chosen.pop()  # without its workspace a node may be packed worse, by chance
+        chosen.popitem()  # without its workspace a node may be packed worse, by chance
     return plan, graphs
 
 
@@ -62,10 +62,10 @@ def _copy(graph: Graph, key: Key, node: Node) -> tuple[Tensor, ...]:
     return tuple(ops.keep(t, f"{name}{suffix}") for t, suffix in zip(made, suffixes, strict=False))
 
 
-def _rewritten(graphs: Mapping[str, Graph], chosen: Iterable[Key]) -> dict[str, Graph]:
+def _rewritten(graphs: Mapping[str, Graph], chosen: Mapping[Key, Node]) -> dict[str, Graph]:
     """The graphs with products that read the chosen copies, after the graph that makes these."""
-    maker, products = Graph(GRAPH), _products(graphs)
-    copies = {key: [t.updates for t in _copy(maker, key, products[key])] for key in chosen}
+    maker = Graph(GRAPH)
+    copies = {key: [t.updates for t in _copy(maker, key, node)] for key, node in chosen.items()}
     result = {GRAPH: maker}
     for name, graph in graphs.items():
         copied = replace(graph, nodes=[], persistents=dict(graph.persistents))

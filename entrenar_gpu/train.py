@@ -29,7 +29,7 @@ from entrenar_gpu.data import data_files, load_samples
 from entrenar_gpu.errors import TrainingDiverged, UserError
 from entrenar_gpu.evaluate import evaluate
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord, notify
-from entrenar_gpu.files import cannot_write, write_text
+from entrenar_gpu.files import new_folder, write_text
 from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.metrics_file import MetricsFile
@@ -337,10 +337,7 @@ class Trainer:
         )
 
     def _make_output(self) -> None:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.output, error) from None
+        new_folder(self.output)
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
         write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
 

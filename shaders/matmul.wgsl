@@ -241,7 +241,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
           {
 {% endif %}
 {% if bias %}
-            value += bias[({{ first_column }}u + n) >> 2u];
+            value += bias[n >> 2u];
 {% endif %}
 {% if residual %}
             value += {{ residual }}[at >> 2u];
@@ -254,7 +254,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
           if (n + x < {{ N }}u) {
             var value = acc{{ i }}_{{ j }}[x];
 {% if bias %}
-            value += bias[{{ first_column }}u + n + x];
+            value += bias[n + x];
 {% endif %}
 {% if residual %}
             value += {{ residual }}[at + x];

@@ -32,7 +32,7 @@ class Product:
     """C (+)= alpha op(A) op(B) + beta op(P) op(Q) + bias + residual; M, N, K and the pair's inner length R.
 
     Of the pair, P is transposed as A is, and Q by itself: [N, R] with `pair_transposed`. `accumulate` adds onto what C
-    holds; a `residual` that is another tensor has C's layout, and `first_column` is where in the bias C begins.
+    holds; a `residual` that is another tensor has C's layout.
     """
 
     sizes: tuple[int, int, int]
@@ -47,21 +47,6 @@ class Product:
     bias: Tensor | None = None
     residual: Tensor | None = None
     accumulate: bool = False
-    first_column: int = 0
-
-    def columns(self, start: int, count: int) -> Product:
-        """The product that makes these columns of C."""
-
-        def of(block: Block, transposed: bool) -> Block:
-            step = block.stride if transposed else 1
-            return Block(block.tensor, block.base + start * step, block.stride)
-
-        pair = self.pair and (self.pair[0], of(self.pair[1], self.pair_transposed), *self.pair[2:])
-        c = Block(self.c.tensor, self.c.base + start, self.c.stride)
-        sizes = (self.sizes[0], count, self.sizes[2])
-        return replace(
-            self, sizes=sizes, b=of(self.b, self.transpose_b), c=c, pair=pair, first_column=self.first_column + start
-        )
 
     @property
     def layout(self) -> str:
@@ -94,8 +79,7 @@ def product_launches(product: Product, choice: Choice, partial: Tensor | None, c
     if partial is None:
         return [product_launch(product, choice)]
     if choice.tail:
-        tail = product.columns(n - choice.tail, choice.tail)
-        return [product_launch(product, choice, partial), sum_launch(tail, partial, caps)]
+        return [product_launch(product, choice, partial), sum_launch(product, partial, caps, n - choice.tail)]
     apart = replace(product, c=Block(partial, 0, n), bias=None, residual=None, accumulate=False)
     return [product_launch(apart, choice), sum_launch(product, partial, caps)]
 
@@ -106,7 +90,7 @@ def product_launch(product: Product, choice: Choice, partial: Tensor | None = No
     With a tail, C gets all other columns, and `partial` the tail's sums.
     """
     (m, n, _), tile = product.sizes, choice.tile
-    constants = {**_blocked(product, choice), "first_column": product.first_column, "c_vector": product.vector}
+    constants = {**_blocked(product, choice), "c_vector": product.vector}
     bindings = [_bind("a", product.a, constants["A"]), _bind("b", product.b, constants["B"])]
     if product.pair is not None:
         p, q, beta, r = product.pair
@@ -167,13 +151,15 @@ def _output(product: Product, width: int) -> tuple[list[Binding], dict[str, Any]
     return [*extra, writes("c", product.c.tensor, width, offset)], {**added, "c_base": base, "ldc": product.c.stride}
 
 
-def sum_launch(product: Product, partial: Tensor, caps: Caps) -> Launch:
-    """C (+)= the sum of the partial products + bias + residual."""
-    (m, n, _), width = product.sizes, 4 if product.vector else 1
-    out, written = _output(product, width)
+def sum_launch(product: Product, partial: Tensor, caps: Caps, first_column: int = 0) -> Launch:
+    """C's columns from `first_column` on (+)= the sum of the partial products + bias + residual."""
+    m, n = product.sizes[0], product.sizes[1] - first_column
+    width = 4 if product.vector else 1
+    begins = replace(product.c, base=product.c.base + first_column)
+    out, written = _output(replace(product, c=begins), width)
     bindings = (reads("partial", partial, width), *out)
     constants = {"M": m, "N": n, "slices": partial.shape[0], "vector": product.vector, **written}
-    constants["first_column"] = product.first_column
+    constants["first_column"] = first_column
     return Launch("matmul_sum", bindings, constants, grid_of(-(-m * n // (256 * width)), caps), trusted=True)
 
 
