@@ -21,6 +21,7 @@ from entrenar_gpu.tiles import Arithmetic
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
 LOSS_SCALE_NAME = "loss_scale"
+MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fit
 
 
 def _unused(caps: Caps) -> int:
-    """Memory that may be filled where nobody spoke of any: a card's own that is free, less a tenth for others."""
-    return int((caps.free_bytes or 0) * 0.9)
+    """Memory that may be filled where nobody spoke of any: a card's own that is free, less the margin."""
+    return int((caps.free_bytes or 0) * MARGIN)
 
 
 def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:

@@ -21,7 +21,7 @@ from entrenar_gpu.hub import resolve_model
 from entrenar_gpu.interpret import NumpyExecutor
 from entrenar_gpu.kernel import KernelCache
 from entrenar_gpu.plan import Plan
-from entrenar_gpu.programs import LOSS_SCALE_NAME, RunShape
+from entrenar_gpu.programs import LOSS_SCALE_NAME, MARGIN, RunShape
 from entrenar_gpu.recompute import Recompute
 from entrenar_gpu.replay import Replay
 from entrenar_gpu.tiles import TileTable
@@ -30,7 +30,6 @@ from entrenar_gpu.weights import Checkpoint
 
 Floats = np.ndarray
 DEFAULT_BUDGET_GIB = 16.0
-MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
 HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True)
 
 Fit = Callable[[RunShape, Caps, int], Fitted]

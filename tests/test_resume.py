@@ -24,8 +24,9 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.metrics_file import MetricsFile
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
+from entrenar_gpu.programs import MARGIN
 from entrenar_gpu.safetensors_file import SafetensorsFile, save_safetensors
-from entrenar_gpu.session import MARGIN, Budget
+from entrenar_gpu.session import Budget
 from entrenar_gpu.timing import GpuClock, step_spans
 from entrenar_gpu.train import Trainer
 from observability.otlp_read import read_trace
