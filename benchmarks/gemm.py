@@ -15,13 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from entrenar_gpu.autotune import sweep
-from entrenar_gpu.bench_gemm import Product, bench_gemm, choice_of, products
-from entrenar_gpu.device import Device
-from entrenar_gpu.files import write_text
-from entrenar_gpu.kernel import KernelCache
-from entrenar_gpu.shapes import model_shape
-from entrenar_gpu.tiles import to_numbers
+from entrenar_gpu.cli.bench.gemm import bench_gemm, products
+from entrenar_gpu.files.atomic import write_text
+from entrenar_gpu.gpu.autotune import sweep
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.measure import Product, choice_of
+from entrenar_gpu.model.config import model_shape
+from entrenar_gpu.ops.gemm.tiles import to_numbers
 
 
 def main() -> None:

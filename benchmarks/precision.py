@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from entrenar_gpu import corpus
-from entrenar_gpu.demo import RUN
-from entrenar_gpu.device import Device
+from entrenar_gpu.cli import docstrings
+from entrenar_gpu.cli.demo import RUN
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.kernel import KernelCache
-from entrenar_gpu.train import Trainer
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.train.trainer import Trainer
 
 PRECISIONS = ("f32", "f16", "int8")
 SEEDS, STEPS = 3, 200
@@ -48,7 +48,7 @@ def final_loss(precision: str, seed: int, steps: int, data: Path, kernels: Kerne
         return last.loss, summary.skipped_steps
 
 
-def compare(kernels: KernelCache, found: corpus.Corpus, seeds: int, steps: int) -> Iterator[tuple[str, float]]:
+def compare(kernels: KernelCache, found: docstrings.Corpus, seeds: int, steps: int) -> Iterator[tuple[str, float]]:
     """(a row of the table, largest relative difference from f32 in it), seed by seed."""
     with tempfile.TemporaryDirectory() as folder:
         found.write(folder)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{device.caps.name}, {device.info['description']}: evaluation loss after {args.steps} steps\n")
     print(f"| seed | {' | '.join(PRECISIONS)} |\n|{'---|' * (len(PRECISIONS) + 1)}", flush=True)
     worst = 0.0
-    for line, difference in compare(KernelCache(device), corpus.collect(), args.seeds, args.steps):
+    for line, difference in compare(KernelCache(device), docstrings.collect(), args.seeds, args.steps):
         print(line, flush=True)
         worst = max(worst, difference)
     print(f"\nLargest difference from f32: {worst:.2%}")

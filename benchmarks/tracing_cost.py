@@ -24,10 +24,10 @@ from typing import Any
 
 from entrenar_gpu.events import notify
 from observability import observe, schema
-from observability.export import encode_line, line_head
-from observability.live import LiveDetector
-from observability.tracing import OwnSpans, SpanBuilder
-from tests.step_records import KERNELS, run_info, run_summary, step_record
+from observability.detect.live import LiveDetector
+from observability.write.export import encode_line, line_head
+from observability.write.tracing import OwnSpans, SpanBuilder
+from tests.helpers.step_records import KERNELS, run_info, run_summary, step_record
 
 LAYERS = 36
 KERNELS_A_LAYER = KERNELS * 3  # 21, as a block with seven adapted projections has
@@ -123,13 +123,13 @@ def overhead(seconds: Sequence[float], block: int) -> Overhead:
 
 def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
     """Training of the demo's model on the demo's data, in a folder that is thrown away."""
-    from entrenar_gpu import corpus
-    from entrenar_gpu.demo import RUN
-    from entrenar_gpu.train import Trainer
+    from entrenar_gpu.cli import docstrings
+    from entrenar_gpu.cli.demo import RUN
+    from entrenar_gpu.train.trainer import Trainer
 
     def train(observers: Sequence[Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            corpus.collect().write(Path(folder) / "data")
+            docstrings.collect().write(Path(folder) / "data")
             config = replace(RUN, data=f"{folder}/data/train.jsonl", output=f"{folder}/run", steps=steps)
             return Trainer(config, list(observers)).run()
 
@@ -138,9 +138,9 @@ def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
 
 def train_model(folder: str, steps: int, batch: int, seq: int, precision: str) -> Callable[[Sequence[Any]], Any]:
     """Training of the model in `folder` on rows of random tokens."""
-    from entrenar_gpu.config import TrainConfig
-    from entrenar_gpu.model_config import load_model_config
-    from entrenar_gpu.train import Trainer
+    from entrenar_gpu.config.train_config import TrainConfig
+    from entrenar_gpu.model.config import load_model_config
+    from entrenar_gpu.train.trainer import Trainer
 
     def train(observers: Sequence[Any]) -> Any:
         vocabulary = load_model_config(Path(folder)).vocab_size

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from observability.observer import TraceObserver
+    from observability.write.observer import TraceObserver
 
 __all__ = ["observe"]
 
 
 def observe(output_dir: str | Path, **options: Any) -> TraceObserver:
-    """Make the observer that traces a run into `output_dir`; see `observability.observer.observe` for the options."""
-    from observability.observer import observe as make
+    """Make the observer that traces a run into `output_dir`; see `write.observer.observe` for the options."""
+    from observability.write.observer import observe as make
 
     return make(output_dir, **options)

@@ -21,15 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar_gpu import corpus
-from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.demo import MODEL
+from entrenar_gpu.cli import docstrings
+from entrenar_gpu.cli.demo import MODEL
+from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.events import EvalRecord, StepRecord
-from entrenar_gpu.files import write_text
-from entrenar_gpu.model_config import ModelConfig, parse_model_config
-from entrenar_gpu.safetensors_file import TensorSource, save_safetensors
-from entrenar_gpu.train import Trainer
-from entrenar_gpu.weights import SINGLE_FILE, Checkpoint, copy_model_files, save_checkpoint
+from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
+from entrenar_gpu.files.atomic import write_text
+from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
+from entrenar_gpu.model.config import ModelConfig, parse_model_config
+from entrenar_gpu.model.hf_checkpoint import SINGLE_FILE, Checkpoint
+from entrenar_gpu.train.trainer import Trainer
 
 SEED = 0
 CONFIG = {
@@ -79,7 +80,7 @@ class Progress:
         print(f"step {record.step}: loss on held-out documents {record.loss:.3f}", flush=True)
 
 
-def write_texts(folder: Path, found: corpus.Corpus) -> None:
+def write_texts(folder: Path, found: docstrings.Corpus) -> None:
     """Write train.jsonl and, with what is held out in the same form, valid.jsonl: one {"text"} a line."""
     held_out = ("\n\n".join([pair.prompt, pair.completion]) for pair in found.valid)
     for name, texts in (("train.jsonl", found.pretraining_texts()), ("valid.jsonl", held_out)):
@@ -95,7 +96,7 @@ def write_random_model(folder: Path, texts: list[str]) -> None:
 
     Weights are normal with GPT-2's deviations: 0.02, and that over sqrt(2 layers) where a block adds to the residual.
     """
-    corpus.train_tokenizer(texts, CONFIG["vocab_size"], folder)
+    docstrings.train_tokenizer(texts, CONFIG["vocab_size"], folder)
     write_text(folder / "config.json", json.dumps(CONFIG, indent=2) + "\n")
     endings = {key: CONFIG[key] for key in ("eos_token_id", "pad_token_id")}
     write_text(folder / "generation_config.json", json.dumps(endings, indent=2) + "\n")
@@ -133,7 +134,7 @@ def main() -> None:
     texts = args.texts or args.work / "texts"
     if args.texts is None:
         texts.mkdir(parents=True)
-        write_texts(texts, corpus.collect())
+        write_texts(texts, docstrings.collect())
     written = texts / "train.jsonl"
     print(f"{written}: {len(read_texts(written))} documents, sha256 {hashlib.sha256(written.read_bytes()).hexdigest()}")
     write_random_model(args.work / "random", read_texts(written))

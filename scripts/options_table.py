@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from entrenar_gpu.config import flag
-from entrenar_gpu.options import FIELDS, kind_of
+from entrenar_gpu.cli.options import FIELDS, kind_of
+from entrenar_gpu.config.train_config import flag
 
 HEAD = """# Options of `entrenar-gpu train`
 

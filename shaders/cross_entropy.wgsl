@@ -3,8 +3,8 @@
 // upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time. Rows whose target is negative cost nothing.
 // Maximum and sum of exponentials are found in one pass, rescaled as the maximum grows (arXiv 1805.02867, algorithm 3).
 // One workgroup of 256 a row. Grid: C, folded.
-{% include "_grid.wgsl" %}
-{% include "_reduce.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/reduce.wgsl" %}
 {% set values = "f32" if VECTOR == 1 else "vec4<f32>" %}
 {% set stored = format if VECTOR == 1 else "vec4<%s>" % format %}
 {% macro largest(v) %}{{ v if VECTOR == 1 else "max(max(%s.x, %s.y), max(%s.z, %s.w))" % (v, v, v, v) }}{% endmacro %}

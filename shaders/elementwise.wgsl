@@ -1,7 +1,7 @@
 // out[i] = f(a[i], b[i mod period], ...), f given as WGSL text by ops/elementwise.py. Every output is overwritten (=).
 // One value an invocation, or four if `wide`. Grid: ceil(size / 256) or ceil(size / 1024) workgroups, folded.
 {% set wide = wide | default(false) %}
-{% include "_grid.wgsl" %}
+{% include "lib/grid.wgsl" %}
 {{ functions }}
 
 @compute @workgroup_size(256)

@@ -6,8 +6,8 @@
 // its place of the sorted order, and skips where it does not start one.
 {% endif %}
 // One workgroup of 64 a token. Grid: T, folded.
-{% include "_grid.wgsl" %}
-{% include "_widen.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/widen.wgsl" %}
 
 @compute @workgroup_size(64)
 fn main(

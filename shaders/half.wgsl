@@ -1,11 +1,11 @@
 // Rows of f32 as binary16 with a power of two a row, and back (=). Vectors of {{ width }}.
 {% set floats = "vec%d<f32>" % width %}
-{% include "_grid.wgsl" %}
+{% include "lib/grid.wgsl" %}
 {% if mode == "to" %}
 // x [ROWS, N] -> codes [ROWS, N] and scales [ROWS], x = codes * scale: the row's largest element is brought to
 // [2^{{ top }}, 2^{{ top + 1 }}). One workgroup of 256 a row. Grid: ROWS, folded.
 {% set WIDTH = 256 %}
-{% include "_reduce.wgsl" %}
+{% include "lib/reduce.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

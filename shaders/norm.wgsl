@@ -6,9 +6,9 @@
 {% set STEPS = N // VEC %}
 {% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
 {% set layer = mode.startswith("layer") %}
-{% include "_grid.wgsl" %}
-{% include "_reduce.wgsl" %}
-{% include "_row_sum.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/reduce.wgsl" %}
+{% include "lib/row_sum.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

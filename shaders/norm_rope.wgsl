@@ -4,9 +4,9 @@
 // Grid: ceil(ROWS / {{ 256 // SUMMED }}), folded.
 {% set WIDTH = 256 %}
 {% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
-{% include "_grid.wgsl" %}
-{% include "_reduce.wgsl" %}
-{% include "_row_sum.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/reduce.wgsl" %}
+{% include "lib/row_sum.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

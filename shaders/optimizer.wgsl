@@ -1,6 +1,6 @@
 // One optimizer step over a page of parameters, in place (ops/optimizer.py has the formulas); the gradient page is left
 // at zero for the next step. Nothing moves when state says not to apply. Grid: ceil(N / 256), folded.
-{% include "_grid.wgsl" %}
+{% include "lib/grid.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

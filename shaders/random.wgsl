@@ -1,6 +1,6 @@
 // Pseudo-random words for benchmarks: a PCG hash of (seed, index), as raw bits, as f32 in +-spread, or as two bf16 in
 // +-spread. `=`. One invocation a word. Grid: ceil(words / 256), folded.
-{% include "_grid.wgsl" %}
+{% include "lib/grid.wgsl" %}
 
 fn hash(value: u32) -> u32 {
   let state = value * 747796405u + 2891336453u;

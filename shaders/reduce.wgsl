@@ -5,8 +5,8 @@
 // source [LENGTH, INNER]; out[p, i] = sum of source[l, i] over l in [p*CHUNK, min((p+1)*CHUNK, LENGTH)).
 // One invocation an output. Grid: ceil(PARTS * INNER / 64), folded.
 {% endif %}
-{% include "_grid.wgsl" %}
-{% if mode == "rows" %}{% include "_reduce.wgsl" %}{% endif %}
+{% include "lib/grid.wgsl" %}
+{% if mode == "rows" %}{% include "lib/reduce.wgsl" %}{% endif %}
 
 @compute @workgroup_size(64)
 fn main(

@@ -1,6 +1,6 @@
 // Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) turned by the angle of its row's position. `=`.
 // One invocation a pair. Grid: ceil(PAIRS / 256), folded.
-{% include "_grid.wgsl" %}
+{% include "lib/grid.wgsl" %}
 
 @compute @workgroup_size(256)
 fn main(

@@ -1,7 +1,7 @@
 // Softmax over the last axis of [ROWS, N], or its gradient dx = y (dy - sum(y dy)). `=`.
 // One workgroup of 64 a row. Grid: ROWS, folded.
-{% include "_grid.wgsl" %}
-{% include "_reduce.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/reduce.wgsl" %}
 
 @compute @workgroup_size(64)
 fn main(

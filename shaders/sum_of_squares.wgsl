@@ -1,6 +1,6 @@
 // out[p] = sum of page[i]^2 over the p-th CHUNK of a page. `=`. One workgroup of 256 a chunk. Grid: PARTS, folded.
-{% include "_grid.wgsl" %}
-{% include "_reduce.wgsl" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/reduce.wgsl" %}
 
 @compute @workgroup_size({{ WIDTH }})
 fn main(

@@ -11,8 +11,8 @@ import pytest
 from entrenar_gpu.errors import UserError
 
 if TYPE_CHECKING:
-    from entrenar_gpu.device import Device
-    from entrenar_gpu.kernel import KernelCache
+    from entrenar_gpu.gpu.device import Device
+    from entrenar_gpu.gpu.kernel import KernelCache
 
 # Every run tries the same examples, so a failure is the change's and not the day's. Look for new ones with
 # `pytest --hypothesis-profile=explore`. No deadline: the first example on a GPU pays for compiling its shader.
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> "Device":
     """The device a user would get, so ENTRENAR_DEVICE chooses it. A test that asks for it is marked `gpu`."""
-    from entrenar_gpu.device import Device  # here, so that tests without a GPU need no working wgpu
+    from entrenar_gpu.gpu.device import Device
 
     try:
         return Device.open()
@@ -50,7 +50,7 @@ def device(request: pytest.FixtureRequest) -> "Device":
 @pytest.fixture(scope="session")
 def kernels(device: "Device") -> "KernelCache":
     """Compiled kernels of `device`, shared by all tests: compiling takes most of their time."""
-    from entrenar_gpu.kernel import KernelCache
+    from entrenar_gpu.gpu.kernel import KernelCache
 
     return KernelCache(device)
 
@@ -63,7 +63,7 @@ def limited_device(device: "Device") -> "Device":
 
 @pytest.fixture(scope="session")
 def limited_kernels(limited_device: "Device") -> "KernelCache":
-    from entrenar_gpu.kernel import KernelCache
+    from entrenar_gpu.gpu.kernel import KernelCache
 
     return KernelCache(limited_device)
 

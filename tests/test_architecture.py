@@ -1,91 +1,150 @@
-"""The directions of imports that docs/architecture.md promises."""
+"""The map in docs/architecture.md: every module is on it, imports point upwards, and there are no circles."""
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-MAP = (ROOT / "docs" / "architecture.md").read_text()
+from tests import ROOT
 
-# Blocks of the map, top to bottom: a module imports from its own block or from those above.
-BLOCKS = ["facts", "files", "graph", "executors", "runs"]
-# `Tensor.numpy()` and `.backward()` reach down on purpose, when they are called.
-LATE = {("graph", "eager")}
-ONLY_THESE_TOUCH_WGPU = {"device", "native", "kernel", "replay", "info"}
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+ONLY_THESE_TOUCH_WGPU = ("gpu", "cli.info")
 
 
-def modules() -> dict[str, Path]:
-    package = ROOT / "entrenar_gpu"
-    return {p.stem if p.parent == package else "ops": p for p in package.rglob("*.py") if p.stem != "__init__"}
+def rooms_of_the_trainer() -> list[tuple[list[str], list[str]]]:
+    """(names of the rooms, names of the modules) of each row of the map, top to bottom."""
+    rows = []
+    for line in PAGE[PAGE.index("## Rooms") :].splitlines():
+        cells = line.split("|")
+        if not line.startswith("| **") and not line.startswith("| `"):
+            if rows and not line.startswith("|"):
+                break
+            continue
+        rows.append((re.findall(r"[`*]+(\w+)[`*]+", cells[1]), re.findall(r"`([\w]+)`", cells[2])))
+    return rows
 
 
-def imports(path: Path, of: str) -> set[str]:
-    """Top-level names that a file imports from the package `of`, those that functions import included."""
-    found = set()
+def rooms_of_observability() -> list[str]:
+    """The rooms of observability/, from top to bottom, as the paragraph on them has it."""
+    text = PAGE[PAGE.index("Its rooms, likewise in order:") :]
+    return re.findall(r"(?:`|\*\*)(\w+)(?:`|\*\*)", text[: text.index("The schema of")])
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module by its dotted name within the package; a package by that of its folder."""
+    folder = ROOT / package
+    found = {".".join(p.relative_to(folder).with_suffix("").parts): p for p in folder.rglob("*.py")}
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in found.items()}
+
+
+def imports(path: Path, package: str) -> set[str]:
+    """Dotted names within the package that a file imports, those that functions import included."""
+    known, found = modules(package), set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == of:
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            base = (node.module or "").removeprefix(package).removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix(".")
+                found.add(inner if inner in known else base)
         elif isinstance(node, ast.Import):
-            found |= {[*a.name.split("."), ""][1] for a in node.names if a.name.split(".")[0] == of}
-    return found
+            found |= {
+                a.name.removeprefix(package).removeprefix(".") for a in node.names if a.name.split(".")[0] == package
+            }
+    return found - {""}
 
 
-def block_of() -> dict[str, int]:
-    """Which block of the map names each module."""
-    result, current = {}, -1
-    for line in MAP.splitlines():
-        title = re.match(r"\| \*\*(\w+)\*\*", line)
-        if title:
-            current = BLOCKS.index(title[1])
-        elif line.startswith("|") and current >= 0:
-            for name in re.findall(r"`([\w*]+)(?:\.py|/)`", line.split("|")[1]):
-                result[name] = current
-    return result
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_every_module_is_on_the_map() -> None:
-    known = block_of()
-    missing = [
-        m for m in modules() if m not in known and not any(m.startswith(k[:-1]) for k in known if k.endswith("*"))
-    ]
-    assert not missing
-    gone = [k for k in known if not k.endswith("*") and k not in modules()]
-    assert not gone
+def test_every_module_is_on_the_map_and_the_map_has_no_other() -> None:
+    on_the_map = set()
+    for rooms, names in rooms_of_the_trainer():
+        on_the_map |= {(room, name) for room in rooms for name in names if (ROOT / "entrenar_gpu" / room).is_dir()}
+        on_the_map |= {("", room) for room in rooms if not (ROOT / "entrenar_gpu" / room).is_dir()}
+    there = set()
+    for name, path in modules("entrenar_gpu").items():
+        if path.stem not in ("__init__", "__main__"):
+            there.add((room_of(name) if "." in name else "", path.stem))
+    assert on_the_map == there
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "entrenar_gpu").rglob("*.py")), ids=lambda p: p.stem)
-def test_imports_point_upwards(path: Path) -> None:
-    if path.name == "__init__.py" and path.parent.name == "entrenar_gpu":
-        return  # the public face names modules and imports them when they are asked for
-    known = block_of()
+@pytest.mark.parametrize("package", ["entrenar_gpu", "observability"])
+def test_imports_point_upwards(package: str) -> None:
+    if package == "entrenar_gpu":
+        levels = {room: level for level, (rooms, _) in enumerate(rooms_of_the_trainer()) for room in rooms}
+    else:
+        levels = {room: level for level, room in enumerate(rooms_of_observability())}
+    for name, path in modules(package).items():
+        if not name:
+            continue  # the public face names modules and imports them when they are asked for
+        for other in imports(path, package):
+            if other != "__version__":
+                assert levels[room_of(other)] <= levels[room_of(name)], f"{name} imports {other}, which stands below it"
 
-    def level(name: str) -> int:
-        starred = [v for k, v in known.items() if k.endswith("*") and name.startswith(k[:-1])]
-        return known.get(name, starred[0] if starred else len(BLOCKS))
 
-    own = "ops" if path.parent.name == "ops" else path.stem
-    for name in imports(path, "entrenar_gpu") - {"__version__", ""}:
-        assert level(name) <= level(own) or (own, name) in LATE, f"{own} imports {name}, which stands below it"
+@pytest.mark.parametrize("package", ["entrenar_gpu", "observability"])
+def test_no_two_modules_import_each_other(package: str) -> None:
+    known = modules(package)
+    graph = {name: imports(path, package) & known.keys() for name, path in known.items() if name}
+    assert not list(circles(graph))
 
 
-def test_only_the_executors_touch_wgpu() -> None:
-    for name, path in modules().items():
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """Paths that come back to where they began, one for each edge that closes one."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> Iterator[list[str]]:
+        if name in path:
+            yield [*path[path.index(name) :], name]
+        elif name not in done:
+            for other in sorted(graph[name]):
+                yield from walk(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        yield from walk(name, [])
+
+
+def test_a_circle_is_found() -> None:
+    assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == [["a", "b", "c", "a"]]
+
+
+def test_nothing_is_imported_under_a_second_name() -> None:
+    """A module or function that needs another name where it is used has the wrong one."""
+    renamed = []
+    for package in ("entrenar_gpu", "observability"):
+        for name, path in modules(package).items():
+            for node in ast.walk(ast.parse(path.read_text())):
+                ours = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
+                    "entrenar_gpu",
+                    "observability",
+                )
+                if ours and name:
+                    renamed += [f"{name}: {a.name} as {a.asname}" for a in node.names if a.asname not in (None, a.name)]
+    assert not renamed
+
+
+def test_only_the_gpu_room_touches_wgpu() -> None:
+    for name, path in modules("entrenar_gpu").items():
         tree = ast.parse(path.read_text())
         names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         if any(n.split(".")[0] == "wgpu" for n in names):
-            assert name in ONLY_THESE_TOUCH_WGPU, f"{name} imports wgpu"
+            assert name.startswith(ONLY_THESE_TOUCH_WGPU), f"{name} imports wgpu"
 
 
 def test_observability_knows_nothing_of_the_trainer() -> None:
-    for path in (ROOT / "observability").rglob("*.py"):
+    for path in modules("observability").values():
         assert not imports(path, "entrenar_gpu"), path
 
 
 def test_the_trainer_leaves_observers_to_the_command_line() -> None:
-    wiring = {name for name, path in modules().items() if imports(path, "observability")}
-    tree = {n for n, p in modules().items() if "import observability" in p.read_text()}
-    assert wiring | tree <= {"cli"}
+    wiring = {
+        n
+        for n, p in modules("entrenar_gpu").items()
+        if re.search(r"^\s*(from|import) observability", p.read_text(), re.M)
+    }
+    assert wiring <= {"cli.main"}

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import cli
-from entrenar_gpu.checkpoint import find_checkpoints
-from entrenar_gpu.device import Device
 from entrenar_gpu.errors import DeviceLost, TrainingDiverged
-from entrenar_gpu.kernel import KernelCache
-from entrenar_gpu.safetensors_file import SafetensorsFile, save_safetensors
-from entrenar_gpu.train import Trainer
-from tests.runs import config_of, train
-from tests.tiny import QWEN3, make_data, make_model
+from entrenar_gpu.files.safetensors_file import SafetensorsFile
+from entrenar_gpu.files.tensor_source import save_safetensors
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.train.run_checkpoint import find_checkpoints
+from entrenar_gpu.train.trainer import Trainer
+from tests.helpers.runs import config_of, train
+from tests.helpers.tiny import QWEN3, make_data, make_model
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -196,7 +197,7 @@ def test_a_run_or_a_model_is_not_overwritten(folder, capsys, options):
 
 @pytest.mark.parametrize("output", ["train.jsonl", "train.jsonl/run", "new/" + "x" * 300])
 def test_an_output_that_cannot_be_written_is_refused_before_loading(folder, capsys, monkeypatch, output):
-    monkeypatch.setattr("entrenar_gpu.train.load_data", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("entrenar_gpu.train.trainer.load_data", lambda *arguments: 1 / 0)
     before = sorted(folder.rglob("*"))
     assert f"{output}: cannot be written" in refusal(capsys, train_command(folder, "--output", str(folder / output)))
     assert sorted(folder.rglob("*")) == before
@@ -245,7 +246,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_allocation(folder, capsys, mo
     def refuse(*arguments: Any) -> None:
         raise AssertionError("allocated")
 
-    monkeypatch.setattr("entrenar_gpu.device.Device.buffer", refuse)
+    monkeypatch.setattr("entrenar_gpu.gpu.device.Device.buffer", refuse)
     command = [*train_command(folder, "--memory-budget", "0.0625", "--batch", "4000"), "--device", "0"]
     line = refusal(capsys, command)
     assert "--batch 4000 at --seq 32" in line

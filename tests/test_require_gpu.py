@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parent.parent
+from tests import ROOT
+
 ASKS_FOR_DEVICE = "def test_inner(device): pass\n"
 IS_MARKED = "import pytest\n@pytest.mark.gpu\ndef test_inner(): pass\n"
 
@@ -17,7 +18,7 @@ def summary(folder: Path, test: str, *options: str) -> str:
     (folder / "test_inner.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "tests.conftest", *options, folder]
     environment = dict(os.environ, ENTRENAR_DEVICE="no such adapter")
-    result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     return result.stdout.strip().rpartition("\n")[2]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parent.parent
+from tests import ROOT
+
 TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "rm", "sed", "touch"]
 
 # Stand-ins for what a machine has. Files in $MACHINE are its state; $MACHINE/calls records what was asked of it.
@@ -49,7 +50,7 @@ class Machine:
     def __init__(self, root: Path, user_id: int) -> None:
         self.root, self.project, self.path = root, root / "project", root / "bin"
         (self.project / "scripts").mkdir(parents=True)
-        shutil.copy(PROJECT / "scripts/setup.sh", self.project / "scripts")
+        shutil.copy(ROOT / "scripts/setup.sh", self.project / "scripts")
         (self.project / "pyproject.toml").write_text("[project]\n")
         self.path.mkdir()
         for tool in TOOLS:

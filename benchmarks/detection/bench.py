@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks.detection import faults, recording
 from benchmarks.detection.rivals import QUANTILES, RIVALS, events_above
 from benchmarks.detection.scoring import Event, Tally, events_of, tally
-from observability.detect import detect
-from observability.steps import StepTable
+from observability.detect.detector import detect
+from observability.read.step_table import StepTable
 
 SEGMENT: Final = 1000  # steps a run
 CURVE: Final = (2, 3, 4, 5, 6, 8, 10, 12)  # sigmas

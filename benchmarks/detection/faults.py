@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 
 from observability import schema
-from observability.baseline import moving_median
-from observability.findings import (
+from observability.detect.baseline import moving_median
+from observability.detect.findings import (
     CHECKPOINT_STALL,
     DATA_STALL,
     DRIFT,
@@ -24,7 +24,7 @@ from observability.findings import (
     SPIKE,
     THROTTLE,
 )
-from observability.steps import Pause, StepTable
+from observability.read.step_table import Pause, StepTable
 
 CHECKPOINT_EVERY: Final = 50  # steps; every run writes checkpoints that cost a routine two sigmas
 _ROUTINE_SIGMAS: Final = 2.0

@@ -16,8 +16,8 @@ from benchmarks.detection import recording
 from benchmarks.detection.bench import SEGMENT
 from observability import schema
 from observability.errors import TraceError
-from observability.otlp_read import read_trace
-from observability.steps import step_table
+from observability.read.step_table import step_table
+from observability.read.trace_reader import read_trace
 
 _WARM_UP: Final = 20  # steps
 

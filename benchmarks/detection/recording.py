@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from observability.steps import Kind, StepTable
+from observability.read.step_table import Kind, StepTable
 
 FILE = Path(__file__).with_name("recorded.npz")
 

@@ -14,7 +14,7 @@ from sklearn.neighbors import LocalOutlierFactor
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.detection.scoring import Event, merged
-from observability.steps import StepTable
+from observability.read.step_table import StepTable
 
 Scorer = Callable[[StepTable], np.ndarray]
 QUANTILES: Final = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.detection.faults import Fault
-from observability.findings import COMPILE, LONGER_BATCH, Finding
+from observability.detect.findings import COMPILE, LONGER_BATCH, Finding
 
 _NEAR = 3  # steps: alarms so close are one event, and an alarm so close to a fault is its
 _SUSTAINED = 30  # steps: a fault at least so long may be dated by up to that much wrongly

@@ -1,26 +1,14 @@
 """Every operation, by family. Importing this package fills the table in registry.py."""
 
-from entrenar_gpu.ops import attention_grad as _attention_grad  # noqa: F401  fills in attention's gradient
+import entrenar_gpu.ops.attention_grad  # noqa: F401  fills in attention's gradient
+from entrenar_gpu.graph.tensor import OPERATORS
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.dropout import dropout
-from entrenar_gpu.ops.elementwise import (
-    add,
-    fill,
-    gelu,
-    gelu_tanh,
-    mul,
-    ones,
-    relu,
-    scale,
-    sub,
-    swiglu,
-    swish,
-    zeros,
-)
+from entrenar_gpu.ops.elementwise import add, fill, gelu, gelu_tanh, mul, ones, relu, scale, sub, swiglu, swish, zeros
 from entrenar_gpu.ops.embedding import embedding
-from entrenar_gpu.ops.linear import linear
-from entrenar_gpu.ops.loss import cross_entropy, project
-from entrenar_gpu.ops.matmul import matmul
+from entrenar_gpu.ops.gemm.linear import linear
+from entrenar_gpu.ops.gemm.matmul import matmul
+from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
 from entrenar_gpu.ops.norm_rope import norm_rope
 from entrenar_gpu.ops.optimizer import adam, decide, sgd, sum_of_squares
@@ -28,7 +16,8 @@ from entrenar_gpu.ops.quantize import Nf4Tensors, nf4_quantize, nf4_quantize_sca
 from entrenar_gpu.ops.reduce import mean, softmax, sum, sum_columns, sum_rows
 from entrenar_gpu.ops.registry import in_place, keep
 from entrenar_gpu.ops.rope import rope, rope_table
-from entrenar_gpu.samples import IGNORE
+
+OPERATORS.update(add=add, sub=sub, mul=mul, scale=scale, matmul=matmul, sum=sum, mean=mean)
 
 __all__ = [
     "IGNORE",

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Binding, Launch, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph.tensor import Node, Tensor
 from entrenar_gpu.ops.attention import (
     flops,
     head_constants,
@@ -25,7 +27,6 @@ from entrenar_gpu.ops.attention import (
     split,
     vector_of,
 )
-from entrenar_gpu.ops.elementwise import literal
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, register
 
 BLOCK = 64  # tokens of a block of P and dS each way

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor
-from entrenar_gpu.ops.elementwise import elementwise_launch, literal
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Launch, literal
+from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.ops.elementwise import elementwise_launch
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
 
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3: Philox4x32-10.

@@ -12,8 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, not_differentiable, record, register, same_as
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Binding, Launch, grid_of, literal, reads, writes
+from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.ops.reduce import sum_all, sum_rows
+from entrenar_gpu.ops.registry import (
+    Aliased,
+    GradientContext,
+    Op,
+    Spec,
+    not_differentiable,
+    record,
+    register,
+    same_as,
+)
 
 WORKGROUP = 256
 
@@ -99,8 +111,6 @@ def scale(a: Tensor, factor: float) -> Tensor:
 
 def _reduced(gradient: Tensor, b: Tensor) -> Tensor:
     """`gradient` summed over what broadcasting `b` repeated."""
-    from entrenar_gpu.ops.reduce import sum_all, sum_rows
-
     if b.shape == gradient.shape:
         return gradient
     if b.size == 1:
@@ -129,11 +139,6 @@ def _mul_gradient(node: Node, upstream: Sequence[Any], context: GradientContext)
 _binary("add", "a + b", np.add, _add_gradient)
 _binary("sub", "a - b", np.subtract, _sub_gradient)
 _binary("mul", "a * b", np.multiply, _mul_gradient)
-
-
-def literal(value: float) -> str:
-    """A WGSL f32 literal that reads back as float32(value)."""
-    return f"f32({float(np.float32(value))!r})"
 
 
 register(

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, reads, split_offset, writes
-from entrenar_gpu.ops.elementwise import copy_launch, literal, mul
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
+from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import page_starts
-from entrenar_gpu.ops.gemm import Block, gemm
-from entrenar_gpu.ops.reduce import rows_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
-from entrenar_gpu.ops.vocabulary import (
+from entrenar_gpu.ops.gemm.product import Block, gemm
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.gemm.vocabulary import (
     SLOPE_SCALE,
     arithmetic_of,
     back_launches,
@@ -25,9 +27,10 @@ from entrenar_gpu.ops.vocabulary import (
     logits_launches,
     vocabulary_of,
 )
-from entrenar_gpu.samples import IGNORE
-from entrenar_gpu.tiles import Arithmetic
+from entrenar_gpu.ops.reduce import rows_launch
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
 
+IGNORE = -100  # the label of a position without loss, as PyTorch's cross-entropy and transformers have it
 LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import nf4
-from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
-from entrenar_gpu.ops.elementwise import literal
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Binding, Launch, grid_of, literal, reads, writes
+from entrenar_gpu.graph.tensor import Graph, Node, Tensor
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.quant import nf4
+from entrenar_gpu.quant.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
 
 TABLE = nf4.SCALE_CODE.size + 2
 
@@ -87,7 +88,7 @@ def codebook_text() -> tuple[str, ...]:
 
 
 def scale_bindings(parts: Sequence[Tensor]) -> list[Binding]:
-    """Codes and scales as _nf4.wgsl names them."""
+    """Codes and scales as lib/nf4.wgsl names them."""
     names = ["codes", "absmax"] if len(parts) == 2 else ["codes", "absmax_codes", "nested", "table"]
     return [reads(n, t) for n, t in zip(names, parts, strict=True)]
 

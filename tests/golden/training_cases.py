@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, save_adapter
-from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.model_config import parse_model_config
-from entrenar_gpu.safetensors_file import save_safetensors
+from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.files.tensor_source import save_safetensors
+from entrenar_gpu.model.config import parse_model_config
 
 FILE = Path(__file__).with_name("training.json")
 OPTIONS: dict[str, Any] = {

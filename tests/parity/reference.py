@@ -10,8 +10,8 @@ import peft
 import torch
 import transformers
 
-from entrenar_gpu.nf4 import Nf4Weight
-from entrenar_gpu.samples import IGNORE
+from entrenar_gpu.data.samples import IGNORE
+from entrenar_gpu.quant.nf4 import Nf4Weight
 
 torch.set_num_threads(1)  # products this small only wait for each other's threads
 

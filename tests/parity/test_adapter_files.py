@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter, save_adapter
-from entrenar_gpu.model_config import load_model_config
-from entrenar_gpu.safetensors_file import TensorSource
-from entrenar_gpu.weights import Checkpoint, copy_model_files, save_checkpoint
+from entrenar_gpu.adapters.init import init_adapter
+from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
+from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
+from entrenar_gpu.files.tensor_source import TensorSource
+from entrenar_gpu.model.config import load_model_config
+from entrenar_gpu.model.hf_checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from entrenar_gpu.data import load_samples
-from entrenar_gpu.samples import IGNORE
-from entrenar_gpu.tokenizer import Tokenizer
-from tests import chat_templates
-from tests.test_chat import CALL, TURNS, assistant, model_folder, tool, user
+from entrenar_gpu.data.jsonl import load_samples
+from entrenar_gpu.data.samples import IGNORE
+from entrenar_gpu.data.tokenizer import Tokenizer
+from tests.data.test_chat import CALL, TURNS, assistant, model_folder, tool, user
+from tests.helpers import chat_templates
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity

@@ -14,17 +14,17 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes.functional")
 
-from entrenar_gpu.generate import next_logits  # noqa: E402
-from entrenar_gpu.merge import merge  # noqa: E402
-from entrenar_gpu.plan import make_plan  # noqa: E402
-from entrenar_gpu.programs import logits_graph  # noqa: E402
-from entrenar_gpu.recompute import Recompute  # noqa: E402
-from entrenar_gpu.session import Session  # noqa: E402
-from entrenar_gpu.train import Trainer  # noqa: E402
-from entrenar_gpu.weights import Checkpoint  # noqa: E402
+from entrenar_gpu.compiler.plan import make_plan  # noqa: E402
+from entrenar_gpu.compiler.recompute import Recompute  # noqa: E402
+from entrenar_gpu.export.merge import merge_adapter  # noqa: E402
+from entrenar_gpu.infer.generate import next_logits  # noqa: E402
+from entrenar_gpu.model.hf_checkpoint import Checkpoint  # noqa: E402
+from entrenar_gpu.train.graphs import logits_graph  # noqa: E402
+from entrenar_gpu.train.session import Session  # noqa: E402
+from entrenar_gpu.train.trainer import Trainer  # noqa: E402
+from tests.helpers.runs import config_of, gradients, run_micro_batches  # noqa: E402
+from tests.helpers.tiny import make_data  # noqa: E402
 from tests.parity import reference  # noqa: E402
-from tests.runs import config_of, gradients, run_micro_batches  # noqa: E402
-from tests.tiny import make_data  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.gpu]
 
@@ -175,7 +175,7 @@ def test_our_adapter_in_peft_and_merged_in_transformers(tmp_path, kernels):
     untrained = their_logits(base, IDS)
     assert np.linalg.norm(ours - untrained) > 1e-2 * np.linalg.norm(untrained)
     check_logits(ours, their_logits(peft.PeftModel.from_pretrained(base, folder / "run"), IDS))
-    merge(Checkpoint.open(folder / "model"), folder / "run", folder / "merged")
+    merge_adapter(Checkpoint.open(folder / "model"), folder / "run", folder / "merged")
     check_logits(ours, their_logits(reference.load_model(folder / "merged"), IDS))
     check_logits(our_logits(kernels, folder / "merged", IDS), ours)
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from entrenar_gpu import nf4
+from entrenar_gpu.quant import nf4
 
 torch = pytest.importorskip("torch")
 bnb = pytest.importorskip("bitsandbytes.functional")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from entrenar_gpu.plan import make_plan
-from entrenar_gpu.replay import Replay
-from tests.test_optimizer import BETAS, EPS, KINDS, LR, SIZES, Optimizer
+from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.gpu.replay import Replay
+from tests.ops.test_optimizer import BETAS, EPS, KINDS, LR, SIZES, Optimizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.gpu]
 

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from entrenar_gpu.train import Trainer  # noqa: E402
+from entrenar_gpu.train.trainer import Trainer  # noqa: E402
+from tests.helpers.runs import config_of  # noqa: E402
+from tests.helpers.tiny import make_data  # noqa: E402
 from tests.parity import reference  # noqa: E402
-from tests.runs import config_of  # noqa: E402
-from tests.tiny import make_data  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.gpu]
 

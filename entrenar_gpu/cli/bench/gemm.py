@@ -1,0 +1,57 @@
+"""`entrenar-gpu bench gemm`: matrix products at a model's shapes, timed and checked on sampled rows in one run.
+
+A product is timed as its op runs in a training step; for the low precisions `product` is the multiplication alone,
+without narrowing its operands. Times are of many repetitions submitted together, after warming up: clocks of an idle
+card take a tenth of a second to rise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.measure import Product, measure
+from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+
+VOCABULARY_PAGE = 8192  # rows of a page of the vocabulary that is timed
+
+
+def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[Product]:
+    """Every product of a QLoRA step over a model's projections, without doubles: base, adapters, vocabulary."""
+    for t in rows:
+        for n, k in projection_shapes(model):
+            for p in precisions:
+                yield forward(n, k, p, t)
+                yield Product(f"input gradient {n}x{k}", p, t, k, n, weight=True)
+        for width in sorted({size for shape in projection_shapes(model) for size in shape}):
+            yield Product(f"x A^T {width}", "f32", t, rank, width, transpose_b=True)
+            yield Product(f"v^T x {width}", "f32", rank, width, t, transpose_a=True)
+            yield Product(f"dy B {width}", "f32", t, rank, width)
+            yield Product(f"dy^T u {width}", "f32", width, rank, t, transpose_a=True)
+        yield Product("vocabulary page", "f32", t, VOCABULARY_PAGE, model.hidden_size, transpose_b=True)
+
+
+def forward(n: int, k: int, precision: Arithmetic, rows: int) -> Product:
+    """x W^T; in f32, W is dequantised turned, so that B lies as [K, N]."""
+    return Product(f"forward {n}x{k}", precision, rows, n, k, transpose_b=precision != "f32", weight=True)
+
+
+def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """(out-features, in-features) of the seven projections, each once."""
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    h, f = model.hidden_size, model.intermediate_size
+    return list(dict.fromkeys([(q, h), (kv, h), (h, q), (f, h), (h, f)]))
+
+
+def bench_gemm(
+    device: Device, wanted: Sequence[Product], kernels: KernelCache | None = None
+) -> Iterator[dict[str, Any]]:
+    """Seconds, TFLOP/s and error of each product, as it is measured."""
+    kernels = kernels or KernelCache(device)
+    for product in wanted:
+        if product.arithmetic == "f16" and not device.caps.f16:
+            continue
+        yield measure(device, kernels, product)

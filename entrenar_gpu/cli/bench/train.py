@@ -1,0 +1,232 @@
+"""`entrenar-gpu bench train`: training steps of a model's shape with random weights made on the GPU, without files."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu import ops
+from entrenar_gpu.adapters.init import init_adapter
+from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.cli.bench.gemm import forward
+from entrenar_gpu.compiler import weight_copies
+from entrenar_gpu.compiler.memory import Fitted
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.gpu.autotune import tuned
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.measure import measure
+from entrenar_gpu.gpu.memory_info import driver_bytes
+from entrenar_gpu.gpu.replay import Replay, Report
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Launch, grid_of, literal, writes
+from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.model.config import ModelConfig, model_shape
+from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.optimizer import field
+from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.train.graphs import RunShape, fit_training
+from entrenar_gpu.train.session import memory_budget
+
+WARM_UP = 2
+CEILING_ROWS = 2048
+
+
+def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Median over `steps` optimizer steps, after two to warm up: tokens/s, seconds by phase, bytes, FLOP/s.
+
+    FLOP/s are the model's, without what is computed again, and also told as a share of what the card was measured to
+    reach on a product alone (`measured_ceiling`).
+
+    Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
+    wall time in which the GPU ran nothing of it.
+    """
+    model, device = model_shape(shape_name), Device.open(config.device)
+    spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
+    modules = spec.modules if spec is not None else {}
+    storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
+    shape = RunShape(model, storage, config)
+    kernels, budget = KernelCache(device), memory_budget(config, device.caps).nbytes
+
+    def fit(caps: Caps) -> Fitted:
+        return fit_training(shape, caps, budget, False)
+
+    level, plan, graphs = tuned(fit, kernels) if config.tune else fit(device.caps)
+    replay = Replay(device, plan, kernels)
+    _fill(replay, shape, spec)
+    timings = _run(replay, config, model.vocab_size, steps)
+    held = {"allocated_bytes": device.allocated_bytes, "driver_bytes": driver_bytes()}
+    replay.close()
+    ceiling = measured_ceiling(replay, model, shape.precision(device.caps), config.batch * config.seq)
+    flops = sum(OPS[n.op].flops(n) for n in graphs["micro"].nodes if not n.recomputed) * config.accumulate
+    return {
+        "shape": shape_name,
+        "batch": config.batch,
+        "seq": config.seq,
+        "rank": config.rank,
+        "precision": config.precision,
+        "adapter": device.caps.name,
+        "driver": device.info["description"],
+        **_speeds(timings, config, flops, ceiling),
+        "planned_bytes": plan.peak_bytes,
+        **held,
+        "recompute": level.describe(),
+        "loss": timings["loss"][-1],
+        "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
+    }
+
+
+def _speeds(timings: Timings, config: TrainConfig, flops: int, ceiling: float) -> dict[str, Any]:
+    """Medians over the steps; `flops` are a step's, `ceiling` is in TFLOP/s."""
+    seconds, encode = statistics.median(timings["wall"]), statistics.median(timings["encode"])
+    busy = {phase: statistics.median(timings[phase]) for phase in ("forward", "backward", "optimizer")}
+    return {
+        "tokens_per_second": config.batch * config.seq * config.accumulate / seconds,
+        "step_seconds": seconds,
+        "seconds": {**busy, "encode": encode, "idle": max(seconds - sum(busy.values()), 0.0)},
+        "flops_per_step": flops,
+        "tflops": flops / seconds / 1e12,
+        "ceiling_tflops": ceiling,
+        "ceiling_share": flops / seconds / 1e12 / ceiling,
+    }
+
+
+def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
+    """Everything that a run finds on the device when it begins."""
+    randomise(replay)
+    replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
+    replay.write("rope_table", ops.rope_table(shape.model.rope_frequencies(), shape.train.seq))
+    for name, values in (init_adapter(spec, 0) if spec is not None else {}).items():
+        replay.write(name, values)
+    if weight_copies.GRAPH in replay.plan.steps:
+        replay.run(weight_copies.GRAPH)
+
+
+def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic, tokens: int) -> float:
+    """TFLOP/s of the largest projection's product by itself, in the run's arithmetic, as the card runs it just now.
+
+    Over CEILING_ROWS rows, enough to fill any card; a software adapter takes the run's own.
+    """
+    rows = min(tokens, CEILING_ROWS) if replay.device.caps.software else CEILING_ROWS
+    n, k = model.intermediate_size, model.hidden_size
+    product = forward(n, k, arithmetic, rows)
+    return float(measure(replay.device, replay.kernels, product, check=False)["product_tflops"])
+
+
+def randomise(replay: Replay) -> None:
+    """Fill every weight on the device: codes with random bits, scales and tables with small numbers."""
+    weights = [t for t in replay.tensors.values() if t.role in ("weight", "param") and t.name != "rope_table"]
+    for number, tensor in enumerate(sorted(weights, key=lambda t: t.name)):  # whatever else a plan holds
+        if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
+            values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(
+                tensor.name.rsplit(".", 1)[1], _ones
+            )
+            replay.write(tensor.name, values(tensor.size))
+        else:
+            replay.launch(_random_launch(replay, tensor, number))
+
+
+def _ones(size: int) -> np.ndarray:
+    return np.ones(size, np.float32)
+
+
+def _small(size: int) -> np.ndarray:
+    return np.full(size, 0.03, np.float32)
+
+
+def _scale_table(size: int) -> np.ndarray:
+    """256 scales around 0.03, offset 0 and the zero of ops/quantize.py."""
+    return np.concatenate([np.linspace(0.02, 0.04, 256), [0.0, 0.0]]).astype(np.float32)
+
+
+def _random_launch(replay: Replay, tensor: Tensor, seed: int) -> Launch:
+    words = tensor.nbytes // 4
+    constants = {"words": words, "seed": seed, "dtype": tensor.dtype, "spread": literal(0.03)}
+    return Launch("random", (writes("out", tensor),), constants, grid_of(-(-words // 256), replay.device.caps))
+
+
+class Timings(defaultdict[str, list[float]]):
+    """Seconds by name, one entry a step, and the report of the last step."""
+
+    last: Report
+
+
+def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> Timings:
+    rng = np.random.default_rng(0)
+    size = config.batch * config.seq
+    timings = Timings(list)
+    replay.write("positions", np.tile(np.arange(config.seq), config.batch))
+    replay.write("segment_start", np.zeros(size))
+    replay.write("inv_tokens", np.array([1 / (size * config.accumulate)]))
+    replay.write("lr", np.array([1e-4]))
+    flying = None
+    last = time.perf_counter()
+    for number in range(steps + WARM_UP + 1):
+        begin = time.perf_counter()
+        for micro in range(config.accumulate):
+            replay.write("input_ids", rng.integers(0, vocabulary, size))
+            replay.write("targets", rng.integers(0, vocabulary, size))
+            replay.run("micro", micro)
+        report = replay.run("update")
+        encode = time.perf_counter() - begin
+        if flying is not None:
+            state = flying.result()
+            now = time.perf_counter()
+            if number > WARM_UP:
+                timings["wall"].append(now - last)
+                timings["encode"].append(encode)
+                timings["loss"].append(field(state, "loss"))
+                for phase, seconds in _phases(replay, flying, config.accumulate).items():
+                    timings[phase].append(seconds)
+            last = now
+        flying = report
+    assert flying is not None
+    flying.result()
+    timings.last = flying
+    return timings
+
+
+def _slowest(replay: Replay, repeats: int, timings: Timings) -> list[dict[str, Any]]:
+    """Nodes of the last step, layers added up: seconds, share, TFLOP/s and GB/s, slowest first."""
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for name, repeat in _runs(repeats):
+        ticks = timings.last.ticks(name, repeat)
+        for group, (begin, end) in zip(replay.plan.groups.get(name, ()), [] if ticks is None else ticks, strict=False):
+            key = f"{group.phase} {re.sub(r'layers[.][0-9]+', 'layers.*', group.name)} {group.shape}"
+            for index, value in enumerate((float(end - begin) / 1e9, 1.0, float(group.flops), float(group.bytes))):
+                totals[key][index] += value
+    whole = sum(t[0] for t in totals.values()) or 1.0
+    rows = sorted(totals.items(), key=lambda item: -item[1][0])
+    return [
+        {
+            "kernel": key,
+            "count": int(count),
+            "seconds": seconds,
+            "share": seconds / whole,
+            "tflops": flops / max(seconds, 1e-12) / 1e12,
+            "gbytes_per_second": nbytes / max(seconds, 1e-12) / 1e9,
+        }
+        for key, (seconds, count, flops, nbytes) in rows
+    ]
+
+
+def _runs(repeats: int) -> list[tuple[str, int]]:
+    """The runs of traced graphs that make a step."""
+    return [*(("micro", r) for r in range(repeats)), ("update", 0)]
+
+
+def _phases(replay: Replay, report: Report, repeats: int) -> dict[str, float]:
+    """GPU seconds by phase; zeros where the device has no timestamps."""
+    totals = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    for name, repeat in _runs(repeats):
+        ticks = report.ticks(name, repeat)
+        if ticks is not None:
+            for group, (begin, end) in zip(replay.plan.groups[name], ticks, strict=True):
+                totals[group.phase] += float(end - begin) / 1e9
+    return totals

@@ -1,0 +1,352 @@
+"""The command line: parses, calls one function a command, and turns bad input into one line and exit status 2.
+
+The only module that wires observers (progress, tracing) to a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from entrenar_gpu import __version__
+from entrenar_gpu.cli import options
+from entrenar_gpu.config.presets import SHAPES
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.model.config import model_shape
+from observability.errors import TraceError
+from observability.streams import print_any_text
+
+app = typer.Typer(
+    help="Fine-tune language models on any Vulkan, Metal or DX12 GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer carries its own copy of click in newer versions; these are the exceptions of whichever it uses.
+_ClickError: type[Any] = typer.BadParameter.__mro__[2]
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter folder")]
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"entrenar-gpu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fine-tune language models on any Vulkan, Metal or DX12 GPU."""
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """List adapters, features and limits, and what the trainer would use."""
+    from entrenar_gpu.cli.info import describe, show
+
+    found = describe()
+    _print_json(found) if as_json else show(found)
+
+
+@app.command()
+@options.with_options(
+    "model", "method", "rank", "target", "batch", "seq", "accumulate", "optimizer", "momentum", "dropout",
+    "double_quant", "precision", "trace_level", "memory_budget", "device",
+)  # fmt: skip
+def plan(
+    given: Mapping[str, Any],
+    profile: Annotated[
+        str | None, typer.Option(help="plan for these abilities instead of a device's: webgpu, desktop")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would allocate, and what it would compute again, without weights or a GPU."""
+    from entrenar_gpu.cli.plan_report import plan_run
+    from entrenar_gpu.train.session import memory_budget
+
+    # One row unless told otherwise: the question is usually whether a model fits at all.
+    config = options.make_config(given, batch=1)
+    caps = _caps(config.device, profile)
+    report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
+    if as_json:
+        _print_json(report.to_mapping())
+        return
+    if verbose:
+        print(report.plan.describe())
+    from entrenar_gpu.cli.display import show_plan
+
+    show_plan(report.to_mapping())
+
+
+def _caps(device: str | None, profile: str | None) -> Any:
+    """Abilities to plan for: of --profile, of --device, or of a common desktop driver."""
+    from entrenar_gpu.cli.plan_report import PROFILES
+
+    if profile is not None and device is not None:
+        raise UserError("--profile: give it or --device, not both")
+    if device is not None:
+        from entrenar_gpu.gpu.device import adapter_caps, choose_adapter
+
+        return adapter_caps(choose_adapter(device))
+    if profile is not None and profile not in PROFILES:
+        raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
+    return PROFILES[profile or "desktop"]
+
+
+@app.command()
+@options.with_options(*options.FIELDS)
+def train(
+    given: Mapping[str, Any],
+    config: Annotated[str | None, typer.Option("--config", help="YAML file with any of these keys; flags win")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Fine-tune a model on JSONL data."""
+    from entrenar_gpu.cli.display import Progress, show_start
+    from entrenar_gpu.train.trainer import Trainer
+
+    made, progress = options.make_config(given, config), Progress(quiet)
+    tracer, observers = _tracing(made, progress)  # a wrong --otlp is told before a model is loaded
+    trainer = Trainer(made)
+    show_start(trainer)
+    trainer.observe(progress, *observers)
+    try:
+        summary = trainer.run()
+    finally:
+        tracer.close()
+    if summary.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
+    """(tracer, all observers that watch a run): spans to its folder and to --otlp, anomalies as they happen."""
+    import observability
+    from observability.detect.live import LiveDetector
+
+    tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
+    detector = LiveDetector(
+        emit=lambda line: progress.say(line, "magenta"),
+        on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity or "noticed"),
+    )
+    # At the end of the run the detector still finds anomalies, which the tracer counts until it has ended itself.
+    return tracer, [detector, tracer]
+
+
+@app.command()
+def demo(
+    output: Annotated[str | None, typer.Option("--output", help="new run folder (default runs/demo-DATE)")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name, or numpy")] = None,
+) -> None:
+    """Fine-tune the model that ships with the project on Python's own docstrings; downloads nothing."""
+    from entrenar_gpu.cli.demo import RUN, default_output, run_demo
+    from entrenar_gpu.cli.display import Progress
+
+    folder = output or default_output()
+    progress = Progress()
+    _, observers = _tracing(replace(RUN, output=folder), progress)
+    run_demo(folder, steps, [progress, *observers], device=device)
+
+
+@app.command(
+    "report", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def report(context: typer.Context) -> None:
+    """Explain a run from its trace: RUN|TRACE [--html OUT] [--json OUT] [--perfetto OUT] [--against RUN]."""
+    from observability import report
+
+    raise typer.Exit(report.main(context.args, prog="entrenar-gpu report"))
+
+
+@app.command("eval")
+@options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "pack")
+def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
+    """Mean loss over all unmasked tokens of a data set, and its perplexity."""
+    from entrenar_gpu.train.evaluate import evaluate_data
+
+    result = evaluate_data(options.make_config(given, adapter_init=adapter), adapter is not None)
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"loss {result['loss']:.6f}   perplexity {result['perplexity']:.4f}   tokens {result['tokens']}")
+
+
+@app.command()
+@options.with_options(*options.RUNTIME, "seq", "seed")
+def generate(
+    given: Mapping[str, Any],
+    prompt: Annotated[str, typer.Option("--prompt", help="what to say to the model")],
+    adapter: Adapter = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="longest continuation")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token")] = 0.0,
+) -> None:
+    """Continue a prompt with a model and its adapter."""
+    from entrenar_gpu.infer.generate import Generator
+
+    config = options.make_config(given, adapter_init=adapter)
+    generator = Generator(config, adapter is not None)
+    try:
+        for piece in generator.pieces(prompt, max_tokens, temperature, config.seed):
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        generator.close()
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Option("--model", help="model folder or Hub id")],
+    adapter: Annotated[str, typer.Option("--adapter", help="PEFT adapter folder")],
+    output: Annotated[str, typer.Option("--output", help="folder for the merged model")],
+) -> None:
+    """Fold an adapter into its base model, as safetensors that transformers loads."""
+    from entrenar_gpu.export.merge import merge_adapter
+    from entrenar_gpu.model.hf_checkpoint import Checkpoint
+    from entrenar_gpu.model.hub import resolve_model
+
+    for name, folder in (("--adapter", adapter), ("--output", output)):
+        if not folder:  # the current one, to Path
+            raise UserError(f"{name}: missing; name a folder")
+    merge_adapter(Checkpoint.open(resolve_model(model)), Path(adapter), Path(output))
+    print(f"merged model: {output}")
+
+
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+@options.with_options(
+    "method", "rank", "target", "batch", "seq", "accumulate", "precision", "trace_level", "double_quant",
+    "memory_budget", "tune", "device",
+)  # fmt: skip
+def bench_train(
+    given: Mapping[str, Any],
+    shape: Annotated[str, typer.Option("--shape", help=f"one of {', '.join(SHAPES)}")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps measured")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Train a model's shape with random weights: tokens/s, seconds by phase, bytes."""
+    from entrenar_gpu.cli.bench import train
+
+    result = train.bench_train(shape, options.make_config(given, batch=1), steps)
+    if as_json:
+        _print_json(result)
+        return
+    from entrenar_gpu.cli.display import show_bench
+
+    show_bench(result)
+
+
+@bench.command("gemm")
+def bench_gemm(
+    shape: Annotated[str, typer.Option("--shape", help="model whose products are timed")] = "qwen3-4b",
+    rows: Annotated[str, typer.Option("--rows", help="tokens in a product, comma-separated")] = "512,2048",
+    rank: Annotated[int, typer.Option("--rank", min=1, help="adapter rank")] = 16,
+    precision: Annotated[str, typer.Option("--precision", help="of f32, f16, int8; comma-separated")] = "f32,f16,int8",
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every matrix product of a training step and check it against float64."""
+    from entrenar_gpu.cli.bench import gemm
+    from entrenar_gpu.gpu.device import Device
+    from entrenar_gpu.gpu.measure import TOLERANCES
+
+    kinds = [k for k in TOLERANCES if k in precision.split(",")]
+    if len(kinds) != len(precision.split(",")):
+        raise UserError(f"--precision: {precision!r} is not a list of {', '.join(TOLERANCES)}")
+    if not all(part.strip().isdecimal() and int(part) for part in rows.split(",")):
+        raise UserError(f"--rows: {rows!r} is not a list of whole numbers")
+    opened = Device.open(device)
+    if "f16" in kinds and not opened.caps.f16:
+        print(f"{opened.caps.name} has no f16 arithmetic: its products are left out", file=sys.stderr)
+    wanted = list(gemm.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
+    _show_rows(gemm.bench_gemm(opened, wanted), as_json)
+
+
+@bench.command("ops")
+def bench_ops(
+    shape: Annotated[str, typer.Option("--shape", help="model whose kernels are timed")] = "qwen3-4b",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="rows of a batch")] = 1,
+    seq: Annotated[int, typer.Option("--seq", min=2, help="tokens a row")] = 512,
+    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every kernel of a training step that is no matrix product."""
+    from entrenar_gpu.cli.bench import ops
+    from entrenar_gpu.gpu.device import Device
+
+    _show_rows(ops.bench_ops(Device.open(device), model_shape(shape), rows, seq), as_json)
+
+
+def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """Measurements as they come, a line each; or all of them as JSON."""
+    if as_json:
+        _print_json(list(rows))
+        return
+    for row in rows:
+        size = "x".join(map(str, row.get("sizes") or row["shape"]))
+        wrong = "" if row.get("within", True) else f"  WRONG: relative error {row['error']:.1e}"
+        print(
+            f"{row['seconds'] * 1e6:10.1f} us {row['tflops']:8.2f} TFLOP/s {row['gbytes_per_second']:8.1f} GB/s"
+            f"  {row['name']} {row.get('arithmetic') or row['kernel']} {size}{wrong}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Entry point of the `entrenar-gpu` script."""
+    print_any_text()
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
+        return int(result or 0)
+    except (UserError, TraceError) as error:
+        return _complain(str(error))
+    except _ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        return _complain(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
+        return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
+
+
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _with_resume(arguments: list[str]) -> list[str]:
+    """`--resume` may stand alone, for the newest checkpoint of --output."""
+    result = []
+    for index, word in enumerate(arguments):
+        result.append(word)
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if word == "--resume" and following.startswith("-"):
+            result.append("latest")
+    return result

@@ -1,0 +1,85 @@
+"""Command-line flags derived from the fields of TrainConfig, so that each option is declared once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+
+from entrenar_gpu.config.train_config import TrainConfig, flag, known_keys, load_yaml
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+_HINTS = typing.get_type_hints(TrainConfig)
+
+# What a command that only runs a model, and trains nothing, needs to know.
+RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device")
+
+
+def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
+    """(type that the command line parses, choices) of a field."""
+    hint = _HINTS[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint)
+    return hint, ()
+
+
+def help_of(name: str) -> str:
+    """The help text of a field: what it does, its unit, its choices and its default."""
+    f = FIELDS[name]
+    _, choices = kind_of(name)
+    text = f.metadata["help"]
+    if choices:
+        text += f" ({', '.join(choices)})"
+    if f.metadata["unit"]:
+        text += f" [{f.metadata['unit']}]"
+    if f.default not in (None, "") and not isinstance(f.default, bool):
+        text += f" (default {f.default})"
+    return text
+
+
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these fields of TrainConfig, before its own.
+
+    The command gets a mapping `given` with the flags that stood on the command line, and nothing for the others.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+        parameters = []
+        for name in names:
+            kind, _ = kind_of(name)
+            declared = f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name)
+            # None tells a flag that was not given; numbers are text here, so that config.py alone judges them
+            option = typer.Option(None, declared, help=help_of(name), show_default=False)
+            annotation = bool | None if kind is bool else str | None
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+            )
+
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in names}
+            command(given={n: v for n, v in given.items() if v is not None}, **values)
+
+        hints = typing.get_type_hints(command, include_extras=True)
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, p.annotation)) for p in own]
+        run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def make_config(given: Mapping[str, Any], config_file: str | None = None, **defaults: Any) -> TrainConfig:
+    """Defaults, then the YAML file, then the flags: the later wins. Raises UserError naming the file or flag."""
+    values = dict(defaults)
+    if config_file is not None:
+        values |= known_keys(TrainConfig, load_yaml(config_file), config_file)
+    return TrainConfig.from_mapping(values | dict(given), "flags")

@@ -1,0 +1,105 @@
+"""What a plan's memory is for: the answer of `entrenar-gpu plan`, without a GPU or weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.compiler import weight_copies
+from entrenar_gpu.compiler.plan import Plan
+from entrenar_gpu.compiler.recompute import Recompute
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.json_file import read_json_object
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.model.config import load_model_config
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.train.graphs import RunShape, fit_training
+from entrenar_gpu.train.loader import storage_of
+
+# Capability profiles to plan for without a device. Limits as common drivers offer them, or as WebGPU guarantees.
+PROFILES = {
+    "webgpu": Caps(),
+    "desktop": Caps(name="desktop", max_binding_bytes=(2 << 30) - 4, max_buffer_bytes=(4 << 30) - 4, timestamps=True),
+}
+DENSE = {"float32": "f32", "float16": "half", "bfloat16": "bf16"}
+PURPOSES = (
+    *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
+    *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
+)
+SCALE_PARTS = (".absmax", ".absmax_codes", ".nested", ".table")
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan by purpose, in bytes; the parts sum to `peak_bytes`."""
+
+    plan: Plan
+    level: Recompute
+    profile: str
+    budget_bytes: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        parts = dict.fromkeys(PURPOSES, 0)
+        purposes = self._purposes()
+        for name, nbytes in self.plan.buffers.items():
+            parts[purposes.get(name, "transfer_bytes")] += nbytes
+        return {
+            **parts,
+            "peak_bytes": self.plan.peak_bytes,
+            "budget_bytes": self.budget_bytes,
+            "recompute": self.level.describe(),
+            "recompute_share": self.level.share,
+            "again": self.level.counts("again"),
+            "half": self.level.counts("half"),
+            "device": self.profile,
+        }
+
+    def _purposes(self) -> dict[str, str]:
+        """The key that each buffer counts under; reports, ticks and inputs are transfers."""
+        result: dict[str, str] = {}
+        for name, tensor in self.plan.persistents.items():
+            buffer = self.plan.slices[tensor.id].buffer
+            if tensor.role in ("param", "grad"):
+                result[buffer] = "adapter_bytes" if tensor.role == "param" else "gradient_bytes"
+            elif tensor.role == "weight":
+                result[buffer] = _weight_purpose(name)
+            elif tensor.role == "state":
+                result[buffer] = "copy_bytes" if name.endswith(weight_copies.PARTS) else "optimizer_bytes"
+        for buffer in self.plan.buffers:
+            if buffer.startswith("pool."):
+                result[buffer] = "scratch_bytes" if buffer in self.plan.scratch else "activation_bytes"
+        return result
+
+
+def _weight_purpose(name: str) -> str:
+    if name.endswith(".codes"):
+        return "nf4_bytes"
+    if name.endswith(SCALE_PARTS):
+        return "scale_bytes"
+    return "embedding_bytes" if ".page" in name else "dense_bytes"
+
+
+def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool) -> PlanReport:
+    """Trace and plan a run for a model folder, a Hub id or a bare config.json, with or without its weights."""
+    path = Path(config.model)
+    path = path if path.is_file() else resolve_model(config.model, weights=False)
+    model = load_model_config(path)
+    spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        storage = storage_of(Checkpoint.open(folder), config, spec)
+    else:
+        raw = read_json_object(path / "config.json" if path.is_dir() else path)
+        stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+        if stated not in tuple(DENSE):  # which may be of any JSON type
+            raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(DENSE)}")
+        modules = spec.modules if spec is not None else {}
+        storage = Storage(config.method, DENSE[stated], {}, config.double_quant, {}, modules)
+    shape = RunShape(model, storage, config)
+    level, plan, _ = fit_training(shape, caps, budget_bytes, evaluates)
+    return PlanReport(plan, level, caps.name, budget_bytes)

@@ -1,0 +1,271 @@
+"""From graphs to buffers: lifetimes, storage shared between tensors that never live at once, and launches.
+
+Planning needs no device: it works on graphs and `Caps` and yields plain data, printable and comparable. Several
+graphs (micro-step, update, evaluation) are planned together, as if they ran one after the other: their temporaries
+share one set of buffers, and the peak is the largest of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from entrenar_gpu.compiler.pages import ALIGNMENT, PAGED_ROLES, Slice, page_layout, page_sizes
+from entrenar_gpu.compiler.trace_groups import TraceGroup, trace_groups
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Launch
+from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.ops.registry import OPS
+
+RING = 3  # reports that may be on their way to the host at once
+
+
+@dataclass
+class Step:
+    """A node and the launches it turned into."""
+
+    node: Node
+    launches: tuple[Launch, ...]
+
+
+@dataclass
+class Plan:
+    """Buffers by name with their bytes, where each tensor lives, and the steps of each graph, ready to replay."""
+
+    caps: Caps
+    buffers: dict[str, int] = field(default_factory=dict)
+    slices: dict[int, Slice] = field(default_factory=dict)
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    persistents: dict[str, Tensor] = field(default_factory=dict)
+    scratch: set[str] = field(default_factory=set)  # pool buffers made for workspace or dequantised weights
+    reports: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, list[TraceGroup]] = field(default_factory=dict)
+    ticks: dict[tuple[str, int], int] = field(default_factory=dict)  # (graph, repeat) -> byte offset of its ticks
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.buffers.values())
+
+    def describe(self) -> str:
+        """One line a step: node, outputs and the buffers they lie in. Equal plans give equal text."""
+        lines = []
+        for name, steps in self.steps.items():
+            lines.append(f"{name}:")
+            for step in steps:
+                places = ", ".join(f"{self.slices[t.id].buffer}<-{list(t.shape)}" for t in step.node.outputs)
+                mark = " again" if step.node.recomputed else ""
+                lines.append(f"  {step.node.phase:9} {step.node.label()}{mark}: {places} ({len(step.launches)})")
+        return "\n".join(lines)
+
+
+def make_plan(
+    graphs: Mapping[str, Graph], caps: Caps, launches: bool = True, keep: bool = False, trace_level: str = "step"
+) -> Plan:
+    """Place every tensor of `graphs` and specialise their launches.
+
+    `launches=False` stops after placement, which is all that a search over recomputation needs. `keep` gives every
+    tensor storage of its own, so that all of them can be read afterwards. `trace_level` says how finely traced graphs
+    are timed. Raises UserError naming the tensor when one cannot be bound on such a device.
+    """
+    plan = Plan(caps)
+    _place_persistents(plan, graphs)
+    _place_temporaries(plan, graphs, keep)
+    _place_reports(plan, graphs, trace_level)
+    for name, graph in graphs.items():
+        plan.steps[name] = [Step(node, _launches(plan, node) if launches else ()) for node in graph.nodes]
+    return plan
+
+
+def _place_persistents(plan: Plan, graphs: Mapping[str, Graph]) -> None:
+    """Whole buffers, but for trainable tensors and their gradients: slices of flat pages, in equal order."""
+    groups: dict[str, list[Tensor]] = {role: [] for role in PAGED_ROLES}
+    for graph in graphs.values():
+        for name, tensor in graph.persistents.items():
+            known = plan.persistents.get(name)
+            if known is not None:  # the same tensor, declared in another graph
+                if (known.shape, known.dtype, known.role) != (tensor.shape, tensor.dtype, tensor.role):
+                    raise ValueError(
+                        f"{name}: {known!r} ({known.role}) in one graph, {tensor!r} ({tensor.role}) in another"
+                    )
+                plan.slices[tensor.id] = plan.slices.get(known.id, Slice(name, 0, tensor.nbytes))
+                if tensor.role in PAGED_ROLES:
+                    groups[tensor.role].append(tensor)
+                continue
+            plan.persistents[name] = tensor
+            if tensor.role in PAGED_ROLES:
+                groups[tensor.role].append(tensor)
+            else:  # a page too: it is the whole of the buffer that bears its name
+                check_bindable(tensor, plan.caps)
+                plan.slices[tensor.id] = Slice(name, 0, tensor.nbytes)
+                plan.buffers[name] = max(tensor.nbytes, 4)
+    for role, tensors in groups.items():
+        layout = page_layout(tensors, role)
+        for slice_, tensor in zip(layout, tensors, strict=True):
+            check_bindable(tensor, plan.caps)
+            plan.slices[tensor.id] = slice_
+        plan.buffers.update(page_sizes(layout))
+
+
+def check_bindable(tensor: Tensor, caps: Caps) -> None:
+    """Raises UserError where the device cannot bind so large a tensor whole."""
+    if tensor.nbytes > min(caps.max_binding_bytes, caps.max_buffer_bytes):
+        limit = min(caps.max_binding_bytes, caps.max_buffer_bytes)
+        raise UserError(
+            f"{tensor.name} takes {tensor.nbytes / 2**20:.0f} MiB, but {caps.name} binds at most"
+            f" {limit / 2**20:.0f} MiB at once; lower --batch or --seq"
+        )
+
+
+def queries_of(plan: Plan, name: str) -> int:
+    """Timestamps one run of a graph takes: one between groups where passes allow it, else two a group."""
+    groups = len(plan.groups.get(name, ()))
+    return 0 if not groups else groups + 1 if plan.caps.timestamps_inside_passes else 2 * groups
+
+
+def _place_reports(plan: Plan, graphs: Mapping[str, Graph], trace_level: str) -> None:
+    """Buffers that bring reports, and the ticks of traced graphs behind them, to the host."""
+    ticks_bytes = 0
+    for name, graph in graphs.items():
+        if graph.traced and plan.caps.timestamps:
+            plan.groups[name] = trace_groups(graph.nodes, trace_level)
+            for repeat in range(graph.repeats if plan.groups[name] else 0):
+                plan.ticks[name, repeat] = ticks_bytes
+                ticks_bytes += -(-8 * queries_of(plan, name) // ALIGNMENT) * ALIGNMENT
+    if ticks_bytes:
+        plan.buffers["ticks"] = ticks_bytes
+        plan.buffers["clock"] = 16  # a pair of ticks, for calibration
+    for name, graph in graphs.items():
+        if graph.report is not None:
+            plan.reports[name] = graph.report
+            nbytes = -(-plan.persistents[graph.report].nbytes // 8) * 8 + (ticks_bytes if graph.traced else 0)
+            plan.buffers.update({f"report.{name}.{i}": nbytes for i in range(RING)})
+
+
+@dataclass
+class _Life:
+    """A temporary's life, in steps counted over all graphs; both ends included. `root` owns the storage."""
+
+    tensor: Tensor
+    first: int
+    last: int
+    nbytes: int
+
+
+def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> None:
+    lives: dict[int, _Life] = {}
+    root: dict[int, int] = {}
+    clock = 0
+    end = sum(len(g.nodes) for g in graphs.values()) if keep else 0
+    for graph in graphs.values():
+        last_use = {tensor.id: index for index, node in enumerate(graph.nodes) for tensor in node.inputs}
+        for index, node in enumerate(graph.nodes):
+            now = clock + index
+            op = OPS[node.op]
+            node.workspace = tuple(
+                Tensor(graph, f"{node.label()}.workspace{i}", tuple(shape), dtype, "temp", node)
+                for i, (shape, dtype) in enumerate(op.workspace(node, plan.caps))
+            )
+            shared = {out: node.inputs[source] for out, source in op.inplace(node)}
+            for out_index, tensor in enumerate(node.outputs):
+                source = shared.get(out_index)
+                if tensor.updates is not None:
+                    place = plan.slices[tensor.updates.id]
+                    readers = [t for t in node.inputs if t.persistent and plan.slices[t.id] == place]
+                    if readers and source not in readers:
+                        raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
+                    plan.slices[tensor.id] = place
+                    continue
+                if (
+                    source is not None
+                    and not keep
+                    and _may_take(source, node, tensor, last_use, index, root, lives, now)
+                ):
+                    root[tensor.id] = root.get(source.id, source.id)
+                    lives[root[tensor.id]].last = max(now, clock + last_use.get(tensor.id, index))
+                    continue
+                last = max(end, clock + last_use.get(tensor.id, index))
+                lives[tensor.id] = _Life(tensor, now, last, tensor.nbytes)
+            for tensor in node.workspace:
+                lives[tensor.id] = _Life(tensor, now, now, tensor.nbytes)
+        clock += len(graph.nodes)
+    _assign(plan, list(lives.values()))
+    for tensor_id, owner in root.items():
+        plan.slices[tensor_id] = plan.slices[owner]
+
+
+def _may_take(
+    source: Tensor,
+    node: Node,
+    out: Tensor,
+    last_use: dict[int, int],
+    index: int,
+    root: dict[int, int],
+    lives: dict[int, _Life],
+    now: int,
+) -> bool:
+    """Whether `out` may overwrite `source`: a temporary of the same size that nobody reads afterwards."""
+    if source.role != "temp" or source.updates is not None or source.nbytes != out.nbytes:
+        return False
+    owner = root.get(source.id, source.id)
+    if owner not in lives or lives[owner].last > now:
+        return False
+    taken_twice = sum(t is source for t in node.inputs) > 1 or any(root.get(t.id) == owner for t in node.outputs)
+    return last_use[source.id] == index and not taken_twice
+
+
+def _assign(plan: Plan, lives: list[_Life]) -> None:
+    """Greedy by size: the largest first, each into the tightest buffer that is free for all of its life.
+
+    Buffers take the size of their first tensor, so nothing is rounded up (Pisarchyk & Lee, arXiv 2001.03288).
+    """
+    slots: list[tuple[int, list[int], list[int]]] = []  # bytes, starts and ends of the lives within, sorted
+    for life in sorted(lives, key=lambda x: (-x.nbytes, x.first, x.tensor.id)):
+        check_bindable(life.tensor, plan.caps)
+        choice = -1
+        for number in range(len(slots) - 1, -1, -1):  # from the smallest: they were made in order of size
+            _, starts, ends = slots[number]
+            at = bisect.bisect_left(starts, life.first)
+            if (at == 0 or ends[at - 1] < life.first) and (at == len(starts) or starts[at] > life.last):
+                choice = number
+                break
+        if choice < 0:
+            choice = len(slots)
+            slots.append((max(life.nbytes, 4), [], []))
+            if _is_scratch(life.tensor):
+                plan.scratch.add(f"pool.{choice}")
+        _, starts, ends = slots[choice]
+        at = bisect.bisect_left(starts, life.first)
+        starts.insert(at, life.first)
+        ends.insert(at, life.last)
+        plan.slices[life.tensor.id] = Slice(f"pool.{choice}", 0, life.nbytes)
+    for number, (nbytes, _, _) in enumerate(slots):
+        plan.buffers[f"pool.{number}"] = nbytes
+
+
+def _is_scratch(tensor: Tensor) -> bool:
+    node = tensor.node
+    return node is not None and (OPS[node.op].transient or tensor not in node.outputs)
+
+
+def _launches(plan: Plan, node: Node) -> tuple[Launch, ...]:
+    def aliased(output: Tensor, source: Tensor) -> bool:
+        return plan.slices[output.id] == plan.slices[(source.updates or source).id]
+
+    launches = tuple(OPS[node.op].launch(node, plan.caps, aliased))
+    for launch in launches:
+        _check_launch(plan, node, launch)
+    return launches
+
+
+def _check_launch(plan: Plan, node: Node, launch: Launch) -> None:
+    """WebGPU tracks usage per buffer: one that a dispatch writes may not be bound for reading as well."""
+    if len(launch.bindings) > plan.caps.max_storage_buffers:
+        raise ValueError(f"{node.label()}: {launch.shader} binds {len(launch.bindings)} buffers")
+    written = {plan.slices[b.tensor.id].buffer for b in launch.bindings if b.write}
+    read = {plan.slices[(b.tensor.updates or b.tensor).id].buffer for b in launch.bindings if not b.write}
+    if written & read:
+        raise ValueError(f"{node.label()}: {launch.shader} reads and writes {', '.join(sorted(written & read))}")
+    if max(launch.grid) > plan.caps.max_workgroups:
+        raise UserError(f"{node.label()} needs a grid of {launch.grid}, above {plan.caps.max_workgroups}")

@@ -1,0 +1,77 @@
+"""Copies of frozen weights in the format that products multiply, kept on the device where memory is left over.
+
+A product in f16 or int8 makes a narrow copy of its NF4 weight each time it runs (ops/linear.py): a tenth of a step of
+Qwen3-4B's shape at 1x512. The weights never change. With memory to spare the copies are made once, after loading, by a
+graph of their own, and hold the same bits, so that no result depends on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from entrenar_gpu import ops
+from entrenar_gpu.compiler.plan import Plan, make_plan
+from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.ops.gemm.linear import reading, weight_of
+from entrenar_gpu.ops.gemm.low_precision import narrow_weight
+from entrenar_gpu.ops.quantize import Nf4Tensors
+
+GRAPH = "narrow"  # runs once, when the weights are on the device
+PARTS = (".narrow", ".narrow_scales", ".turned", ".turned_scales")  # what copies' names end with
+
+Key = tuple[str, bool]  # the name of a weight, and whether the copy is turned
+
+
+def keep_copies(
+    plan: Plan, graphs: Mapping[str, Graph], budget_bytes: int, trace_level: str
+) -> tuple[Plan, Mapping[str, Graph]]:
+    """The plan and its graphs with as many copies as the budget leaves room for, and the graph that makes them."""
+    chosen, left = dict[Key, Node](), budget_bytes - plan.peak_bytes
+    for key, node in _products(graphs).items():
+        nbytes = sum(t.nbytes for t in _copy(Graph(), key, node))
+        if nbytes <= left:
+            chosen[key] = node
+            left -= nbytes
+    while chosen:
+        rewritten = _rewritten(graphs, chosen)
+        larger = make_plan(rewritten, plan.caps, trace_level=trace_level)
+        if larger.peak_bytes <= budget_bytes:
+            return larger, rewritten
+        chosen.popitem()  # without its workspace a node may be packed worse, by chance
+    return plan, graphs
+
+
+def _products(graphs: Mapping[str, Graph]) -> dict[Key, Node]:
+    """A product for each weight and direction. Turned ones first: that takes twice as long as narrowing alone."""
+    nodes = [n for graph in graphs.values() for n in graph.nodes if n.op == "linear"]
+    return {_key(n): n for n in sorted(nodes, key=lambda n: not n.attrs["turned"])}
+
+
+def _key(node: Node) -> Key:
+    return weight_of(node)[0].name.removesuffix(".codes"), node.attrs["turned"]
+
+
+def _copy(graph: Graph, key: Key, node: Node) -> tuple[Tensor, ...]:
+    """Records what makes the copy that a node reads, which stays in persistent tensors of the graph."""
+    (name, turned), attrs = key, node.attrs
+    parts = tuple(graph.tensor(t.name, t.shape, t.dtype, t.role) for t in weight_of(node))
+    with graph.within(name):
+        made = narrow_weight(Nf4Tensors(attrs["shape"], parts, attrs["rounded"]), attrs["arithmetic"], turned)
+    suffixes = PARTS[2:] if turned else PARTS[:2]
+    return tuple(ops.keep(t, f"{name}{suffix}") for t, suffix in zip(made, suffixes, strict=False))
+
+
+def _rewritten(graphs: Mapping[str, Graph], chosen: Mapping[Key, Node]) -> dict[str, Graph]:
+    """The graphs with products that read the chosen copies, after the graph that makes these."""
+    maker = Graph(GRAPH)
+    copies = {key: [t.updates for t in _copy(maker, key, node)] for key, node in chosen.items()}
+    result = {GRAPH: maker}
+    for name, graph in graphs.items():
+        copied = replace(graph, nodes=[], persistents=dict(graph.persistents))
+        for node in graph.nodes:
+            kept = copies.get(_key(node), []) if node.op == "linear" else []
+            tensors = [copied.tensor(t.name, t.shape, t.dtype, t.role) for t in kept if t is not None]
+            copied.append(reading(node, tensors) if tensors else node)
+        result[name] = copied
+    return result

@@ -1,0 +1,187 @@
+"""Samples into rows, rows into batches: seeded shuffling, packing, and iterators that resume where they stopped.
+
+A row has S positions. Packed rows hold several whole samples one behind the other; positions and attention restart at
+each. What follows the last sample of a row is padding, every position of which is a segment of its own: attention
+there sees one key and stays finite, and its target is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrenar_gpu.data.samples import Samples
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.ops.loss import IGNORE
+
+Batch = dict[str, NDArray[Any]]
+
+# Rows that packing keeps open: enough to fill rows well, few enough that a long file packs in linear time.
+OPEN_ROWS = 1024
+
+
+def pack_rows(lengths: Sequence[int], order: Iterable[int], seq: int, keep_order: bool = False) -> list[list[int]]:
+    """Sample indices of each row: every sample of `order` whole, once, at most `seq` tokens a row.
+
+    Best fit: a sample goes where it leaves the least room. With `keep_order` only the last row is open, so that rows
+    read one after another give the samples in order (next fit).
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free positions, row) of the open rows, ascending
+    for i in order:
+        at = bisect_left(rooms, (lengths[i], -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            if keep_order:
+                rooms.clear()
+            elif len(rooms) == OPEN_ROWS:
+                rooms.pop(0)  # the fullest
+            room, row = seq, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        if room > lengths[i]:
+            insort(rooms, (room - lengths[i], row))
+    return rows
+
+
+def collate(samples: Samples, rows: Sequence[Sequence[int]], batch: int, seq: int) -> Batch:
+    """The graph's inputs for up to `batch` rows of samples, the rest empty rows; each array is [batch, seq].
+
+    input_ids u32 (0 in padding), targets i32 (IGNORE without loss), positions u32 (index in the sample),
+    segment_start u32 (index in the row of the first position of this position's sample).
+    """
+    arrays: Batch = {
+        "input_ids": np.zeros((batch, seq), np.uint32),
+        "targets": np.full((batch, seq), IGNORE, np.int32),
+        "positions": np.zeros((batch, seq), np.uint32),
+        "segment_start": np.tile(np.arange(seq, dtype=np.uint32), (batch, 1)),
+    }
+    for b, row in enumerate(rows):
+        start = 0
+        for i in row:
+            tokens, targets = samples[i]
+            here = (b, slice(start, start + len(tokens)))
+            arrays["input_ids"][here] = tokens
+            arrays["targets"][here] = targets
+            arrays["positions"][here] = np.arange(len(tokens))
+            arrays["segment_start"][here] = start
+            start += len(tokens)
+    return arrays
+
+
+def eval_batches(samples: Samples, *, batch: int, seq: int, pack: bool = True) -> Iterator[Batch]:
+    """Every sample once, in the same order each time; the last batch is filled up with empty rows."""
+    rows = _rows(samples, range(len(samples)), seq, pack, keep_order=False)
+    for at in range(0, len(rows), batch):
+        yield collate(samples, rows[at : at + batch], batch, seq)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step trains on: micro-batches, how many positions of them have a target, and the passes over
+    the data made when it is done."""
+
+    micro_batches: list[Batch]
+    tokens: int
+    epoch: float
+
+
+class TrainBatches:
+    """An endless iterator over optimizer steps of `accumulate` micro-batches of `batch` rows.
+
+    An epoch is one pass: every sample once, in an order drawn from (seed, epoch), or that of the file. Epochs run on
+    into each other, so every step is full, also where the data fill less than one. What comes next depends only on
+    the arguments and on `state`, a small JSON object.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch: int,
+        seq: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        pack: bool = True,
+    ) -> None:
+        self.samples, self.batch, self.seq, self.accumulate = samples, batch, seq, accumulate
+        self._seed, self._shuffle, self._pack = seed, shuffle, pack
+        self._epoch, self._next = 0, 0
+        self._rows = self._epoch_rows(0)
+
+    def steps(self, epochs: float) -> int:
+        """How many steps make `epochs` passes; the last one may begin the pass after."""
+        whole = int(epochs)
+        rows = float(sum(len(self._epoch_rows(epoch)) for epoch in range(whole)))
+        if epochs > whole:
+            rows += (epochs - whole) * len(self._epoch_rows(whole))
+        return math.ceil(rows / (self.batch * self.accumulate))
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        micro_batches = [
+            collate(self.samples, [self._next_row() for _ in range(self.batch)], self.batch, self.seq)
+            for _ in range(self.accumulate)
+        ]
+        tokens = sum(int(np.count_nonzero(m["targets"] != IGNORE)) for m in micro_batches)
+        return Step(micro_batches, tokens, self._epoch + self._next / len(self._rows))
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands: the epoch, the row that comes next in it, and which data and order these count."""
+        return {"epoch": self._epoch, "row": self._next, "order": self.fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. Raises UserError when that was one of other data or another order, or of none."""
+        if state.get("order") != self.fingerprint:
+            raise UserError(
+                "--resume: the checkpoint was made with other data, or another --seq, --seed, --pack, --shuffle or"
+                " --loss-on"
+            )
+        epoch, row = state.get("epoch"), state.get("row")
+        if type(epoch) is int and 0 <= epoch < 2**53:
+            rows = self._epoch_rows(epoch)
+            if type(row) is int and 0 <= row <= len(rows):
+                self._epoch, self._next, self._rows = epoch, row, rows
+                return
+        raise UserError("--resume: the checkpoint's place in the data, an epoch and a row, is damaged")
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the data and of all that determines the order of rows."""
+        order = f"{self.samples.fingerprint} {self.seq} {self._seed} {self._shuffle} {self._pack}"
+        return hashlib.sha256(order.encode()).hexdigest()
+
+    def _next_row(self) -> list[int]:
+        if self._next == len(self._rows):
+            self._epoch, self._next = self._epoch + 1, 0
+            self._rows = self._epoch_rows(self._epoch)
+        self._next += 1
+        return self._rows[self._next - 1]
+
+    def _epoch_rows(self, epoch: int) -> list[list[int]]:
+        if not self._shuffle:
+            return _rows(self.samples, range(len(self.samples)), self.seq, self._pack, keep_order=True)
+        # Ranks of raw random words: NumPy promises these streams to stay the same between versions, permutations not.
+        words = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+        order = np.argsort(words.random_raw(len(self.samples)), kind="stable").tolist()
+        rows = _rows(self.samples, order, self.seq, self._pack, keep_order=False)
+        # Packing leaves the rows that nothing fitted into for last; shuffled again, no part of an epoch is special.
+        return [rows[i] for i in np.argsort(words.random_raw(len(rows)), kind="stable")]
+
+
+def _rows(samples: Samples, order: Iterable[int], seq: int, pack: bool, keep_order: bool) -> list[list[int]]:
+    lengths = samples.lengths.tolist()
+    if max(lengths) > seq:
+        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of {seq}")
+    return pack_rows(lengths, order, seq, keep_order) if pack else [[i] for i in order]

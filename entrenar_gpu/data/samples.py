@@ -1,0 +1,84 @@
+"""Tokenised samples with their targets, in flat arrays. The shift from labels to targets happens here and only here."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrenar_gpu.ops.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a file, end to end: sample i holds positions starts[i] to starts[i+1].
+
+    `tokens` [N] are token ids; `targets` [N] the token to predict at each position, IGNORE where there is no loss:
+    the sample's next label, so the last position of a sample has none. `skipped` samples had nothing to train and are
+    not here; `cut` ones were longer than allowed.
+    """
+
+    tokens: NDArray[np.uint32]
+    targets: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    skipped: int = 0
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
+        """Tokens and targets of sample `i`, as views."""
+        span = slice(self.starts[i], self.starts[i + 1])
+        return self.tokens[span], self.targets[span]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.starts)
+
+    @cached_property
+    def trained_tokens(self) -> int:
+        """How many positions have a target."""
+        return int(np.count_nonzero(self.targets != IGNORE))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that training sees of the data: equal data, equal text."""
+        digest = hashlib.sha256()
+        for values, kind in ((self.tokens, "<u4"), (self.targets, "<i4"), (self.starts, "<i8")):
+            digest.update(values.astype(kind, copy=False).tobytes())
+        return digest.hexdigest()
+
+
+class SampleBuilder:
+    """Gathers samples into flat arrays: cuts at `seq`, shifts labels to targets, leaves out what has no target."""
+
+    def __init__(self, seq: int) -> None:
+        self.seq, self.skipped, self.cut = seq, 0, 0
+        self.tokens, self.targets, self.starts = array("I"), array("i"), array("q", [0])
+
+    def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
+        """One sample; `labels` stand at their own token, IGNORE where it is not trained."""
+        targets = [*labels[1 : self.seq], IGNORE]
+        if all(target == IGNORE for target in targets):
+            self.skipped += 1
+            return
+        self.cut += len(ids) > self.seq
+        self.tokens.extend(ids[: self.seq])
+        self.targets.extend(targets)
+        self.starts.append(len(self.tokens))
+
+    def samples(self) -> Samples:
+        """What was added so far."""
+        return Samples(
+            np.array(self.tokens, np.uint32),
+            np.array(self.targets, np.int32),
+            np.array(self.starts, np.int64),
+            self.skipped,
+            self.cut,
+        )

@@ -1,0 +1,91 @@
+"""Checkpoints in Hugging Face layout, written: weights in shards, and the files beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.atomic import new_file, new_folder, write_text
+from entrenar_gpu.files.tensor_source import TensorSource, write_tensors
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, _read_json
+
+SHARD_BYTES = 4 << 30
+# What makes a folder usable beside its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write weights as one file, or as shards of at most `shard_bytes` (a tensor is never split) with an index.
+
+    Each tensor is produced when its turn comes, so that memory stays at the largest one. All files appear together at
+    the end, the index last. Returns them. Raises UserError when the disk is full, or when the folder holds a model in
+    the other layout, which might be read instead.
+    """
+    folder = Path(folder)
+    new_folder(folder)
+    shards = _split(sources, shard_bytes)
+    paths = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        paths = [folder / SINGLE_FILE]
+    other = folder / (INDEX_FILE if len(shards) == 1 else SINGLE_FILE)
+    if other.exists():
+        raise UserError(f"{other}: is in the way of the weights to be written; choose an empty folder")
+    with contextlib.ExitStack() as files:  # left in reverse order: what is entered first appears last
+        if len(shards) > 1:
+            index = files.enter_context(new_file(folder / INDEX_FILE))
+            index.write(_index(shards, paths).encode())
+        for path, shard in zip(paths, shards, strict=True):
+            # transformers asks for the format
+            write_tensors(files.enter_context(new_file(path)), shard, {"format": "pt"})
+    return paths if len(shards) == 1 else [*paths, folder / INDEX_FILE]
+
+
+def _index(shards: list[list[TensorSource]], paths: list[Path]) -> str:
+    weight_map = {source.name: path.name for path, shard in zip(paths, shards, strict=True) for source in shard}
+    total = sum(source.nbytes for shard in shards for source in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _split(sources: Sequence[TensorSource], shard_bytes: int) -> list[list[TensorSource]]:
+    shards: list[list[TensorSource]] = [[]]
+    filled = 0
+    for source in sources:
+        if shards[-1] and filled + source.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(source)
+        filled += source.nbytes
+    return shards
+
+
+def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None:
+    """Copy what a model folder holds beside its weights: configuration, tokenizer, chat template.
+
+    `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised.
+    """
+    source, target = Path(source), Path(target)
+    config = _read_json(source / "config.json")
+    config.pop("quantization_config", None)
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+    new_folder(target)
+    for name in COMPANIONS:
+        if (source / name).exists() and name != "config.json":
+            with new_file(target / name) as copy, open(source / name, "rb") as original:
+                shutil.copyfileobj(original, copy)
+    write_text(target / "config.json", json.dumps(config, indent=2) + "\n")

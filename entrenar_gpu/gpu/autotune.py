@@ -1,0 +1,111 @@
+"""Measured choices of tiles: every blocking of the products that a program runs is timed once per adapter and driver.
+
+The result is plain data for `Caps.tiles`. It is kept in a JSON file in the user's cache folder, and stored with
+checkpoints: another tile sums in another order, so a run that resumes must use what it began with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from entrenar_gpu.compiler.memory import Fitted
+from entrenar_gpu.files.atomic import cache_folder, new_folder, write_text
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.measure import Product, measure
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.ops.gemm.linear import product_sizes
+from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
+from entrenar_gpu.ops.gemm.tiles import is_choice, key, plausible, to_numbers
+
+Tiles = dict[str, tuple[int, ...]]
+VERSION = 3  # of the kernels: choices measured with other ones are forgotten
+
+
+def products_of(graphs: Iterable[Graph]) -> list[Product]:
+    """The products that graphs run by blocks, each once: an adapter's small ones have a kernel of their own."""
+    found = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "matmul" and not is_low_rank(node):
+                m, n, k, _ = matmul_sizes(node)
+                product = Product("", "f32", m, n, k, node.attrs["transpose_a"], node.attrs["transpose_b"])
+            elif node.op == "linear":
+                m, n, k, _ = product_sizes(node)
+                forward = not node.attrs["turned"]
+                product = Product("", node.attrs["arithmetic"], m, n, k, transpose_b=forward, weight=True)
+            else:
+                continue
+            found[_name(product)] = product
+    return list(found.values())
+
+
+def autotune(device: Device, wanted: Iterable[Product], kernels: KernelCache | None = None) -> Tiles:
+    """The fastest blocking of each product, from the cache file where it is there, else measured and added to it."""
+    kernels = kernels or KernelCache(device)
+    path, wanted = cache_path(device), list(wanted)
+    known = read_cache(path)
+    unknown = [product for product in wanted if _name(product) not in known]
+    if unknown:
+        new_folder(path.parent)
+        print(f"tune: measuring tiles of {len(unknown)} products, kept in {path}", file=sys.stderr)
+    for product in unknown:
+        known[_name(product)] = fastest(device, kernels, product)
+        write_cache(path, known)
+    return {_name(product): known[_name(product)] for product in wanted}
+
+
+def _name(product: Product) -> str:
+    return key(product.arithmetic, product.m, product.n, product.k, product.layout)
+
+
+def tuned(fit: Callable[[Caps], Fitted], kernels: KernelCache) -> Fitted:
+    """What `fit` plans for the device once the products of its graphs, which it gives last, are measured."""
+    device = kernels.device
+    tiles = autotune(device, products_of(fit(device.caps)[-1].values()), kernels)
+    return fit(replace(device.caps, tiles=tiles))
+
+
+def fastest(device: Device, kernels: KernelCache, product: Product) -> tuple[int, ...]:
+    """The fastest blocking of one product."""
+    tile: tuple[int, ...] = min(sweep(device, kernels, product), key=lambda row: float(row["seconds"]))["tile"]
+    return tile
+
+
+def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[dict[str, Any]]:
+    """The plausible blockings of one product, measured."""
+    for choice in plausible(product.arithmetic, product.m, product.n, product.k, device.caps):
+        numbers = to_numbers(choice)
+        caps = replace(device.caps, tiles={_name(product): numbers})
+        row = measure(device, kernels, product, caps, check=False, alone=False)
+        yield {**row, "tile": numbers}
+
+
+def cache_path(device: Device) -> Path:
+    """Where choices for this adapter and driver are kept."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.caps.name} {device.info['description']}").strip("-")
+    return cache_folder() / "tiles" / f"{name}.json"
+
+
+def read_cache(path: Path) -> Tiles:
+    """The choices in a cache file; none where it is missing, damaged or of other kernels. It can be made again."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["version"] != VERSION:
+            return {}
+        tiles = {str(name): tuple(int(v) for v in numbers) for name, numbers in held["tiles"].items()}
+        return {name: numbers for name, numbers in tiles.items() if is_choice(name, numbers)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+
+
+def write_cache(path: Path, tiles: Mapping[str, tuple[int, ...]]) -> None:
+    held = {"version": VERSION, "tiles": {name: list(numbers) for name, numbers in sorted(tiles.items())}}
+    write_text(path, json.dumps(held, indent=1))

@@ -1,0 +1,317 @@
+"""The GPU executor: a plan's buffers, pipelines and bind groups made once, then replayed every step.
+
+A replay allocates nothing, compiles nothing and reads nothing back but the reports of its graphs; these come through a
+ring of staging buffers, so that the host can collect them while the device is at the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import wgpu
+from wgpu.backends.wgpu_native.extras import write_timestamp
+
+from entrenar_gpu.compiler.plan import RING, Plan, Step, queries_of
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.gpu import native
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.graph.dtypes import NUMPY_TYPES
+from entrenar_gpu.graph.launch import Launch
+from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.ops.registry import OPS
+
+SUBMIT_SECONDS = 0.25  # display drivers reset a GPU that is busy for seconds
+QUERY_SET = 4096  # timestamps a query set may hold
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One dispatch; `group` is the trace group it belongs to, -1 where nothing is timed."""
+
+    pipeline: Any
+    bind_group: Any
+    grid: tuple[int, int, int]
+    group: int
+
+
+@dataclass
+class Pass:
+    """A compute pass as it is recorded every step: timed at its ends, or at some of its commands and its end."""
+
+    commands: list[native.Command]
+    timestamps: dict[str, Any] | None = None
+    closing: tuple[Any, int] | None = None
+
+
+class Report:
+    """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
+
+    done_ns: int | None = None  # only the device knows
+
+    def __init__(self, replay: Replay, name: str, staging: Any, submission: int) -> None:
+        self._replay, self._name, self._staging, self._submission = replay, name, staging, submission
+        self._run = replay.runs[name]
+        self._ticks = b""
+
+    def result(self) -> np.ndarray:
+        """The tensor, waiting for the run that produced it and for no later one.
+
+        Raises RuntimeError where RING later runs have reported: the report was written over.
+        """
+        if self._replay.runs[self._name] - self._run >= RING:
+            raise RuntimeError(f"report of {self._name}: {RING} runs later it is gone; collect reports as they come")
+        plan, device = self._replay.plan, self._replay.device
+        tensor = plan.persistents[plan.reports[self._name]]
+        with device.watched():
+            raw = native.read_after(device.handle, self._staging, self._submission)
+        self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
+        return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
+
+    def ticks(self, graph: str, repeat: int) -> np.ndarray | None:
+        """GPU nanoseconds [groups, 2] of one run of a traced graph; None where nothing was timed. After `result`."""
+        plan = self._replay.plan
+        start = plan.ticks.get((graph, repeat))
+        if start is None:
+            return None
+        times = np.frombuffer(self._ticks, np.uint64, queries_of(plan, graph), start).astype(np.int64)
+        return np.stack([times[:-1], times[1:]], axis=1) if plan.caps.timestamps_inside_passes else times.reshape(-1, 2)
+
+
+class Replay:
+    """Runs the graphs of a plan on a device. Persistent tensors are written and read by name."""
+
+    def __init__(self, device: Device, plan: Plan, kernels: KernelCache | None = None) -> None:
+        self.device, self.plan = device, plan
+        self.kernels = KernelCache(device) if kernels is None else kernels
+        self.tensors = plan.persistents
+        # While one part of a step is finished and queued, outside Python's lock, the next is recorded.
+        self._submitter = ThreadPoolExecutor(1)
+        self._buffers: dict[str, Any] = {}
+        try:
+            for name, size in plan.buffers.items():
+                self._buffers[name] = device.buffer(size, name, _usage(name))
+        except UserError:
+            self.close()  # a smaller plan may fit
+            raise
+        # Recorded by their handles: these hold the objects.
+        self._batches = {name: self._cut(name, steps) for name, steps in plan.steps.items()}
+        self.runs = dict.fromkeys(plan.reports, 0)  # of each graph that reports, so far
+        self._queries = {name: self._query_sets(name) for name in plan.groups}
+        self._passes = {name: self._make_passes(name, batches) for name, batches in self._batches.items()}
+        self._clock_queries: Any = None
+
+    def close(self) -> None:
+        """Release every buffer."""
+        self._submitter.shutdown()
+        for buffer in self._buffers.values():
+            self.device.release(buffer)
+        self._buffers = {}
+
+    def buffer_of(self, name: str) -> tuple[Any, int, int]:
+        """(buffer, offset, bytes) of a persistent tensor."""
+        place = self.plan.slices[self.tensors[name].id]
+        return self._buffers[place.buffer], place.offset, place.nbytes
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        tensor = self.tensors[name]
+        data = np.ascontiguousarray(array, NUMPY_TYPES[tensor.dtype])
+        if data.size != tensor.size:
+            raise ValueError(f"{name}: got {data.shape} for {tensor!r}")
+        buffer, offset, _ = self.buffer_of(name)
+        self.device.write(buffer, data, offset)
+
+    def copy_from(self, other: Replay, copies: Iterable[tuple[str, str, int]]) -> None:
+        """Copy persistent tensors of `other`, on the same device: (its name, name here, offset in bytes here)."""
+        with self.device.watched():
+            encoder = self.device.handle.create_command_encoder()
+            for source, target, offset in copies:
+                buffer, start, nbytes = other.buffer_of(source)
+                into, into_start, _ = self.buffer_of(target)
+                encoder.copy_buffer_to_buffer(buffer, start, into, into_start + offset, nbytes)
+            self.device.handle.queue.submit([encoder.finish()])
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_temporary(self.tensors[name])
+
+    def read_temporary(self, tensor: Tensor) -> np.ndarray:
+        """Any tensor whose storage no later node of its plan has reused."""
+        place = self.plan.slices[tensor.id]
+        item = NUMPY_TYPES[tensor.dtype]
+        raw = self.device.read(self._buffers[place.buffer], place.offset, place.nbytes)
+        return raw[: tensor.size * item.itemsize].view(item).reshape(tensor.shape)
+
+    def run(self, name: str, repeat: int = 0) -> Report | None:
+        """Submit a graph. Returns its report, if it makes one, without waiting for it.
+
+        `repeat` counts the runs of a graph that runs several times between reports.
+        """
+        submits = self._passes[name]
+        staging, jobs = None, []
+        with self.device.watched():
+            for index, passes in enumerate(submits):
+                encoder = self.device.handle.create_command_encoder()
+                for made in passes:
+                    compute = encoder.begin_compute_pass(timestamp_writes=made.timestamps)
+                    native.record(compute, made.commands)
+                    if made.closing is not None:
+                        write_timestamp(compute, *made.closing)
+                    compute.end()
+                if index == len(submits) - 1:
+                    staging = self._finish(encoder, name, repeat)
+                jobs.append(self._submitter.submit(self._submit, encoder))
+            submission = [job.result() for job in jobs][-1]
+        return Report(self, name, staging, submission) if staging is not None else None
+
+    def _submit(self, encoder: Any) -> int:
+        """Finish an encoder, where wgpu works out every barrier, and queue it; returns the submission's index."""
+        return native.submit(self.device.handle, [encoder.finish()])
+
+    def launch(self, launch: Launch) -> None:
+        """Run one launch over the plan's tensors, once."""
+        dispatch = self._dispatch(launch, -1)
+        encoder = self.device.handle.create_command_encoder()
+        compute = encoder.begin_compute_pass()
+        native.record(compute, _commands([dispatch]))
+        compute.end()
+        self.device.handle.queue.submit([encoder.finish()])
+
+    def _make_passes(self, name: str, batches: list[list[Dispatch]]) -> list[list[Pass]]:
+        """The passes of each submit, with a timestamp wherever a trace group begins, and after the last."""
+        sets = self._queries.get(name, [])
+        if sets and not self.plan.caps.timestamps_inside_passes:
+            return _passes_by_group(sets, batches)
+        submits = [[Pass(_commands(batch, sets))] for batch in batches]
+        if sets:
+            last = len(self.plan.groups[name])
+            submits[-1][0].closing = (sets[last // QUERY_SET], last % QUERY_SET)
+        return submits
+
+    def _finish(self, encoder: Any, name: str, repeat: int) -> Any:
+        """Resolve a traced run's ticks; copy a reporting graph's report, all ticks behind it, towards the host."""
+        start = self.plan.ticks.get((name, repeat))
+        if start is not None:
+            count = queries_of(self.plan, name)
+            for number, queries in enumerate(self._queries[name]):
+                first = number * QUERY_SET
+                here = min(QUERY_SET, count - first)
+                encoder.resolve_query_set(queries, 0, here, self._buffers["ticks"], start + 8 * first)
+        source = self.plan.reports.get(name)
+        if source is None:
+            return None
+        self.runs[name] += 1
+        staging = self._buffers[f"report.{name}.{self.runs[name] % RING}"]
+        buffer, offset, nbytes = self.buffer_of(source)
+        encoder.copy_buffer_to_buffer(buffer, offset, staging, 0, nbytes)
+        if name in self.plan.groups and "ticks" in self._buffers:
+            ticks = self._buffers["ticks"]
+            encoder.copy_buffer_to_buffer(ticks, 0, staging, -(-nbytes // 8) * 8, ticks.size)
+        return staging
+
+    def _query_sets(self, name: str) -> list[Any]:
+        count = queries_of(self.plan, name)
+        return [
+            self.device.handle.create_query_set(type=wgpu.QueryType.timestamp, count=min(QUERY_SET, count - first))
+            for first in range(0, count, QUERY_SET)
+        ]
+
+    def read_clock(self) -> tuple[int, int, int] | None:
+        """(GPU nanoseconds, host time before, host time after) of one reading of an idle device's clock."""
+        if "clock" not in self._buffers:
+            return None
+        if self._clock_queries is None:
+            self._clock_queries = self.device.handle.create_query_set(type=wgpu.QueryType.timestamp, count=2)
+        writes = {"query_set": self._clock_queries, "beginning_of_pass_write_index": 0, "end_of_pass_write_index": 1}
+        best = None
+        self.wait()
+        for _ in range(4):  # the first warms up; the tightest bracket wins
+            encoder = self.device.handle.create_command_encoder()
+            encoder.begin_compute_pass(timestamp_writes=writes).end()
+            encoder.resolve_query_set(self._clock_queries, 0, 2, self._buffers["clock"], 0)
+            before = time.time_ns()
+            self.device.handle.queue.submit([encoder.finish()])
+            tick = int(self.device.read(self._buffers["clock"], 0, 8).view(np.uint64)[0])
+            after = time.time_ns()
+            if best is None or after - before < best[2] - best[1]:
+                best = (tick, before, after)
+        return best
+
+    def wait(self) -> None:
+        """Wait until the device is idle. wgpu-py 0.32 cannot wait for the queue itself, so this reads a word back."""
+        self.device.read(next(iter(self._buffers.values())), 0, 4)
+
+    def _cut(self, name: str, steps: list[Step]) -> list[list[Dispatch]]:
+        """The dispatches of a graph, in submits that keep the device busy for about SUBMIT_SECONDS each."""
+        batches: list[list[Dispatch]] = [[]]
+        budget = self.device.caps.flops_per_second * SUBMIT_SECONDS
+        spent = 0.0
+        begins = {group.first: number for number, group in enumerate(self.plan.groups.get(name, ()))}
+        for number, step in enumerate(steps):
+            flops = OPS[step.node.op].flops(step.node)
+            for launch in step.launches:
+                if batches[-1] and spent + flops / len(step.launches) > budget:
+                    batches.append([])
+                    spent = 0.0
+                spent += flops / len(step.launches)
+                batches[-1].append(self._dispatch(launch, begins.pop(number, -1)))
+        return batches
+
+    def _dispatch(self, launch: Launch, group: int) -> Dispatch:
+        pipeline, layout = self.kernels.pipeline(launch)
+        entries = []
+        for index, binding in enumerate(launch.bindings):
+            place = self.plan.slices[binding.tensor.id]
+            resource = {"buffer": self._buffers[place.buffer], "offset": place.offset + binding.offset}
+            resource["size"] = place.nbytes - binding.offset
+            entries.append({"binding": index, "resource": resource})
+        bind_group = self.device.handle.create_bind_group(layout=layout, entries=entries)
+        return Dispatch(pipeline, bind_group, launch.grid, group)
+
+
+def _passes_by_group(sets: list[Any], batches: list[list[Dispatch]]) -> list[list[Pass]]:
+    """One pass a trace group, timed at its ends: for devices without timestamps inside passes.
+
+    A group that a submit cuts in two goes on in a pass that moves its end alone.
+    """
+    submits, group = [], 0
+    for batch in batches:
+        starts = [at for at, dispatch in enumerate(batch) if at == 0 or dispatch.group >= 0]
+        passes = []
+        for start, end in zip(starts, [*starts[1:], len(batch)], strict=True):
+            group = max(group, batch[start].group)
+            at = 2 * group % QUERY_SET
+            timestamps = {"query_set": sets[2 * group // QUERY_SET], "end_of_pass_write_index": at + 1}
+            if batch[start].group >= 0:
+                timestamps["beginning_of_pass_write_index"] = at
+            passes.append(Pass(_commands(batch[start:end]), timestamps))
+        submits.append(passes)
+    return submits
+
+
+def _commands(batch: list[Dispatch], sets: Sequence[Any] = ()) -> list[native.Command]:
+    """Dispatches by their handles, a pipeline set once for a run of them; timed where there are query sets."""
+    commands, pipeline = [], None
+    for dispatch in batch:
+        handle = dispatch.pipeline._internal if dispatch.pipeline is not pipeline else None
+        pipeline = dispatch.pipeline
+        command = native.Command(handle, dispatch.bind_group._internal, dispatch.grid)
+        if sets and dispatch.group >= 0:
+            queries, query = sets[dispatch.group // QUERY_SET]._internal, dispatch.group % QUERY_SET
+            command = command._replace(queries=queries, query=query)
+        commands.append(command)
+    return commands
+
+
+def _usage(name: str) -> int | None:
+    """What a plan's buffer is for, by its name: reports are mapped, ticks are resolved into, all others are storage."""
+    usage = wgpu.BufferUsage
+    if name.startswith("report."):
+        return int(usage.MAP_READ | usage.COPY_DST)
+    if name in ("ticks", "clock"):
+        return int(usage.QUERY_RESOLVE | usage.COPY_SRC)
+    return None

@@ -1,0 +1,39 @@
+"""What a device can do, as far as launches and plans depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a device can do, as far as launches and plans depend on it. The defaults are WebGPU's guaranteed limits."""
+
+    name: str = "webgpu"
+    max_binding_bytes: int = 128 << 20
+    max_buffer_bytes: int = 256 << 20
+    max_workgroup_bytes: int = 16 << 10
+    max_invocations: int = 256
+    max_workgroups: int = 65535
+    max_storage_buffers: int = 8
+    f16: bool = False
+    subgroups: bool = False
+    timestamps: bool = False
+    timestamps_inside_passes: bool = False
+    cooperative_matrix: int = 0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 without them
+    software: bool = False
+    memory_bytes: int | None = None  # what the adapter has, where the system tells
+    free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells
+    flops_per_second: float = 1e11  # assumed pace of matrix products: cuts runs into submits, tells large cards
+    # Measured blockings of matrix products (tiles.py).
+    tiles: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
+
+    @property
+    def large(self) -> bool:
+        """Whether this is a large card, told by its assumed pace."""
+        return self.flops_per_second >= 1e12
+
+    def limited(self) -> Caps:
+        """The same device asked for nothing but WebGPU's guaranteed limits and no optional feature."""
+        return replace(Caps(), software=self.software, memory_bytes=self.memory_bytes, name=f"{self.name} (defaults)")

@@ -1,0 +1,184 @@
+"""The traced program as data: tensors, nodes, graphs; and what an op turns into: launches for a device's abilities.
+
+Model code is ordinary Python over `Tensor`s. Calling an op (ops/) records a node; nothing is computed. `autodiff`
+extends the same graph, `plan` maps it onto buffers, and `replay` (GPU) or `interpret` (NumPy) runs it. Shapes are
+static, and a graph runs in the order it was recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
+
+# input: written by the host before a run        weight: frozen, written once at loading
+# param, grad, state: kept on the device between runs and updated there        temp: lives inside one run
+# page: the flat buffer that a run of params, or of their grads, are slices of
+Role = Literal["input", "weight", "param", "grad", "state", "page", "temp"]
+
+# What `Tensor`'s operators and methods call, by name: filled by ops/ and, for eager use, by eager.py.
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
+_tensor_ids = itertools.count()
+
+
+class Tensor:
+    """A symbolic array. `shape` is in elements, row-major; `dtype` a key of ELEMENT_BYTES.
+
+    `updates` names the persistent tensor whose storage this node output overwrites: gradients accumulate and
+    optimizers step in place that way, while the graph itself stays in single-assignment form.
+    """
+
+    __slots__ = ("dtype", "grad", "graph", "id", "name", "node", "requires_grad", "role", "shape", "updates", "value")
+
+    def __init__(
+        self,
+        graph: Graph,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str = "f32",
+        role: Role = "temp",
+        node: Node | None = None,
+        requires_grad: bool = False,
+    ) -> None:
+        self.graph, self.name, self.shape, self.dtype, self.role, self.node = graph, name, shape, dtype, role, node
+        self.id = next(_tensor_ids)
+        self.requires_grad = requires_grad
+        self.grad: Tensor | None = None
+        self.updates: Tensor | None = None
+        self.value: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a storage buffer, which is a whole number of 4-byte words."""
+        return -(-self.size * ELEMENT_BYTES[self.dtype] // 4) * 4
+
+    @property
+    def rows(self) -> int:
+        """Product of all dimensions but the last: most kernels see [rows, columns]."""
+        return self.size // self.columns if self.size else 0
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def persistent(self) -> bool:
+        return self.role != "temp"
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{self.dtype}{list(self.shape)}"
+
+    # Sugar for functions that stand further down the map: they register themselves in OPERATORS.
+    def __add__(self, other: Tensor) -> Tensor:
+        return OPERATORS["add"](self, other)
+
+    def __sub__(self, other: Tensor) -> Tensor:
+        return OPERATORS["sub"](self, other)
+
+    def __mul__(self, other: Tensor | float) -> Tensor:
+        return OPERATORS["mul" if isinstance(other, Tensor) else "scale"](self, other)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return OPERATORS["matmul"](self, other)
+
+    def sum(self) -> Tensor:
+        return OPERATORS["sum"](self)
+
+    def mean(self) -> Tensor:
+        return OPERATORS["mean"](self)
+
+    def backward(self) -> None:
+        """Set `.grad` of every tensor with `requires_grad` that this scalar depends on (eager use)."""
+        OPERATORS["backward"](self)
+
+    def numpy(self) -> np.ndarray:
+        """Plan and run what this tensor needs, and read it (eager use)."""
+        return OPERATORS["numpy"](self)
+
+
+@dataclass(eq=False)
+class Node:
+    """One recorded op. `layer` groups nodes for recomputation, `scope` names them in traces ("layers.0.mlp")."""
+
+    op: str
+    inputs: tuple[Tensor, ...]
+    attrs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...] = ()
+    workspace: tuple[Tensor, ...] = ()  # scratch that lives only while this node runs
+    scope: str = ""
+    layer: int | None = None
+    phase: str = "forward"
+    recomputed: bool = False
+
+    @property
+    def output(self) -> Tensor:
+        return self.outputs[0]
+
+    def label(self) -> str:
+        return f"{self.scope}/{self.op}" if self.scope else self.op
+
+
+@dataclass
+class Graph:
+    """A recorded program: nodes in execution order and the persistent tensors they use.
+
+    `report` names the persistent tensor that every run brings to the host. `traced` graphs are timed where the plan
+    says so; `repeats` is how often such a graph runs between two reports.
+    """
+
+    name: str = "graph"
+    nodes: list[Node] = field(default_factory=list)
+    persistents: dict[str, Tensor] = field(default_factory=dict)
+    report: str | None = None
+    traced: bool = False
+    repeats: int = 1
+    scope: str = ""
+    layer: int | None = None
+    phase: str = "forward"
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str = "f32", role: Role = "input", requires_grad: bool = False
+    ) -> Tensor:
+        """A persistent tensor, by name; the same name gives the same tensor, and must agree in shape and dtype."""
+        known = self.persistents.get(name)
+        if known is not None:
+            if (known.shape, known.dtype, known.role) != (shape, dtype, role):
+                raise ValueError(f"{name}: declared as {known!r} ({known.role}) and as {dtype}{list(shape)} ({role})")
+            return known
+        made = Tensor(self, name, shape, dtype, role, requires_grad=requires_grad)
+        self.persistents[name] = made
+        return made
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A trainable f32 tensor with a persistent gradient that `backward` accumulates into."""
+        parameter = self.tensor(name, shape, role="param", requires_grad=True)
+        parameter.grad = self.tensor(f"{name}.grad", shape, role="grad")
+        return parameter
+
+    def append(self, node: Node) -> None:
+        self.nodes.append(node)
+
+    @contextlib.contextmanager
+    def within(self, scope: str | None = None, layer: int | None = None, phase: str | None = None) -> Iterator[None]:
+        """Name and group the nodes recorded inside the block."""
+        saved = (self.scope, self.layer, self.phase)
+        if scope is not None:
+            self.scope = f"{self.scope}.{scope}" if self.scope else scope
+        self.layer = self.layer if layer is None else layer
+        self.phase = phase or self.phase
+        try:
+            yield
+        finally:
+            self.scope, self.layer, self.phase = saved

@@ -1,0 +1,96 @@
+"""Text from a model and its adapter: one forward pass a token, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from entrenar_gpu.compiler.memory import Fitted, fit
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.train.graphs import RunShape, logits_graph
+from entrenar_gpu.train.session import Session
+
+
+class Generator:
+    """Samples continuations of prompts of at most `config.seq` tokens, the continuation included."""
+
+    def __init__(self, config: TrainConfig, with_adapter: bool, kernels: KernelCache | None = None) -> None:
+        """Load the model, and the adapter of `config.adapter_init` when `with_adapter`; `kernels` as for a Session."""
+
+        def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
+            return fit({"logits": logits_graph(shape, caps)}, caps, budget)
+
+        self.config = replace(config, batch=1)
+        self.tokenizer = Tokenizer.load(resolve_model(config.model))
+        self.session = Session.open(self.config, planned, with_adapter, kernels)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt as a user's message in the model's chat template where it has one, else as it is."""
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line
+            raise UserError("--prompt: not UTF-8 text")
+        if not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(prompt)
+        text = self.tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+        """The continuation of a prompt, without special tokens."""
+        ids = list(self.tokens(self.encode(prompt), max_tokens, temperature, seed))
+        return self.tokenizer.decode(ids)
+
+    def pieces(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """The same, piece by piece as it is made; bytes that do not yet make a character wait for the next."""
+        ids: list[int] = []
+        shown = ""
+        for token in self.tokens(self.encode(prompt), max_tokens, temperature, seed):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+
+    def tokens(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+        """Token ids until an end of turn or text, or `max_tokens`; `temperature` 0 takes the likeliest each time."""
+        ids = list(prompt)
+        if not ids:
+            raise UserError("--prompt: empty; the model needs a token to continue")
+        if len(ids) + max_tokens > self.config.seq:
+            raise UserError(f"--prompt: {len(ids)} tokens and --max-tokens {max_tokens} exceed --seq {self.config.seq}")
+        rng = np.random.default_rng(seed)
+        for _ in range(max_tokens):
+            token = _draw(next_logits(self.session, ids), temperature, rng)
+            if token in self.tokenizer.eos_ids:
+                return
+            ids.append(token)
+            yield token
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def next_logits(session: Session, ids: Sequence[int]) -> np.ndarray:
+    """Logits [V] of the token after `ids`."""
+    seq = session.config.seq
+    padded = np.zeros(seq, np.uint32)
+    padded[: len(ids)] = ids
+    segment = np.arange(seq, dtype=np.uint32)
+    segment[: len(ids)] = 0
+    session.write_batch({"input_ids": padded, "positions": np.arange(seq, dtype=np.uint32), "segment_start": segment})
+    session.executor.write("logits_at", np.array([len(ids) - 1], np.uint32))
+    session.executor.run("logits")
+    return session.executor.read("logits")[0]
+
+
+def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    if temperature <= 0:
+        return int(np.argmax(logits))
+    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    weights = np.exp(scaled)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))

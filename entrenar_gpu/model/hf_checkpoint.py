@@ -1,0 +1,226 @@
+"""Checkpoints in Hugging Face layout: read tensor by tensor, checked before anything is read, and written in shards."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrenar_gpu.config.train_config import PROJECTIONS
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.safetensors_file import SafetensorsFile, TensorInfo
+from entrenar_gpu.model.config import ModelConfig, load_model_config
+from entrenar_gpu.quant.nf4 import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+# Suffixes of a bitsandbytes weight; the state's ends in the quantisation type.
+STATE = ".quant_state.bitsandbytes__"
+
+
+class Checkpoint:
+    """The weights of a model folder, by their Hugging Face names, memory-mapped.
+
+    `config` is the folder's ModelConfig. Opening checks every tensor that the model needs (present, shape, dtype);
+    tensors it does not need are ignored, among them the `lm_head.weight` of a model whose embeddings are tied.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, files: dict[str, SafetensorsFile]) -> None:
+        self.folder, self.config, self._files = folder, config, files
+
+    @property
+    def main_file(self) -> Path:
+        """The single file, or the index of the shards."""
+        return next(path for name in (SINGLE_FILE, INDEX_FILE) if (path := self.folder / name).exists())
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Map every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
+        folder = Path(folder)
+        config = load_model_config(folder)
+        _check_quantization(folder / "config.json")
+        checkpoint = cls(folder, config, _open_files(folder))
+        for name, shape in config.parameter_shapes().items():
+            checkpoint._check_parameter(name, shape)
+        return checkpoint
+
+    def names(self) -> list[str]:
+        """Every tensor in the files, whether the model needs it or not."""
+        return list(self._files)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype, file and place of a stored tensor."""
+        return self._files[name].tensors[name]
+
+    def raw(self, name: str) -> NDArray[Any]:
+        """A read-only view as stored (BF16 as ml_dtypes.bfloat16). `raw(name)[r0:r1]` reads those rows only."""
+        return self._files[name][name]
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, each once."""
+        return sorted({file.path for file in self._files.values()})
+
+    def read_ahead(self, name: str) -> None:
+        """Let the system read a tensor from the disk before it is asked for."""
+        self._files[name].read_ahead(name)
+
+    def f32(self, name: str) -> Floats:
+        """A parameter in float32, in memory of its own; NF4 weights are dequantised."""
+        quantised = self.nf4(name)
+        return quantised.dequantize() if quantised else self.raw(name).astype(np.float32)
+
+    def is_nf4(self, name: str) -> bool:
+        """Whether a parameter is stored as bitsandbytes' NF4."""
+        return f"{name}{STATE}nf4" in self._files
+
+    def nf4(self, name: str) -> Nf4Weight | None:
+        """A parameter stored as bitsandbytes' NF4, its arrays still views of the file; None when stored otherwise."""
+        return self._nf4(name) if self.is_nf4(name) else None
+
+    def _check_parameter(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._files:
+            raise UserError(f"{self.main_file}: tensor {name!r} is missing; config.json calls for it")
+        info = self.info(name)
+        if any(f"{name}{STATE}{kind}" in self._files for kind in ("nf4", "fp4")):
+            stored = self._nf4(name).shape
+        elif info.dtype in FLOAT_DTYPES:
+            stored = info.shape
+        else:
+            wanted = ", ".join(FLOAT_DTYPES)
+            raise UserError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: {wanted}, NF4")
+        if stored != shape:
+            raise UserError(f"{info.file}: tensor {name!r} has shape {list(stored)}, config.json needs {list(shape)}")
+
+    def _nf4(self, name: str) -> Nf4Weight:
+        """Read and check the state that bitsandbytes stores beside a weight."""
+        file = self.info(name).file
+
+        def need(holds: bool, what: str) -> None:
+            if not holds:
+                raise UserError(f"{file}: tensor {name!r}: {what}")
+
+        need(name.split(".")[-2] in PROJECTIONS, "quantised by bitsandbytes; only the seven projections may be")
+        need(self.is_nf4(name), "quantised by bitsandbytes to fp4; only nf4 is supported")
+        state = self._quant_state(name)
+        shape = tuple(state["shape"])
+        count = math.prod(shape)
+        blocks = -(-count // BLOCK)
+        codes = self.raw(name).reshape(-1).view(np.uint8)  # quant_storage may be another type than uint8
+        need(codes.size == (count + 1) // 2, f"{codes.size} bytes do not hold the NF4 codes of shape {list(shape)}")
+        table = self._part(name, "quant_map", "F32", len(CODEBOOK))
+        need(np.array_equal(table, CODEBOOK), "its quant_map is not the NF4 codebook")
+        if "nested_blocksize" not in state:
+            absmax = self._part(name, "absmax", "F32", blocks)
+            return Nf4Weight(shape, codes, absmax, dtype=cast(StateDtype, state["dtype"]))
+        return Nf4Weight(
+            shape,
+            codes,
+            absmax_codes=cast(Bytes, self._part(name, "absmax", "U8", blocks)),
+            nested_absmax=self._part(name, "nested_absmax", "F32", -(-blocks // SCALE_BLOCK)),
+            nested_code=self._part(name, "nested_quant_map", "F32", 256),
+            offset=float(state["nested_offset"]),
+            dtype=cast(StateDtype, state["dtype"]),
+        )
+
+    def _part(self, name: str, suffix: str, dtype: str, length: int) -> NDArray[Any]:
+        """A tensor of the quantisation state, checked."""
+        part = f"{name}.{suffix}"
+        if part not in self._files:
+            raise UserError(f"{self.info(name).file}: tensor {part!r} is missing")
+        info = self.info(part)
+        if info.dtype != dtype or math.prod(info.shape) != length:
+            found = f"{info.dtype} {list(info.shape)}"
+            raise UserError(f"{info.file}: tensor {part!r} is {found}, must be {dtype} [{length}]")
+        return self.raw(part).reshape(-1)
+
+    def _quant_state(self, name: str) -> dict[str, Any]:
+        """The JSON that bitsandbytes stores as the bytes of a tensor."""
+        tensor = f"{name}{STATE}nf4"
+        where = f"{self.info(tensor).file}: tensor {tensor!r}"
+        try:
+            state = json.loads(self.raw(tensor).tobytes())
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} does not hold JSON") from None
+        allowed: dict[str, tuple[Any, ...]] = {
+            "quant_type": ("nf4",),
+            "blocksize": (BLOCK,),
+            "dtype": ("float32", "bfloat16", "float16"),
+        }
+        if isinstance(state, dict) and "nested_blocksize" in state:
+            allowed |= {"nested_blocksize": (SCALE_BLOCK,), "nested_dtype": ("float32",)}
+            offset = state.get("nested_offset")
+            if not isinstance(offset, float) or not math.isfinite(offset):
+                raise UserError(f"{where}: nested_offset must be a finite number, not {offset!r}")
+        if not isinstance(state, dict) or not _is_shape(state.get("shape")):
+            raise UserError(f"{where} holds no shape")
+        for key, values in allowed.items():
+            if state.get(key) not in values:
+                raise UserError(f"{where}: {key} {state.get(key)!r} is not supported; {values[0]!r} is")
+        return state
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(v) is int and 0 < v < 2**40 for v in value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _check_quantization(path: Path) -> None:
+    """Refuse checkpoints quantised by anything but bitsandbytes in 4 bits, naming what did it."""
+    quantization = _read_json(path).get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
+        detail = f"{method} in 8 bits" if method == "bitsandbytes" else method
+        raise UserError(f"{path}: quantization_config: {detail} is not supported; bitsandbytes NF4 is")
+
+
+def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
+    """The file that holds each tensor. As in transformers, a single file wins over an index."""
+    if (folder / SINGLE_FILE).exists():
+        file = SafetensorsFile(folder / SINGLE_FILE)
+        return dict.fromkeys(file.tensors, file)
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise UserError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    return _open_shards(index)
+
+
+def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
+    """The shards that an index names: plain file names in its own folder.
+
+    Such a file may be a link to elsewhere, as in the cache of the Hub: links are made by the owner of the folder, the
+    names in an index by whoever wrote the checkpoint.
+    """
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: holds no weight_map")
+    opened: dict[str, SafetensorsFile] = {}
+    result = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise UserError(f"{index}: tensor {name!r}: {shard!r} is not the name of a file in the model folder")
+        if shard not in opened:
+            if not (index.parent / shard).exists():
+                raise UserError(f"{index.parent / shard}: missing; {index.name} names it")
+            opened[shard] = SafetensorsFile(index.parent / shard)
+        if name not in opened[shard].tensors:
+            raise UserError(f"{index.parent / shard}: tensor {name!r} is missing; {index.name} places it there")
+        result[name] = opened[shard]
+    return result

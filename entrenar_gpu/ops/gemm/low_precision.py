@@ -1,0 +1,175 @@
+"""Operands of products, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, turned, f32.
+
+int8 has a scale for every 64 values along the product's inner axis, codes four to a u32, and scales [K / 64, rows].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.ops.gemm import low_rank
+from entrenar_gpu.ops.gemm.product import Block
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.quant import nf4
+from entrenar_gpu.quant.nf4 import BLOCK
+
+# Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
+INT8_CODES = np.rint(nf4.CODEBOOK * np.float32(127)).astype(np.int8)
+OVER_127 = float(np.float32(1) / np.float32(127))
+
+
+def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes [rows, K] and scales [rows, K / 64] of float rows, as narrow_rows.wgsl makes them."""
+    blocks = values.astype(np.float32).reshape(values.shape[0], -1, BLOCK)
+    absmax = np.abs(blocks).max(axis=-1)
+    codes = np.rint(blocks * _inverse(absmax)[..., None]).astype(np.int8)
+    return codes.reshape(values.shape), absmax * np.float32(OVER_127)
+
+
+def _inverse(absmax: np.ndarray) -> np.ndarray:
+    """127 / absmax as lib/int8.wgsl makes it: a quotient of integers of 17 bits, the same on every device."""
+    bits = absmax.view(np.uint32)
+    exponent = (bits >> 23).astype(np.int32)
+    quotient = (127 << 25) // (((bits & 0x7FFFFF) + 0x8000FF) >> 8).astype(np.int64)
+    inside = (exponent >= 7) & (exponent < 244)
+    return np.where(inside, np.ldexp(quotient.astype(np.float32), np.where(inside, 117 - exponent, 0)), np.float32(0))
+
+
+def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes and scales of an NF4 weight [N, K] with `shape`, `rounded` and `turned` in `attrs`.
+
+    As the product reads it: [N, K] by NF4's own blocks and, turned, [K, N] quantised again.
+    """
+    if attrs["turned"]:
+        return quantize_rows(dequantized(attrs, *parts).T)
+    n, k = attrs["shape"]
+    codes = INT8_CODES[nf4.unpack(parts[0], n * k)].reshape(n, k)
+    plain = {**attrs, "rounded": "float32"}
+    ones = np.full_like(parts[0], 0xFF)  # code 15 is 1.0, so this dequantises to the scales
+    scales = dequantized(plain, ones, *parts[1:]).reshape(n, -1, BLOCK)[..., 0]
+    return codes, scales * np.float32(OVER_127)
+
+
+def narrow_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
+    """What holds [rows, K] as a product's operand: f16, or int8 codes and their scales."""
+    if arithmetic == "f16":
+        return [((rows, k), "f16")]
+    return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
+
+
+def narrow_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """An NF4 weight as `narrow_specs` holds it, with `arithmetic`, `shape`, `rounded` and `turned` in `attrs`."""
+    if attrs["arithmetic"] == "f16":
+        weight = dequantized(attrs, *parts)
+        return [np.ascontiguousarray(weight.T if attrs["turned"] else weight, np.float16)]
+    codes, scales = quantize_weight(attrs, parts)
+    return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
+
+
+def narrow_rows_launch(
+    source: Block,
+    rows: int,
+    k: int,
+    out: Tensor,
+    scales: Tensor | None,
+    caps: Caps,
+    down: tuple[Tensor, Tensor, bool] | None = None,
+) -> Launch:
+    """The first `rows` of out [.., K] = those of source f32, end to end, K a multiple of 64; int8 with scales.
+
+    `down` = (b, c, whether b is transposed) makes c [rows, R] = source op(b) too, R one of low_rank.RANKS.
+    """
+    offset, _ = split_offset(source.base, source.tensor)
+    bindings = [reads("x", source.tensor, 4, offset), writes("out", out, 4)]
+    if scales is not None:
+        bindings.append(writes("scales", scales))
+    arithmetic, each = ("f16", 4) if scales is None else ("int8", 16)  # values that an invocation takes
+    constants: dict[str, Any] = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
+    constants["GROUPS"] = 0
+    workgroups = -(-rows * k // (256 * each))
+    if down is not None:
+        by, product, transposed = down
+        bindings += [reads("by", by, 4), writes("down", product, 4)]
+        constants |= low_rank.rows_constants(product.columns, transposed)
+        workgroups += -(-rows // 4)
+    return Launch("narrow_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
+
+
+def narrow_weight_launch(
+    attrs: Mapping[str, Any], parts: Sequence[Tensor], out: Tensor, scales: Tensor | None, caps: Caps
+) -> Launch:
+    """out [N, K] or, turned, [K, N] = an NF4 weight with `shape`, `rounded`, `turned` in `attrs`.
+
+    int8 with scales, else f16 or, turned only, f32, as out is.
+    """
+    (n, k), turned = attrs["shape"], attrs["turned"]
+    codes, *scale_parts = scale_bindings(parts)
+    bindings = [replace(codes, vector=4 if turned else 2), *scale_parts, writes("out", out, 4)]
+    if scales is not None:
+        bindings.append(writes("scales", scales))
+    arithmetic, each = (out.dtype, 4) if scales is None else ("int8", 16)  # codes that an invocation takes
+    constants = {
+        "N": n,
+        "K": k,
+        "arithmetic": arithmetic,
+        "double": len(parts) == 4,
+        "rounded": attrs["rounded"],
+        "codebook": codebook_text(),
+        "bytes": tuple(code & 0xFF for code in INT8_CODES.tolist()),
+        "over_127": literal(OVER_127),
+    }
+    grid = (k // BLOCK, n // BLOCK, 1) if turned else grid_of(-(-n * k // (256 * each)), caps)
+    return Launch("nf4_narrow_transposed" if turned else "nf4_narrow", tuple(bindings), constants, grid)
+
+
+def narrow_weight(weight: Nf4Tensors, arithmetic: Arithmetic, turned: bool) -> tuple[Tensor, ...]:
+    """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, turned, [K, N]."""
+    attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "turned": turned}
+    return record("narrow_weight", *weight.parts, **attrs)
+
+
+def _narrow_weight_infer(node: Node) -> Sequence[Spec]:
+    n, k = node.attrs["shape"][::-1] if node.attrs["turned"] else node.attrs["shape"]
+    return narrow_specs(node.attrs["arithmetic"], n, k)
+
+
+def _narrow_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+    codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
+    return [narrow_weight_launch(node.attrs, node.inputs, codes, scales, caps)]
+
+
+register(
+    Op(
+        "narrow_weight",
+        _narrow_weight_infer,
+        lambda node, *parts: narrow_arrays(node.attrs, parts),
+        _narrow_weight_launch,
+    )
+)
+
+
+def dequantize_turned(weight: Nf4Tensors) -> Tensor:
+    """The weight in f32 as [K, N], both multiples of 64: scratch, and as a product x W^T reads it fastest."""
+    return record("nf4_dequantize_turned", *weight.parts, shape=weight.shape, rounded=weight.rounded)[0]
+
+
+register(
+    Op(
+        "nf4_dequantize_turned",
+        lambda node: [(node.attrs["shape"][::-1], "f32")],
+        lambda node, *arrays: [np.ascontiguousarray(dequantized(node.attrs, *arrays).T)],
+        lambda node, caps, aliased: [
+            narrow_weight_launch({**node.attrs, "turned": True}, node.inputs, node.output, None, caps)
+        ],
+        transient=True,
+    )
+)

@@ -1,0 +1,261 @@
+"""How matrix products are cut up: tile shapes, slices of K, and the choice of both for a product on a device.
+
+`choose` is a pure function of the product and of `Caps`: measured choices in `Caps.tiles` win, else a model of waves
+of workgroups picks among the tiles below. So a choice is the same wherever it is made, and a checkpoint that stores
+`Caps.tiles` resumes with equal arithmetic (another tile sums in another order).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Literal
+
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.quant.nf4 import BLOCK
+
+Arithmetic = Literal["f32", "f16", "int8"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocking of a product: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread.
+
+    `unroll` steps of k (in int8, of 16) are written out in the inner loop. With two `buffers` in workgroup memory, one
+    barrier a slice is enough.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    TM: int
+    TN: int
+    unroll: int = 1
+    buffers: int = 1
+
+    @property
+    def threads(self) -> int:
+        return (self.BM // self.TM) * (self.BN // self.TN)
+
+    def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
+        """Workgroup memory of the tile. In int8, BK counts bytes and rows are padded against bank conflicts; in f16, A
+        is kept twice."""
+        if arithmetic == "int8":
+            return (self.BM + self.BN) * (self.BK + 16) * self.buffers
+        if arithmetic == "f16":
+            return (2 * self.BM + self.BN) * self.BK * 2
+        return (self.BM + self.BN) * self.BK * 4 * self.buffers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile, and how many slices of K are summed apart and then added up: of all columns or, with a tail, the last.
+
+    Large tiles are fastest but come in few, long waves: of 4.6 waves the last keeps a device busy to 60%. So the
+    `tail` columns beyond the last full wave may be cut along K, and the rest left whole (the hybrid schedules of
+    Stream-K, arXiv 2301.03598).
+    """
+
+    tile: Tile
+    slices: int = 1
+    tail: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile with its pace when the device is full, relative to the best of its arithmetic, and how many workgroups
+    a compute unit needs for that. Both from an H200 (docs/gemm.md); other cards are measured by the autotuner."""
+
+    tile: Tile
+    pace: float
+    saturating: int
+
+
+CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
+    "f32": (
+        Candidate(Tile(256, 128, 8, 16, 8, unroll=8, buffers=2), 1.00, 1),
+        Candidate(Tile(128, 128, 8, 8, 8, unroll=8, buffers=2), 0.80, 2),
+        Candidate(Tile(64, 64, 16, 8, 8, unroll=16, buffers=2), 0.90, 8),
+        Candidate(Tile(32, 64, 16, 4, 8, unroll=16, buffers=2), 0.60, 8),
+        Candidate(Tile(128, 16, 16, 8, 4, unroll=8), 0.40, 8),
+        Candidate(Tile(16, 128, 16, 4, 8, unroll=8), 0.40, 8),
+        Candidate(Tile(64, 16, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(16, 64, 32, 4, 4, unroll=8, buffers=2), 0.25, 12),
+        Candidate(Tile(32, 32, 16, 4, 4, unroll=8, buffers=2), 0.35, 12),
+    ),
+    "f16": (
+        Candidate(Tile(64, 128, 32, 8, 8, unroll=32), 1.0, 6),
+        Candidate(Tile(64, 64, 32, 8, 8, unroll=32), 0.9, 10),
+    ),
+    "int8": (
+        Candidate(Tile(64, 64, 64, 8, 8, unroll=4), 1.0, 8),
+        Candidate(Tile(128, 64, 64, 8, 8, unroll=4), 0.93, 4),
+    ),
+}
+# lavapipe runs a workgroup on one core: small tiles, and code that compiles fast.
+SOFTWARE: dict[Arithmetic, Tile] = {
+    "f32": Tile(64, 64, 16, 8, 4),
+    "f16": Tile(64, 64, 32, 8, 8),
+    "int8": Tile(64, 64, 64, 8, 8),
+}
+
+# What the model of waves assumes where nothing was measured: an H200's units, rates of full waves and memory, or a
+# small device's units, since only ratios of the rest matter. Another figure may choose another tile, which sums in
+# another order. (cost.py prices whole ops, with rates of their own.)
+_UNITS = {True: 132, False: 16}  # of a large card or not
+_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12}
+_BYTES_PER_SECOND = 4e12
+_LAUNCH_SECONDS = 3e-6
+_WORKSPACE_BYTES = 64 << 20  # of partial sums
+_MEASURED = 8  # choices of a product that are measured at most; it takes most of a second each
+_SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_TAIL_SATURATING = 2  # tiles of which a unit needs more at once come in waves short enough as they are
+
+
+def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
+    """The name of a product in `Caps.tiles`; `layout` says which operands are transposed, as in "nt"."""
+    return f"{arithmetic} {layout} {m}x{n}x{k}"
+
+
+def choose(
+    arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True, tail: bool = True
+) -> Choice:
+    """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums, `tail=False`
+    where it cannot leave a tail apart.
+
+    What was measured on a larger device, from which a run resumes on this one, counts only where it fits this one.
+    """
+    measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
+    choice = from_numbers(measured) if measured is not None else None
+    if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
+        return choice if split and (tail or not choice.tail) else Choice(choice.tile)
+    if caps.software:
+        return Choice(software_tile(arithmetic, m, n))
+    return _predicted(arithmetic, m, n, k, replace(caps, tiles=None), split, tail)
+
+
+def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
+    """Whether there is none, or it is of a product in f32 whose other columns are whole tiles."""
+    whole, fours = n - choice.tail, n % 4 == 0 and choice.tail >= 0
+    apart = arithmetic == "f32" and choice.slices > 1 and fours and whole > 0 and whole % choice.tile.BN == 0
+    return choice.tail == 0 or apart
+
+
+@functools.lru_cache(maxsize=1024)
+def _predicted(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool, tail: bool) -> Choice:
+    """The shortest blocking by the model. A search over recomputation plans the same products again and again."""
+    return min(choices(arithmetic, m, n, k, caps, split, tail), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
+
+
+def choices(
+    arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True, tail: bool = True
+) -> list[Choice]:
+    """Every blocking that fits the device and does not waste most of its work on padding."""
+    found = []
+    for candidate in CANDIDATES[arithmetic]:
+        tile = candidate.tile
+        if not fits(arithmetic, tile, caps):
+            continue
+        found.append(Choice(tile))
+        apart = (0, _tail_columns(candidate, m, n, caps)) if arithmetic == "f32" and tail else (0,)
+        for slices in _SLICES[1:] if split else ():
+            for columns in dict.fromkeys(apart):
+                small = slices * m * (columns or n) * 4 <= min(_WORKSPACE_BYTES, caps.max_binding_bytes)
+                if small and _long_enough(tile, slices, k):
+                    found.append(Choice(tile, slices, columns))
+    return found
+
+
+def _long_enough(tile: Tile, slices: int, k: int) -> bool:
+    """Whether a slice of K is worth its start, and as long as a block of NF4."""
+    return slices == 1 or k >= slices * max(4 * tile.BK, BLOCK)
+
+
+def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
+    """Whether a workgroup of the device holds the tile."""
+    return tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes and tile.threads <= caps.max_invocations
+
+
+def _units(caps: Caps) -> int:
+    return _UNITS[caps.large]
+
+
+def _tail_columns(candidate: Candidate, m: int, n: int, caps: Caps) -> int:
+    """Columns beyond the last full wave of large tiles; 0 where there is no full wave or nothing beyond it."""
+    tile, units = candidate.tile, _units(caps)
+    down, across = -(-m // tile.BM), -(-n // tile.BN)
+    whole = down * across // units * units // down
+    if candidate.saturating > _TAIL_SATURATING or not 0 < whole < across or n % 4:
+        return 0
+    return n - whole * tile.BN
+
+
+def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> list[Choice]:
+    """The choices worth measuring: what is chosen unmeasured, then those predicted to take at most twice the best's
+    time, the likeliest first."""
+    every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
+    likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
+    unmeasured = choose(arithmetic, m, n, k, "", replace(caps, tiles=None))
+    return list(dict.fromkeys([unmeasured, *likely]))[:_MEASURED]
+
+
+def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
+    if arithmetic == "f32" and min(m, n) <= 16:
+        return Tile(16, 64, 32, 4, 4) if m <= n else Tile(64, 16, 32, 4, 4)
+    if arithmetic == "f32" and (min(m, n) <= 32 or m * n <= 64 * 64 * 16):
+        return Tile(32, 32, 16, 4, 4)
+    return SOFTWARE[arithmetic]
+
+
+def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: Caps) -> float:
+    """Predicted seconds: waves of workgroups, then the sum of the slices."""
+    cut = choice.tail or n if choice.slices > 1 else 0  # columns that are cut along K
+    seconds = 0.0
+    for columns, slices in ((n - cut, 1), (cut, choice.slices)):
+        seconds += _waves(arithmetic, choice.tile, slices, m, columns, k, caps) if columns else 0.0
+    if cut:
+        seconds += _LAUNCH_SECONDS + 4 * (2 * choice.slices + 1) * m * cut / _BYTES_PER_SECOND
+    return seconds
+
+
+def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: int, caps: Caps) -> float:
+    candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
+    workgroups = -(-m // tile.BM) * -(-n // tile.BN) * slices
+    depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
+    busiest = -(-workgroups // units)
+    # A unit with few workgroups does not hide all of their latency.
+    rounds = busiest / float(min(1.0, busiest / candidate.saturating) ** 0.4)
+    return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
+
+
+def to_numbers(choice: Choice) -> tuple[int, ...]:
+    """A choice as JSON and safetensors metadata can hold it."""
+    return (*astuple(choice.tile), choice.slices, choice.tail)
+
+
+def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
+    *tile, slices, tail = numbers
+    return Choice(Tile(*tile), slices, tail)
+
+
+def is_choice(name: str, numbers: Sequence[int]) -> bool:
+    """Whether numbers from a file are a choice that the product of this `key` could have been given."""
+    asked, _, sizes = name.split(" ")
+    arithmetic = next((a for a in CANDIDATES if a == asked), None)
+    if arithmetic is None or len(numbers) != len(fields(Tile)) + 2:
+        return False
+    m, n, k = map(int, sizes.split("x"))
+    choice = from_numbers(list(numbers))
+    tiles = {c.tile for c in CANDIDATES[arithmetic]} | {software_tile(arithmetic, m, n)}
+    if choice.tile not in tiles or choice.slices not in _SLICES:
+        return False
+    return _long_enough(choice.tile, choice.slices, k) and _tail_fits(arithmetic, choice, n)
+
+
+def slice_length(k: int, choice: Choice) -> int:
+    """Length of a slice of K: whole steps of the tile, so that no two slices share one."""
+    return -(-k // (choice.slices * choice.tile.BK)) * choice.tile.BK
+
+
+TileTable = Mapping[str, tuple[int, ...]]

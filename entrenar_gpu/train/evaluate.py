@@ -1,0 +1,65 @@
+"""The loss of a model, with or without an adapter, on a data set: during a run, and as `entrenar-gpu eval`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.compiler.memory import Fitted, fit
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.data.batches import eval_batches
+from entrenar_gpu.data.jsonl import load_samples
+from entrenar_gpu.data.samples import Samples
+from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.model.config import load_model_config
+from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.ops.loss import IGNORE
+from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
+from entrenar_gpu.train.session import Session
+
+
+def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
+    """{"loss", "perplexity", "tokens", "samples"} of --data; the loss is the mean over all unmasked tokens."""
+    folder = resolve_model(config.model)
+    if not config.data:
+        raise UserError("--data: missing")
+    path = Path(config.data)
+    path = path / "valid.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--data: {path} not found")
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    vocabulary = load_model_config(folder).vocab_size
+    samples = load_samples(path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on)
+
+    def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
+        return fit({"evaluate": evaluate_graph(shape, caps)}, caps, budget)
+
+    session = Session.open(config, planned, with_adapter)
+    try:
+        loss, tokens = evaluate(session, samples)
+    finally:
+        session.close()
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "samples": len(samples)}
+
+
+def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
+    """(mean loss over unmasked tokens, their number) of samples, as the weights stand. Sums in float64 on the host."""
+    total, tokens, pending = 0.0, 0, None
+    zero = np.zeros(1, np.float32)
+    c = session.config
+    for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
+        session.write_batch(batch)
+        session.executor.write(EVAL_LOSS_NAME, zero)
+        report = session.executor.run("evaluate")
+        if pending is not None:
+            total += float(pending.result()[0])
+        pending = report
+        tokens += int(np.count_nonzero(batch["targets"] != IGNORE))
+    if pending is not None:
+        total += float(pending.result()[0])
+    return total / tokens, tokens

@@ -1,0 +1,177 @@
+"""The graphs of a run, traced: the micro-step, the update, evaluation and last-token logits.
+
+They share weights by name. `RunShape` is what fixes their shapes; everything here is plain data, so that `plan` can
+answer for a model without a GPU or its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from entrenar_gpu import ops
+from entrenar_gpu.compiler import autodiff, weight_copies
+from entrenar_gpu.compiler.memory import Fitted, fit
+from entrenar_gpu.compiler.pages import page_layout, page_sizes
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
+from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.model.decoder import Transformer
+from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
+
+STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
+LOSS_SCALE_NAME = "loss_scale"
+MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """Everything that the graphs of a run depend on, the optimizer's constants included."""
+
+    model: ModelConfig
+    storage: Storage
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.train.seq > self.model.max_positions:
+            raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.max_positions} positions")
+
+    def precision(self, caps: Caps) -> Arithmetic:
+        """The arithmetic of products with NF4 weights on such a device. Raises UserError where it is not to be had."""
+        asked = self.train.precision
+        if asked == "auto":
+            return "f16" if caps.f16 and not caps.software else "f32"
+        if asked == "f16" and not caps.f16:
+            raise UserError(f"--precision: {caps.name} has no f16 arithmetic; int8 and f32 run everywhere")
+        return asked
+
+    def first_loss_scale(self, caps: Caps) -> float:
+        return 1.0 if self.precision(caps) == "f32" else FIRST_SCALE
+
+    @property
+    def dropout(self) -> float:
+        return self.train.dropout if self.storage.method != "full" else 0.0
+
+
+def micro_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Forward and backward of one micro-batch: gradients and the loss are added to what is there."""
+    graph = Graph("micro", traced=True, repeats=shape.train.accumulate)
+    model = _transformer(graph, shape, caps, shape.dropout)
+    inverse = graph.tensor("inv_tokens", (1,))
+    loss = ops.mul(model.loss_sum(shape.train.label_smoothing), inverse)
+    total = graph.tensor(LOSS_NAME, (1,), role="state")
+    ops.in_place(ops.add(total, loss), total)
+    parameters = [t for t in graph.persistents.values() if t.role == "param"]
+    autodiff.backward(loss, parameters, upstream=graph.tensor(LOSS_SCALE_NAME, (1,), role="state"))
+    return graph
+
+
+def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Sum of the losses of one batch, added to `eval_loss`; without dropout, smoothing or gradients."""
+    graph = Graph("evaluate", report=EVAL_LOSS_NAME)
+    model = _transformer(graph, shape, caps)
+    for tensor in graph.persistents.values():
+        tensor.requires_grad = False
+    loss = model.loss_sum()
+    total = graph.tensor(EVAL_LOSS_NAME, (1,), role="state")
+    ops.in_place(ops.add(total, loss), total)
+    return graph
+
+
+def logits_graph(shape: RunShape, caps: Caps) -> Graph:
+    """Logits [1, V] of one token, left in `logits`."""
+    graph = Graph("logits")
+    ops.keep(_transformer(graph, shape, caps).last_logits(), "logits")
+    return graph
+
+
+def update_graph(shape: RunShape, micro: Graph, caps: Caps) -> Graph:
+    """The optimizer step over the pages of the parameters of `micro`."""
+    graph, c = Graph("update", report=STATE_NAME, traced=True), shape.train
+    parameters = [t for t in micro.persistents.values() if t.role == "param"]
+    pages = page_sizes(page_layout(parameters, "param"))
+    state = graph.tensor(STATE_NAME, (STATE,), role="state")
+    loss = graph.tensor(LOSS_NAME, (1,), role="state")
+    lr = graph.tensor("lr", (1,))
+    with graph.within("clip", phase="optimizer"):
+        grads = {name: graph.tensor(f"grad{name[5:]}", (size // 4,), role="page") for name, size in pages.items()}
+        partials = [ops.sum_of_squares(g) for g in grads.values()]
+        scale = graph.tensor(LOSS_SCALE_NAME, (1,), role="state")
+        # Gradients that pass through narrow formats are scaled, and the scale adapts; f32 needs none.
+        narrow = shape.precision(caps) != "f32"
+        state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=narrow)
+    with graph.within("step", phase="optimizer"):
+        for name, size in pages.items():
+            page = graph.tensor(name, (size // 4,), role="page")
+            decay = 0.0 if ".vector." in name and shape.storage.method == "full" else c.weight_decay
+            first = graph.tensor(f"moment1{name[5:]}", page.shape, role="state")
+            if c.optimizer == "sgd":
+                ops.sgd(page, grads[name], first if c.momentum else None, state, lr, c.momentum, decay)
+                continue
+            second = graph.tensor(f"moment2{name[5:]}", page.shape, role="state")
+            betas, decoupled = (c.beta1, c.beta2), c.optimizer == "adamw"
+            ops.adam(page, grads[name], first, second, state, lr, betas, c.eps, decay, decoupled)
+    return graph
+
+
+def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0) -> Transformer:
+    train = shape.train
+    precision = shape.precision(caps)
+    return Transformer(graph, shape.model, shape.storage, caps, train.batch, train.seq, dropout, precision)
+
+
+def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, Graph]:
+    """The graphs of a training run: micro, update and, where there is data to evaluate on, evaluate."""
+    micro = micro_graph(shape, caps)
+    graphs = {"micro": micro, "update": update_graph(shape, micro, caps)}
+    if evaluates:
+        graphs["evaluate"] = evaluate_graph(shape, caps)
+    return graphs
+
+
+def fit_training(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
+    """`budget.fit` for a training run. Says which batch would fit where this one does not."""
+    shape.precision(caps)  # no batch gives a device what it lacks
+    try:
+        return _fit(shape, caps, budget_bytes, evaluates)
+    except UserError as error:  # over the budget, or a tensor larger than the device binds
+        fits = _largest_batch(shape, caps, budget_bytes, evaluates)
+        advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
+        raise UserError(f"--batch {shape.train.batch} at --seq {shape.train.seq}: {error}; {advice}") from error
+
+
+def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
+    tokens = shape.train.batch * shape.train.seq
+    if tokens * ELEMENT_BYTES["u32"] > caps.max_binding_bytes:  # before anything is as long as that on the host
+        raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
+    # Where products round their operands, so may what waits for them; f32 means f32.
+    halves = shape.precision(caps) != "f32"
+    level, plan, graphs = fit(
+        training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves
+    )
+    if not level.fates:
+        fills = budget_bytes if shape.train.memory_budget is not None else min(budget_bytes, _unused(caps))
+        plan, graphs = weight_copies.keep_copies(plan, graphs, fills, shape.train.trace_level)
+    return level, plan, graphs
+
+
+def _unused(caps: Caps) -> int:
+    """Memory that may be filled where nobody spoke of any: a card's own that is free, less the margin."""
+    return int((caps.free_bytes or 0) * MARGIN)
+
+
+def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:
+    low, high = 0, shape.train.batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        smaller = replace(shape, train=replace(shape.train, batch=middle))
+        try:
+            _fit(smaller, caps, budget_bytes, evaluates)
+            low = middle
+        except UserError:
+            high = middle - 1
+    return low

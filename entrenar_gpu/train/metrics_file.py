@@ -1,0 +1,59 @@
+"""metrics.jsonl of a run folder: each step and evaluation in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from entrenar_gpu.events import EvalRecord, StepRecord
+from entrenar_gpu.files.atomic import cannot_write, write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Observer that appends one JSON line a step to metrics.jsonl; numbers that are not finite become null."""
+
+    FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS_FILE
+
+    def truncate(self, last_step: int) -> None:
+        """Forget the steps after `last_step`, which a resumed run will take again."""
+        if self._path.exists():
+            kept = [line for line in self._lines() if _step_of(line) <= last_step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation after this step is in the file."""
+        return any(_step_of(line) == step and '"eval_loss"' in line for line in self._lines())
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.exists() else []
+
+    def step_finished(self, record: StepRecord) -> None:
+        self._append({key: _finite(getattr(record, key)) for key in self.FIELDS} | {"skipped": record.skipped})
+
+    def eval_finished(self, record: EvalRecord) -> None:
+        self._append({"step": record.step, "eval_loss": _finite(record.loss), "eval_tokens": record.tokens})
+
+    def _append(self, values: dict[str, Any]) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise cannot_write(self._path, error) from None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 2**62  # a line cut off by a crash, or none of ours

@@ -1,0 +1,286 @@
+"""A run's own checkpoints: weights, optimizer moments and counters, data position, and what makes the run itself.
+
+A checkpoint is a folder `checkpoint-000123`, written under another name and renamed, so that it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
+from entrenar_gpu.files.atomic import cannot_write, new_folder, write_text
+from entrenar_gpu.files.safetensors_file import SafetensorsFile
+from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
+from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.model.config import is_projection
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from entrenar_gpu.ops.gemm.tiles import is_choice
+from entrenar_gpu.ops.optimizer import STATE_FIELDS
+from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
+from entrenar_gpu.train.loader import load_weights
+from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
+from entrenar_gpu.train.session import Session
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+# The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
+_LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+# What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
+IDENTITY = (
+    *("method", "rank", "alpha", "target", "rslora", "dropout", "double_quant", "batch", "seq", "accumulate"),
+    *("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision"),
+)
+
+
+def save_result(session: Session, folder: Path) -> None:
+    """The trained weights as others read them: a PEFT adapter, or after full training a model folder."""
+    if session.adapters is not None:
+        save_adapter(folder, session.adapters, session.adapter_values(), session.config.model)
+        return
+    copy_model_files(session.checkpoint.folder, folder, "float32")
+    save_checkpoint(folder, [_full_source(session, n, s) for n, s in session.shape.model.parameter_shapes().items()])
+
+
+def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorSource:
+    def produce() -> np.ndarray:
+        if name in session.executor.tensors:
+            return session.executor.read(name)
+        pages = [n for n in session.executor.tensors if n.startswith(f"{name}.page") and not n.endswith(".grad")]
+        return np.concatenate([session.executor.read(page) for page in pages])
+
+    return TensorSource(name, shape, "F32", produce)
+
+
+def save_run(
+    session: Session,
+    output: Path,
+    step: int,
+    data_state: Mapping[str, Any],
+    started: datetime,
+    run_id: str,
+    keep: int | None,
+) -> Path:
+    """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
+    target = output / f"checkpoint-{step:06}"
+    temporary = output / f".{target.name}.tmp"
+    for left in output.glob(".checkpoint-*.tmp"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_result(session, temporary)
+        kept = {name: session.executor.read(name) for name in _optimizer_tensors(session)}
+        save_safetensors(temporary / OPTIMIZER_FILE, kept)
+        state = {
+            "step": step,
+            "started": started.isoformat(),
+            "run_id": run_id,
+            "data": dict(data_state),
+            "config": session.config.to_mapping(),
+            "model": _model_identity(session.checkpoint),
+            "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
+            "budget": None if session.budget is None else session.budget.nbytes,
+        }
+        write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        _remove(target)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep is not None:
+        for old in find_checkpoints(output)[:-keep]:
+            _remove(old)
+    return target
+
+
+def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
+    """Moments and counters of a run, and the scale of its loss, by name; all are f32."""
+    moments, counters = ("moment1.", "moment2."), (STATE_NAME, LOSS_SCALE_NAME)
+    return {n: t for n, t in session.executor.tensors.items() if n.startswith(moments) or n in counters}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint under another name: one that is half deleted must not be taken for a whole one."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        os.rename(checkpoint, doomed)
+        doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
+
+
+def find_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=_step_in_name)
+
+
+def _step_in_name(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def resumed_run(resume: str | None, output: Path) -> SavedRun | None:
+    """What --resume names; None without it.
+
+    Raises UserError when that is no checkpoint, and when `output` cannot be written or holds another run or a model.
+    """
+    _check_writable(output)
+    saved = None if resume is None else read_state(_resolve_resume(resume, output))
+    used = any((output / name).exists() for name in (METRICS_FILE, WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
+    if used and (saved is None or not saved.lies_in(output)):
+        other = "use --resume alone, or another folder" if find_checkpoints(output) else "use another folder"
+        raise UserError(f"--output: {output} already holds a run or a model; {other}")
+    return saved
+
+
+def _check_writable(output: Path) -> None:
+    """Raise UserError for a folder that cannot be made or written to, before a model is loaded for it."""
+    missing = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
+    try:
+        new_folder(output)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise cannot_write(output, error) from None
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _resolve_resume(resume: str, output: Path) -> Path:
+    """The checkpoint that --resume names: a folder, or the newest of the run."""
+    if resume != "latest":
+        folder = Path(resume)
+        if not (folder / STATE_FILE).is_file():
+            newest = find_checkpoints(folder)
+            if not newest:
+                raise UserError(f"--resume: {folder} is not a checkpoint: it holds no {STATE_FILE}")
+            folder = newest[-1]
+        return folder
+    found = find_checkpoints(output)
+    if not found:
+        raise UserError(f"--resume: {output} holds no checkpoint")
+    return found[-1]
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
+    state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
+    `budget` the bytes of device memory that it planned for, where it did, `run_id` the run itself, where it is told."""
+
+    path: Path
+    step: int
+    started: datetime
+    data: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    tiles: dict[str, tuple[int, ...]]
+    budget: int | None
+    run_id: str | None
+
+    def lies_in(self, output: Path) -> bool:
+        """Whether this is a checkpoint of the run in `output`."""
+        folder = self.path.parent
+        places = Path(os.path.abspath(folder)).parent, folder.resolve().parent  # it may be a link to another disk
+        return output.exists() and any(os.path.samefile(place, output) for place in places)
+
+
+def forget_after(saved: SavedRun, output: Path) -> None:
+    """Drop the later checkpoints and metrics of the run in `output`, if that is the one that goes on from `saved`: it
+    will make others, and the next --resume must not take up what was abandoned."""
+    if not saved.lies_in(output):
+        return
+    for later in reversed(find_checkpoints(output)):  # a kill on the way leaves none that follows a gap
+        if _step_in_name(later) > saved.step and not os.path.samefile(later, saved.path.parent):
+            _remove(later)
+    MetricsFile(output).truncate(saved.step)
+
+
+def read_state(folder: Path) -> SavedRun:
+    """The state in a checkpoint folder. Raises UserError when the file holds something else."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        step, budget, run_id = state["step"], state["budget"], state.get("run_id")
+        started = datetime.fromisoformat(state["started"])
+        tiles = {name: tuple(map(int, numbers)) for name, numbers in state["tiles"].items()}
+        data, config, model = state["data"], state["config"], state["model"]
+        counts = _is_count(step) and (budget is None or (_is_count(budget) and budget > 0))
+        objects = all(isinstance(part, dict) for part in (data, config, model))
+        if not (counts and objects and all(is_choice(*item) for item in tiles.items())):
+            raise ValueError
+        told = None if run_id is None else str(run_id)
+        return SavedRun(path, step, started, data, config, model, tiles, budget, told)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{path}: not the state of a training run") from None
+
+
+def _is_count(value: object) -> bool:
+    """A whole number >= 0 that a float holds exactly."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def load_run(session: Session, saved: SavedRun) -> None:
+    """Put a checkpoint's weights, moments and counters on the device.
+
+    Raises UserError when it is the checkpoint of another run: another model, method, adapter, batch or optimizer; or
+    when its files are damaged.
+    """
+    folder = saved.path.parent
+    if saved.model != _model_identity(session.checkpoint):
+        raise UserError(f"{saved.path}: the checkpoint of another model than {session.config.model}")
+    now = session.config.to_mapping()
+    for key in IDENTITY:
+        if saved.config.get(key) != now[key]:
+            raise UserError(f"{saved.path}: made with {key} {saved.config.get(key)!r}, this run has {now[key]!r}")
+    _load_weights(session, folder)
+    _load_optimizer(session, folder / OPTIMIZER_FILE)
+
+
+def _load_optimizer(session: Session, path: Path) -> None:
+    file, wanted = SafetensorsFile(path), _optimizer_tensors(session)
+    if file.tensors.keys() != wanted.keys():
+        raise UserError(f"{path}: holds other tensors than this run's optimizer")
+    for name, tensor in wanted.items():
+        info = file.tensors[name]
+        if info.shape != tensor.shape or info.dtype != "F32":
+            raise UserError(f"{path}: tensor {name!r} does not fit this run")
+        values = file[name]
+        if not np.isfinite(values[_LASTING] if name == STATE_NAME else values).all():
+            raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
+        session.executor.write(name, values)
+
+
+def _load_weights(session: Session, folder: Path) -> None:
+    if session.adapters is None:
+        load_weights(session.executor, Checkpoint.open(folder), session.shape.storage)
+        return
+    spec, values = load_adapter(folder, session.checkpoint.config)
+    if spec.shapes() != session.adapters.shapes():
+        raise UserError(f"{folder}: its adapter has other modules or ranks than this run's")
+    for name, array in values.items():
+        session.executor.write(name, array)
+
+
+def _model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells one base model from another: its configuration and a sample of its weights."""
+    digest = hashlib.sha256(repr(checkpoint.config).encode())
+    for name, shape in checkpoint.config.parameter_shapes().items():
+        if is_projection(name) or len(shape) == 1:
+            digest.update(np.ascontiguousarray(checkpoint.raw(name).reshape(-1)[:64]).view(np.uint8).tobytes())
+    return {"sha256": digest.hexdigest()}

@@ -1,0 +1,52 @@
+"""The report in a terminal. Text from spans goes in as `Text`, so none of it is read as markup."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from observability.detect.analysis import Analysis, verdict
+from observability.detect.findings import HIGH, MEDIUM, duration, in_a_row, number_of_steps
+from observability.report.compare import Comparison
+
+_ROWS = 40
+_STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
+
+
+def print_report(analysis: Analysis, comparison: Comparison | None, console: Console) -> None:
+    """Verdict, anomalies with their evidence (the worst where there are many), clusters, and what was left out."""
+    console.print(Text(verdict(analysis), style="bold"))
+    anomalies = in_a_row(analysis.anomalies)
+    worst = sorted(anomalies, key=lambda f: -f.z)[:_ROWS]
+    if worst:
+        table = Table(box=None, pad_edge=False)
+        for name in ("step", "severity", "cause", "span", "time", "off by", "evidence"):
+            table.add_column(name, justify="right" if name in ("step", "time", "off by") else "left")
+        for f in sorted(worst, key=lambda f: f.first_step):
+            steps = str(f.first_step) if f.first_step == f.last_step else f"{f.first_step}-{f.last_step}"
+            off = f"{f.z:.1f}σ" if math.isfinite(f.z) else "-"
+            cells = (steps, str(f.severity), f.cause, f.span, duration(f.seconds), off, f.evidence)
+            table.add_row(*map(Text, cells), style=_STYLES.get(str(f.severity)))
+        console.print(table)
+        if len(anomalies) > _ROWS:
+            console.print(Text(f"... the {_ROWS} worst of {len(anomalies)}; --html or --json has all"))
+    for finding in analysis.explained:
+        place = f"{finding.first_step}" + (f"-{finding.last_step}" if finding.last_step > finding.first_step else "")
+        console.print(Text(f"explained: {finding.cause} at step {place}: {finding.evidence}"))
+    clusters, high = analysis.clusters, analysis.clusters.high_latency
+    if high is not None and clusters.silhouette is not None:
+        text = f"{clusters.k} kinds of steps (silhouette {clusters.silhouette:.2f}: {clusters.meaning})"
+        if clusters.separate:
+            apart = f": {'; '.join(high.distinguished_by)}" if high.distinguished_by else ""
+            slow = f"{number_of_steps(len(high.steps))} of {duration(high.mean_seconds)}"
+            text += f"; the high-latency one has {slow}{apart}"
+        console.print(Text(text))
+    if comparison is not None:
+        console.print(Text(comparison.verdict(), style="bold"))
+        for change in comparison.changes[:15]:
+            console.print(Text(f"  {change.text}"))
+    for note in analysis.table.notes:
+        console.print(Text(f"note: {note}", style="dim"))

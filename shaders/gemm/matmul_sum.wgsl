@@ -1,0 +1,29 @@
+// C = sum of the partial products of a matmul split along K, in order of the slices, + bias + residual (= or +=).
+// partial [slices, M, N]; C begins at element c_base of its tensor, with rows of ldc elements, and at column first_column
+// of the bias. One invocation four consecutive elements, or one where N is no multiple of four.
+// Grid: ceil(M * N / (256 * width)), folded.
+{% include "lib/grid.wgsl" %}
+{% set WIDTH = 4 if vector else 1 %}
+
+@compute @workgroup_size(256)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let i = linear_workgroup(group, groups) * 256u + thread;
+  if (i >= {{ M * N // WIDTH }}u) { return; }
+  var value = partial[i];
+{% for slice in range(1, slices) %}
+  value += partial[i + {{ slice * M * N // WIDTH }}u];
+{% endfor %}
+  let column = i % {{ N // WIDTH }}u;
+  let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;
+{% if bias %}
+  value += bias[{{ first_column // WIDTH }}u + column];
+{% endif %}
+{% if residual %}
+  value += {{ residual }}[at];
+{% endif %}
+  c[at] = value;
+}

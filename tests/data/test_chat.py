@@ -1,0 +1,297 @@
+"""Chat templates: what they write, which of it the assistant says, and what a hostile one cannot do."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from entrenar_gpu.data.chat import ChatTemplate
+from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.errors import UserError
+from tests.helpers import chat_templates
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"text": "<é>"}}}
+CALLED = '<tool_call>\n{"name": "add", "arguments": {"text": "<é>"}}\n</tool_call><|im_end|>'
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def template(source: str) -> ChatTemplate:
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    return ChatTemplate(source, "m/template.jinja", named, chat_templates.SPECIAL_TOKENS, datetime(2024, 7, 26))
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+def said(source: str, messages: list) -> list[str]:
+    rendered = template(source).render_turns(messages)
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+# template, conversation, what is trained in it
+TURNS = {
+    "qwen3: thinks in the last turn only": (
+        chat_templates.QWEN3,
+        [user("a"), assistant("<think>\nhm\n</think>\n\nb"), user("c"), assistant("d")],
+        ["b<|im_end|>", NO_THOUGHT + "d<|im_end|>"],
+    ),
+    "qwen3: thoughts within content": (
+        chat_templates.QWEN3,
+        [user("a"), assistant("<think>\nhm\n</think>\n\nb")],
+        ["<think>\nhm\n</think>\n\nb<|im_end|>"],
+    ),
+    "qwen3: thoughts beside content": (
+        chat_templates.QWEN3,
+        [user("a"), assistant("b", reasoning_content="hm")],
+        ["<think>\nhm\n</think>\n\nb<|im_end|>"],
+    ),
+    "qwen3: earlier turns render otherwise in the shorter conversation": (
+        chat_templates.QWEN3,
+        [user("a"), assistant("", tool_calls=[CALL], reasoning_content="hm"), tool("1"), assistant("b"), user("c"),
+         assistant("d", tool_calls=[CALL]), tool("2"), tool("3"), assistant("e")],
+        [CALLED, "b<|im_end|>", "d\n" + CALLED, NO_THOUGHT + "e<|im_end|>"],
+    ),
+    "qwen3: the only question looks like a tool response": (
+        chat_templates.QWEN3,
+        [user("<tool_response>1</tool_response>"), assistant("b")],
+        ["b<|im_end|>"],
+    ),
+    "qwen3: the generation prompt opens the thought": (
+        chat_templates.QWEN3_THINKING,
+        [user("a"), assistant("<b>"), user("c"), assistant("d", reasoning_content="hm")],
+        ["<b><|im_end|>", "hm\n</think>\n\nd<|im_end|>"],
+    ),
+    "the answer repeats the question": (
+        chat_templates.QWEN25,
+        [user("same"), assistant("same"), user("same"), assistant("same")],
+        ["same<|im_end|>", "same<|im_end|>"],
+    ),
+    "the content is white space, or holds an end of turn": (
+        chat_templates.QWEN25,
+        [user("a"), assistant(" \n"), user("c"), assistant("x<|im_end|>\ny")],
+        [" \n<|im_end|>", "x<|im_end|>\ny<|im_end|>"],
+    ),
+    "the assistant speaks first": (
+        chat_templates.QWEN25,
+        [assistant("hello"), user("a"), assistant("b")],
+        ["hello<|im_end|>", "b<|im_end|>"],
+    ),
+    "llama3: stripped contents, tool call in place of content": (
+        chat_templates.LLAMA3,
+        [user("a"), assistant("", tool_calls=[CALL]), tool("1"), assistant(" b \n"), user("c"), assistant("d")],
+        ['{"name": "add", "parameters": {"text": "<é>"}}<|eot_id|>', "b<|eot_id|>", "d<|eot_id|>"],
+    ),
+    "llama2: no header before the answer": (
+        chat_templates.LLAMA2,
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        [" b </s>", " d </s>"],
+    ),
+    "the conversation ends after the turn does": (
+        chat_templates.CLOSED,
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        ["b<|im_end|>", "d<|im_end|>"],
+    ),
+    "no special tokens": (
+        chat_templates.SCRIPT,
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        ["b", "d"],
+    ),
+    "generation tags": (
+        chat_templates.GENERATION_TAGS,
+        [user("a"), assistant("b"), user("c"), assistant("")],
+        ["b<|im_end|>", "<|im_end|>"],
+    ),
+    "no assistant": (chat_templates.QWEN25, [user("a")], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "messages", "expected"), TURNS.values(), ids=TURNS)
+def test_the_assistants_turns(source, messages, expected):
+    assert said(source, messages) == expected
+
+
+@pytest.mark.parametrize(("source", "messages", "expected"), TURNS.values(), ids=TURNS)
+def test_turns_are_marked_in_the_text_that_is_rendered(source, messages, expected):
+    assert template(source).render_turns(messages).text == template(source).render(messages)
+
+
+def test_the_last_turn_follows_the_generation_prompt():
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    for source in (chat_templates.QWEN3, chat_templates.QWEN25, chat_templates.LLAMA3, chat_templates.LLAMA2):
+        rendered = template(source).render_turns(messages)
+        prompt = template(source).render(messages[:-1], add_generation_prompt=True)
+        assert rendered.text[: rendered.spans[-1][0]] == prompt
+
+
+def test_a_template_that_drops_a_turn_is_refused_by_message():
+    source = "{% for m in messages %}{{ m.content if loop.index != 2 else '-' }}{% endfor %}"
+    with pytest.raises(UserError, match=r"m/template\.jinja: cannot tell where the chat template puts message 2"):
+        template(source).render_turns([user("a"), assistant("b")])
+
+
+def test_a_template_whose_other_text_depends_on_the_answer_is_refused():
+    source = "{{ messages|map(attribute='content')|join|length }}{% for m in messages %}:{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"m/template\.jinja: cannot tell where the chat template puts message 2"):
+        template(source).render_turns([user("a"), assistant("bcd")])
+
+
+def test_environment_is_that_of_transformers():
+    source = (
+        "{%- for m in messages %}\n"
+        "    {%- if m.role == 'tool' %}{% continue %}{% endif %}\n"
+        "  {{- m.content | tojson }}\n"
+        "{%- endfor %}\n"
+        "  {% if true %}\n"
+        "x\n"
+        "  {% endif %}\n"
+        "{{ strftime_now('%Y') }}{{ missing }}{{ messages[0] | tojson(indent=1) }}"
+    )
+    rendered = template(source).render([user("<é&'>"), tool("no")])
+    assert rendered == '"<é&\'>"x\n2024{\n "role": "user",\n "content": "<é&\'>"\n}'
+
+
+HOSTILE = {
+    "escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "escape by format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "change of the messages": "{{ messages.append(1) }}",
+    "loops in loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "repeated text": "{{ 'a' * 1000000000000 }}",
+    "repeated list": "{{ 1000000000000 * [1] }}",
+    "power": "{{ 10 ** 100000000000 }}",
+    "large product": "{{ (9 ** 60) * (9 ** 60) }}",
+    "endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "raise": "{{ raise_exception('roles must\n alternate') }}",
+    "type error": "{{ 1 + 'a' }}",
+    "undefined": "{{ messages[9].content.strip() }}",
+    "long output": "{% for i in range(900000) %}{{ 'a' * 1000 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_a_template_that_fails_or_attacks_is_one_line_with_its_file(source):
+    with pytest.raises(UserError) as error:
+        template(source).render([user("a")])
+    assert str(error.value).startswith("m/template.jinja: ")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_template_with_a_mistake_names_its_file():
+    with pytest.raises(UserError, match=r"m/template\.jinja: chat template is not valid: .*endfor"):
+        template("{% for m in messages %}")
+
+
+def test_a_message_cannot_hold_the_marks():
+    with pytest.raises(UserError, match="noncharacter"):
+        template(chat_templates.QWEN25).render([user("a\ufdd3b")])
+
+
+# --- the tokenizer of a model folder
+
+
+def model_folder(folder: Path, tokenizer_config: dict | None = None, bos: bool = False, **files: object) -> Path:
+    """A model folder whose tokenizer has a token for each byte, and the special tokens of the templates."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, "ab"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(chat_templates.SPECIAL_TOKENS))
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    backend.enable_truncation(3)
+    backend.enable_padding(length=64)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config or {}), encoding="utf-8")
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def test_neither_cut_nor_padded_by_the_saved_tokenizer(tmp_path):
+    tokenizer = Tokenizer.load(model_folder(tmp_path))
+    assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+    assert len(tokenizer.encode("hello world")) == 11
+
+
+def test_bos_once(tmp_path):
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": chat_templates.LLAMA2}
+    tokenizer = Tokenizer.load(model_folder(tmp_path, config, bos=True))
+    bos = tokenizer.bos_id
+    assert tokenizer.encode("a") == [bos, *tokenizer.encode("a", add_special_tokens=False)]
+    assert tokenizer.encode("<s>a").count(bos) == 1
+    text = tokenizer.render([user("a")])
+    assert tokenizer.encode(text, add_special_tokens=False).count(bos) == 1
+    assert tokenizer.encode(text).count(bos) == 1
+
+
+def test_what_ends_a_text_and_what_stops_generation(tmp_path):
+    files = {"generation_config": {"eos_token_id": [257, 259]}, "config": {"eos_token_id": 260}}
+    named = Tokenizer.load(model_folder(tmp_path / "named", {"eos_token": "</s>"}, **files))
+    assert named.eos_id == named.backend.token_to_id("</s>")
+    assert named.eos_ids == {257, 259, 260, named.eos_id}
+    mapped = Tokenizer.load(model_folder(tmp_path / "mapped", special_tokens_map={"eos_token": {"content": "</s>"}}))
+    assert mapped.eos_id == named.eos_id
+    assert Tokenizer.load(model_folder(tmp_path / "unnamed", **files)).eos_id == 257
+    assert Tokenizer.load(model_folder(tmp_path / "none")).eos_id is None
+
+
+def test_which_template(tmp_path):
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    tokenizer = Tokenizer.load(model_folder(tmp_path, {"chat_template": named}))
+    assert tokenizer.render([user("a")]) == "plain"
+    assert tokenizer.render([user("a")], tools=[CALL]) == "tools"
+    (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
+    assert Tokenizer.load(tmp_path).render([user("a")]) == "file"
+
+
+def test_the_clock_a_template_sees(tmp_path):
+    config = {"chat_template": chat_templates.LLAMA3, "bos_token": "<s>"}
+    tokenizer = Tokenizer.load(model_folder(tmp_path, config), now=datetime(2024, 2, 29))
+    assert "Today Date: 29 Feb 2024\n" in tokenizer.render([user("a")])
+
+
+def test_a_model_without_chat_template(tmp_path):
+    tokenizer = Tokenizer.load(model_folder(tmp_path))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizer.render([user("a")])
+
+
+FAULTS = {
+    "tokenizer.json": ("{}", "tokenizer.json: not a tokenizer"),
+    "tokenizer_config.json": ('{"chat_template": 3}', "chat_template must be text"),
+    "special_tokens_map.json": ("[]", "special_tokens_map.json: expected a JSON object"),
+    "generation_config.json": ('{"eos_token_id": "x"}', "generation_config.json: eos_token_id must be"),
+    "config.json": ("{", "config.json: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_file_is_named(tmp_path, name):
+    content, message = FAULTS[name]
+    (model_folder(tmp_path) / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not found"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,130 @@
+"""Which adapter is taken, and what is asked of it: on made-up adapters, so that every kind can be tried anywhere."""
+
+from typing import Any
+
+import pytest
+
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.gpu import device
+
+LIMITS = {
+    "max-storage-buffer-binding-size": 2**31 - 1,
+    "max-buffer-size": 2**40,
+    "max-compute-workgroup-storage-size": 49152,
+    "max-compute-invocations-per-workgroup": 1024,
+    "max-compute-workgroup-size-x": 1024,
+    "max-compute-workgroups-per-dimension": 65535,
+    "max-storage-buffers-per-shader-stage": 16,
+}
+
+
+class Adapter:
+    """As wgpu's, and refusing features as wgpu-native refuses cooperative matrices."""
+
+    def __init__(self, name: str, kind: str, features: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
+        info = {"device": name, "adapter_type": kind, "backend_type": "Vulkan", "vendor": "", "description": "1.0"}
+        self.info = {**info, "vendor_id": 0, "device_id": 0}
+        self.features, self.limits, self._refuses = set(features), LIMITS, set(refuses)
+        self.requests: list[set[str]] = []
+
+    def request_device_sync(self, required_features: Any = (), required_limits: Any = None) -> str:
+        self.requests.append(set(required_features))
+        if self._refuses & set(required_features):
+            raise RuntimeError("experimental features are not enabled")
+        assert set(required_features) <= self.features
+        return f"device of {self.info['device']}"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends these adapters are there."""
+    monkeypatch.delenv("ENTRENAR_DEVICE", raising=False)
+
+    def install(*found: Adapter) -> None:
+        ordered = tuple(sorted(found, key=lambda a: device._RANKS[a.info["adapter_type"]]))
+        monkeypatch.setattr(device, "adapters", lambda: ordered)
+
+    return install
+
+
+CARD = ("Radeon RX 7800", "DiscreteGPU")
+IGPU = ("Intel Arc", "IntegratedGPU")
+SOFT = ("llvmpipe", "CPU")
+
+
+def test_discrete_before_integrated_before_software(machine: Any) -> None:
+    machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
+    assert device.choose_adapter().info["device"] == "Radeon RX 7800"
+    machine(Adapter(*SOFT), Adapter(*IGPU))
+    assert device.choose_adapter().info["device"] == "Intel Arc"
+
+
+def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
+    assert device.choose_adapter("2").info["device"] == "llvmpipe"
+    assert device.choose_adapter("intel").info["device"] == "Intel Arc"
+    monkeypatch.setenv("ENTRENAR_DEVICE", "llvm")
+    assert device.choose_adapter().info["device"] == "llvmpipe"
+    assert device.choose_adapter("0").info["device"] == "Radeon RX 7800"
+    with pytest.raises(UserError, match="--device 'voodoo' matches no adapter of 0: Radeon"):
+        device.choose_adapter("voodoo")
+
+
+def test_no_adapter_names_the_packages(machine: Any) -> None:
+    machine()
+    with pytest.raises(UserError) as caught:
+        device.choose_adapter()
+    for name in ("mesa-vulkan-drivers", "Fedora", "macOS", "Windows"):
+        assert name in str(caught.value)
+
+
+def test_only_features_in_use_are_requested(machine: Any) -> None:
+    card = Adapter(*CARD, features=("shader-f16", "subgroup", "mappable-primary-buffers", "texture-compression-bc"))
+    machine(card)
+    opened = device.Device.open()
+    assert card.requests == [{"shader-f16", "subgroup"}]
+    assert opened.caps.f16
+    assert opened.caps.subgroups
+    assert not opened.caps.timestamps
+
+
+def test_refused_cooperative_matrices_are_done_without(machine: Any) -> None:
+    feature = "cooperative-matrix"
+    card = Adapter(*CARD, features=("shader-f16", feature), refuses=(feature,))
+    machine(card)
+    opened = device.Device.open()
+    assert card.requests == [{"shader-f16", feature}, {"shader-f16"}]
+    assert not opened.caps.cooperative_matrix
+    willing = Adapter(*CARD, features=("shader-f16", feature))
+    machine(willing)
+    assert device.Device.open().caps.cooperative_matrix
+
+
+def test_limited_device_asks_for_nothing(machine: Any) -> None:
+    card = Adapter(*CARD, features=("shader-f16", "subgroup", "timestamp-query"))
+    machine(card)
+    opened = device.Device.open(limited=True)
+    assert card.requests == [set()]
+    assert (opened.caps.f16, opened.caps.subgroups, opened.caps.timestamps) == (False, False, False)
+    assert opened.caps.max_binding_bytes == 128 << 20
+    assert opened.caps.max_storage_buffers == 8
+
+
+@pytest.mark.gpu
+def test_opengl_twins_are_not_listed() -> None:
+    assert all(a.info["backend_type"] != "OpenGL" for a in device.adapters())
+
+
+@pytest.mark.gpu
+def test_info_tells_what_would_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from entrenar_gpu import cli
+
+    assert cli.run(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    chosen = told["adapters"][told["chosen"]]
+    assert chosen["uses"]["name"] == device.choose_adapter().info["device"]
+    assert chosen["uses"]["max_binding_bytes"] <= chosen["limits"]["max-storage-buffer-binding-size"]
+    assert cli.run(["info"]) == 0
+    assert chosen["device"] in capsys.readouterr().out

@@ -1,0 +1,174 @@
+"""Cross-entropy in f16: against the same arithmetic in NumPy, against the exact loss, and where it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu import ops
+from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.executors.numpy_executor import run_node
+from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.graph.dtypes import NUMPY_TYPES
+from entrenar_gpu.graph.tensor import Graph, Tensor
+from entrenar_gpu.ops import loss as loss_ops
+from entrenar_gpu.ops.gemm import tiles
+from entrenar_gpu.ops.gemm.tiles import Choice, Tile
+from tests.helpers.equivalence import fault, needs
+
+
+@dataclass
+class Head:
+    """The loss of random tokens over a vocabulary in pages, with logits of a few units, and dx."""
+
+    tokens: int
+    depth: int
+    pages: tuple[int, ...]
+    smoothing: float = 0.0
+    dtype: str = "bf16"
+    wants_dx: bool = True
+    precision: Any = "f16"
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng, graph = np.random.default_rng(5), Graph("head")
+        self.graph = graph
+        x = graph.tensor("x", (self.tokens, self.depth), requires_grad=self.wants_dx)
+        targets = graph.tensor("targets", (self.tokens,), "i32")
+        pages = [graph.tensor(f"w{i}", (n, self.depth), self.dtype, "weight") for i, n in enumerate(self.pages)]
+        goals = rng.integers(0, sum(self.pages), self.tokens)
+        goals[rng.random(self.tokens) < 0.2] = ops.IGNORE
+        self.arrays = {"x": rng.standard_normal(x.shape).astype(np.float32), "targets": goals.astype(np.int32)}
+        for page in pages:
+            values = 3 / np.sqrt(self.depth) * rng.standard_normal(page.shape)
+            self.arrays[page.name] = values.astype(NUMPY_TYPES[self.dtype])
+        ops.cross_entropy(x, targets, pages, self.smoothing, self.precision)
+        (self.node,) = graph.nodes
+
+    def outputs(self) -> dict[str, Tensor]:
+        return dict(zip(("loss", "lse", "dx"), self.node.outputs, strict=False))
+
+    def reference(self) -> dict[str, np.ndarray]:
+        values = {t.id: self.arrays[name] for name, t in self.graph.persistents.items()}
+        run_node(self.node, values)
+        return {name: values[t.id] for name, t in self.outputs().items()}
+
+    def on_device(self, device: Any, kernels: Any, **caps: Any) -> dict[str, np.ndarray]:
+        replay = Replay(device, make_plan({"head": self.graph}, replace(device.caps, **caps), keep=True), kernels)
+        try:
+            for name, values in self.arrays.items():
+                replay.write(name, values)
+            replay.run("head")
+            return {name: replay.read_temporary(t) for name, t in self.outputs().items()}
+        finally:
+            replay.close()
+
+    def exact(self) -> dict[str, np.ndarray]:
+        """The same in float64, softmax and all."""
+        table = np.concatenate([self.arrays[f"w{i}"].astype(np.float64) for i in range(len(self.pages))])
+        logits, goals = self.arrays["x"] @ table.T, self.arrays["targets"]
+        lse = np.log(np.exp(logits).sum(axis=1))
+        counted, rows = goals >= 0, np.arange(len(goals))
+        wanted = np.full(logits.shape, self.smoothing / len(table))
+        wanted[rows[counted], goals[counted]] += 1 - self.smoothing
+        losses = lse - (wanted * logits).sum(axis=1)
+        slopes = (np.exp(logits - lse[:, None]) - wanted) * counted[:, None]
+        return {"loss": losses[counted].sum(keepdims=True), "lse": lse, "dx": slopes @ table}
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+# Relative to the reference of the same arithmetic: sums of 32 products in f16 cost a product 1.2e-3 of its norm (docs/
+# gemm.md). Logits have a norm of 3 and lse one of 8; of the slopes, a logit's error is a relative one.
+BARS = {"loss": 1e-3, "lse": 1e-3, "dx": 5e-3}
+
+
+def check(head: Head, got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    for name, value in got.items():
+        assert error(value, want[name]) <= BARS[name], f"{name}: {error(value, want[name]):.1e}"
+
+
+HEADS = {
+    "one page": Head(17, 64, (128,)),
+    "pages, smoothed": Head(70, 128, (192, 192, 64), 0.1),
+    "stored in binary16": Head(9, 64, (64, 64), dtype="half"),
+    "stored in f32": Head(9, 64, (64, 64), dtype="f32"),
+    "evaluation": Head(70, 64, (192, 64), wants_dx=False),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_and_its_gradient(name, device, kernels):
+    needs(device, "f16")
+    head = HEADS[name]
+    check(head, head.on_device(device, kernels), head.reference())
+
+
+@pytest.mark.gpu
+def test_chunks_of_tokens_and_slices_of_pages(device, kernels, monkeypatch):
+    """Slices of every page are added onto those of the page before; the last page has fewer of them."""
+    needs(device, "f16")
+    head = Head(150, 64, (192, 192, 64))
+    monkeypatch.setattr(loss_ops, "LOGITS_BYTES", 2 * 448 * 64)
+    choice = Choice(Tile(64, 64, 32, 8, 8), 3)
+    chosen = {tiles.key("f16", 64, 64, 192, "nn"): tiles.to_numbers(choice)}
+    assert [t.shape[0] for t in workspace(head, device, chosen)] == [64, 150, 64, 3]
+    check(head, head.on_device(device, kernels, tiles=chosen), head.reference())
+
+
+def workspace(head: Head, device: Any, chosen: Any) -> tuple[Tensor, ...]:
+    make_plan({"head": head.graph}, replace(device.caps, tiles=chosen))
+    return head.node.workspace
+
+
+def test_no_further_from_the_exact_loss_than_bf16_logits_are():
+    """A bfloat16 keeps 8 bits, so that rounding a logit costs up to 2^-9 of it, 2^-9 / sqrt(3) on average."""
+    head = Head(64, 256, (1024, 512))
+    got, exact = head.reference(), head.exact()
+    rounded = Head(64, 256, (1024, 512), precision="f32")
+    peer = rounded.arrays["x"].astype(NUMPY_TYPES["bf16"]).astype(np.float32)
+    rounded.arrays["x"] = peer
+    assert error(got["lse"], exact["lse"]) < 0.5 * error(rounded.reference()["lse"], exact["lse"])
+    assert 1e-5 < error(got["dx"], exact["dx"]) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("pages", "precision", "expected"),
+    [((128, 64), "f16", "f16"), ((128, 64), "int8", "f16"), ((128, 64), "f32", "f32"), ((128, 65), "f16", "f32")],
+)
+def test_what_is_multiplied_in_f16(pages, precision, expected):
+    assert Head(4, 64, pages, precision=precision).node.attrs["arithmetic"] == expected
+
+
+def test_a_vocabulary_that_is_trained_stays_f32():
+    graph = Graph("g")
+    x, targets = graph.tensor("x", (4, 64), requires_grad=True), graph.tensor("targets", (4,), "i32")
+    loss = ops.cross_entropy(x, targets, [graph.parameter("w", (64, 64))], precision="f16")
+    assert loss.node is not None
+    assert loss.node.attrs["arithmetic"] == "f32"
+
+
+FAULTS = [
+    ("matmul_f16", "f32(0.000244140625)", "f32(0.00024)"),
+    ("matmul_f16", "widen_bf16(rb0_0.x)", "widen_bf16(rb0_0.y)"),
+    ("matmul_f16", "k / 4u % 8u", "k / 8u % 8u"),
+    ("cross_entropy", "vec4<i32>(0, 1, 2, 3)", "vec4<i32>(0, 1, 3, 2)"),
+    ("cross_entropy", "4096.0", "4000.0"),
+    ("cross_entropy", "exp(before - highest)", "exp(highest - before)"),
+    ("cross_entropy", "[u32(goal) % 4u]", "[0]"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shader", "old", "new"), FAULTS)
+def test_a_planted_fault_is_caught(shader, old, new, device, kernels):
+    needs(device, "f16")
+    head = HEADS["pages, smoothed"]
+    with fault(shader, old, new), pytest.raises(AssertionError, match=r"^(loss|lse|dx): "):
+        check(head, head.on_device(device, kernels), head.reference())

@@ -1,0 +1,91 @@
+"""What a session settles before it allocates: the memory budget, positions, the adapter a run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu.adapters.init import init_adapter
+from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.train.graphs import fit_training
+from entrenar_gpu.train.session import Session, memory_budget
+from tests.helpers.runs import config_of
+from tests.helpers.tiny import make_model
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("session")
+    make_model(path / "model", max_position_embeddings=40, **TINY)
+    return path
+
+
+def open_session(folder: Path, **options: Any) -> Session:
+    config = config_of(folder, **({"device": "numpy"} | options))
+    return Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, False))
+
+
+def test_numpy_is_no_gpu_that_auto_takes_f16_for(folder):
+    session = open_session(folder, precision="auto")
+    assert session.executor.read("loss_scale") == 1
+    session.close()
+
+
+def test_the_memory_budget_is_said_or_known_or_assumed():
+    caps = replace(Caps(), memory_bytes=10 << 30)
+    assert memory_budget(TrainConfig(memory_budget=0.5), caps).nbytes == 1 << 29
+    known, assumed = memory_budget(TrainConfig(), caps), memory_budget(TrainConfig(), Caps())
+    assert (known.nbytes, assumed.nbytes) == (9 << 30, 16 << 30)
+    assert "10.0 GiB of the adapter less 10%" in known.source
+    assert "does not tell" in assumed.source
+    assert "16 GiB" in assumed.source
+
+
+def test_rows_longer_than_the_models_positions_are_refused(folder):
+    with pytest.raises(UserError, match="--seq: 48 exceeds the model's 40 positions"):
+        open_session(folder, seq=48)
+
+
+def test_a_run_starts_from_a_fresh_adapter_or_the_one_it_is_given(folder, tmp_path):
+    session = open_session(folder, seed=3)
+    fresh = session.adapter_values()
+    assert fresh.keys() == session.trainable().keys()
+    wanted = init_adapter(session.adapters, 3)
+    for name, values in fresh.items():
+        np.testing.assert_array_equal(values, wanted[name])
+    options = TrainConfig(rank=2, target="q,down", rslora=True)
+    spec = AdapterSpec.from_config(options, session.checkpoint.config)
+    given = {name: np.full(shape, 0.5, np.float32) for name, shape in spec.shapes().items()}
+    save_adapter(tmp_path, spec, given, "x")
+    loaded = open_session(folder, adapter_init=str(tmp_path))  # its rank and targets win over the options
+    assert loaded.trainable() == spec.shapes()
+    assert all((values == 0.5).all() for values in loaded.adapter_values().values())
+    assert loaded.adapters.modules == spec.modules
+
+
+def test_full_training_has_no_adapter(folder):
+    session = open_session(folder, method="full")
+    assert session.adapters is None
+    shapes = session.checkpoint.config.parameter_shapes()
+    assert sum(map(np.prod, session.trainable().values())) == sum(map(np.prod, shapes.values()))
+
+
+@pytest.mark.gpu
+def test_a_session_says_which_device_it_is_on(folder, kernels):
+    session = Session.open(
+        config_of(folder), lambda shape, caps, budget: fit_training(shape, caps, budget, False), kernels=kernels
+    )
+    assert session.adapter_info["adapter"] == kernels.device.info["device"]
+    assert session.allocated_bytes == kernels.device.allocated_bytes
+    session.close()
+    assert open_session(folder).adapter_info["adapter"] == "numpy"
