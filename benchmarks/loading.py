@@ -30,7 +30,7 @@ from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.model.config import ModelConfig, is_projection
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.train.loader import load_weights, storage_of
 from entrenar_gpu.train.weight_cache import WeightCache
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_all(folder: Path, device: str | None) -> None:
     """Every measurement, in an order in which the cold ones find the files dropped; a line each, then the ratios."""
-    files = Checkpoint.open(folder).files()
+    files = HFCheckpoint.open(folder).files()
     print(f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB in {len(files)} files", flush=True)
     found = {}
     for what, label in [
@@ -83,7 +83,7 @@ def run_all(folder: Path, device: str | None) -> None:
 
 def measure(what: str, folder: Path, device: str | None) -> dict[str, Any]:
     """Seconds of one measurement; for those that load, where weights came from and the peak of host memory too."""
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = HFCheckpoint.open(folder)
     if what == "read":
         return {"seconds": _read(checkpoint.files())}
     config = TrainConfig(model=str(folder), method="qlora")

@@ -29,7 +29,7 @@ from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files.atomic import write_text
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
 from entrenar_gpu.model.config import ModelConfig, parse_model_config
-from entrenar_gpu.model.hf_checkpoint import SINGLE_FILE, Checkpoint
+from entrenar_gpu.model.hf_checkpoint import SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.train.trainer import Trainer
 
 SEED = 0
@@ -117,7 +117,7 @@ def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...], config
 
 def store_bf16(trained: Path, target: Path) -> None:
     """Write the trained model with weights rounded to BF16."""
-    checkpoint = Checkpoint.open(trained)
+    checkpoint = HFCheckpoint.open(trained)
     copy_model_files(trained, target, "bfloat16")
     shapes = checkpoint.config.parameter_shapes()
     save_checkpoint(target, [TensorSource(n, s, "BF16", lambda n=n: checkpoint.f32(n)) for n, s in shapes.items()])

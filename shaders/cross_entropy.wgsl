@@ -22,7 +22,7 @@ fn main(
   let token = {{ first }}u + row;
   var goal = -1;
   if (end > 0u) { goal = targets[token]; }
-{% if mode == "slopes" %}
+{% if mode == "dscores" %}
   var top = 0.0;
   if (end > 0u) { top = lse[token]; }
   let factor = select(0.0, {{ scale }} * upstream[0], goal >= 0);
@@ -70,13 +70,13 @@ fn main(
   workgroupBarrier();
   storageBarrier();
   for (var i = thread; i < end; i += {{ WIDTH }}u) {
-    var slope = exp({{ values }}(logits[start + i]) - top){{ " - " ~ share if smoothed else "" }};
+    var dscore = exp({{ values }}(logits[start + i]) - top){{ " - " ~ share if smoothed else "" }};
 {% if VECTOR == 1 %}
-    if (i32(i) == goal) { slope -= {{ keep }}; }
+    if (i32(i) == goal) { dscore -= {{ keep }}; }
 {% else %}
-    slope -= select(vec4<f32>(), vec4<f32>({{ keep }}), vec4<i32>(i32(i) * 4) + vec4<i32>(0, 1, 2, 3) == vec4<i32>(goal));
+    dscore -= select(vec4<f32>(), vec4<f32>({{ keep }}), vec4<i32>(i32(i) * 4) + vec4<i32>(0, 1, 2, 3) == vec4<i32>(goal));
 {% endif %}
-    logits[start + i] = {{ stored }}(slope * factor);
+    logits[start + i] = {{ stored }}(dscore * factor);
   }
 {% endif %}
 }

@@ -260,7 +260,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_allocation(folder, capsys, mo
 @pytest.mark.gpu
 def test_an_unknown_device_is_named_with_those_there_are(folder, capsys, device):
     line = refusal(capsys, [*train_command(folder), "--device", "Voodoo 2"])
-    assert "--device 'Voodoo 2' matches no adapter" in line
+    assert "--device 'Voodoo 2' matches no GPU" in line
     assert device.caps.name in line
 
 

@@ -136,7 +136,7 @@ def _show_start(console: Console, trainer: Trainer, found: docstrings.Corpus) ->
         console, "data", f"{len(found.train):,} questions about the standard library of {python}, from its docstrings"
     )
     _line(console, "held out", f"{len(found.valid):,} more, in neither this training nor the model's own")
-    _line(console, "device", f"{session.adapter_info['adapter']} ({session.adapter_info['backend']})")
+    _line(console, "device", f"{session.gpu_info['adapter']} ({session.gpu_info['backend']})")
 
 
 def _show_result(console: Console, result: DemoResult, seconds: float) -> None:

@@ -50,10 +50,10 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        Text(f"computed again: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
+        Text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
         soft_wrap=True,
     )
-    for words, counts in (("again", parts["again"]), ("in half precision", parts["half"])):
+    for words, counts in (("recomputed", parts["recomputed"]), ("kept as fp16", parts["fp16"])):
         if counts:
             listed = ", ".join(f"{count} {name}" for name, count in counts.items())
             console.print(Text(f"{words}: {listed}"), highlight=False, soft_wrap=True)
@@ -65,13 +65,13 @@ def show_bench(result: Mapping[str, Any]) -> None:
     lines = [
         f"{result['shape']} {result['batch']}x{result['seq']} rank {result['rank']} {result['precision']}"
         f" on {result['adapter']} ({result['driver']})",
-        f"{result['tokens_per_second']:,.1f} tokens/s, {result['step_seconds'] * 1e3:.1f} ms a step,"
+        f"{result['tokens_per_second']:,.1f} tokens/s, {result['step_seconds'] * 1e3:.1f} ms per step,"
         f" {result['tflops']:.2f} TFLOP/s ({result['ceiling_share']:.0%} of the {result['ceiling_tflops']:.2f} that a"
         " product alone reaches here)",
         "  ".join(f"{phase} {seconds * 1e3:.1f} ms" for phase, seconds in result["seconds"].items()),
         f"planned {size(result['planned_bytes'])}, allocated {size(result['allocated_bytes'])}"
         + (f", driver {size(result['driver_bytes'])}" if result["driver_bytes"] else "")
-        + f"; computed again: {result['recompute']}",
+        + f"; recompute: {result['recompute']}",
     ]
     lines += [
         f"{row['share']:6.1%} {row['seconds'] * 1e3:9.2f} ms {row['count']:5}x {row['tflops']:7.2f} TFLOP/s"
@@ -99,12 +99,12 @@ def show_start(trainer: Any) -> None:
     dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []
     dropped += [f"{samples.cut} cut at --seq"] if samples.cut else []
     line("data", ", ".join([f"{len(samples):,} samples, {samples.trained_tokens:,} trained tokens", *dropped]))
-    info = session.adapter_info
+    info = session.gpu_info
     line("device", f"{info['adapter']} ({info['backend']}, {info['driver']})")
     if session.plan is not None and session.budget is not None:
-        again = f"computes again: {session.level.describe()}"
+        recompute = f"recompute: {session.recompute.describe()}"
         budget = f"budget {size(session.budget.nbytes)} ({session.budget.source})"
-        line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {again}")
+        line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {recompute}")
 
 
 class _Lasting(Console):
@@ -116,7 +116,7 @@ class _Lasting(Console):
 
 
 class Progress:
-    """Observer: a bar with loss, learning rate, tokens a second and time left; evaluations and checkpoints as lines."""
+    """Observer: a bar with loss, learning rate, tokens per second, time left; evaluations and checkpoints as lines."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self._console = console or _Lasting()

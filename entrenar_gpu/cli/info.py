@@ -12,15 +12,15 @@ from rich.text import Text
 
 from entrenar_gpu import __version__
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu.device import NO_ADAPTER, adapter_caps, adapters, choose_adapter
+from entrenar_gpu.gpu.device import NO_GPU, choose_gpu, gpu_caps, gpus
 
 
 def describe() -> dict[str, Any]:
     """Adapters in order of preference, with features, limits and abilities in use; `chosen` is the index used."""
-    found = adapters()
+    found = gpus()
     if not found:
-        raise UserError(NO_ADAPTER)
-    chosen = choose_adapter()
+        raise UserError(NO_GPU)
+    chosen = choose_gpu()
     return {
         "version": __version__,
         "wgpu": wgpu.__version__,
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
                     key: adapter.info[key]
                     for key in ("device", "vendor", "description", "adapter_type", "backend_type")
                 },
-                "uses": dataclasses.asdict(adapter_caps(adapter)),
+                "uses": dataclasses.asdict(gpu_caps(adapter)),
                 "features": sorted(adapter.features),
                 "limits": dict(adapter.limits),
             }

@@ -57,7 +57,7 @@ def _root(
 
 @app.command()
 def info(as_json: Json = False) -> None:
-    """List adapters, features and limits, and what the trainer would use."""
+    """List GPUs, their features and limits, and what the trainer would use."""
     from entrenar_gpu.cli.info import describe, show
 
     found = describe()
@@ -72,13 +72,13 @@ def info(as_json: Json = False) -> None:
 def plan(
     given: Mapping[str, Any],
     profile: Annotated[
-        str | None, typer.Option(help="plan for these abilities instead of a device's: webgpu, desktop")
+        str | None, typer.Option(help="plan for these capabilities instead of a device's: webgpu, desktop")
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would allocate, and what it would compute again, without weights or a GPU."""
+    """Print what a run would allocate and what it would recompute, without weights or a GPU."""
     from entrenar_gpu.cli.plan_report import plan_run
     from entrenar_gpu.train.session import memory_budget
 
@@ -103,9 +103,9 @@ def _caps(device: str | None, profile: str | None) -> Any:
     if profile is not None and device is not None:
         raise UserError("--profile: give it or --device, not both")
     if device is not None:
-        from entrenar_gpu.gpu.device import adapter_caps, choose_adapter
+        from entrenar_gpu.gpu.device import choose_gpu, gpu_caps
 
-        return adapter_caps(choose_adapter(device))
+        return gpu_caps(choose_gpu(device))
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
     return PROFILES[profile or "desktop"]
@@ -153,7 +153,7 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
 def demo(
     output: Annotated[str | None, typer.Option("--output", help="new run folder (default runs/demo-DATE)")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name, or numpy")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="GPU by index or name, or numpy")] = None,
 ) -> None:
     """Fine-tune the model that ships with the project on Python's own docstrings; downloads nothing."""
     from entrenar_gpu.cli.demo import RUN, default_output, run_demo
@@ -195,7 +195,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="what to say to the model")],
     adapter: Adapter = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="longest continuation")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most likely token")] = 0.0,
 ) -> None:
     """Continue a prompt with a model and its adapter."""
     from entrenar_gpu.infer.generate import Generator
@@ -218,13 +218,13 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
     from entrenar_gpu.export.merge import merge_adapter
-    from entrenar_gpu.model.hf_checkpoint import Checkpoint
+    from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
     from entrenar_gpu.model.hub import resolve_model
 
     for name, folder in (("--adapter", adapter), ("--output", output)):
         if not folder:  # the current one, to Path
             raise UserError(f"{name}: missing; name a folder")
-    merge_adapter(Checkpoint.open(resolve_model(model)), Path(adapter), Path(output))
+    merge_adapter(HFCheckpoint.open(resolve_model(model)), Path(adapter), Path(output))
     print(f"merged model: {output}")
 
 
@@ -257,14 +257,14 @@ def bench_train(
 
 @bench.command("gemm")
 def bench_gemm(
-    shape: Annotated[str, typer.Option("--shape", help="model whose products are timed")] = "qwen3-4b",
-    rows: Annotated[str, typer.Option("--rows", help="tokens in a product, comma-separated")] = "512,2048",
+    shape: Annotated[str, typer.Option("--shape", help="model whose matmuls are timed")] = "qwen3-4b",
+    rows: Annotated[str, typer.Option("--rows", help="rows of the matmuls, comma-separated")] = "512,2048",
     rank: Annotated[int, typer.Option("--rank", min=1, help="adapter rank")] = 16,
     precision: Annotated[str, typer.Option("--precision", help="of f32, f16, int8; comma-separated")] = "f32,f16,int8",
-    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="GPU by index or name")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time every matrix product of a training step and check it against float64."""
+    """Time every matmul of a training step and check it against float64."""
     from entrenar_gpu.cli.bench import gemm
     from entrenar_gpu.gpu.device import Device
     from entrenar_gpu.gpu.measure import TOLERANCES
@@ -276,7 +276,7 @@ def bench_gemm(
         raise UserError(f"--rows: {rows!r} is not a list of whole numbers")
     opened = Device.open(device)
     if "f16" in kinds and not opened.caps.f16:
-        print(f"{opened.caps.name} has no f16 arithmetic: its products are left out", file=sys.stderr)
+        print(f"{opened.caps.name} has no f16 arithmetic: its matmuls are left out", file=sys.stderr)
     wanted = list(gemm.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
     _show_rows(gemm.bench_gemm(opened, wanted), as_json)
 
@@ -285,11 +285,11 @@ def bench_gemm(
 def bench_ops(
     shape: Annotated[str, typer.Option("--shape", help="model whose kernels are timed")] = "qwen3-4b",
     rows: Annotated[int, typer.Option("--rows", min=1, help="rows of a batch")] = 1,
-    seq: Annotated[int, typer.Option("--seq", min=2, help="tokens a row")] = 512,
-    device: Annotated[str | None, typer.Option("--device", help="adapter by index or name")] = None,
+    seq: Annotated[int, typer.Option("--seq", min=2, help="tokens per row")] = 512,
+    device: Annotated[str | None, typer.Option("--device", help="GPU by index or name")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time every kernel of a training step that is no matrix product."""
+    """Time every kernel of a training step other than matmuls."""
     from entrenar_gpu.cli.bench import ops
     from entrenar_gpu.gpu.device import Device
 

@@ -15,7 +15,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files.json_file import read_json_object
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.model.config import load_model_config
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.train.graphs import RunShape, fit_training
@@ -26,7 +26,7 @@ PROFILES = {
     "webgpu": Caps(),
     "desktop": Caps(name="desktop", max_binding_bytes=(2 << 30) - 4, max_buffer_bytes=(4 << 30) - 4, timestamps=True),
 }
-DENSE = {"float32": "f32", "float16": "half", "bfloat16": "bf16"}
+DENSE = {"float32": "f32", "float16": "fp16", "bfloat16": "bf16"}
 PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
     *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
@@ -39,7 +39,7 @@ class PlanReport:
     """A plan by purpose, in bytes; the parts sum to `peak_bytes`."""
 
     plan: Plan
-    level: Recompute
+    recompute: Recompute
     profile: str
     budget_bytes: int
 
@@ -52,10 +52,10 @@ class PlanReport:
             **parts,
             "peak_bytes": self.plan.peak_bytes,
             "budget_bytes": self.budget_bytes,
-            "recompute": self.level.describe(),
-            "recompute_share": self.level.share,
-            "again": self.level.counts("again"),
-            "half": self.level.counts("half"),
+            "recompute": self.recompute.describe(),
+            "recompute_share": self.recompute.share,
+            "recomputed": self.recompute.counts("recompute"),
+            "fp16": self.recompute.counts("fp16"),
             "device": self.profile,
         }
 
@@ -81,7 +81,7 @@ def _weight_purpose(name: str) -> str:
         return "nf4_bytes"
     if name.endswith(SCALE_PARTS):
         return "scale_bytes"
-    return "embedding_bytes" if ".page" in name else "dense_bytes"
+    return "embedding_bytes" if ".shard" in name else "dense_bytes"
 
 
 def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool) -> PlanReport:
@@ -92,7 +92,7 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-        storage = storage_of(Checkpoint.open(folder), config, spec)
+        storage = storage_of(HFCheckpoint.open(folder), config, spec)
     else:
         raw = read_json_object(path / "config.json" if path.is_dir() else path)
         stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
@@ -101,5 +101,5 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
         modules = spec.modules if spec is not None else {}
         storage = Storage(config.method, DENSE[stated], {}, config.double_quant, {}, modules)
     shape = RunShape(model, storage, config)
-    level, plan, _ = fit_training(shape, caps, budget_bytes, evaluates)
-    return PlanReport(plan, level, caps.name, budget_bytes)
+    recompute, plan, _ = fit_training(shape, caps, budget_bytes, evaluates)
+    return PlanReport(plan, recompute, caps.name, budget_bytes)

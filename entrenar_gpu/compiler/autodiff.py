@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.fuse import fold_sum
+from entrenar_gpu.compiler.fuse import fuse_sum
 from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.ops.registry import OPS
 
@@ -51,7 +51,7 @@ class _Reverse:
         def free(t: Tensor) -> bool:
             return not (any(t is other for other in (*pending, *self._sums.values())) or _read(t))
 
-        total = fold_sum(previous, gradient, free)
+        total = fuse_sum(previous, gradient, free)
         return ops.add(previous, gradient) if total is None else total
 
 

@@ -12,7 +12,7 @@ from entrenar_gpu.ops.registry import place
 LONGEST_PAIR = 256  # inner length up to which a product may ride along in another
 
 
-def fold_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor | None:
+def fuse_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor | None:
     """old + new as an epilogue, where either may be recorded anew to add the other; None where that cannot be done.
 
     A skinny product joins another as its low-rank pair; otherwise one becomes the residual of the other, which is a

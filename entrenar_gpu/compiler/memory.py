@@ -62,13 +62,13 @@ class Layer:
         )
         return (self.number is None, *map(repr, nodes), *map(place, self._roots))
 
-    def states(self, caps: Caps, halves: bool) -> list[State]:
+    def states(self, caps: Caps, fp16: bool) -> list[State]:
         """From everything kept to as little as possible, each step dearer a byte than the one before."""
         seconds = [cost.seconds(n, caps) for n in self.nodes]
         fates: dict[int, Fate] = {}
         found = [self.state(fates, seconds)]
         while True:
-            moves = [self._moved(fates, index, fate) for index, fate in self._moves(fates, halves)]
+            moves = [self._moved(fates, index, fate) for index, fate in self._moves(fates, fp16)]
             tried = [(moved, self.state(moved, seconds)) for moved in moves]
             saving = [(moved, state) for moved, state in tried if state.nbytes < found[-1].nbytes]
             if not saving:
@@ -76,17 +76,17 @@ class Layer:
             fates, state = min(saving, key=lambda pair: _price(found[-1], pair[1]))
             found.append(state)
 
-    def _moves(self, fates: Mapping[int, Fate], halves: bool) -> list[tuple[int, Fate]]:
+    def _moves(self, fates: Mapping[int, Fate], fp16: bool) -> list[tuple[int, Fate]]:
         """Decisions that may come next. Outside the layers only what is handed to one may change."""
         moves: list[tuple[int, Fate]] = []
         for index, node in enumerate(self.nodes):
-            fate, handed = fates.get(index, "kept"), any(t.id in self._handed for t in node.outputs)
-            if fate == "again" or OPS[node.op].transient or any(t.updates is not None for t in node.outputs):
+            fate, handed = fates.get(index, "keep"), any(t.id in self._handed for t in node.outputs)
+            if fate == "recompute" or OPS[node.op].transient or any(t.updates is not None for t in node.outputs):
                 continue
-            if halves and fate == "kept" and halvable(node.output) and (handed or self.number is not None):
-                moves.append((index, "half"))
+            if fp16 and fate == "keep" and halvable(node.output) and (handed or self.number is not None):
+                moves.append((index, "fp16"))
             if not handed and self.number is not None:
-                moves.append((index, "again"))
+                moves.append((index, "recompute"))
         return moves
 
     def _moved(self, fates: Mapping[int, Fate], index: int, fate: Fate) -> dict[int, Fate]:
@@ -94,10 +94,10 @@ class Layer:
         would save nothing."""
         moved = {**fates, index: fate}
         roots = {t.id for t in self._roots}
-        for tensor in self.nodes[index].inputs if fate == "again" else ():
+        for tensor in self.nodes[index].inputs if fate == "recompute" else ():
             source = self._maker.get(tensor.id)
-            if source is not None and tensor.id not in roots and moved.get(source) != "again":
-                moved = self._moved(moved, source, "again")
+            if source is not None and tensor.id not in roots and moved.get(source) != "recompute":
+                moved = self._moved(moved, source, "recompute")
         return moved
 
     def state(self, fates: Mapping[int, Fate], seconds: Sequence[float]) -> State:
@@ -109,22 +109,22 @@ class Layer:
             index = self._maker.get(tensor.id)
             if index is None or tensor.id in seen:
                 continue
-            node, fate = self.nodes[index], fates.get(index, "kept")
+            node, fate = self.nodes[index], fates.get(index, "keep")
             if OPS[node.op].transient:  # anew for every reader
                 spent += seconds[index]
                 stack += node.inputs
                 continue
             seen.add(tensor.id)
-            if fate == "again" and index not in met:
+            if fate == "recompute" and index not in met:
                 spent += seconds[index]
                 stack += node.inputs
-            elif fate == "half" and tensor is node.output:
+            elif fate == "fp16" and tensor is node.output:
                 nbytes += half_bytes(tensor)
                 spent += cost.half_seconds(tensor)
-            elif fate != "again":
+            elif fate != "recompute":
                 nbytes += tensor.nbytes
             met[index] = fate
-        return State({i: f for i, f in met.items() if f != "kept"}, nbytes, spent)
+        return State({i: f for i, f in met.items() if f != "keep"}, nbytes, spent)
 
 
 def _price(before: State, after: State) -> float:
@@ -145,15 +145,15 @@ def _hull(states: Sequence[State]) -> list[State]:
 class Ladder:
     """The choices worth making for a graph: one step after another, from everything kept to as little as possible."""
 
-    def __init__(self, graph: Graph, caps: Caps, halves: bool) -> None:
-        """`halves` allows activations in half precision."""
+    def __init__(self, graph: Graph, caps: Caps, fp16: bool) -> None:
+        """`fp16` allows activations in half precision."""
         self._layers = layers_of(graph)
         known: dict[tuple[object, ...], list[State]] = {}
         self._states: list[list[State]] = []
         for layer in self._layers:
             key = layer.signature()
             if key not in known:
-                known[key] = layer.states(caps, halves)
+                known[key] = layer.states(caps, fp16)
             self._states.append(known[key])
         # Of equal steps the first layer's comes first, whose tensors would be kept longest.
         steps = [(_price(a, b), i) for i, states in enumerate(self._states) for a, b in pairwise(states)]
@@ -187,11 +187,11 @@ def layers_of(graph: Graph) -> list[Layer]:
 
 
 def fit(
-    graphs: Mapping[str, Graph], caps: Caps, budget_bytes: int, trace_level: str = "step", halves: bool = False
+    graphs: Mapping[str, Graph], caps: Caps, budget_bytes: int, trace_level: str = "step", fp16: bool = False
 ) -> Fitted:
     """The cheapest choice whose plan stays within `budget_bytes`, that plan, and the rewritten graphs.
 
-    The choice is made for the first graph; the others have nothing to keep. `halves` allows activations in half
+    The choice is made for the first graph; the others have nothing to keep. `fp16` allows activations in half
     precision. Raises MemoryBudgetError when even the smallest plan does not fit, and UserError where the device cannot
     bind a tensor, which no choice changes.
     """
@@ -199,7 +199,7 @@ def fit(
         for node in graph.nodes:
             for tensor in node.outputs:  # before workspaces of absurd sizes are cut into parts
                 check_bindable(tensor, caps)
-    ladder = Ladder(next(iter(graphs.values())), caps, halves)
+    ladder = Ladder(next(iter(graphs.values())), caps, fp16)
 
     def rewritten(steps: int) -> dict[str, Graph]:
         choice = ladder.choice(steps)

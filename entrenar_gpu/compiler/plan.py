@@ -24,7 +24,7 @@ RING = 3  # reports that may be on their way to the host at once
 
 @dataclass
 class Step:
-    """A node and the launches it turned into."""
+    """A node and the launches it transposed into."""
 
     node: Node
     launches: tuple[Launch, ...]
@@ -55,7 +55,7 @@ class Plan:
             lines.append(f"{name}:")
             for step in steps:
                 places = ", ".join(f"{self.slices[t.id].buffer}<-{list(t.shape)}" for t in step.node.outputs)
-                mark = " again" if step.node.recomputed else ""
+                mark = " recomputed" if step.node.recomputed else ""
                 lines.append(f"  {step.node.phase:9} {step.node.label()}{mark}: {places} ({len(step.launches)})")
         return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 A graph rewrite after differentiation. By node, its outputs are kept as they are, kept as binary16 (ops/half.py), or
 dropped and computed again by clones in front of the first backward node that needs them (Chen et al., arXiv
-1604.06174). Dequantised weights (`transient` ops) are always computed again. What fits a budget is budget.py's choice.
+1604.06174). Dequantised weights (`transient` ops) are always computed again. What fits a budget is memory.py's choice.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from entrenar_gpu.graph.tensor import Graph, Node, Tensor
 from entrenar_gpu.ops.half import half_specs
 from entrenar_gpu.ops.registry import OPS, Spec
 
-Fate = Literal["kept", "half", "again"]
+Fate = Literal["keep", "fp16", "recompute"]
 
 
 @dataclass(frozen=True)
 class Recompute:
     """The fate of forward nodes; those not named are kept. `share` is the predicted part of a step that it costs.
 
-    "half" is for a node's first output: statistics beside it stay f32.
+    "fp16" is for a node's first output: statistics beside it stay f32.
     """
 
     fates: Mapping[Node, Fate] = field(default_factory=dict)
@@ -35,10 +35,10 @@ class Recompute:
         return dict(Counter(re.sub(r"^layers[.]\d+[.]?", "", n.label()) for n, f in self.fates.items() if f == fate))
 
     def describe(self) -> str:
-        halves, again = (sum(self.counts(fate).values()) for fate in ("half", "again"))
-        if not halves and not again:
+        fp16, again = (sum(self.counts(fate).values()) for fate in ("fp16", "recompute"))
+        if not fp16 and not again:
             return "nothing"
-        kept = f", {halves} kept in half precision" if halves else ""
+        kept = f", {fp16} kept as fp16" if fp16 else ""
         return f"{again} tensors{kept} ({self.share:.1%} of a step, predicted)"
 
 
@@ -83,23 +83,23 @@ class _Rewriting:
             return tensor
         if OPS[node.op].transient:  # scratch: every reader gets its own, so that none waits in memory for the next
             return self._again(node, nodes)[0]
-        fate = self._fates.get(node, "kept")
-        if fate == "kept" or (fate == "half" and tensor is not node.output):
+        fate = self._fates.get(node, "keep")
+        if fate == "keep" or (fate == "fp16" and tensor is not node.output):
             return tensor
         if tensor.id not in self._clones:
-            made = self._again(node, nodes) if fate == "again" else (self._widened(node, nodes),)
+            made = self._again(node, nodes) if fate == "recompute" else (self._widened(node, nodes),)
             self._clones.update({t.id: c for t, c in zip(node.outputs, made, strict=False)})
         return self._clones[tensor.id]
 
     def _again(self, node: Node, nodes: list[Node]) -> tuple[Tensor, ...]:
         inputs = tuple(self.read(t, nodes) for t in node.inputs)
         specs = [(t.shape, t.dtype) for t in node.outputs]
-        clone = _made(node, node.op, inputs, node.attrs, specs, "again")
+        clone = _made(node, node.op, inputs, node.attrs, specs, "recompute")
         nodes.append(clone)
         return clone.outputs
 
     def _widened(self, node: Node, nodes: list[Node]) -> Tensor:
-        half = _made(node, "to_half", (node.output,), {}, half_specs(node.output), "half")
+        half = _made(node, "to_half", (node.output,), {}, half_specs(node.output), "fp16")
         half.phase, half.recomputed = "forward", False
         self._halves[node.output.id] = half
         wide = _made(node, "from_half", half.outputs, {}, [(node.output.shape, "f32")], "wide")

@@ -1,8 +1,8 @@
 """Copies of frozen weights in the format that products multiply, kept on the device where memory is left over.
 
-A product in f16 or int8 makes a narrow copy of its NF4 weight each time it runs (ops/linear.py): a tenth of a step of
-Qwen3-4B's shape at 1x512. The weights never change. With memory to spare the copies are made once, after loading, by a
-graph of their own, and hold the same bits, so that no result depends on how many there are.
+A matmul in f16 or int8 makes a low-precision copy of its NF4 weight each time it runs (ops/gemm/linear.py): a tenth of
+a step of Qwen3-4B's shape at 1x512. The weights never change. With memory to spare the copies are made once, after
+loading, by a graph of their own, and hold the same bits, so that no result depends on how many there are.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import Plan, make_plan
 from entrenar_gpu.graph.tensor import Graph, Node, Tensor
 from entrenar_gpu.ops.gemm.linear import reading, weight_of
-from entrenar_gpu.ops.gemm.low_precision import narrow_weight
+from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
 from entrenar_gpu.ops.quantize import Nf4Tensors
 
-GRAPH = "narrow"  # runs once, when the weights are on the device
-PARTS = (".narrow", ".narrow_scales", ".turned", ".turned_scales")  # what copies' names end with
+GRAPH = "weight_copies"  # runs once, when the weights are on the device
+PARTS = (".low_precision", ".low_precision_scales", ".transposed", ".transposed_scales")  # what copies' names end with
 
-Key = tuple[str, bool]  # the name of a weight, and whether the copy is turned
+Key = tuple[str, bool]  # the name of a weight, and whether the copy is transposed
 
 
 def keep_copies(
@@ -43,22 +43,24 @@ def keep_copies(
 
 
 def _products(graphs: Mapping[str, Graph]) -> dict[Key, Node]:
-    """A product for each weight and direction. Turned ones first: that takes twice as long as narrowing alone."""
+    """A product for each weight and direction. Transposed ones first: they take twice as long to make."""
     nodes = [n for graph in graphs.values() for n in graph.nodes if n.op == "linear"]
-    return {_key(n): n for n in sorted(nodes, key=lambda n: not n.attrs["turned"])}
+    return {_key(n): n for n in sorted(nodes, key=lambda n: not n.attrs["transposed"])}
 
 
 def _key(node: Node) -> Key:
-    return weight_of(node)[0].name.removesuffix(".codes"), node.attrs["turned"]
+    return weight_of(node)[0].name.removesuffix(".codes"), node.attrs["transposed"]
 
 
 def _copy(graph: Graph, key: Key, node: Node) -> tuple[Tensor, ...]:
     """Records what makes the copy that a node reads, which stays in persistent tensors of the graph."""
-    (name, turned), attrs = key, node.attrs
+    (name, transposed), attrs = key, node.attrs
     parts = tuple(graph.tensor(t.name, t.shape, t.dtype, t.role) for t in weight_of(node))
     with graph.within(name):
-        made = narrow_weight(Nf4Tensors(attrs["shape"], parts, attrs["rounded"]), attrs["arithmetic"], turned)
-    suffixes = PARTS[2:] if turned else PARTS[:2]
+        made = low_precision_weight(
+            Nf4Tensors(attrs["shape"], parts, attrs["rounded"]), attrs["arithmetic"], transposed
+        )
+    suffixes = PARTS[2:] if transposed else PARTS[:2]
     return tuple(ops.keep(t, f"{name}{suffix}") for t, suffix in zip(made, suffixes, strict=False))
 
 

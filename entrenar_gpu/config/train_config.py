@@ -69,9 +69,9 @@ class TrainConfig:
     epochs: float | None = option(
         None, "passes over the data (default 3 when --steps is not given)", "passes", low=1e-6, high=1e4
     )
-    batch: int = option(4, "rows a micro-step", "rows", low=1, high=MOST)
-    seq: int = option(512, "positions a row; longer samples are cut", "tokens", low=2, high=MOST)
-    accumulate: int = option(1, "micro-steps an optimizer step", "micro-steps", low=1, high=MOST)
+    batch: int = option(4, "rows per micro-batch", "rows", low=1, high=MOST)
+    seq: int = option(512, "positions per row; longer samples are cut", "tokens", low=2, high=MOST)
+    accumulate: int = option(1, "micro-batches per optimizer step", "micro-batches", low=1, high=MOST)
 
     lr: float = option(2e-4, "peak learning rate", low=0)
     schedule: Schedule = option("warmup-cosine", "learning rate over steps")
@@ -81,7 +81,7 @@ class TrainConfig:
     min_lr: float = option(0.0, "floor of every schedule", low=0)
     step_size: int | None = option(None, "steps between drops of the step schedule (default: a third)", "steps", low=1)
     gamma: float | None = option(
-        None, "factor a drop (step, default 0.1) or a step (exponential, default 0.999)", low=0, high=1
+        None, "factor per drop (step, default 0.1) or per step (exponential, default 0.999)", low=0, high=1
     )
     optimizer: Optimizer = option("adamw", "adamw: decoupled decay (arXiv 1711.05101); adam, sgd: decay as L2")
     momentum: float = option(0.9, "momentum of sgd", low=0, high=0.9999)
@@ -95,7 +95,7 @@ class TrainConfig:
     loss_on: Literal["completions", "all"] = option(
         "completions", "completions: only what the assistant says, where the format tells; all: every token"
     )
-    pack: bool = option(True, "fill rows with several whole samples (--no-pack: one padded row a sample)")
+    pack: bool = option(True, "fill rows with several whole samples (--no-pack: one padded row per sample)")
     shuffle: bool = option(True, "draw samples in seeded random order (--no-shuffle: file order)")
     seed: int = option(0, "seeds adapter init, shuffling and dropout", low=0, high=2**32 - 1)
 
@@ -107,15 +107,15 @@ class TrainConfig:
 
     precision: Precision = option(
         "f32",
-        "arithmetic of products with NF4 weights (with f16 and int8, attention and the vocabulary's are in f16 where a"
-        " GPU has it); auto: f16 where a GPU has it; sums and the rest stay f32",
+        "arithmetic of matmuls with NF4 weights (with f16 and int8, attention and the vocabulary use f16 where the GPU"
+        " has it); auto: f16 where the GPU has it; sums and everything else stay f32",
     )
     tune: bool = option(
-        False, "measure how matrix products are cut up best, once an adapter and driver; else sizes alone decide"
+        False, "benchmark matmul tile sizes on this GPU, once per GPU and driver; otherwise sizes alone decide"
     )
     memory_budget: float | None = option(
         None,
-        "device memory the run may use (default: what the adapter has less 10%, or 16)",
+        "device memory the run may use (default: 90% of GPU memory; 16 GiB if unknown)",
         "GiB",
         low=0.01,
         high=MOST,
@@ -125,10 +125,10 @@ class TrainConfig:
         None, "folder of --cache (default: entrenar-gpu/weights in the system's cache folder); holds at most 64 GiB"
     )
     trace_level: Literal["step", "phase", "layer", "kernel"] = option(
-        "layer", "how finely the GPU's time is measured and traced"
+        "layer", "how finely GPU time is measured and traced"
     )
     otlp: str | None = option(None, "also send traces and metrics to this OTLP endpoint, http://... or grpc://...")
-    device: str | None = option(None, "adapter by index or name as `info` lists them, or numpy (default: the best)")
+    device: str | None = option(None, "GPU by index or name as listed by `info`, or numpy (default: the best)")
 
     @property
     def lora_alpha(self) -> float:

@@ -12,13 +12,13 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files.tensor_source import TensorSource
 from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 
 Floats = np.ndarray
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def merge_adapter(checkpoint: Checkpoint, adapter: Path, output: Path) -> None:
+def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path) -> None:
     """Write W + scale * B A for every adapted W, the rest as it is, each in the dtype it is stored in.
 
     A checkpoint with NF4 weights is written in F32 throughout. Memory stays at the largest tensor.
@@ -34,7 +34,7 @@ def merge_adapter(checkpoint: Checkpoint, adapter: Path, output: Path) -> None:
 
 
 def _source(
-    checkpoint: Checkpoint, spec: AdapterSpec, values: dict[str, Floats], name: str, dtype: str
+    checkpoint: HFCheckpoint, spec: AdapterSpec, values: dict[str, Floats], name: str, dtype: str
 ) -> TensorSource:
     def produce() -> Floats:
         weight = checkpoint.f32(name)

@@ -39,7 +39,7 @@ def products_of(graphs: Iterable[Graph]) -> list[Product]:
                 product = Product("", "f32", m, n, k, node.attrs["transpose_a"], node.attrs["transpose_b"])
             elif node.op == "linear":
                 m, n, k, _ = product_sizes(node)
-                forward = not node.attrs["turned"]
+                forward = not node.attrs["transposed"]
                 product = Product("", node.attrs["arithmetic"], m, n, k, transpose_b=forward, weight=True)
             else:
                 continue

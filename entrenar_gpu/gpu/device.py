@@ -17,8 +17,8 @@ from entrenar_gpu.errors import DeviceLost, UserError
 from entrenar_gpu.gpu.memory_info import free_bytes, memory_bytes
 from entrenar_gpu.graph.caps import Caps
 
-NO_ADAPTER = (
-    "no Vulkan, Metal or DX12 adapter found. Install your card's driver, or the software one:"
+NO_GPU = (
+    "no Vulkan, Metal or DX12 GPU found. Install your card's driver, or the software one:"
     " Debian/Ubuntu `apt-get install mesa-vulkan-drivers libvulkan1`, Fedora `dnf install mesa-vulkan-drivers`;"
     " macOS (Metal) and Windows (DX12) bring theirs: update the system or the card's driver."
     " `--device numpy` runs without one, slowly"
@@ -45,7 +45,7 @@ _EXPERIMENTAL = ("cooperative-matrix", "experimental-cooperative-matrix")
 
 
 @functools.cache
-def adapters() -> tuple[Any, ...]:
+def gpus() -> tuple[Any, ...]:
     """Every adapter of Vulkan, Metal and DX12, best first: discrete, integrated, virtual, software.
 
     OpenGL is left out of the instance: it lists each card a second time, with fewer limits.
@@ -57,16 +57,16 @@ def adapters() -> tuple[Any, ...]:
     return tuple(sorted(found, key=lambda a: _RANKS.get(a.info["adapter_type"], 3)))
 
 
-def choose_adapter(choice: str | None = None) -> Any:
+def choose_gpu(choice: str | None = None) -> Any:
     """The adapter of `choice` (index or part of a name), else of ENTRENAR_DEVICE, else the best one.
 
     Raises UserError with what to install when there is none, and with the list when `choice` names none of them.
     """
     source = "--device" if choice is not None else "ENTRENAR_DEVICE"
     choice = choice if choice is not None else os.environ.get("ENTRENAR_DEVICE") or None
-    found = adapters()
+    found = gpus()
     if not found:
-        raise UserError(NO_ADAPTER)
+        raise UserError(NO_GPU)
     if choice is None:
         return found[0]
     matches = [a for a in found if choice.lower() in a.info["device"].lower()]
@@ -74,11 +74,11 @@ def choose_adapter(choice: str | None = None) -> Any:
         matches = [found[int(choice)]]
     if not matches:
         names = "; ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))
-        raise UserError(f"{source} {choice!r} matches no adapter of {names}")
+        raise UserError(f"{source} {choice!r} matches no GPU of {names}")
     return matches[0]
 
 
-def adapter_caps(adapter: Any) -> Caps:
+def gpu_caps(adapter: Any) -> Caps:
     """What the trainer would use of an adapter, before a device is made."""
     limits, features, info = adapter.limits, adapter.features, adapter.info
     return Caps(
@@ -121,8 +121,8 @@ class Device:
 
         `limited` asks for WebGPU's guaranteed limits and no optional feature instead, as a test of portability.
         """
-        adapter = choose_adapter(choice)
-        caps = adapter_caps(adapter)
+        adapter = choose_gpu(choice)
+        caps = gpu_caps(adapter)
         info = dict(adapter.info)
         if limited:
             return cls(adapter.request_device_sync(required_limits={}), caps.limited(), info)

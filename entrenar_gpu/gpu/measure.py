@@ -17,7 +17,7 @@ from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Node, Tensor
-from entrenar_gpu.ops.gemm.linear import turned
+from entrenar_gpu.ops.gemm.linear import transposed
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, choose, to_numbers
 from entrenar_gpu.ops.quantize import dequantized
 from entrenar_gpu.ops.registry import OPS
@@ -169,7 +169,7 @@ class Program:
         self._b = weight
         if p.transpose_b:
             return ops.linear(self._a, weight, precision=p.arithmetic)
-        return turned(self._a, weight, p.arithmetic)
+        return transposed(self._a, weight, p.arithmetic)
 
     def write(self, replay: Replay) -> None:
         self._arrays = {name: make() for name, make in self._makers.items()}

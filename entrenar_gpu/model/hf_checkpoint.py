@@ -25,7 +25,7 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 STATE = ".quant_state.bitsandbytes__"
 
 
-class Checkpoint:
+class HFCheckpoint:
     """The weights of a model folder, by their Hugging Face names, memory-mapped.
 
     `config` is the folder's ModelConfig. Opening checks every tensor that the model needs (present, shape, dtype);
@@ -41,7 +41,7 @@ class Checkpoint:
         return next(path for name in (SINGLE_FILE, INDEX_FILE) if (path := self.folder / name).exists())
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path) -> HFCheckpoint:
         """Map every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
         folder = Path(folder)
         config = load_model_config(folder)

@@ -10,7 +10,7 @@ from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.ops import Nf4Tensors
 
-PAGE_BYTES = 128 << 20
+TABLE_SHARD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Storage:
         return self.nf4_states.get(name, (self.double_quant, "float32"))
 
 
-def page_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:
-    """Row counts of the pages that a [rows, columns] table is kept in; a multiple of 64 but for the last."""
-    limit = min(PAGE_BYTES, caps.max_binding_bytes, caps.max_buffer_bytes)
+def shard_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:
+    """Row counts of the shards that a [rows, columns] table is kept in; a multiple of 64 but for the last."""
+    limit = min(TABLE_SHARD_BYTES, caps.max_binding_bytes, caps.max_buffer_bytes)
     fit = max(limit // (columns * dtype_bytes) // 64 * 64, 64)
     return [min(fit, rows - start) for start in range(0, rows, fit)]
 
@@ -72,17 +72,19 @@ class Parameters:
         return self._nf4[name]
 
     def table(self, name: str) -> list[Tensor]:
-        """The rows of an embedding, in pages `name.page0`, ... that an adapter can bind."""
+        """The rows of an embedding, in shards `name.shard0`, ... that an adapter can bind."""
         if name not in self._tables:
             full = self._storage.method == "full"
             dtype = "f32" if full else self._storage.dtypes.get(name, self._storage.dense)
             rows, columns = self._shapes[name]
-            pages = []
-            for i, count in enumerate(page_rows(rows, columns, 4 if dtype == "f32" else 2, self._caps)):
-                page, shape = f"{name}.page{i}", (count, columns)
-                made = self._graph.parameter(page, shape) if full else self._graph.tensor(page, shape, dtype, "weight")
-                pages.append(made)
-            self._tables[name] = pages
+            shards = []
+            for i, count in enumerate(shard_rows(rows, columns, 4 if dtype == "f32" else 2, self._caps)):
+                shard, shape = f"{name}.shard{i}", (count, columns)
+                made = (
+                    self._graph.parameter(shard, shape) if full else self._graph.tensor(shard, shape, dtype, "weight")
+                )
+                shards.append(made)
+            self._tables[name] = shards
         return self._tables[name]
 
     def adapter(self, module: str) -> tuple[Tensor, Tensor, float] | None:

@@ -35,7 +35,7 @@ def attention(
     f16, then in f32 (docs/attention.md gives the error).
     """
     return record(
-        "attention", q, k, v, segment_start, rows=rows, heads=heads, kv_heads=kv_heads, narrow=precision != "f32"
+        "attention", q, k, v, segment_start, rows=rows, heads=heads, kv_heads=kv_heads, low_precision=precision != "f32"
     )[0]
 
 
@@ -108,15 +108,15 @@ def padded(e: int) -> int:
     return -(-e // 32) * 32
 
 
-def narrow(node: Node, caps: Caps) -> bool:
+def low_precision(node: Node, caps: Caps) -> bool:
     """Whether products are of f16 operands."""
-    return bool(node.attrs["narrow"]) and caps.f16
+    return bool(node.attrs["low_precision"]) and caps.f16
 
 
 def head_constants(node: Node, caps: Caps) -> dict[str, Any]:
     """What every kernel of attention is specialised with."""
     s = shape_of(node)
-    f16 = narrow(node, caps)
+    f16 = low_precision(node, caps)
     scale = math.log2(math.e) / math.sqrt(s["E"])
     return {**s, "EP": padded(s["E"]), "f16": f16, "scale": literal(scale), "UNROLL": _unroll(f16, caps)}
 
@@ -147,7 +147,7 @@ def _elements(e: int, x: Mapping[str, int]) -> int:
 
 def _blocking(node: Node, caps: Caps) -> dict[str, int]:
     """The constants of the best blocking that fits the device."""
-    e, itemsize = shape_of(node)["E"], 2 if narrow(node, caps) else 4
+    e, itemsize = shape_of(node)["E"], 2 if low_precision(node, caps) else 4
     every = [_blocked(e, blocking) for blocking in BLOCKINGS]
     return next(x for x in every if _elements(e, x) * itemsize <= caps.max_workgroup_bytes)
 

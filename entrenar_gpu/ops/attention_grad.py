@@ -1,4 +1,4 @@
-"""The gradient of attention: blocks of softmax weights and slopes once, then three products of them.
+"""The gradient of attention: blocks of softmax weights and dscores once, then three products of them.
 
 Recomputing P and dS costs two products, and dq, dk and dv need the same ones. So, for a part of the problem at a time,
 they go to scratch, and each of the three gradients is a plain product of those blocks with dout, q or k.
@@ -20,7 +20,7 @@ from entrenar_gpu.ops.attention import (
     flops,
     head_constants,
     join,
-    narrow,
+    low_precision,
     padded,
     shape_of,
     softmax_weights,
@@ -69,11 +69,11 @@ def _reference(
     group = s["H"] // s["K"]
     weights, _ = softmax_weights(s, q, k, segments)
     d_heads = split(s, dout)
-    slopes = weights * (d_heads @ split(s, v).swapaxes(-1, -2) - statistics[1][..., None])
-    slopes *= q.dtype.type(1 / math.sqrt(s["E"]))
+    dscores = weights * (d_heads @ split(s, v).swapaxes(-1, -2) - statistics[1][..., None])
+    dscores *= q.dtype.type(1 / math.sqrt(s["E"]))
     return [
-        join(slopes @ split(s, k), q, 1),
-        join(slopes.swapaxes(-1, -2) @ split(s, q), k, group),
+        join(dscores @ split(s, k), q, 1),
+        join(dscores.swapaxes(-1, -2) @ split(s, q), k, group),
         join(weights.swapaxes(-1, -2) @ d_heads, v, group),
     ]
 
@@ -95,7 +95,7 @@ def _parts(node: Node, caps: Caps) -> Iterator[Part]:
     """Whole rows if they fit, else some heads of a row, else some queries of a head."""
     s = shape_of(node)
     blocks, group = -(-s["S"] // BLOCK), s["H"] // s["K"]
-    block_bytes = 2 * BLOCK * BLOCK * (2 if narrow(node, caps) else 4)
+    block_bytes = 2 * BLOCK * BLOCK * (2 if low_precision(node, caps) else 4)
     room = min(SCRATCH_BYTES, caps.max_binding_bytes) // (block_bytes * group)  # blocks of a key/value head
     heads = room // (blocks * (blocks + 1) // 2)
     if heads >= s["K"]:
@@ -130,7 +130,7 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     s, parts = shape_of(node), list(_parts(node, caps))
     group = s["H"] // s["K"]
     blocks = max(len(p.rows) * len(p.kv_heads) * group * p.pairs() for p in parts)
-    specs: list[Spec] = [((blocks, 2, BLOCK, BLOCK), "f16" if narrow(node, caps) else "f32")]
+    specs: list[Spec] = [((blocks, 2, BLOCK, BLOCK), "f16" if low_precision(node, caps) else "f32")]
     if group > 1:
         tokens = max(len(p.rows) * len(p.kv_heads) for p in parts) * s["S"]
         specs += [((tokens, group * s["E"]), "f32")] * 2
@@ -181,7 +181,7 @@ class _Bindings:
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     blocks, launches = -(-shape_of(node)["S"] // BLOCK), []
     for part in _parts(node, caps):
-        launches += [_slopes(node, caps, part), _products(node, caps, part)]
+        launches += [_dscores(node, caps, part), _products(node, caps, part)]
         if len(node.workspace) > 1 and part.blocks.stop == blocks:
             launches.append(_group_sum(node, caps, part))
     return launches
@@ -195,19 +195,19 @@ def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
     return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0, "TY": 8}
 
 
-def _slopes(node: Node, caps: Caps, part: Part) -> Launch:
+def _dscores(node: Node, caps: Caps, part: Part) -> Launch:
     bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
     bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs[2]), bind.statistics(node.inputs[4])]
-    bindings.append(writes("slopes", node.workspace[0], 4))
+    bindings.append(writes("dscores", node.workspace[0], 4))
     constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
     grid = (blocks.start + blocks.stop + 1, -(-len(blocks) // 2), len(part.rows) * constants["HEADS"])
-    return Launch("attention_slopes", tuple(bindings), constants, grid, trusted=True)
+    return Launch("attention_dscores", tuple(bindings), constants, grid, trusted=True)
 
 
 def _products(node: Node, caps: Caps, part: Part) -> Launch:
     bind, constants = _Bindings(node, part), _constants(node, caps, part)
-    slopes, *partial = node.workspace
-    bindings = [*bind.inputs(node), reads("slopes", slopes, 4), bind.by_query_head("dq", node.outputs[0], write=True)]
+    dscores, *partial = node.workspace
+    bindings = [*bind.inputs(node), reads("dscores", dscores, 4), bind.by_query_head("dq", node.outputs[0], write=True)]
     if partial:
         bindings += [bind.whole(n, t) for n, t in zip(("dk", "dv"), partial, strict=True)]
     else:

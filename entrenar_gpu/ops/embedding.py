@@ -14,14 +14,14 @@ from entrenar_gpu.ops.elementwise import copy_launch
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
 
 
-def embedding(ids: Tensor, pages: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
-    """The rows `ids` u32 [T] of a table [V, D] held as consecutive pages of rows, in f32, bf16 or half:
+def embedding(ids: Tensor, shards: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
+    """The rows `ids` u32 [T] of a table [V, D] held as consecutive shards of rows, in f32, bf16 or half:
     f32 [T, D].
 
     `order` u32 [T], a stable argsort of the ids, is needed to differentiate with respect to the table: its gradient
     is a sum over runs of equal ids, so that no two invocations add to one row and the order of the sum is fixed.
     """
-    return record("embedding", ids, *([order] if order is not None else []), *pages, order=order is not None)[0]
+    return record("embedding", ids, *([order] if order is not None else []), *shards, order=order is not None)[0]
 
 
 def _parts(node: Node) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
@@ -31,49 +31,49 @@ def _parts(node: Node) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    ids, _, pages = _parts(node)
-    return [((ids.size, pages[0].columns), "f32")]
+    ids, _, shards = _parts(node)
+    return [((ids.size, shards[0].columns), "f32")]
 
 
 def _reference(node: Node, ids: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
-    pages = rest[1:] if node.attrs["order"] else rest
-    kind = np.float64 if pages[0].dtype == np.float64 else np.float32
-    table = pages[0] if len(pages) == 1 else np.concatenate(pages)
+    shards = rest[1:] if node.attrs["order"] else rest
+    kind = np.float64 if shards[0].dtype == np.float64 else np.float32
+    table = shards[0] if len(shards) == 1 else np.concatenate(shards)
     return [table[ids.reshape(-1)].astype(kind)]
 
 
-def page_starts(pages: Sequence[Tensor]) -> list[int]:
-    """First row of each page."""
-    return [sum(p.shape[0] for p in pages[:i]) for i in range(len(pages))]
+def shard_starts(shards: Sequence[Tensor]) -> list[int]:
+    """First row of each shard."""
+    return [sum(p.shape[0] for p in shards[:i]) for i in range(len(shards))]
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    ids, _, pages = _parts(node)
+    ids, _, shards = _parts(node)
     launches = []
-    for page, start in zip(pages, page_starts(pages), strict=True):
+    for shard, start in zip(shards, shard_starts(shards), strict=True):
         constants = {
             "mode": "gather",
             "T": ids.size,
-            "D": page.columns,
+            "D": shard.columns,
             "first": start,
-            "rows": page.shape[0],
-            "format": page.dtype,
+            "rows": shard.shape[0],
+            "format": shard.dtype,
         }
-        bindings = (reads("ids", ids), reads("table", page), writes("out", node.output))
+        bindings = (reads("ids", ids), reads("table", shard), writes("out", node.output))
         launches.append(Launch("embedding", bindings, constants, grid_of(ids.size, caps)))
     return launches
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    ids, order, pages = _parts(node)
-    grads: list[Tensor | None] = [None] * (len(node.inputs) - len(pages))
-    for page, start in zip(pages, page_starts(pages), strict=True):
-        if not context.wanted(page):
+    ids, order, shards = _parts(node)
+    grads: list[Tensor | None] = [None] * (len(node.inputs) - len(shards))
+    for shard, start in zip(shards, shard_starts(shards), strict=True):
+        if not context.wanted(shard):
             grads.append(None)
             continue
         if order is None:
             raise ValueError(f"{node.label()}: needs the order of the ids to differentiate the table")
-        held = context.take(page)
+        held = context.take(shard)
         total = record("embedding_grad", held, upstream[0], ids, order, first=start)[0]
         grads.append(in_place(total, held) if held.persistent or held.updates is not None else total)
     return grads

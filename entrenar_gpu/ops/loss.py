@@ -1,6 +1,6 @@
 """Cross-entropy fused with the output projection, so that the logits of a whole batch never exist.
 
-Tokens are taken in chunks, the vocabulary in the pages the weight is kept in. Of a chunk all logits [C, V] exist at
+Tokens are taken in chunks, the vocabulary in the shards the weight is kept in. Of a chunk all logits [C, V] exist at
 once, as scratch that the next chunk reuses.
 """
 
@@ -16,11 +16,11 @@ from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.graph.tensor import Node, Tensor
 from entrenar_gpu.ops.elementwise import copy_launch, mul
-from entrenar_gpu.ops.embedding import page_starts
+from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.product import Block, gemm
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.gemm.vocabulary import (
-    SLOPE_SCALE,
+    DSCORE_SCALE,
     arithmetic_of,
     back_launches,
     back_workspace,
@@ -35,11 +35,11 @@ LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of
 
 
 def cross_entropy(
-    x: Tensor, targets: Tensor, pages: Sequence[Tensor], smoothing: float = 0.0, precision: Arithmetic = "f32"
+    x: Tensor, targets: Tensor, shards: Sequence[Tensor], smoothing: float = 0.0, precision: Arithmetic = "f32"
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of x W^T, shape [1].
 
-    x [T, D]; W [V, D] as consecutive pages of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
+    x [T, D]; W [V, D] as consecutive shards of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
     arXiv 1512.00567, section 7). With a frozen W the forward pass leaves d(sum)/dx behind, unscaled, since the logits
     are at hand; with a trainable W the backward pass computes the logits again.
@@ -47,27 +47,27 @@ def cross_entropy(
     With `precision` other than "f32", products with a frozen W are made in f16 with f32 sums, and logits are kept in
     f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
     """
-    trains = any(p.requires_grad for p in pages)
-    arithmetic = "f32" if trains else arithmetic_of(precision, pages)
+    trains = any(p.requires_grad for p in shards)
+    arithmetic = "f32" if trains else arithmetic_of(precision, shards)
     emit = x.requires_grad and not trains
-    return record("cross_entropy", x, targets, *pages, smoothing=smoothing, emit=emit, arithmetic=arithmetic)[0]
+    return record("cross_entropy", x, targets, *shards, smoothing=smoothing, emit=emit, arithmetic=arithmetic)[0]
 
 
-def _logits(tokens: int, pages: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
+def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
     """Scratch for the logits of as many tokens as are taken at once."""
-    vocabulary = vocabulary_of(pages)
+    vocabulary = vocabulary_of(shards)
     fit = min(LOGITS_BYTES, caps.max_binding_bytes) // (ELEMENT_BYTES[dtype] * vocabulary)
     return (min(tokens, max(fit // 64 * 64, min(fit, 64), 1)), vocabulary), dtype
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    x, targets, *pages = node.inputs
-    if targets.size != x.rows or any(p.columns != x.columns for p in pages):
-        raise ValueError(f"{node.label()}: {x!r}, {targets!r} and {pages!r} do not fit")
+    x, targets, *shards = node.inputs
+    if targets.size != x.rows or any(p.columns != x.columns for p in shards):
+        raise ValueError(f"{node.label()}: {x!r}, {targets!r} and {shards!r} do not fit")
     return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
 
 
-def _slopes(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _dscores(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(loss by token, lse by token, d(sum of losses)/d(logits))."""
     targets = targets.reshape(-1)
     counted = targets != IGNORE
@@ -78,45 +78,45 @@ def _slopes(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple[
     rows = np.arange(len(targets))
     s = logits.dtype.type(smoothing)
     losses = (1 - s) * (lse - logits[rows, place]) + s * (lse - logits.mean(axis=-1))
-    slopes = e / e.sum(axis=-1, keepdims=True) - s / logits.shape[1]
-    slopes[rows, place] -= 1 - s
-    return np.where(counted, losses, 0).astype(logits.dtype), lse, slopes * counted[:, None]
+    dscores = e / e.sum(axis=-1, keepdims=True) - s / logits.shape[1]
+    dscores[rows, place] -= 1 - s
+    return np.where(counted, losses, 0).astype(logits.dtype), lse, dscores * counted[:, None]
 
 
-def _narrow_reference(node: Node, x: np.ndarray, targets: np.ndarray, table: np.ndarray) -> Sequence[np.ndarray]:
-    """loss by token, lse by token and dx where operands, logits and slopes are rounded to f16."""
+def _low_precision_reference(node: Node, x: np.ndarray, targets: np.ndarray, table: np.ndarray) -> Sequence[np.ndarray]:
+    """loss by token, lse by token and dx where operands, logits and dscores are rounded to f16."""
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float16).astype(np.float32)
 
     table, rows = rounded(table), rounded(x.reshape(-1, x.shape[-1]))
-    losses, lse, slopes = _slopes(rounded(rows @ table.T), targets, node.attrs["smoothing"])
-    dx = rounded(slopes * np.float32(SLOPE_SCALE)) @ table / np.float32(SLOPE_SCALE)
+    losses, lse, dscores = _dscores(rounded(rows @ table.T), targets, node.attrs["smoothing"])
+    dx = rounded(dscores * np.float32(DSCORE_SCALE)) @ table / np.float32(DSCORE_SCALE)
     return [losses, lse, dx.reshape(x.shape)]
 
 
-def _table(x: np.ndarray, pages: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([p.astype(x.dtype, copy=False) for p in pages])
+def _table(x: np.ndarray, shards: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([p.astype(x.dtype, copy=False) for p in shards])
 
 
-def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *pages: np.ndarray) -> Sequence[np.ndarray]:
-    table = _table(x, pages)
+def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *shards: np.ndarray) -> Sequence[np.ndarray]:
+    table = _table(x, shards)
     if node.attrs["arithmetic"] == "f16":
-        losses, lse, dx = _narrow_reference(node, x, targets, table)
+        losses, lse, dx = _low_precision_reference(node, x, targets, table)
     else:
-        losses, lse, slopes = _slopes(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
-        dx = (slopes @ table).reshape(x.shape)
+        losses, lse, dscores = _dscores(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
+        dx = (dscores @ table).reshape(x.shape)
     emitted = [dx.astype(x.dtype)] if node.attrs["emit"] else []
     return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *emitted]
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     """Logits, the losses of tokens, in f16 the narrowed tokens of a chunk, and partial sums of dx, if any."""
-    x, _, *pages = node.inputs
-    narrow = node.attrs["arithmetic"] == "f16"
-    logits = _logits(x.rows, pages, "f16" if narrow else "f32", caps)
-    tokens = [((logits[0][0], x.columns), "f16")] if narrow else []
-    partials = back_workspace(pages, logits, caps) if node.attrs["emit"] else []
+    x, _, *shards = node.inputs
+    low_precision = node.attrs["arithmetic"] == "f16"
+    logits = _logits(x.rows, shards, "f16" if low_precision else "f32", caps)
+    tokens = [((logits[0][0], x.columns), "f16")] if low_precision else []
+    partials = back_workspace(shards, logits, caps) if node.attrs["emit"] else []
     return [logits, ((x.rows,), "f32"), *tokens, *partials]
 
 
@@ -130,7 +130,7 @@ def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -
     return {
         "VECTOR": _vector(logits),
         "format": logits.dtype,
-        "scale": literal(SLOPE_SCALE if logits.dtype == "f16" else 1.0),
+        "scale": literal(DSCORE_SCALE if logits.dtype == "f16" else 1.0),
         "mode": mode,
         "C": count,
         "V": vocabulary,
@@ -149,15 +149,15 @@ def _vector(logits: Tensor) -> int:
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, targets, *pages = node.inputs
+    x, targets, *shards = node.inputs
     loss, lse = node.outputs[:2]
     logits, losses, *scratch = node.workspace
-    narrow = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
+    low_precision = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
     partial = scratch[0] if scratch else None
     launches = []
     for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += logits_launches(x, narrow, pages, logits, at, count, caps)
-        mode, use = ("loss and slopes", writes) if node.attrs["emit"] else ("loss", reads)
+        launches += logits_launches(x, low_precision, shards, logits, at, count, caps)
+        mode, use = ("loss and dscores", writes) if node.attrs["emit"] else ("loss", reads)
         offset, first = split_offset(at, losses)
         bindings = (
             reads("targets", targets, offset=offset),
@@ -168,51 +168,51 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         constants = _row_constants(node, logits, first, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         if node.attrs["emit"]:
-            launches += back_launches(node.outputs[2], pages, logits, partial, at, count, caps)
+            launches += back_launches(node.outputs[2], shards, logits, partial, at, count, caps)
     launches.append(rows_launch(losses, loss, 1, x.rows, caps))
     return launches
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    x, targets, *pages = node.inputs
+    x, targets, *shards = node.inputs
     if node.attrs["emit"]:
-        return [mul(node.outputs[2], upstream[0]), None, *[None] * len(pages)]
-    if all(context.wanted(p) for p in pages):
-        held = [context.take(p) for p in pages]
-        attrs = {"smoothing": node.attrs["smoothing"], "pages": len(pages)}
-        outs = record("cross_entropy_grad", x, targets, node.outputs[1], upstream[0], *pages, *held, **attrs)
+        return [mul(node.outputs[2], upstream[0]), None, *[None] * len(shards)]
+    if all(context.wanted(p) for p in shards):
+        held = [context.take(p) for p in shards]
+        attrs = {"smoothing": node.attrs["smoothing"], "shards": len(shards)}
+        outs = record("cross_entropy_grad", x, targets, node.outputs[1], upstream[0], *shards, *held, **attrs)
         dx, *totals = outs
         kept = [
             in_place(t, h) if h.persistent or h.updates is not None else t for t, h in zip(totals, held, strict=True)
         ]
         return [dx, None, *kept]
-    raise ValueError(f"{node.label()}: the pages of a vocabulary are trainable all together or not at all")
+    raise ValueError(f"{node.label()}: the shards of a vocabulary are trainable all together or not at all")
 
 
 def _grad_reference(
     node: Node, x: np.ndarray, targets: np.ndarray, lse: np.ndarray, upstream: np.ndarray, *rest: np.ndarray
 ) -> Sequence[np.ndarray]:
-    pages, held = rest[: node.attrs["pages"]], rest[node.attrs["pages"] :]
-    table = _table(x, pages)
-    _, _, slopes = _slopes(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
-    slopes = slopes.astype(x.dtype) * upstream
-    whole = slopes.T @ x.reshape(-1, x.shape[-1])
-    edges = np.cumsum([len(p) for p in pages])[:-1]
+    shards, held = rest[: node.attrs["shards"]], rest[node.attrs["shards"] :]
+    table = _table(x, shards)
+    _, _, dscores = _dscores(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
+    dscores = dscores.astype(x.dtype) * upstream
+    whole = dscores.T @ x.reshape(-1, x.shape[-1])
+    edges = np.cumsum([len(p) for p in shards])[:-1]
     return [
-        (slopes @ table).reshape(x.shape),
+        (dscores @ table).reshape(x.shape),
         *(h + part for h, part in zip(held, np.split(whole, edges), strict=True)),
     ]
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     x, targets, lse, upstream, *rest = node.inputs
-    pages, held = rest[: node.attrs["pages"]], rest[node.attrs["pages"] :]
+    shards, held = rest[: node.attrs["shards"]], rest[node.attrs["shards"] :]
     dx, *totals = node.outputs
     logits, *partial = node.workspace
     depth, vocabulary = x.columns, logits.columns
     launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += logits_launches(x, None, pages, logits, at, count, caps)
+        launches += logits_launches(x, None, shards, logits, at, count, caps)
         offset, first = split_offset(at, lse)
         bindings = (
             reads("targets", targets, offset=offset),
@@ -220,10 +220,10 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
             reads("upstream", upstream),
             writes("logits", logits, _vector(logits)),
         )
-        constants = _row_constants(node, logits, first, count, "slopes")
+        constants = _row_constants(node, logits, first, count, "dscores")
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
-        launches += back_launches(dx, pages, logits, next(iter(partial), None), at, count, caps)
-        for total, start in zip(totals, page_starts(pages), strict=True):
+        launches += back_launches(dx, shards, logits, next(iter(partial), None), at, count, caps)
+        for total, start in zip(totals, shard_starts(shards), strict=True):
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
             rows = Block(x, at * depth, depth)
@@ -233,20 +233,20 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
 
 def _flops(products: int) -> Callable[[Node], int]:
     def count(node: Node) -> int:
-        x, pages = (
+        x, shards = (
             node.inputs[0],
-            node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["pages"]],
+            node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["shards"]],
         )
         passes = products + (1 if node.attrs.get("emit") else 0)
-        return 2 * passes * x.size * vocabulary_of(pages)
+        return 2 * passes * x.size * vocabulary_of(shards)
 
     return count
 
 
 def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    x, pages = node.inputs[0], node.inputs[4:][: node.attrs["pages"]]
-    logits = _logits(x.rows, pages, "f32", caps)
-    return [logits, *back_workspace(pages, logits, caps)]
+    x, shards = node.inputs[0], node.inputs[4:][: node.attrs["shards"]]
+    logits = _logits(x.rows, shards, "f32", caps)
+    return [logits, *back_workspace(shards, logits, caps)]
 
 
 register(Op("cross_entropy", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops(1)))
@@ -255,32 +255,32 @@ register(
         "cross_entropy_grad",
         lambda node: [
             (node.inputs[0].shape, "f32"),
-            *((t.shape, "f32") for t in node.inputs[4 + node.attrs["pages"] :]),
+            *((t.shape, "f32") for t in node.inputs[4 + node.attrs["shards"] :]),
         ],
         _grad_reference,
         _grad_launch,
         workspace=_grad_workspace,
         flops=_flops(3),
-        inplace=lambda node: [(1 + i, 4 + node.attrs["pages"] + i) for i in range(node.attrs["pages"])],
+        inplace=lambda node: [(1 + i, 4 + node.attrs["shards"] + i) for i in range(node.attrs["shards"])],
     )
 )
 
 
-def project(x: Tensor, pages: Sequence[Tensor]) -> Tensor:
-    """x W^T for a W [V, D] kept in pages of rows: logits [T, V], for the few tokens that are wanted whole."""
-    return record("project", x, *pages)[0]
+def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
+    """x W^T for a W [V, D] kept in shards of rows: logits [T, V], for the few tokens that are wanted whole."""
+    return record("project", x, *shards)[0]
 
 
 def _project_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, *pages = node.inputs
-    return logits_launches(x, None, pages, node.output, 0, x.rows, caps)
+    x, *shards = node.inputs
+    return logits_launches(x, None, shards, node.output, 0, x.rows, caps)
 
 
 register(
     Op(
         "project",
         lambda node: [((node.inputs[0].rows, vocabulary_of(node.inputs[1:])), "f32")],
-        lambda node, x, *pages: [x.reshape(-1, x.shape[-1]) @ _table(x, pages).T],
+        lambda node, x, *shards: [x.reshape(-1, x.shape[-1]) @ _table(x, shards).T],
         _project_launch,
         flops=lambda node: 2 * node.inputs[0].columns * node.output.size,
     )

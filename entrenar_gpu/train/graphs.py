@@ -101,9 +101,9 @@ def update_graph(shape: RunShape, micro: Graph, caps: Caps) -> Graph:
         grads = {name: graph.tensor(f"grad{name[5:]}", (size // 4,), role="page") for name, size in pages.items()}
         partials = [ops.sum_of_squares(g) for g in grads.values()]
         scale = graph.tensor(LOSS_SCALE_NAME, (1,), role="state")
-        # Gradients that pass through narrow formats are scaled, and the scale adapts; f32 needs none.
-        narrow = shape.precision(caps) != "f32"
-        state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=narrow)
+        # Gradients that pass through low precision are scaled, and the scale adapts; f32 needs none.
+        low_precision = shape.precision(caps) != "f32"
+        state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=low_precision)
     with graph.within("step", phase="optimizer"):
         for name, size in pages.items():
             page = graph.tensor(name, (size // 4,), role="page")
@@ -149,14 +149,14 @@ def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fit
     if tokens * ELEMENT_BYTES["u32"] > caps.max_binding_bytes:  # before anything is as long as that on the host
         raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
     # Where products round their operands, so may what waits for them; f32 means f32.
-    halves = shape.precision(caps) != "f32"
-    level, plan, graphs = fit(
-        training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, halves
+    fp16 = shape.precision(caps) != "f32"
+    recompute, plan, graphs = fit(
+        training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, fp16
     )
-    if not level.fates:
+    if not recompute.fates:
         fills = budget_bytes if shape.train.memory_budget is not None else min(budget_bytes, _unused(caps))
         plan, graphs = weight_copies.keep_copies(plan, graphs, fills, shape.train.trace_level)
-    return level, plan, graphs
+    return recompute, plan, graphs
 
 
 def _unused(caps: Caps) -> int:

@@ -22,7 +22,7 @@ from entrenar_gpu.gpu.upload import Uploader, pieces
 from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant import nf4
@@ -34,7 +34,7 @@ AHEAD = 8  # tensors that the system is told to read while one is on its way
 STORED = {"BF16": "bf16", "F16": "half", "F32": "f32"}
 
 
-def storage_of(checkpoint: Checkpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:
+def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:
     """How a run keeps this checkpoint's weights: as stored where they stay dense, with the states NF4 weights bring."""
     shapes = checkpoint.config.parameter_shapes()
     dtypes = {n: STORED[checkpoint.info(n).dtype] for n in shapes if not checkpoint.is_nf4(n)}
@@ -50,7 +50,7 @@ def storage_of(checkpoint: Checkpoint, train: TrainConfig, adapters: AdapterSpec
 
 
 def load_weights(
-    executor: Replay | NumpyExecutor, checkpoint: Checkpoint, storage: Storage, cache: WeightCache | None = None
+    executor: Replay | NumpyExecutor, checkpoint: HFCheckpoint, storage: Storage, cache: WeightCache | None = None
 ) -> str:
     """Write every base weight that the executor's graphs declare, quantising projections where `storage` says so.
 
@@ -81,7 +81,7 @@ def load_weights(
     return f"checkpoint; quantised weights kept in {cache.path}"
 
 
-def _made_here(checkpoint: Checkpoint, storage: Storage) -> list[str]:
+def _made_here(checkpoint: HFCheckpoint, storage: Storage) -> list[str]:
     """The names of the tensors that loading quantises: those of projections that are not NF4 in the files."""
     names = checkpoint.config.parameter_shapes()
     made = [n for n in names if storage.method == "qlora" and is_projection(n) and not checkpoint.is_nf4(n)]
@@ -103,7 +103,7 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-def _write(target: Target, checkpoint: Checkpoint, storage: Storage, name: str) -> None:
+def _write(target: Target, checkpoint: HFCheckpoint, storage: Storage, name: str) -> None:
     """One base weight, as its kind wants it."""
     shape = checkpoint.config.parameter_shapes()[name]
     if storage.method == "qlora" and is_projection(name):
@@ -124,19 +124,19 @@ def _write_parts(target: Target, name: str, weight: Nf4Weight) -> None:
         target.write_part(part, 0, np.asarray(values, NUMPY_TYPES[target.executor.tensors[part].dtype]))
 
 
-def _write_dense(target: Target, checkpoint: Checkpoint, name: str) -> None:
+def _write_dense(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
     if name not in target.executor.tensors:
         return
     stored = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.raw(name)
     _write_as(target, name, stored)
 
 
-def _write_table(target: Target, checkpoint: Checkpoint, name: str) -> None:
-    """The pages of an embedding."""
+def _write_table(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
+    """The shards of an embedding."""
     stored, first, number = checkpoint.raw(name), 0, 0
-    while first < stored.shape[0] and f"{name}.page{number}" in target.executor.tensors:
-        rows = target.executor.tensors[f"{name}.page{number}"].shape[0]
-        _write_as(target, f"{name}.page{number}", stored[first : first + rows])
+    while first < stored.shape[0] and f"{name}.shard{number}" in target.executor.tensors:
+        rows = target.executor.tensors[f"{name}.shard{number}"].shape[0]
+        _write_as(target, f"{name}.shard{number}", stored[first : first + rows])
         first, number = first + rows, number + 1
 
 

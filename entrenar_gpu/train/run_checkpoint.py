@@ -28,7 +28,7 @@ from entrenar_gpu.files.safetensors_file import SafetensorsFile
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
 from entrenar_gpu.graph.tensor import Tensor
 from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.ops.gemm.tiles import is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
@@ -61,8 +61,8 @@ def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorS
     def produce() -> np.ndarray:
         if name in session.executor.tensors:
             return session.executor.read(name)
-        pages = [n for n in session.executor.tensors if n.startswith(f"{name}.page") and not n.endswith(".grad")]
-        return np.concatenate([session.executor.read(page) for page in pages])
+        shards = [n for n in session.executor.tensors if n.startswith(f"{name}.shard") and not n.endswith(".grad")]
+        return np.concatenate([session.executor.read(shard) for shard in shards])
 
     return TensorSource(name, shape, "F32", produce)
 
@@ -268,7 +268,7 @@ def _load_optimizer(session: Session, path: Path) -> None:
 
 def _load_weights(session: Session, folder: Path) -> None:
     if session.adapters is None:
-        load_weights(session.executor, Checkpoint.open(folder), session.shape.storage)
+        load_weights(session.executor, HFCheckpoint.open(folder), session.shape.storage)
         return
     spec, values = load_adapter(folder, session.checkpoint.config)
     if spec.shapes() != session.adapters.shapes():
@@ -277,7 +277,7 @@ def _load_weights(session: Session, folder: Path) -> None:
         session.executor.write(name, array)
 
 
-def _model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def _model_identity(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """What tells one base model from another: its configuration and a sample of its weights."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name, shape in checkpoint.config.parameter_shapes().items():

@@ -26,7 +26,7 @@ from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
@@ -49,12 +49,12 @@ class Budget:
 
 
 def memory_budget(config: TrainConfig, caps: Caps) -> Budget:
-    """--memory-budget, else what the adapter has less a margin, else 16 GiB."""
+    """--memory-budget, else 90% of the GPU's memory, else 16 GiB."""
     if config.memory_budget is not None:
         return Budget(int(config.memory_budget * 2**30), "--memory-budget")
     if caps.memory_bytes is not None:
-        return Budget(int(caps.memory_bytes * MARGIN), f"{caps.memory_bytes / 2**30:.1f} GiB of the adapter less 10%")
-    return Budget(int(DEFAULT_BUDGET_GIB * 2**30), "the system does not tell the adapter's memory; 16 GiB assumed")
+        return Budget(int(caps.memory_bytes * MARGIN), f"{caps.memory_bytes / 2**30:.1f} GiB of GPU memory")
+    return Budget(int(DEFAULT_BUDGET_GIB * 2**30), "GPU memory unknown; 16 GiB assumed")
 
 
 @dataclass
@@ -62,15 +62,15 @@ class Session:
     """An executor with a model's weights on it. `plan` is None on the NumPy executor, which plans nothing."""
 
     config: TrainConfig
-    checkpoint: Checkpoint
+    checkpoint: HFCheckpoint
     adapters: AdapterSpec | None
     shape: RunShape
     executor: Replay | NumpyExecutor
     graphs: Mapping[str, Graph]
     plan: Plan | None
     budget: Budget | None
-    level: Recompute
-    adapter_info: dict[str, str]
+    recompute: Recompute
+    gpu_info: dict[str, str]
     weights_from: str = "checkpoint"  # or the cache file, in words
 
     @classmethod
@@ -92,7 +92,7 @@ class Session:
         """
         if config.cache and config.cache_dir == "":
             raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
-        checkpoint = Checkpoint.open(resolve_model(config.model))
+        checkpoint = HFCheckpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
         if config.device == "numpy" and kernels is None:
@@ -109,18 +109,18 @@ class Session:
 
     @classmethod
     def _on_host(
-        cls, config: TrainConfig, checkpoint: Checkpoint, spec: AdapterSpec | None, shape: RunShape, fit: Fit
+        cls, config: TrainConfig, checkpoint: HFCheckpoint, spec: AdapterSpec | None, shape: RunShape, fit: Fit
     ) -> Session:
         unlimited = replace(shape, train=replace(config, memory_budget=None))  # nor is there memory to fill
-        level, _, graphs = fit(unlimited, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
+        recompute, _, graphs = fit(unlimited, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
         info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
-        return cls(config, checkpoint, spec, shape, NumpyExecutor(graphs), graphs, None, None, level, info)
+        return cls(config, checkpoint, spec, shape, NumpyExecutor(graphs), graphs, None, None, recompute, info)
 
     @classmethod
     def _on_device(
         cls,
         config: TrainConfig,
-        checkpoint: Checkpoint,
+        checkpoint: HFCheckpoint,
         spec: AdapterSpec | None,
         shape: RunShape,
         fit: Fit,
@@ -137,14 +137,14 @@ class Session:
             return fit(shape, caps, budget.nbytes)
 
         measures = config.tune and tiles is None
-        level, plan, graphs = tuned(fitted, kernels) if measures else fitted(replace(device.caps, tiles=tiles))
+        recompute, plan, graphs = tuned(fitted, kernels) if measures else fitted(replace(device.caps, tiles=tiles))
         info = {
             "adapter": device.info["device"],
             "backend": device.info["backend_type"],
             "driver": device.info["description"],
         }
         executor = Replay(device, plan, kernels)
-        return cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, level, info)
+        return cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, recompute, info)
 
     def _load(self, adapter: Mapping[str, Floats]) -> None:
         """Weights, the adapter's first values, and constants of the run, onto the executor."""
@@ -197,7 +197,7 @@ def _may_have(caps: Caps, nbytes: int) -> bool:
     return caps.memory_bytes is None or nbytes <= caps.memory_bytes
 
 
-def _adapter(config: TrainConfig, checkpoint: Checkpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:
+def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:
     """The adapter of a run and its first values: given, fresh, or none in full training."""
     if config.method == "full":
         return None, {}

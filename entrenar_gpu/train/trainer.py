@@ -322,7 +322,7 @@ class Trainer:
             run_id=self.run_id,
             output=str(self.output),
             project_version=entrenar_gpu.__version__,
-            **self.session.adapter_info,
+            **self.session.gpu_info,
             model=self.config.model,
             method=self.config.method,
             precision=self.config.precision,

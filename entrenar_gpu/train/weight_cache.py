@@ -29,7 +29,7 @@ from entrenar_gpu.files.tensor_source import TensorSource, write_tensors
 from entrenar_gpu.gpu.upload import THREADS
 from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Tensor
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 
 LAYOUT = "1"  # of the tensors in the file, and of the arithmetic that made them
 FILES = f"nf4-{'[0-9a-f]' * 24}.safetensors"  # nothing else in the folder is touched
@@ -43,7 +43,7 @@ Tensors = Mapping[str, Tensor]
 class WeightCache:
     """The place of one checkpoint's quantised weights."""
 
-    def __init__(self, checkpoint: Checkpoint, double_quant: bool, folder: str | Path | None = None) -> None:
+    def __init__(self, checkpoint: HFCheckpoint, double_quant: bool, folder: str | Path | None = None) -> None:
         """`folder` is where cache files are, by default the system's."""
         self.folder = Path(folder) if folder is not None else cache_folder() / "weights"
         sources = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()]

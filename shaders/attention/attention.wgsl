@@ -38,8 +38,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     {{ parts.declare("s", 1) }}
     for (var e0 = 0u; e0 < {{ EP }}u; e0 += {{ CE }}u) {
       workgroupBarrier();
-      {{ parts.stage_turned("tile_kv", "0u", TX, "k", "k0", BK, "kv_head", K, "e0", CE, "") }}
-      {{ parts.stage_turned("tile_q", "0u", PITCH_Q, "q", "q0", BQ, "head", H, "e0", CE, " * %s" % scale) }}
+      {{ parts.stage_transposed("tile_kv", "0u", TX, "k", "k0", BK, "kv_head", K, "e0", CE, "") }}
+      {{ parts.stage_transposed("tile_q", "0u", PITCH_Q, "q", "q0", BQ, "head", H, "e0", CE, " * %s" % scale) }}
       workgroupBarrier();
       {{ parts.multiply("s", "tile_q", "0u", PITCH_Q, "tile_kv", "0u", TX, true, 1, CE) }}
     }

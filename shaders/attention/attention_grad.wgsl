@@ -1,5 +1,5 @@
 {% import "lib/attention.wgsl" as parts with context %}
-// The second half of attention's gradient: products of the blocks that attention_slopes left.
+// The second half of attention's gradient: products of the blocks that attention_dscores left.
 //   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
 // A workgroup owns 64 tokens of one of the three; dk and dv are by query head, [rows, S, OUT_HEADS, E], to be summed over
 // the group where there is one. `=`; keys before query block FIRST have been met by earlier launches: `+=`.
@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
           let key = n % {{ CK // 4 }}u;
           let query = n / {{ CK // 4 }}u;
 {% for i in range(4) %}
-          let value{{ i }} = slopes[start + (query * 4u + {{ i }}u) * 16u + c / 4u + key];
+          let value{{ i }} = dscores[start + (query * 4u + {{ i }}u) * 16u + c / 4u + key];
 {% endfor %}
 {% for i in range(4) %}
           tile_a[{{ parts.place("key * 4u + %du" % i, "query", 16) }}] =
@@ -47,7 +47,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         {{ parts.stage("tile_b", "k", "first", CK, "kv_head", K) }}
       } else {
         for (var n = thread; n < {{ CK * 16 }}u; n += {{ THREADS }}u) {
-          tile_a[{{ parts.place("n / 16u", "n % 16u", 16) }}] = slopes[start + c * 16u + n];
+          tile_a[{{ parts.place("n / 16u", "n % 16u", 16) }}] = dscores[start + c * 16u + n];
         }
         if (group.y == 1u) {
           {{ parts.stage("tile_b", "q", "first", CK, "head", H) }}

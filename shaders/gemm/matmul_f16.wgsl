@@ -9,7 +9,7 @@
 // FMAs without a splat: taking one half of a register and doubling it costs as much as the FMAs. A thread stages 4x4
 // blocks, transposed in registers where k is contiguous. Rows are swizzled: pair x of row k lies at x ^ (k / 4 % 8), else
 // the eight threads that store one column of blocks would all hit one bank.
-{% import "lib/narrow_epilogue.wgsl" as epilogue with context %}
+{% import "lib/low_precision_epilogue.wgsl" as epilogue with context %}
 {% include "lib/widen.wgsl" %}
 {% set TX = BN // TN %}{% set TY = BM // TM %}{% set THREADS = TX * TY %}
 var<workgroup> tile_a: array<vec4<f16>, {{ BK * BM // 2 }}>;

@@ -8,7 +8,7 @@
 // A tile is one block long. Its rows stay as they come, vec4 = 16 codes along k, padded by one vec4 against bank
 // conflicts; the next tile is loaded into registers during the multiplication. Sums start at the bits of 1.5 * 2^23, so
 // that reading them as a float and subtracting that converts them: |sum| <= 64 * 127^2 < 2^22.
-{% import "lib/narrow_epilogue.wgsl" as epilogue with context %}
+{% import "lib/low_precision_epilogue.wgsl" as epilogue with context %}
 {% set TX = BN // TN %}{% set TY = BM // TM %}{% set THREADS = TX * TY %}
 {% set SHARE_A = BM * 4 // THREADS %}{% set SHARE_B = BN * 4 // THREADS %}
 var<workgroup> tile_a: array<vec4<u32>, {{ BM * 5 }}>;

@@ -3,7 +3,7 @@
 // Tokens and head columns come in fours ("quads"), one vec4 each. A tile lies so that the index summed over is its row
 // and a row is a run of quads; invocation (ty, tx) holds eight rows of a result, in two quads, and a few quads of
 // columns. Quads of an invocation lie side by side in f16, where two make one 16-byte read, and apart in f32, where
-// side by side two invocations would hit one bank. Tiles that are turned on the way in are swizzled by row, else the
+// side by side two invocations would hit one bank. Tiles that are transposed on the way in are swizzled by row, else the
 // invocations that store one column would all hit one bank.
 {% set T = "f16" if f16 else "f32" %}
 {% set CHUNK = 32 %}{# products that f16 sums before they go to f32 #}
@@ -34,7 +34,7 @@
 {% endmacro %}
 
 {# TILE[column][token]: `width` columns from `column` on, of `tokens` tokens from `first` on. #}
-{% macro stage_turned(tile, base, pitch, source, first, tokens, head, heads, column, width, factor) %}
+{% macro stage_transposed(tile, base, pitch, source, first, tokens, head, heads, column, width, factor) %}
     for (var block = thread; block < {{ tokens * width // 16 }}u; block += {{ THREADS }}u) {
       let e = block % {{ width // 4 }}u * 4u;
       let t = block / {{ width // 4 }}u;

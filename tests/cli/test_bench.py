@@ -13,7 +13,7 @@ from entrenar_gpu.cli.bench.train import bench_train
 from entrenar_gpu.cli.plan_report import plan_run
 from entrenar_gpu.config import presets
 from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.gpu.device import adapter_caps, choose_adapter
+from entrenar_gpu.gpu.device import choose_gpu, gpu_caps
 from entrenar_gpu.gpu.measure import TOLERANCES
 from entrenar_gpu.model.config import model_shape
 
@@ -30,7 +30,7 @@ def test_products_of_a_step_each_once():
 
 def test_products_are_timed_and_checked(device, kernels, monkeypatch):
     monkeypatch.setattr("entrenar_gpu.gpu.measure.WARM_UP_SECONDS", 0.0)
-    monkeypatch.setattr("entrenar_gpu.cli.bench.gemm.VOCABULARY_PAGE", 64)
+    monkeypatch.setattr("entrenar_gpu.cli.bench.gemm.VOCABULARY_SHARD", 64)
     wanted = [p for p in products(TINY, [8], 4, ["f32", "int8"]) if p.name.split()[-1] in ("128x64", "128", "page")]
     rows = list(bench_gemm(device, wanted, kernels))
     assert [row["name"] for row in rows] == [p.name for p in wanted]
@@ -46,7 +46,7 @@ def test_a_wrong_product_is_reported(device, monkeypatch):
 
 def test_every_kernel_of_a_step_is_timed(device, monkeypatch):
     monkeypatch.setattr("entrenar_gpu.gpu.measure.WARM_UP_SECONDS", 0.0)
-    monkeypatch.setattr("entrenar_gpu.cli.bench.ops.VOCABULARY_PAGE", 64)
+    monkeypatch.setattr("entrenar_gpu.cli.bench.ops.VOCABULARY_SHARD", 64)
     monkeypatch.setattr("entrenar_gpu.cli.bench.ops.PARAMETERS", 1024)
     rows = list(bench_ops(device, TINY, 2, 16))
     assert {row["kernel"] for row in rows} >= {"norm_grad", "norm_rope_grad", "swiglu_grad", "attention_grad", "adam"}
@@ -82,6 +82,6 @@ def test_what_is_measured_is_what_a_run_would_train(method, monkeypatch, tmp_pat
     path.write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
     config = TrainConfig(model=str(path), batch=1, seq=16, rank=4, method=method)
     result = bench_train("tiny", config, 1)
-    caps = adapter_caps(choose_adapter())
+    caps = gpu_caps(choose_gpu())
     assert result["planned_bytes"] == plan_run(config, caps, 1 << 40, False).plan.peak_bytes
     assert 0 < result["loss"] < 20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from entrenar_gpu import cli
-from entrenar_gpu.cli import options
+from entrenar_gpu.cli import main, options
 from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.config.train_config import TrainConfig, flag
 from entrenar_gpu.errors import UserError
@@ -57,7 +57,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["bench", "train", "--shape", "llama2-7b", "--seq", "5000"], "--seq: 5000 exceeds the model's 4096 positions"),
         (["bench", "gemm", "--rows", "²"], "--rows: '²' is not a list of whole numbers"),
         (["bench", "gemm", "--rows", "100000000000000"], "lower --batch or --seq"),  # and no memory is taken for it
-        (["plan", "--model", "/nowhere", "--device", "²"], "--device '²' matches no adapter"),
+        (["plan", "--model", "/nowhere", "--device", "²"], "--device '²' matches no GPU"),
         (["demo", "--device", "numpy", "--steps", "1", "--output", "/dev/null/x"], "/dev/null/x"),
     ],
 )
@@ -172,9 +172,9 @@ def test_plan_refuses_what_train_refuses(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_resume_may_stand_alone() -> None:
-    assert cli._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
-    assert cli._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]
-    assert cli._with_resume(["train", "--resume", "run/checkpoint-000003"])[-1] == "run/checkpoint-000003"
+    assert main._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
+    assert main._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]
+    assert main._with_resume(["train", "--resume", "run/checkpoint-000003"])[-1] == "run/checkpoint-000003"
 
 
 def test_plan_sums_up_and_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

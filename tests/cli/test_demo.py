@@ -16,7 +16,7 @@ from entrenar_gpu.cli import demo, docstrings
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import StepRecord
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from tests import ROOT
 
 SCRIPT = ROOT / "scripts" / "make_demo_model.py"
@@ -46,7 +46,7 @@ def few(found: docstrings.Corpus) -> docstrings.Corpus:
 
 def test_the_shipped_model_is_a_small_qwen3():
     assert sum(file.stat().st_size for file in demo.MODEL.iterdir()) < 4_000_000
-    checkpoint = Checkpoint.open(demo.MODEL)
+    checkpoint = HFCheckpoint.open(demo.MODEL)
     config = checkpoint.config
     assert (config.architecture, config.qk_norm, config.tie_word_embeddings) == ("qwen3", True, True)
     assert config.num_kv_heads < config.num_heads
@@ -128,7 +128,7 @@ def test_the_model_is_made_by_full_training(found, make_demo_model, tmp_path, mo
     arguments = [str(word) for pair in folders.items() for word in pair]
     monkeypatch.setattr("sys.argv", ["make_demo_model.py", *arguments, "--device", "numpy"])
     make_demo_model.main()
-    random, trained, stored = (Checkpoint.open(tmp_path / name) for name in ("work/random", "work/run", "model"))
+    random, trained, stored = (HFCheckpoint.open(tmp_path / name) for name in ("work/random", "work/run", "model"))
     for name in random.config.parameter_shapes():
         assert 0 < np.abs(trained.f32(name) - random.f32(name)).max() < 0.01, name
         assert stored.info(name).dtype == "BF16"

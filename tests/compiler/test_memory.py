@@ -36,9 +36,9 @@ def run_shape(model: ModelConfig = SMALL, **options) -> RunShape:
     return RunShape(model, Storage(config.method, adapters=adapters), config)
 
 
-def peaks_of(graphs: dict[str, Graph], halves: bool) -> list[int]:
+def peaks_of(graphs: dict[str, Graph], fp16: bool) -> list[int]:
     """Peak bytes after each step of the ladder."""
-    ladder = Ladder(graphs["micro"], Caps(), halves)
+    ladder = Ladder(graphs["micro"], Caps(), fp16)
     found = []
     for steps in range(len(ladder) + 1):
         rewritten = {name: rewrite(graph, ladder.choice(steps)) for name, graph in graphs.items()}
@@ -49,16 +49,16 @@ def peaks_of(graphs: dict[str, Graph], halves: bool) -> list[int]:
 @pytest.mark.parametrize(("method", "precision"), [("qlora", "f32"), ("qlora", "int8"), ("full", "f32")])
 def test_each_step_costs_more_time_and_takes_less_memory(method, precision):
     graphs = training_graphs(run_shape(method=method, precision=precision), Caps(), evaluates=False)
-    halves = precision != "f32"
-    peaks, ladder = peaks_of(graphs, halves), Ladder(graphs["micro"], Caps(), halves)
+    fp16 = precision != "f32"
+    peaks, ladder = peaks_of(graphs, fp16), Ladder(graphs["micro"], Caps(), fp16)
     shares = [ladder.choice(steps).share for steps in range(len(peaks))]
     assert shares[0] == 0
     assert all(before < after for before, after in pairwise(shares))
     # Up to what the packing of buffers gains or loses by chance.
     assert all(after < 1.02 * before for before, after in pairwise(peaks))
     assert min(peaks) < 0.75 * peaks[0]
-    counts = ladder.choice(len(peaks) - 1).counts("half")
-    assert bool(counts) == halves
+    counts = ladder.choice(len(peaks) - 1).counts("fp16")
+    assert bool(counts) == fp16
 
 
 def test_no_more_steps_are_taken_than_the_budget_asks_for():
@@ -66,11 +66,11 @@ def test_no_more_steps_are_taken_than_the_budget_asks_for():
     peaks, ladder = peaks_of(graphs, True), Ladder(graphs["micro"], Caps(), True)
     chosen = set()
     for budget in np.linspace(peaks[-1], max(peaks), 9).astype(int):
-        choice, plan, rewritten = fit(graphs, Caps(), int(budget), halves=True)
+        choice, plan, rewritten = fit(graphs, Caps(), int(budget), fp16=True)
         steps = next(n for n in range(len(peaks)) if ladder.choice(n) == choice)
         assert plan.peak_bytes == peaks[steps] <= budget
         assert steps == 0 or peaks[steps - 1] > budget
-        assert any(node.op == "to_half" for node in rewritten["micro"].nodes) == bool(choice.counts("half"))
+        assert any(node.op == "to_half" for node in rewritten["micro"].nodes) == bool(choice.counts("fp16"))
         chosen.add(steps)
     assert len(chosen) > 6
 
@@ -95,8 +95,8 @@ def layer_of_choices() -> Layer:
 def test_the_states_of_a_layer_are_the_best_of_all():
     """Every combination of fates is tried: none takes less time at the bytes of a state, or on the line to the next."""
     layer, caps = layer_of_choices(), Caps()
-    states, costs = layer.states(caps, halves=True), [seconds(n, caps) for n in layer.nodes]
-    moves = [("kept", "half", "again")] * (len(layer.nodes) - 1) + [("kept", "half")]
+    states, costs = layer.states(caps, fp16=True), [seconds(n, caps) for n in layer.nodes]
+    moves = [("keep", "fp16", "recompute")] * (len(layer.nodes) - 1) + [("keep", "fp16")]
     every = [layer.state(dict(enumerate(fates)), costs) for fates in product(*moves)]
     assert len(states) > 4
 
@@ -116,9 +116,9 @@ def test_the_states_of_a_layer_are_the_best_of_all():
 def test_only_runs_that_round_anyway_keep_activations_in_half_precision(precision):
     shape = run_shape(precision=precision)
     with pytest.raises(MemoryBudgetError) as error:
-        fit(training_graphs(shape, Caps(), False), Caps(), 1 << 16, halves=precision != "f32")
+        fit(training_graphs(shape, Caps(), False), Caps(), 1 << 16, fp16=precision != "f32")
     choice, _, graphs = fit_training(shape, Caps(), error.value.needed, evaluates=False)
-    assert bool(choice.counts("half")) == (precision != "f32")
+    assert bool(choice.counts("fp16")) == (precision != "f32")
     assert any(n.op == "to_half" for n in graphs["micro"].nodes) == (precision != "f32")
 
 
@@ -126,7 +126,7 @@ def test_what_is_kept_whole_is_not_refused_because_recomputation_would_take_more
     """By chance of packing: with one layer and no other adapter, what is computed again takes more than it saves."""
     model = parse_model_config(QWEN3 | {"num_hidden_layers": 1, "hidden_size": 512, "intermediate_size": 52})
     graphs = training_graphs(run_shape(model, seq=16, batch=3, rank=16, target="down", method="lora"), Caps(), False)
-    peaks = peaks_of(graphs, halves=False)
+    peaks = peaks_of(graphs, fp16=False)
     assert peaks[0] < peaks[-1]
     assert fit(graphs, Caps(), peaks[0])[0].fates == {}
 
@@ -134,7 +134,7 @@ def test_what_is_kept_whole_is_not_refused_because_recomputation_would_take_more
 def test_the_smallest_plan_is_sought_before_the_last_step_too():
     model = parse_model_config(QWEN3 | {"num_hidden_layers": 1, "intermediate_size": 1024, "num_attention_heads": 8})
     graphs = training_graphs(run_shape(model, seq=257, batch=3, rank=16, method="lora"), Caps(), False)
-    peaks = peaks_of(graphs, halves=False)
+    peaks = peaks_of(graphs, fp16=False)
     assert min(peaks) < min(peaks[0], peaks[-1])
     assert fit(graphs, Caps(), min(peaks))[1].peak_bytes == min(peaks)
     with pytest.raises(MemoryBudgetError) as error:

@@ -19,15 +19,15 @@ from tests.helpers.tiny import make_data, make_model
 ELEMENTWISE = ("rms_norm", "rope", "swiglu", "dropout")
 
 
-def by_hand(graph: Graph, elementwise: int = 0, whole: int = 0, halves: bool = False) -> Recompute:
+def by_hand(graph: Graph, elementwise: int = 0, whole: int = 0, fp16: bool = False) -> Recompute:
     """Elementwise ops of the first so many layers, or all of their ops, computed again; the rest in half precision."""
     kept, fates = handed_on(graph), dict[Any, Fate]()
     for node in (n for n in graph.nodes if n.phase == "forward" and n.output.updates is None):
         fixed = node.layer is None or any(t.id in kept for t in node.outputs)
         if not fixed and (node.layer < whole or (node.layer < elementwise and node.op in ELEMENTWISE)):
-            fates[node] = "again"
-        elif halves and halvable(node.output) and (node.layer is not None or node.output.id in kept):
-            fates[node] = "half"
+            fates[node] = "recompute"
+        elif fp16 and halvable(node.output) and (node.layer is not None or node.output.id in kept):
+            fates[node] = "fp16"
     return Recompute(fates)
 
 
@@ -44,10 +44,10 @@ def folder(tmp_path_factory) -> Path:
 def micro_step(folder: Path, output: Path, kernels: Any, monkeypatch: Any, hand: dict[str, Any], **options: Any) -> Any:
     """(loss, gradients, peak bytes) of a step's micro-batches, planned by hand."""
 
-    def planned(graphs: Any, caps: Any, budget: int, trace: str, halves: bool) -> Any:
+    def planned(graphs: Any, caps: Any, budget: int, trace: str, fp16: bool) -> Any:
         choice = by_hand(graphs["micro"], **hand)
         rewritten = {name: rewrite(graph, choice) for name, graph in graphs.items()}
-        assert any(n.op == "to_half" for n in rewritten["micro"].nodes) == hand.get("halves", False)
+        assert any(n.op == "to_half" for n in rewritten["micro"].nodes) == hand.get("fp16", False)
         return choice, make_plan(rewritten, caps), rewritten
 
     monkeypatch.setattr("entrenar_gpu.train.graphs.fit", planned)
@@ -92,8 +92,8 @@ def distances(run: Any, other: Any) -> dict[str, float]:
 def test_half_precision_leaves_the_loss_and_rounds_the_gradients(folder, tmp_path, kernels, monkeypatch):
     """The forward pass reads what it made: its loss has the same bits. The backward pass reads activations that are
     off by 2^-12 of each at most, and a gradient is made of products of a few of them."""
-    kept = micro_step(folder, tmp_path / "kept", kernels, monkeypatch, {})
-    half = micro_step(folder, tmp_path / "half", kernels, monkeypatch, {"elementwise": 3, "halves": True})
+    kept = micro_step(folder, tmp_path / "keep", kernels, monkeypatch, {})
+    half = micro_step(folder, tmp_path / "fp16", kernels, monkeypatch, {"elementwise": 3, "fp16": True})
     assert kept[0].tobytes() == half[0].tobytes()
     assert half[2] < kept[2]
     for name, distance in distances(half, kept).items():
@@ -104,10 +104,10 @@ def test_half_precision_leaves_the_loss_and_rounds_the_gradients(folder, tmp_pat
 def test_half_precision_rounds_less_than_int8_does(folder, tmp_path, kernels, monkeypatch):
     """What moves by 2^-12 is one time in sixty quantised to the next of 127 steps, which makes half of the noise that
     all steps make (the root of 12 / 60)."""
-    hand = {"elementwise": 3, "halves": True}
+    hand = {"elementwise": 3, "fp16": True}
     exact = micro_step(folder, tmp_path / "f32", kernels, monkeypatch, {})
-    kept = micro_step(folder, tmp_path / "kept", kernels, monkeypatch, {}, precision="int8")
-    half = micro_step(folder, tmp_path / "half", kernels, monkeypatch, hand, precision="int8")
+    kept = micro_step(folder, tmp_path / "keep", kernels, monkeypatch, {}, precision="int8")
+    half = micro_step(folder, tmp_path / "fp16", kernels, monkeypatch, hand, precision="int8")
     assert kept[0].tobytes() == half[0].tobytes()
     moved, off = distances(half, kept), distances(kept, exact)
     assert 1e-5 < np.mean([*moved.values()]) < np.mean([*off.values()]) / 2

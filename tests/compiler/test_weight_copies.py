@@ -15,7 +15,7 @@ from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.model.config import parse_model_config
 from entrenar_gpu.model.parameters import Storage
-from entrenar_gpu.ops.gemm.low_precision import narrow_weight
+from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
 from entrenar_gpu.train.graphs import RunShape, fit_training
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.cases import CASES, Case
@@ -42,19 +42,19 @@ def copies_of(plan) -> list[str]:
     return [name for name in plan.buffers if name.endswith(weight_copies.PARTS) and "scales" not in name]
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("arithmetic", ["f16", "int8"])
-def test_a_copy_is_what_a_product_would_make(arithmetic, turned, device, kernels):
+def test_a_copy_is_what_a_product_would_make(arithmetic, transposed, device, kernels):
     """Codes, scales and halves bit for bit: the products that read them are compared elsewhere."""
     needs(device, arithmetic)
-    quantised = CASES["nf4_dequantize_turned-turned"]
+    quantised = CASES["nf4_dequantize_transposed-transposed"]
 
     def apply(*parts: Tensor) -> Tensor:
-        made = narrow_weight(ops.Nf4Tensors((128, 64), parts, "bfloat16"), arithmetic, turned)
+        made = low_precision_weight(ops.Nf4Tensors((128, 64), parts, "bfloat16"), arithmetic, transposed)
         return made[index]
 
     for index in range(2 if arithmetic == "int8" else 1):
-        check_on(Case(f"narrow-{arithmetic}-{turned}-{index}", quantised.inputs[1:], apply), device, kernels)
+        check_on(Case(f"narrow-{arithmetic}-{transposed}-{index}", quantised.inputs[1:], apply), device, kernels)
 
 
 @pytest.mark.parametrize("precision", ["f16", "int8"])
@@ -71,7 +71,7 @@ def test_copies_change_no_bit_of_a_run(precision, tmp_path, kernels, monkeypatch
         plan = trainer.session.plan
         assert len(copies_of(plan)) == (0 if budget is None else COPIES)
         shaders = {launch.shader for step in plan.steps["micro"] for launch in step.launches}
-        assert ("nf4_narrow" in shaders, "nf4_narrow_transposed" in shaders) == ((budget is None,) * 2)
+        assert ("nf4_low_precision" in shaders, "nf4_low_precision_transposed" in shaders) == ((budget is None,) * 2)
         losses = [record.loss for record in trainer.steps()]
         assert kernels.device.allocated_bytes - before == plan.peak_bytes
         runs.append((losses, [values.tobytes() for values in trainer.session.adapter_values().values()]))
@@ -89,7 +89,7 @@ def test_copies_take_what_a_budget_leaves_and_no_more():
         assert (weight_copies.GRAPH in graphs) == bool(names)
         if level.fates:
             assert not names  # what the backward pass needs comes first
-        missing = [sizes[name] for name in sizes if name.endswith(".turned") and name not in names]
+        missing = [sizes[name] for name in sizes if name.endswith(".transposed") and name not in names]
         # Turned ones come first: others are there only where those were too large for what was left.
         assert all(sizes[name] < min(missing, default=1 << 40) for name in names if name.endswith(".narrow"))
         found.append(len(names))
@@ -119,7 +119,7 @@ def test_evaluation_reads_the_copies_too():
     for name in ("micro", "evaluate"):
         products = [n for n in graphs[name].nodes if n.op == "linear"]
         assert products
-        assert all(n.attrs["narrowed"] for n in products)
+        assert all(n.attrs["copied"] for n in products)
 
 
 def test_the_graphs_given_stay_as_they_were():
@@ -129,6 +129,6 @@ def test_the_graphs_given_stay_as_they_were():
     plan = make_plan({"g": graph}, Caps())
     larger, rewritten = weight_copies.keep_copies(plan, {"g": graph}, 1 << 30, "step")
     assert len(copies_of(larger)) == 1
-    assert not graph.nodes[0].attrs["narrowed"]
-    assert rewritten["g"].nodes[0].attrs["narrowed"]
+    assert not graph.nodes[0].attrs["copied"]
+    assert rewritten["g"].nodes[0].attrs["copied"]
     assert set(graph.persistents) == {"x", "y", "w.codes", "w.absmax"}

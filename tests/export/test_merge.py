@@ -16,7 +16,7 @@ from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.merge import merge_adapter
 from entrenar_gpu.files.tensor_source import save_safetensors
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.train.loader import is_projection
 from tests.helpers.tiny import make_model
 from tests.model.test_hf_checkpoint import nf4_tensors
@@ -24,7 +24,7 @@ from tests.model.test_hf_checkpoint import nf4_tensors
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 2}
 
 
-def make_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def make_adapter(folder: Path, checkpoint: HFCheckpoint) -> dict[str, np.ndarray]:
     """An adapter on q and down; returns scale * B A by the weight it changes, in float64."""
     spec = AdapterSpec.from_config(TrainConfig(rank=3, alpha=5.0, target="q,down", rslora=True), checkpoint.config)
     rng = np.random.default_rng(0)
@@ -38,10 +38,10 @@ def make_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("dtype", "epsilon"), [("float32", 2e-7), ("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
-    base = Checkpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
+    base = HFCheckpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
     updates = make_adapter(tmp_path / "adapter", base)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
-    merged = Checkpoint.open(tmp_path / "merged")
+    merged = HFCheckpoint.open(tmp_path / "merged")
     assert json.loads((tmp_path / "merged/config.json").read_text())["torch_dtype"] == dtype
     assert len(updates) == 4
     for name in base.config.parameter_shapes():
@@ -57,37 +57,37 @@ def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
 
 def test_each_tensor_keeps_its_own_dtype(tmp_path):
     """One norm in float32 does not widen a bfloat16 model."""
-    base = Checkpoint.open(make_model(tmp_path / "model", dtype="bfloat16", **TINY))
+    base = HFCheckpoint.open(make_model(tmp_path / "model", dtype="bfloat16", **TINY))
     tensors = {name: np.array(base.raw(name)) for name in base.config.parameter_shapes()}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     save_safetensors(tmp_path / "model/model.safetensors", tensors)
-    base = Checkpoint.open(tmp_path / "model")
+    base = HFCheckpoint.open(tmp_path / "model")
     make_adapter(tmp_path / "adapter", base)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
-    merged = Checkpoint.open(tmp_path / "merged")
+    merged = HFCheckpoint.open(tmp_path / "merged")
     assert {n: merged.info(n).dtype for n in tensors} == {n: base.info(n).dtype for n in tensors}
     assert json.loads((tmp_path / "merged/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_quantised_weights_are_dequantised(tmp_path):
     folder = make_model(tmp_path / "model", **TINY)
-    dense = Checkpoint.open(folder)
+    dense = HFCheckpoint.open(folder)
     tensors: dict[str, np.ndarray] = {}
     for name in dense.config.parameter_shapes():
         stored = nf4_tensors(name, dense.f32(name), True) if is_projection(name) else {name: dense.raw(name)}
         tensors |= {key: np.array(values) for key, values in stored.items()}
     save_safetensors(folder / "model.safetensors", tensors)
-    base = Checkpoint.open(folder)
+    base = HFCheckpoint.open(folder)
     updates = make_adapter(tmp_path / "adapter", base)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
-    merged = Checkpoint.open(tmp_path / "merged")
+    merged = HFCheckpoint.open(tmp_path / "merged")
     for name in filter(is_projection, base.config.parameter_shapes()):
         assert not merged.is_nf4(name)
         np.testing.assert_allclose(merged.f32(name), base.f32(name) + updates.get(name, 0), rtol=2e-7, atol=1e-5)
 
 
 def test_nothing_is_overwritten(tmp_path):
-    base = Checkpoint.open(make_model(tmp_path / "model", **TINY))
+    base = HFCheckpoint.open(make_model(tmp_path / "model", **TINY))
     make_adapter(tmp_path / "adapter", base)
     before = (tmp_path / "model/model.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"--output: .*model already holds a model"):
@@ -98,7 +98,7 @@ def test_nothing_is_overwritten(tmp_path):
 @pytest.mark.parametrize("flag", ["--adapter", "--output"])
 def test_no_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, flag):
     base = make_model(tmp_path / "model", **TINY)
-    make_adapter(tmp_path / "here", Checkpoint.open(base))
+    make_adapter(tmp_path / "here", HFCheckpoint.open(base))
     monkeypatch.chdir(tmp_path / "here")
     before = sorted(tmp_path.rglob("*"))
     folders = {"--model": str(base), "--adapter": ".", "--output": str(tmp_path / "merged")} | {flag: ""}
@@ -108,8 +108,8 @@ def test_no_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, flag):
 
 
 def test_the_adapter_of_another_model_is_refused(tmp_path):
-    base = Checkpoint.open(make_model(tmp_path / "model", **TINY))
-    wider = Checkpoint.open(make_model(tmp_path / "wider", **(TINY | {"hidden_size": 48})))
+    base = HFCheckpoint.open(make_model(tmp_path / "model", **TINY))
+    wider = HFCheckpoint.open(make_model(tmp_path / "wider", **(TINY | {"hidden_size": 48})))
     make_adapter(tmp_path / "adapter", wider)
     with pytest.raises(UserError, match="is it the adapter of another model"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")

@@ -37,12 +37,12 @@ class Adapter:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretends these adapters are there."""
+    """Pretends that these GPUs are there."""
     monkeypatch.delenv("ENTRENAR_DEVICE", raising=False)
 
     def install(*found: Adapter) -> None:
         ordered = tuple(sorted(found, key=lambda a: device._RANKS[a.info["adapter_type"]]))
-        monkeypatch.setattr(device, "adapters", lambda: ordered)
+        monkeypatch.setattr(device, "gpus", lambda: ordered)
 
     return install
 
@@ -54,26 +54,26 @@ SOFT = ("llvmpipe", "CPU")
 
 def test_discrete_before_integrated_before_software(machine: Any) -> None:
     machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
-    assert device.choose_adapter().info["device"] == "Radeon RX 7800"
+    assert device.choose_gpu().info["device"] == "Radeon RX 7800"
     machine(Adapter(*SOFT), Adapter(*IGPU))
-    assert device.choose_adapter().info["device"] == "Intel Arc"
+    assert device.choose_gpu().info["device"] == "Intel Arc"
 
 
 def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
-    assert device.choose_adapter("2").info["device"] == "llvmpipe"
-    assert device.choose_adapter("intel").info["device"] == "Intel Arc"
+    assert device.choose_gpu("2").info["device"] == "llvmpipe"
+    assert device.choose_gpu("intel").info["device"] == "Intel Arc"
     monkeypatch.setenv("ENTRENAR_DEVICE", "llvm")
-    assert device.choose_adapter().info["device"] == "llvmpipe"
-    assert device.choose_adapter("0").info["device"] == "Radeon RX 7800"
-    with pytest.raises(UserError, match="--device 'voodoo' matches no adapter of 0: Radeon"):
-        device.choose_adapter("voodoo")
+    assert device.choose_gpu().info["device"] == "llvmpipe"
+    assert device.choose_gpu("0").info["device"] == "Radeon RX 7800"
+    with pytest.raises(UserError, match="--device 'voodoo' matches no GPU of 0: Radeon"):
+        device.choose_gpu("voodoo")
 
 
 def test_no_adapter_names_the_packages(machine: Any) -> None:
     machine()
     with pytest.raises(UserError) as caught:
-        device.choose_adapter()
+        device.choose_gpu()
     for name in ("mesa-vulkan-drivers", "Fedora", "macOS", "Windows"):
         assert name in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_limited_device_asks_for_nothing(machine: Any) -> None:
 
 @pytest.mark.gpu
 def test_opengl_twins_are_not_listed() -> None:
-    assert all(a.info["backend_type"] != "OpenGL" for a in device.adapters())
+    assert all(a.info["backend_type"] != "OpenGL" for a in device.gpus())
 
 
 @pytest.mark.gpu
@@ -124,7 +124,7 @@ def test_info_tells_what_would_be_used(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.run(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     chosen = told["adapters"][told["chosen"]]
-    assert chosen["uses"]["name"] == device.choose_adapter().info["device"]
+    assert chosen["uses"]["name"] == device.choose_gpu().info["device"]
     assert chosen["uses"]["max_binding_bytes"] <= chosen["limits"]["max-storage-buffer-binding-size"]
     assert cli.run(["info"]) == 0
     assert chosen["device"] in capsys.readouterr().out

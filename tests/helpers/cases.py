@@ -349,7 +349,7 @@ def quantised() -> list[Case]:
         ("double", (96, 72), True, "float32"),
         ("odd", (5, 13), True, "bfloat16"),
         ("half", (17, 24), False, "float16"),
-        ("turned", (128, 64), True, "bfloat16"),
+        ("transposed", (128, 64), True, "bfloat16"),
     ]:
         rng = np.random.default_rng(5)
         weight = nf4.Nf4Weight.from_dense(normal(rng, shape), double, dtype)
@@ -357,8 +357,8 @@ def quantised() -> list[Case]:
         kinds = {np.dtype(np.uint8): "u8", np.dtype(np.float32): "f32"}
         parts = tuple(Input(a.shape, "weight", kinds[a.dtype], lambda rng, s, a=a: a) for a in arrays)
 
-        # f32 products take a weight whose sides are multiples of 64 turned.
-        op = "nf4_dequantize_turned" if name == "turned" else "nf4_dequantize"
+        # f32 products take a weight whose sides are multiples of 64 transposed.
+        op = "nf4_dequantize_transposed" if name == "transposed" else "nf4_dequantize"
 
         def apply(a: Tensor, *tensors: Tensor, shape: Any = shape, dtype: str = dtype) -> Tensor:
             return ops.linear(a, ops.Nf4Tensors(shape, tensors, dtype))

@@ -23,7 +23,7 @@ from entrenar_gpu.files.safetensors_file import SafetensorsFile
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
 from entrenar_gpu.model import hub
 from entrenar_gpu.model.config import parse_model_config
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.quant.nf4 import CODEBOOK, Nf4Weight
 
 CONFIG = {
@@ -76,7 +76,7 @@ def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_reads_what_safetensors_writes(tmp_path, dtype):
     tensors = {name: values.astype(dtype) for name, values in model_tensors().items()}
-    checkpoint = Checkpoint.open(write_model(tmp_path, tensors))
+    checkpoint = HFCheckpoint.open(write_model(tmp_path, tensors))
     assert sorted(checkpoint.names()) == sorted(tensors)
     for name, values in tensors.items():
         raw = checkpoint.raw(name)
@@ -87,7 +87,7 @@ def test_reads_what_safetensors_writes(tmp_path, dtype):
 
 def test_reads_shards_through_their_index(tmp_path):
     tensors = model_tensors()
-    checkpoint = Checkpoint.open(write_shards(tmp_path, tensors))
+    checkpoint = HFCheckpoint.open(write_shards(tmp_path, tensors))
     for name, values in tensors.items():
         np.testing.assert_array_equal(checkpoint.f32(name), values)
 
@@ -99,7 +99,7 @@ def test_reads_links_as_in_the_cache_of_the_hub(tmp_path):
     tensors = model_tensors()
     for file in write_shards(blobs, tensors).iterdir():
         (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
-    assert Checkpoint.open(snapshot).f32(Q_PROJ).tobytes() == tensors[Q_PROJ].tobytes()
+    assert HFCheckpoint.open(snapshot).f32(Q_PROJ).tobytes() == tensors[Q_PROJ].tobytes()
 
 
 def test_tensors_the_model_does_not_need_are_ignored(tmp_path):
@@ -109,7 +109,7 @@ def test_tensors_the_model_does_not_need_are_ignored(tmp_path):
         "unsupported": np.ones(3, np.int64),
         "empty": np.ones((0, 4), np.float32),
     }
-    checkpoint = Checkpoint.open(write_model(tmp_path, model_tensors() | extra))
+    checkpoint = HFCheckpoint.open(write_model(tmp_path, model_tensors() | extra))
     assert checkpoint.f32(Q_PROJ).shape == (64, 32)
     assert checkpoint.raw("empty").shape == (0, 4)
 
@@ -133,7 +133,7 @@ def test_reading_rows_touches_only_their_pages(tmp_path):
 
 
 def test_tensors_are_read_only(tmp_path):
-    checkpoint = Checkpoint.open(write_model(tmp_path, model_tensors()))
+    checkpoint = HFCheckpoint.open(write_model(tmp_path, model_tensors()))
     with pytest.raises(ValueError, match="read-only"):
         checkpoint.raw(Q_PROJ)[0] = 1
 
@@ -161,13 +161,13 @@ def test_tensors_are_read_only(tmp_path):
 def test_models_that_do_not_fit_are_refused(tmp_path, changes, replaced, message):
     tensors = {name: values for name, values in (model_tensors() | replaced).items() if values is not None}
     with pytest.raises(UserError, match=message):
-        Checkpoint.open(write_model(tmp_path, tensors, **changes))
+        HFCheckpoint.open(write_model(tmp_path, tensors, **changes))
 
 
 def test_folders_without_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(UserError, match=r"holds neither model.safetensors nor"):
-        Checkpoint.open(tmp_path)
+        HFCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_an_index_must_name_files_of_its_folder(tmp_path, place):
     save_file({Q_PROJ: np.ones((64, 32), np.float32)}, tmp_path / "other.safetensors")
     write_shards(folder, model_tensors(), **{Q_PROJ: place})
     with pytest.raises(UserError, match=r"index.json: tensor '.*q_proj.weight': .* not the name of a file"):
-        Checkpoint.open(folder)
+        HFCheckpoint.open(folder)
 
 
 def test_missing_and_truncated_shards_are_named(tmp_path):
@@ -187,16 +187,16 @@ def test_missing_and_truncated_shards_are_named(tmp_path):
     whole = second.read_bytes()
     second.write_bytes(whole[:-100])
     with pytest.raises(UserError, match=r"00002-of-00002.safetensors: cut off: tensor 'model"):
-        Checkpoint.open(tmp_path)
+        HFCheckpoint.open(tmp_path)
     second.unlink()
     with pytest.raises(UserError, match=r"00002-of-00002.safetensors: missing; model.safetensors.index.json names it"):
-        Checkpoint.open(tmp_path)
+        HFCheckpoint.open(tmp_path)
 
 
 def test_a_tensor_missing_from_its_shard_is_named(tmp_path):
     write_shards(tmp_path, model_tensors(), extra="model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"00001-of-00002.safetensors: tensor 'extra' is missing"):
-        Checkpoint.open(tmp_path)
+        HFCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000])
@@ -204,7 +204,7 @@ def test_malformed_indices_are_refused(tmp_path, index):
     write_shards(tmp_path, model_tensors())
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=r"index.json: (not valid JSON|holds no weight_map)"):
-        Checkpoint.open(tmp_path)
+        HFCheckpoint.open(tmp_path)
 
 
 def entry(start: int, end: int, shape: object = None, dtype: object = "F32") -> dict:
@@ -288,7 +288,7 @@ def nf4_tensors(name: str, values: np.ndarray, double: bool, **changed) -> dict[
 def test_reads_nf4_as_stored(tmp_path, double):
     values = model_tensors()[Q_PROJ]
     folder = write_model(tmp_path, model_tensors() | nf4_tensors(Q_PROJ, values, double))
-    checkpoint, wanted = Checkpoint.open(folder), Nf4Weight.from_dense(values, double, dtype="bfloat16")
+    checkpoint, wanted = HFCheckpoint.open(folder), Nf4Weight.from_dense(values, double, dtype="bfloat16")
     weight = checkpoint.nf4(Q_PROJ)
     assert checkpoint.is_nf4(Q_PROJ)
     assert (weight.shape, weight.double, weight.dtype) == ((64, 32), double, "bfloat16")
@@ -314,7 +314,7 @@ def test_reads_nf4_as_stored(tmp_path, double):
 def test_other_quantisations_are_refused(tmp_path, changed, message):
     quantised = nf4_tensors(Q_PROJ, model_tensors()[Q_PROJ], True, **changed)
     with pytest.raises(UserError, match=rf"model.safetensors: tensor '.*q_proj.weight.*{message}"):
-        Checkpoint.open(write_model(tmp_path, model_tensors() | quantised))
+        HFCheckpoint.open(write_model(tmp_path, model_tensors() | quantised))
 
 
 @pytest.mark.parametrize(
@@ -333,16 +333,16 @@ def test_incomplete_quantisation_states_are_refused(tmp_path, suffix, replacemen
     tensors[Q_PROJ + suffix] = replacement
     tensors = {name: values for name, values in tensors.items() if values is not None}
     with pytest.raises(UserError, match=message):
-        Checkpoint.open(write_model(tmp_path, tensors))
+        HFCheckpoint.open(write_model(tmp_path, tensors))
 
 
 def test_fp4_and_quantised_embeddings_are_refused(tmp_path):
     state = np.frombuffer(b"{}", np.uint8)
     with pytest.raises(UserError, match=r"q_proj.weight': quantised by bitsandbytes to fp4"):
-        Checkpoint.open(write_model(tmp_path, model_tensors() | {f"{Q_PROJ}.quant_state.bitsandbytes__fp4": state}))
+        HFCheckpoint.open(write_model(tmp_path, model_tensors() | {f"{Q_PROJ}.quant_state.bitsandbytes__fp4": state}))
     name = "model.embed_tokens.weight"
     with pytest.raises(UserError, match=r"embed_tokens.weight': quantised by bitsandbytes; only the seven"):
-        Checkpoint.open(write_model(tmp_path, model_tensors() | nf4_tensors(name, model_tensors()[name], False)))
+        HFCheckpoint.open(write_model(tmp_path, model_tensors() | nf4_tensors(name, model_tensors()[name], False)))
 
 
 # Writing
@@ -379,7 +379,7 @@ def test_written_checkpoints_are_read_back(tmp_path, limit):
     written = save_checkpoint(tmp_path, sources(tensors), limit)
     assert sorted(path.name for path in written) == sorted(p.name for p in tmp_path.iterdir() if p.name[:5] == "model")
     assert len(written) == {1: len(tensors) + 1, 20_000: 8, 1 << 30: 1}[limit]
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = HFCheckpoint.open(tmp_path)
     for name, values in tensors.items():
         np.testing.assert_array_equal(checkpoint.f32(name), values)
 

@@ -70,7 +70,7 @@ def test_without_f16_nothing_is_rounded(limited_device, limited_kernels):
     [
         ("attention", "step = 0u;", "step = 1u;", "head-96"),
         ("attention", "o0_0 += vec4<f32>(half0_0)", "o0_0 = vec4<f32>(half0_0)", "four-tiles-and-one"),
-        ("attention_slopes", "/ 4u * 2u", "/ 4u * 3u", "head-96"),
+        ("attention_dscores", "/ 4u * 2u", "/ 4u * 3u", "head-96"),
         ("attention_grad", "at_a0 + 1u", "at_a0", "packed-across"),
     ],
 )
@@ -143,7 +143,7 @@ def check_parts(name: str, blocks: int, parts: int, device: Any, kernels: Any, m
     monkeypatch.setattr(grad_ops, "SCRATCH_BYTES", blocks * group * 2 * 64 * 64 * 4)
     plan = plan_of(case, program, device.caps, keep=True)
     shaders = [launch.shader for step in plan.steps[case.name] for launch in step.launches]
-    assert shaders.count("attention_slopes") == shaders.count("attention_grad") == parts
+    assert shaders.count("attention_dscores") == shaders.count("attention_grad") == parts
     check_on(case, device, kernels)
 
 
@@ -156,7 +156,7 @@ def test_parts_of_the_backward_pass_add_up(name, blocks, parts, device, kernels,
     ("shader", "old", "new", "part"),
     [
         ("attention_grad", "vec4<f32>(), dk[", "vec4<f32>(), 0.5 * dk[", PARTS[4]),
-        ("attention_slopes", "- 3u + j", "- 2u + j", PARTS[4]),
+        ("attention_dscores", "- 3u + j", "- 2u + j", PARTS[4]),
         ("attention_grad", "2128u + ((row_start", "2120u + ((row_start", PARTS[1]),
         ("attention_group_sum", "dk[1064u + at]", "dk[at]", PARTS[1]),
     ],

@@ -18,7 +18,7 @@ from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.gemm import tiles
-from entrenar_gpu.ops.gemm.linear import narrow_operands, turned
+from entrenar_gpu.ops.gemm.linear import low_precision_operands, transposed
 from entrenar_gpu.ops.gemm.low_precision import quantize_rows
 from entrenar_gpu.ops.gemm.tiles import Choice, Tile
 from entrenar_gpu.ops.quantize import host_parts
@@ -150,14 +150,14 @@ FAULTS = [
     ("matmul_f16", "k / 4u", "k / 8u", "f16"),
     ("matmul_f16", "to_k; k0 += 32u", "to_k - 32u; k0 += 32u", "f16"),
     ("matmul_f16", "+ bias[", "- bias[", "f16"),
-    ("narrow_rows", "thread & 252u", "thread & 254u", "int8"),
-    ("narrow_rows", "vec4<f16>(x[i])", "vec4<f16>(x[i] * 1.01)", "f16"),
-    ("narrow_rows", "workgroup - 17u", "workgroup - 18u", "f16"),
-    ("narrow_rows", "at < 65u", "at < 64u", "int8"),
-    ("nf4_narrow", "bytes[(bits[0] >> 4u) & 15u]", "bytes[(bits[0] >> 5u) & 15u]", "int8"),
-    ("nf4_narrow", "block = at / 16u", "block = at / 32u", "f16"),
-    ("nf4_narrow_transposed", "first + 7u", "first + 6u", "int8"),
-    ("nf4_narrow_transposed", "word0 >> 28u", "word0 >> 24u", "f16"),
+    ("low_precision_rows", "thread & 252u", "thread & 254u", "int8"),
+    ("low_precision_rows", "vec4<f16>(x[i])", "vec4<f16>(x[i] * 1.01)", "f16"),
+    ("low_precision_rows", "workgroup - 17u", "workgroup - 18u", "f16"),
+    ("low_precision_rows", "at < 65u", "at < 64u", "int8"),
+    ("nf4_low_precision", "bytes[(bits[0] >> 4u) & 15u]", "bytes[(bits[0] >> 5u) & 15u]", "int8"),
+    ("nf4_low_precision", "block = at / 16u", "block = at / 32u", "f16"),
+    ("nf4_low_precision_transposed", "first + 7u", "first + 6u", "int8"),
+    ("nf4_low_precision_transposed", "word0 >> 28u", "word0 >> 24u", "f16"),
 ]
 
 
@@ -199,7 +199,7 @@ def test_codes_and_scales_have_the_references_bits(turn, device, kernels):
     frozen = ops.Nf4Tensors.declare(graph, "w", (1024, 64), True, "float32")
     x = graph.tensor("x", (64, 1024 if turn else 64))
     values = rng.standard_normal(x.shape) * 2.0 ** rng.integers(-118, 110, (64, 1))
-    node = (turned(x, frozen, "int8") if turn else ops.linear(x, frozen, precision="int8")).node
+    node = (transposed(x, frozen, "int8") if turn else ops.linear(x, frozen, precision="int8")).node
     assert node is not None
     replay = Replay(device, make_plan({"codes": graph}, device.caps), kernels)
     try:
@@ -207,7 +207,7 @@ def test_codes_and_scales_have_the_references_bits(turn, device, kernels):
         for part, array in zip(frozen.parts, host_parts(weight), strict=True):
             replay.write(part.name, array)
         replay.run("codes")
-        a, a_scale, b, b_scale = (replay.read_temporary(t) for pair in narrow_operands(node) for t in pair)
+        a, a_scale, b, b_scale = (replay.read_temporary(t) for pair in low_precision_operands(node) for t in pair)
     finally:
         replay.close()
     narrowed = [(a, a_scale, values.astype(np.float32)), *([(b, b_scale, weight.dequantize().T)] if turn else [])]
@@ -266,7 +266,7 @@ def test_the_adapter_rides_along_both_ways(precision):
     plan = make_plan({"layer": layer.graph}, Caps(f16=True))
     shaders = [launch.shader for step in plan.steps["layer"] for launch in step.launches]
     assert shaders.count("low_rank") == 2  # the gradients of A and B
-    assert shaders.count("narrow_rows") == 2
+    assert shaders.count("low_precision_rows") == 2
     linears = [node for node in layer.graph.nodes if node.op == "linear"]
     assert [node.attrs["pair"] for node in linears] == [True, True]
     assert [node.attrs["pair_transposed"] for node in linears] == [True, False]

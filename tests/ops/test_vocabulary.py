@@ -22,11 +22,11 @@ from tests.helpers.equivalence import fault, needs
 
 @dataclass
 class Head:
-    """The loss of random tokens over a vocabulary in pages, with logits of a few units, and dx."""
+    """The loss of random tokens over a vocabulary in shards, with logits of a few units, and dx."""
 
     tokens: int
     depth: int
-    pages: tuple[int, ...]
+    shards: tuple[int, ...]
     smoothing: float = 0.0
     dtype: str = "bf16"
     wants_dx: bool = True
@@ -38,14 +38,14 @@ class Head:
         self.graph = graph
         x = graph.tensor("x", (self.tokens, self.depth), requires_grad=self.wants_dx)
         targets = graph.tensor("targets", (self.tokens,), "i32")
-        pages = [graph.tensor(f"w{i}", (n, self.depth), self.dtype, "weight") for i, n in enumerate(self.pages)]
-        goals = rng.integers(0, sum(self.pages), self.tokens)
+        shards = [graph.tensor(f"w{i}", (n, self.depth), self.dtype, "weight") for i, n in enumerate(self.shards)]
+        goals = rng.integers(0, sum(self.shards), self.tokens)
         goals[rng.random(self.tokens) < 0.2] = ops.IGNORE
         self.arrays = {"x": rng.standard_normal(x.shape).astype(np.float32), "targets": goals.astype(np.int32)}
-        for page in pages:
-            values = 3 / np.sqrt(self.depth) * rng.standard_normal(page.shape)
-            self.arrays[page.name] = values.astype(NUMPY_TYPES[self.dtype])
-        ops.cross_entropy(x, targets, pages, self.smoothing, self.precision)
+        for shard in shards:
+            values = 3 / np.sqrt(self.depth) * rng.standard_normal(shard.shape)
+            self.arrays[shard.name] = values.astype(NUMPY_TYPES[self.dtype])
+        ops.cross_entropy(x, targets, shards, self.smoothing, self.precision)
         (self.node,) = graph.nodes
 
     def outputs(self) -> dict[str, Tensor]:
@@ -68,15 +68,15 @@ class Head:
 
     def exact(self) -> dict[str, np.ndarray]:
         """The same in float64, softmax and all."""
-        table = np.concatenate([self.arrays[f"w{i}"].astype(np.float64) for i in range(len(self.pages))])
+        table = np.concatenate([self.arrays[f"w{i}"].astype(np.float64) for i in range(len(self.shards))])
         logits, goals = self.arrays["x"] @ table.T, self.arrays["targets"]
         lse = np.log(np.exp(logits).sum(axis=1))
         counted, rows = goals >= 0, np.arange(len(goals))
         wanted = np.full(logits.shape, self.smoothing / len(table))
         wanted[rows[counted], goals[counted]] += 1 - self.smoothing
         losses = lse - (wanted * logits).sum(axis=1)
-        slopes = (np.exp(logits - lse[:, None]) - wanted) * counted[:, None]
-        return {"loss": losses[counted].sum(keepdims=True), "lse": lse, "dx": slopes @ table}
+        dscores = (np.exp(logits - lse[:, None]) - wanted) * counted[:, None]
+        return {"loss": losses[counted].sum(keepdims=True), "lse": lse, "dx": dscores @ table}
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -84,7 +84,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 # Relative to the reference of the same arithmetic: sums of 32 products in f16 cost a product 1.2e-3 of its norm (docs/
-# gemm.md). Logits have a norm of 3 and lse one of 8; of the slopes, a logit's error is a relative one.
+# gemm.md). Logits have a norm of 3 and lse one of 8; of the dscores, a logit's error is a relative one.
 BARS = {"loss": 1e-3, "lse": 1e-3, "dx": 5e-3}
 
 
@@ -94,8 +94,8 @@ def check(head: Head, got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -
 
 
 HEADS = {
-    "one page": Head(17, 64, (128,)),
-    "pages, smoothed": Head(70, 128, (192, 192, 64), 0.1),
+    "one shard": Head(17, 64, (128,)),
+    "shards, smoothed": Head(70, 128, (192, 192, 64), 0.1),
     "stored in binary16": Head(9, 64, (64, 64), dtype="half"),
     "stored in f32": Head(9, 64, (64, 64), dtype="f32"),
     "evaluation": Head(70, 64, (192, 64), wants_dx=False),
@@ -112,7 +112,7 @@ def test_the_loss_and_its_gradient(name, device, kernels):
 
 @pytest.mark.gpu
 def test_chunks_of_tokens_and_slices_of_pages(device, kernels, monkeypatch):
-    """Slices of every page are added onto those of the page before; the last page has fewer of them."""
+    """Slices of every shard are added onto those of the shard before; the last shard has fewer of them."""
     needs(device, "f16")
     head = Head(150, 64, (192, 192, 64))
     monkeypatch.setattr(loss_ops, "LOGITS_BYTES", 2 * 448 * 64)
@@ -139,11 +139,11 @@ def test_no_further_from_the_exact_loss_than_bf16_logits_are():
 
 
 @pytest.mark.parametrize(
-    ("pages", "precision", "expected"),
+    ("shards", "precision", "expected"),
     [((128, 64), "f16", "f16"), ((128, 64), "int8", "f16"), ((128, 64), "f32", "f32"), ((128, 65), "f16", "f32")],
 )
-def test_what_is_multiplied_in_f16(pages, precision, expected):
-    assert Head(4, 64, pages, precision=precision).node.attrs["arithmetic"] == expected
+def test_what_is_multiplied_in_f16(shards, precision, expected):
+    assert Head(4, 64, shards, precision=precision).node.attrs["arithmetic"] == expected
 
 
 def test_a_vocabulary_that_is_trained_stays_f32():
@@ -169,6 +169,6 @@ FAULTS = [
 @pytest.mark.parametrize(("shader", "old", "new"), FAULTS)
 def test_a_planted_fault_is_caught(shader, old, new, device, kernels):
     needs(device, "f16")
-    head = HEADS["pages, smoothed"]
+    head = HEADS["shards, smoothed"]
     with fault(shader, old, new), pytest.raises(AssertionError, match=r"^(loss|lse|dx): "):
         check(head, head.on_device(device, kernels), head.reference())

@@ -15,7 +15,7 @@ from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files.tensor_source import TensorSource
 from entrenar_gpu.model.config import load_model_config
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,7 +123,7 @@ def test_checkpoints_quantised_by_bitsandbytes_are_read(folder, tmp_path, double
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
     )
     model.save_pretrained(tmp_path)
-    checkpoint, parameters = Checkpoint.open(tmp_path), dict(model.named_parameters())
+    checkpoint, parameters = HFCheckpoint.open(tmp_path), dict(model.named_parameters())
     quantised = [name for name in checkpoint.config.parameter_shapes() if checkpoint.is_nf4(name)]
     assert len(quantised) == 3 * 7
     for name in quantised:
@@ -138,7 +138,7 @@ def test_checkpoints_quantised_by_bitsandbytes_are_read(folder, tmp_path, double
 
 @pytest.mark.parametrize("shard_bytes", [50_000, 1 << 30])
 def test_transformers_loads_what_we_write(folder, tmp_path, shard_bytes):
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = HFCheckpoint.open(folder)
     sources = [
         TensorSource(name, shape, "F32", lambda name=name: checkpoint.f32(name) + np.float32(1))
         for name, shape in checkpoint.config.parameter_shapes().items()

@@ -18,7 +18,7 @@ from entrenar_gpu.compiler.plan import make_plan  # noqa: E402
 from entrenar_gpu.compiler.recompute import Recompute  # noqa: E402
 from entrenar_gpu.export.merge import merge_adapter  # noqa: E402
 from entrenar_gpu.infer.generate import next_logits  # noqa: E402
-from entrenar_gpu.model.hf_checkpoint import Checkpoint  # noqa: E402
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint  # noqa: E402
 from entrenar_gpu.train.graphs import logits_graph  # noqa: E402
 from entrenar_gpu.train.session import Session  # noqa: E402
 from entrenar_gpu.train.trainer import Trainer  # noqa: E402
@@ -126,8 +126,8 @@ def test_gradients_of_every_weight(tmp_path, kernels, architecture):
         run_micro_batches(trainer, step)
         assert abs(trainer.executor.read("loss")[0] / loss.item() - 1) <= LOSS_BAR
         theirs = reference.gradients(model)
-        assert {n.removesuffix(".page0") for n in trainer.session.trainable()} == theirs.keys()
-        paged = {f"{name}.page0" if name in embeddings else name: gradient for name, gradient in theirs.items()}
+        assert {n.removesuffix(".shard0") for n in trainer.session.trainable()} == theirs.keys()
+        paged = {f"{name}.shard0" if name in embeddings else name: gradient for name, gradient in theirs.items()}
         check_gradients(gradients(trainer), paged)
     finally:
         trainer.session.close()
@@ -175,7 +175,7 @@ def test_our_adapter_in_peft_and_merged_in_transformers(tmp_path, kernels):
     untrained = their_logits(base, IDS)
     assert np.linalg.norm(ours - untrained) > 1e-2 * np.linalg.norm(untrained)
     check_logits(ours, their_logits(peft.PeftModel.from_pretrained(base, folder / "run"), IDS))
-    merge_adapter(Checkpoint.open(folder / "model"), folder / "run", folder / "merged")
+    merge_adapter(HFCheckpoint.open(folder / "model"), folder / "run", folder / "merged")
     check_logits(ours, their_logits(reference.load_model(folder / "merged"), IDS))
     check_logits(our_logits(kernels, folder / "merged", IDS), ours)
 

@@ -20,7 +20,7 @@ from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.gpu import upload
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.hf_checkpoint import Checkpoint
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant.nf4 import Nf4Weight
 from entrenar_gpu.train import loader, weight_cache
@@ -44,11 +44,11 @@ def open_session(folder: Path, kernels: Any, **options: Any) -> Session:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_dense_weights_are_the_stored_ones(tmp_path, kernels, dtype, method):
-    checkpoint = Checkpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
+    checkpoint = HFCheckpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
     session = open_session(tmp_path, kernels, method=method)
     kept = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
     for name, shape in checkpoint.config.parameter_shapes().items():
-        page = f"{name}.page0" if "embed" in name else name
+        page = f"{name}.shard0" if "embed" in name else name
         values = session.executor.read(page)
         assert values.dtype == (np.float32 if method == "full" or len(shape) == 1 else kept)
         np.testing.assert_array_equal(values.astype(np.float32), checkpoint.f32(name), err_msg=name)
@@ -60,7 +60,7 @@ def test_dense_weights_are_the_stored_ones(tmp_path, kernels, dtype, method):
 def test_weights_are_quantised_as_on_the_host(tmp_path, kernels, monkeypatch, double, dtype):
     """Byte for byte, also in pieces: here of four blocks, so that a weight takes several and a short one."""
     monkeypatch.setattr(loader, "CHUNK_BYTES", 4 * 64 * 4)
-    checkpoint = Checkpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
+    checkpoint = HFCheckpoint.open(make_model(tmp_path / "model", dtype=dtype, **TINY))
     session = open_session(tmp_path, kernels, double_quant=double)
     for name in filter(loader.is_projection, checkpoint.config.parameter_shapes()):
         weight = Nf4Weight.from_dense(checkpoint.raw(name), double)
@@ -74,7 +74,7 @@ def test_weights_are_quantised_as_on_the_host(tmp_path, kernels, monkeypatch, do
 def test_stored_codes_are_used_as_they_are(tmp_path, kernels, double):
     """Those of bitsandbytes go to the device without being made again: shifted here, they stay shifted."""
     folder = make_model(tmp_path / "model", **TINY)
-    dense = Checkpoint.open(folder)
+    dense = HFCheckpoint.open(folder)
     tensors: dict[str, np.ndarray] = {}
     for name in dense.config.parameter_shapes():
         stored = nf4_tensors(name, dense.f32(name), double) if loader.is_projection(name) else {name: dense.raw(name)}
@@ -82,7 +82,7 @@ def test_stored_codes_are_used_as_they_are(tmp_path, kernels, double):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] ^= np.uint8(0x31)
     save_safetensors(folder / "model.safetensors", tensors)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = HFCheckpoint.open(folder)
     session = open_session(tmp_path, kernels)
     weight = checkpoint.nf4(name)
     assert weight.double == double

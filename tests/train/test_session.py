@@ -46,8 +46,8 @@ def test_the_memory_budget_is_said_or_known_or_assumed():
     assert memory_budget(TrainConfig(memory_budget=0.5), caps).nbytes == 1 << 29
     known, assumed = memory_budget(TrainConfig(), caps), memory_budget(TrainConfig(), Caps())
     assert (known.nbytes, assumed.nbytes) == (9 << 30, 16 << 30)
-    assert "10.0 GiB of the adapter less 10%" in known.source
-    assert "does not tell" in assumed.source
+    assert "10.0 GiB of GPU memory" in known.source
+    assert "unknown" in assumed.source
     assert "16 GiB" in assumed.source
 
 
@@ -85,7 +85,7 @@ def test_a_session_says_which_device_it_is_on(folder, kernels):
     session = Session.open(
         config_of(folder), lambda shape, caps, budget: fit_training(shape, caps, budget, False), kernels=kernels
     )
-    assert session.adapter_info["adapter"] == kernels.device.info["device"]
+    assert session.gpu_info["adapter"] == kernels.device.info["device"]
     assert session.allocated_bytes == kernels.device.allocated_bytes
     session.close()
-    assert open_session(folder).adapter_info["adapter"] == "numpy"
+    assert open_session(folder).gpu_info["adapter"] == "numpy"

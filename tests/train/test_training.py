@@ -61,12 +61,15 @@ def test_webgpus_default_limits_train_the_same(folder, tmp_path, kernels, limite
 def test_tables_in_several_pages_train_the_same(folder, tmp_path, kernels, monkeypatch):
     """Embeddings larger than a binding are split by rows; here after 64 of 97."""
     whole = train(folder, str(tmp_path / "whole"), kernels, method="full", steps=4)
-    monkeypatch.setattr("entrenar_gpu.model.parameters.PAGE_BYTES", 64 * 36 * 4)
+    monkeypatch.setattr("entrenar_gpu.model.parameters.TABLE_SHARD_BYTES", 64 * 36 * 4)
     trainer = Trainer(config_of(folder, str(tmp_path / "paged"), method="full", steps=4), kernels=kernels)
-    assert {"model.embed_tokens.weight.page0", "model.embed_tokens.weight.page1"} <= trainer.session.trainable().keys()
+    assert {
+        "model.embed_tokens.weight.shard0",
+        "model.embed_tokens.weight.shard1",
+    } <= trainer.session.trainable().keys()
     paged = [record.loss for record in trainer.steps()]
     trainer.session.close()
-    # the loss sums the vocabulary page by page, in another order
+    # the loss sums the vocabulary shard by page, in another order
     np.testing.assert_allclose(paged, whole, rtol=1e-6)
 
 

@@ -16,7 +16,7 @@ from entrenar_gpu.gpu.measure import Product, measure
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
-VOCABULARY_PAGE = 8192  # rows of a page of the vocabulary that is timed
+VOCABULARY_SHARD = 8192  # rows of a shard of the vocabulary that is timed
 
 
 def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[Product]:
@@ -31,11 +31,11 @@ def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Seq
             yield Product(f"v^T x {width}", "f32", rank, width, t, transpose_a=True)
             yield Product(f"dy B {width}", "f32", t, rank, width)
             yield Product(f"dy^T u {width}", "f32", width, rank, t, transpose_a=True)
-        yield Product("vocabulary page", "f32", t, VOCABULARY_PAGE, model.hidden_size, transpose_b=True)
+        yield Product("vocabulary shard", "f32", t, VOCABULARY_SHARD, model.hidden_size, transpose_b=True)
 
 
 def forward(n: int, k: int, precision: Arithmetic, rows: int) -> Product:
-    """x W^T; in f32, W is dequantised turned, so that B lies as [K, N]."""
+    """x W^T; in f32, W is dequantised transposed, so that B lies as [K, N]."""
     return Product(f"forward {n}x{k}", precision, rows, n, k, transpose_b=precision != "f32", weight=True)
 
 

@@ -24,7 +24,7 @@ from entrenar_gpu.ops.optimizer import STATE
 from entrenar_gpu.ops.registry import OPS
 
 REPEATS = 32
-VOCABULARY_PAGE = 8192  # rows of the vocabulary that a loss is timed over
+VOCABULARY_SHARD = 8192  # rows of the vocabulary that a loss is timed over
 EPS = 1e-6
 PARAMETERS = 8 << 20  # of a page that the optimizer steps
 
@@ -106,7 +106,7 @@ class _Programs:
         _with_gradient(ops.attention(q, k, v, starts, self._rows, self._c.num_heads, self._c.num_kv_heads))
 
     def _page(self, graph: Graph) -> Tensor:
-        return graph.tensor("page", (VOCABULARY_PAGE, self._c.hidden_size), "bf16", "weight")
+        return graph.tensor("page", (VOCABULARY_SHARD, self._c.hidden_size), "bf16", "weight")
 
     def _embedding(self, graph: Graph) -> None:
         ops.embedding(graph.tensor("ids", (self._t,), "u32"), [self._page(graph)])
@@ -139,7 +139,7 @@ def _fill(replay: Replay, tokens: int) -> None:
         if name == "positions":
             replay.write(name, np.arange(tensor.size) % tokens)
         elif name in ("ids", "targets"):
-            replay.write(name, rng.integers(0, VOCABULARY_PAGE, tensor.size))
+            replay.write(name, rng.integers(0, VOCABULARY_SHARD, tensor.size))
         elif tensor.dtype == "f32":
             replay.write(name, np.resize(rng.standard_normal(1_000_003, dtype=np.float32), tensor.shape))
         elif tensor.dtype == "u8":

@@ -57,7 +57,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     def fit(caps: Caps) -> Fitted:
         return fit_training(shape, caps, budget, False)
 
-    level, plan, graphs = tuned(fit, kernels) if config.tune else fit(device.caps)
+    recompute, plan, graphs = tuned(fit, kernels) if config.tune else fit(device.caps)
     replay = Replay(device, plan, kernels)
     _fill(replay, shape, spec)
     timings = _run(replay, config, model.vocab_size, steps)
@@ -76,7 +76,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         **_speeds(timings, config, flops, ceiling),
         "planned_bytes": plan.peak_bytes,
         **held,
-        "recompute": level.describe(),
+        "recompute": recompute.describe(),
         "loss": timings["loss"][-1],
         "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
     }

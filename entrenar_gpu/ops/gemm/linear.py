@@ -1,11 +1,11 @@
 """Products with an NF4 weight in low precision: f16, or int8 with a scale for every 64 values along the contraction.
 
-The forward product contracts over in-features, along which NF4's own blocks lie: its codes turn into int8 by a table of
-16 entries. The gradient of the input contracts over out-features: the weight is turned and, for int8, quantised anew
-along that axis. Activations and output gradients are narrowed on the way in. The narrow copy of x is workspace of the
-node; so is the weight's, unless one that stays on the device takes the weight's place among the node's inputs
-(narrowed.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the launch that narrows
-x, from the same rows: the node's second output.
+The forward product contracts over in-features, along which NF4's own blocks lie: its codes become int8 by a table of
+16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
+anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
+workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
+inputs (compiler/weight_copies.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the
+launch that converts x, from the same rows: the node's second output.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.launch import Launch, reads, writes
 from entrenar_gpu.graph.tensor import Node, Tensor
 from entrenar_gpu.ops.gemm.low_precision import (
-    dequantize_turned,
-    narrow_arrays,
-    narrow_rows_launch,
-    narrow_specs,
-    narrow_weight_launch,
+    dequantize_transposed,
+    low_precision_arrays,
+    low_precision_rows_launch,
+    low_precision_specs,
+    low_precision_weight_launch,
     quantize_rows,
 )
 from entrenar_gpu.ops.gemm.low_rank import RANKS
@@ -72,11 +72,11 @@ def linear(
     if not whole_blocks:
         return matmul(x, weight.dequantize(), transpose_b=True, pair=pair, bias=bias, residual=residual)
     if precision == "f32":
-        return matmul(x, dequantize_turned(weight), pair=pair, bias=bias, residual=residual, pair_transposed=True)
+        return matmul(x, dequantize_transposed(weight), pair=pair, bias=bias, residual=residual, pair_transposed=True)
     return _record(x, weight, precision, False, pair, bias, residual, down)
 
 
-def turned(dy: Tensor, weight: Nf4Tensors, precision: Arithmetic) -> Tensor:
+def transposed(dy: Tensor, weight: Nf4Tensors, precision: Arithmetic) -> Tensor:
     """dy W, [..., K]: the gradient of `linear`'s input in f16 or int8."""
     return _record(dy, weight, precision, True)
 
@@ -101,8 +101,8 @@ def _record(
         shape=weight.shape,
         rounded=weight.rounded,
         head=1 + len(weight.parts),
-        turned=turn,
-        narrowed=False,
+        transposed=turn,
+        copied=False,
         pair=pair is not None,
         beta=pair[2] if pair else 0.0,
         pair_transposed=True,
@@ -113,20 +113,20 @@ def _record(
 
 
 def weight_of(node: Node) -> tuple[Tensor, ...]:
-    """The tensors that hold a node's weight: its NF4 parts or its narrow copy."""
+    """The tensors that hold a node's weight: its NF4 parts or its low-precision copy."""
     return node.inputs[1 : node.attrs["head"]]
 
 
 def reading(node: Node, copy: Sequence[Tensor]) -> Node:
-    """A node that computes the same from a narrow copy of the weight, and shares the outputs of this one."""
+    """A node that computes the same from a low-precision copy of the weight, and shares the outputs of this one."""
     inputs = (node.inputs[0], *copy, *node.inputs[node.attrs["head"] :])
-    return replace(node, inputs=inputs, attrs={**node.attrs, "head": 1 + len(copy), "narrowed": True})
+    return replace(node, inputs=inputs, attrs={**node.attrs, "head": 1 + len(copy), "copied": True})
 
 
 def product_sizes(node: Node) -> tuple[int, int, int, int]:
-    """M, N, K of the product (the weight turned if need be), and R of the pair."""
+    """M, N, K of the product (the weight transposed if need be), and R of the pair."""
     x, (n, k) = node.inputs[0], node.attrs["shape"]
-    n, k = (k, n) if node.attrs["turned"] else (n, k)
+    n, k = (k, n) if node.attrs["transposed"] else (n, k)
     q = operands(node).q
     return x.rows, n, k, 0 if q is None else q.columns if node.attrs["pair_transposed"] else q.rows
 
@@ -151,11 +151,11 @@ def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndar
     attrs, head = node.attrs, node.attrs["head"] - 1
     parts, added = rest[:head], rest[head:]
     rows = x.reshape(-1, x.shape[-1])
-    narrow = parts if attrs["narrowed"] else narrow_arrays(attrs, parts)
+    low = parts if attrs["copied"] else low_precision_arrays(attrs, parts)
     if attrs["arithmetic"] == "f16":
-        out = rows.astype(np.float16).astype(np.float32) @ narrow[0].astype(np.float32).T
+        out = rows.astype(np.float16).astype(np.float32) @ low[0].astype(np.float32).T
     else:
-        (a, a_scale), (b, b_scale) = quantize_rows(rows), (narrow[0].view(np.int8), narrow[1].T)
+        (a, a_scale), (b, b_scale) = quantize_rows(rows), (low[0].view(np.int8), low[1].T)
         blocks = (a.reshape(len(a), -1, BLOCK), b.reshape(len(b), -1, BLOCK))
         a_real, b_real = (c * s[..., None] for c, s in zip(blocks, (a_scale, b_scale), strict=True))
         out = a_real.reshape(a.shape) @ b_real.reshape(b.shape).T
@@ -167,13 +167,13 @@ def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndar
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    """The input's gradient is the same op with the weight turned; the quantisation counts as the identity."""
+    """The input's gradient is the same op with the weight transposed; the quantisation counts as the identity."""
     dy, attrs, o = upstream[0], node.attrs, operands(node)
     if attrs["down"]:
         return _gradient_down(node, dy, context)
     grads: list[Tensor | None] = [None] * len(node.inputs)
     if context.wanted(node.inputs[0]):
-        plain = {**attrs, "turned": not attrs["turned"], "pair": False, "bias": False, "residual": False}
+        plain = {**attrs, "transposed": not attrs["transposed"], "pair": False, "bias": False, "residual": False}
         (grads[0],) = record("linear", dy, *weight_of(node), **plain)
     at = attrs["head"]
     if o.p is not None and o.q is not None:
@@ -198,9 +198,9 @@ def _gradient_added(o: Operands, dy: Tensor, context: GradientContext) -> list[T
 
 
 def _gradient_down(node: Node, dy: Tensor, context: GradientContext) -> Sequence[Tensor | None]:
-    """Of x W^T + beta (x A^T) B^T: the input's is dy W + beta (dy B) A, the same op with W turned and B for A."""
+    """Of x W^T + beta (x A^T) B^T: the input's is dy W + beta (dy B) A, the same op with W transposed and B for A."""
     attrs, o = node.attrs, operands(node)
-    if attrs["turned"]:
+    if attrs["transposed"]:
         raise ValueError(f"{node.label()}: a gradient, and not differentiable again")
     x, a, b, p = node.inputs[0], o.down, o.q, o.p
     assert a is not None
@@ -208,7 +208,13 @@ def _gradient_down(node: Node, dy: Tensor, context: GradientContext) -> Sequence
     assert p is not None
     dx = None
     if context.wanted(x):
-        changed = {**attrs, "turned": not attrs["turned"], "pair_transposed": False, "bias": False, "residual": False}
+        changed = {
+            **attrs,
+            "transposed": not attrs["transposed"],
+            "pair_transposed": False,
+            "bias": False,
+            "residual": False,
+        }
         dx, du = record("linear", dy, *weight_of(node), b, a, **changed)
     else:
         du = matmul(dy, b)
@@ -249,19 +255,19 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     """Narrow copies of x and of the weight, unless it is there already, then the partial sums, if any."""
     m, n, k, _ = product_sizes(node)
     arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
-    specs = narrow_specs(arithmetic, m, k)
-    specs += [] if node.attrs["narrowed"] else narrow_specs(arithmetic, n, k)
+    specs = low_precision_specs(arithmetic, m, k)
+    specs += [] if node.attrs["copied"] else low_precision_specs(arithmetic, n, k)
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
-def narrow_operands(node: Node) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """What the product multiplies, x and the weight: each its narrow copy and, in int8, its scales."""
+def low_precision_operands(node: Node) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """What the product multiplies, x and the weight: each its low-precision copy and, in int8, its scales."""
     has_scales = node.attrs["arithmetic"] == "int8"
 
     def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return by[0], by[1] if has_scales else None
 
-    weight = weight_of(node) if node.attrs["narrowed"] else node.workspace[2 if has_scales else 1 :]
+    weight = weight_of(node) if node.attrs["copied"] else node.workspace[2 if has_scales else 1 :]
     return held(node.workspace), held(weight)
 
 
@@ -269,11 +275,11 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     m, n, k, r = product_sizes(node)
     o, slices = operands(node), _slices(node, caps)
     partial = node.workspace[-1] if slices else None
-    (narrow_x, x_scales), (narrow_w, w_scales) = narrow_operands(node)
+    (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node)
     product = Product(
         (m, n, k),
-        whole(narrow_x),
-        whole(narrow_w),
+        whole(low_x),
+        whole(low_w),
         Block(node.output, 0, n),
         transpose_b=True,
         pair=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
@@ -285,9 +291,9 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     cooperative = _cooperative(node, caps)
     multiply = _multiply_cooperative if cooperative else _multiply
     down = (o.down, o.p, node.attrs["pair_transposed"]) if o.down is not None and o.p is not None else None
-    launches = [narrow_rows_launch(whole(node.inputs[0]), m, k, narrow_x, x_scales, caps, down)]
-    if not node.attrs["narrowed"]:
-        launches.append(narrow_weight_launch(node.attrs, weight_of(node), narrow_w, w_scales, caps))
+    launches = [low_precision_rows_launch(whole(node.inputs[0]), m, k, low_x, x_scales, caps, down)]
+    if not node.attrs["copied"]:
+        launches.append(low_precision_weight_launch(node.attrs, weight_of(node), low_w, w_scales, caps))
     launches.append(multiply(node, product, partial, caps))
     if partial is not None:
         launches.append(sum_launch(product, partial, caps))
@@ -307,7 +313,7 @@ def _multiply(node: Node, product: Product, partial: Tensor | None, caps: Caps) 
 
 def _multiply_int8(node: Node, product: Product, choice: Choice) -> Launch:
     (m, n, k), tile = product.sizes, choice.tile
-    (a, a_scale), (b, b_scale) = narrow_operands(node)
+    (a, a_scale), (b, b_scale) = low_precision_operands(node)
     assert a_scale is not None
     assert b_scale is not None
     bindings = [reads("a", a, 4), reads("b", b, 4), reads("a_scale", a_scale), reads("b_scale", b_scale)]

@@ -1,4 +1,4 @@
-"""Operands of products, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, turned, f32.
+"""Operands of products, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, transposed, f32.
 
 int8 has a scale for every 64 values along the product's inner axis, codes four to a u32, and scales [K / 64, rows].
 """
@@ -28,7 +28,7 @@ OVER_127 = float(np.float32(1) / np.float32(127))
 
 
 def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes [rows, K] and scales [rows, K / 64] of float rows, as narrow_rows.wgsl makes them."""
+    """int8 codes [rows, K] and scales [rows, K / 64] of float rows, as low_precision_rows.wgsl makes them."""
     blocks = values.astype(np.float32).reshape(values.shape[0], -1, BLOCK)
     absmax = np.abs(blocks).max(axis=-1)
     codes = np.rint(blocks * _inverse(absmax)[..., None]).astype(np.int8)
@@ -45,11 +45,11 @@ def _inverse(absmax: np.ndarray) -> np.ndarray:
 
 
 def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """int8 codes and scales of an NF4 weight [N, K] with `shape`, `rounded` and `turned` in `attrs`.
+    """int8 codes and scales of an NF4 weight [N, K] with `shape`, `rounded` and `transposed` in `attrs`.
 
-    As the product reads it: [N, K] by NF4's own blocks and, turned, [K, N] quantised again.
+    As the product reads it: [N, K] by NF4's own blocks and, transposed, [K, N] quantised again.
     """
-    if attrs["turned"]:
+    if attrs["transposed"]:
         return quantize_rows(dequantized(attrs, *parts).T)
     n, k = attrs["shape"]
     codes = INT8_CODES[nf4.unpack(parts[0], n * k)].reshape(n, k)
@@ -59,23 +59,23 @@ def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tu
     return codes, scales * np.float32(OVER_127)
 
 
-def narrow_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
+def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
     """What holds [rows, K] as a product's operand: f16, or int8 codes and their scales."""
     if arithmetic == "f16":
         return [((rows, k), "f16")]
     return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
 
 
-def narrow_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """An NF4 weight as `narrow_specs` holds it, with `arithmetic`, `shape`, `rounded` and `turned` in `attrs`."""
+def low_precision_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """An NF4 weight as `low_precision_specs` holds it; `attrs` are those of a `linear` node."""
     if attrs["arithmetic"] == "f16":
         weight = dequantized(attrs, *parts)
-        return [np.ascontiguousarray(weight.T if attrs["turned"] else weight, np.float16)]
+        return [np.ascontiguousarray(weight.T if attrs["transposed"] else weight, np.float16)]
     codes, scales = quantize_weight(attrs, parts)
     return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
 
 
-def narrow_rows_launch(
+def low_precision_rows_launch(
     source: Block,
     rows: int,
     k: int,
@@ -101,19 +101,19 @@ def narrow_rows_launch(
         bindings += [reads("by", by, 4), writes("down", product, 4)]
         constants |= low_rank.rows_constants(product.columns, transposed)
         workgroups += -(-rows // 4)
-    return Launch("narrow_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
+    return Launch("low_precision_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
 
 
-def narrow_weight_launch(
+def low_precision_weight_launch(
     attrs: Mapping[str, Any], parts: Sequence[Tensor], out: Tensor, scales: Tensor | None, caps: Caps
 ) -> Launch:
-    """out [N, K] or, turned, [K, N] = an NF4 weight with `shape`, `rounded`, `turned` in `attrs`.
+    """out [N, K] or, transposed, [K, N] = an NF4 weight with `shape`, `rounded`, `transposed` in `attrs`.
 
-    int8 with scales, else f16 or, turned only, f32, as out is.
+    int8 with scales, else f16 or, transposed only, f32, as out is.
     """
-    (n, k), turned = attrs["shape"], attrs["turned"]
+    (n, k), transposed = attrs["shape"], attrs["transposed"]
     codes, *scale_parts = scale_bindings(parts)
-    bindings = [replace(codes, vector=4 if turned else 2), *scale_parts, writes("out", out, 4)]
+    bindings = [replace(codes, vector=4 if transposed else 2), *scale_parts, writes("out", out, 4)]
     if scales is not None:
         bindings.append(writes("scales", scales))
     arithmetic, each = (out.dtype, 4) if scales is None else ("int8", 16)  # codes that an invocation takes
@@ -127,48 +127,50 @@ def narrow_weight_launch(
         "bytes": tuple(code & 0xFF for code in INT8_CODES.tolist()),
         "over_127": literal(OVER_127),
     }
-    grid = (k // BLOCK, n // BLOCK, 1) if turned else grid_of(-(-n * k // (256 * each)), caps)
-    return Launch("nf4_narrow_transposed" if turned else "nf4_narrow", tuple(bindings), constants, grid)
+    grid = (k // BLOCK, n // BLOCK, 1) if transposed else grid_of(-(-n * k // (256 * each)), caps)
+    return Launch(
+        "nf4_low_precision_transposed" if transposed else "nf4_low_precision", tuple(bindings), constants, grid
+    )
 
 
-def narrow_weight(weight: Nf4Tensors, arithmetic: Arithmetic, turned: bool) -> tuple[Tensor, ...]:
-    """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, turned, [K, N]."""
-    attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "turned": turned}
-    return record("narrow_weight", *weight.parts, **attrs)
+def low_precision_weight(weight: Nf4Tensors, arithmetic: Arithmetic, transposed: bool) -> tuple[Tensor, ...]:
+    """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, transposed, [K, N]."""
+    attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "transposed": transposed}
+    return record("low_precision_weight", *weight.parts, **attrs)
 
 
-def _narrow_weight_infer(node: Node) -> Sequence[Spec]:
-    n, k = node.attrs["shape"][::-1] if node.attrs["turned"] else node.attrs["shape"]
-    return narrow_specs(node.attrs["arithmetic"], n, k)
+def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
+    n, k = node.attrs["shape"][::-1] if node.attrs["transposed"] else node.attrs["shape"]
+    return low_precision_specs(node.attrs["arithmetic"], n, k)
 
 
-def _narrow_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _low_precision_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
-    return [narrow_weight_launch(node.attrs, node.inputs, codes, scales, caps)]
+    return [low_precision_weight_launch(node.attrs, node.inputs, codes, scales, caps)]
 
 
 register(
     Op(
-        "narrow_weight",
-        _narrow_weight_infer,
-        lambda node, *parts: narrow_arrays(node.attrs, parts),
-        _narrow_weight_launch,
+        "low_precision_weight",
+        _low_precision_weight_infer,
+        lambda node, *parts: low_precision_arrays(node.attrs, parts),
+        _low_precision_weight_launch,
     )
 )
 
 
-def dequantize_turned(weight: Nf4Tensors) -> Tensor:
+def dequantize_transposed(weight: Nf4Tensors) -> Tensor:
     """The weight in f32 as [K, N], both multiples of 64: scratch, and as a product x W^T reads it fastest."""
-    return record("nf4_dequantize_turned", *weight.parts, shape=weight.shape, rounded=weight.rounded)[0]
+    return record("nf4_dequantize_transposed", *weight.parts, shape=weight.shape, rounded=weight.rounded)[0]
 
 
 register(
     Op(
-        "nf4_dequantize_turned",
+        "nf4_dequantize_transposed",
         lambda node: [(node.attrs["shape"][::-1], "f32")],
         lambda node, *arrays: [np.ascontiguousarray(dequantized(node.attrs, *arrays).T)],
         lambda node, caps, aliased: [
-            narrow_weight_launch({**node.attrs, "turned": True}, node.inputs, node.output, None, caps)
+            low_precision_weight_launch({**node.attrs, "transposed": True}, node.inputs, node.output, None, caps)
         ],
         transient=True,
     )

@@ -1,8 +1,8 @@
 """Launches of the products that adapters add: x A^T, dy B, and the gradients of A and B, whose one side is a rank.
 
 They take no time to multiply: what counts is one pass over the wide operand and one launch, where tiles made for
-square products split the sum into a second one (docs/fusion.md). Where the wide operand is narrowed anyway, the launch
-that does so makes the product too (narrow.py).
+square products split the sum into a second one (docs/fusion.md). Where the wide operand is converted anyway, the launch
+that does so makes the product too (low_precision.py).
 """
 
 from __future__ import annotations

@@ -172,9 +172,9 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
 
 
 def _plain(b: Tensor) -> Tensor | None:
-    """The transposed of b where b is an NF4 weight dequantised turned: to dequantise it plain costs no more than to
+    """The transposed of b where b is an NF4 weight dequantised transposed: to dequantise it plain costs no more than to
     read it against its rows."""
-    if b.node is None or b.node.op != "nf4_dequantize_turned":
+    if b.node is None or b.node.op != "nf4_dequantize_transposed":
         return None
     return record("nf4_dequantize", *b.node.inputs, **b.node.attrs)[0]
 

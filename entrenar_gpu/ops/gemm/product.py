@@ -108,7 +108,7 @@ def product_launch(product: Product, choice: Choice, partial: Tensor | None = No
 def f16_launch(product: Product, choice: Choice) -> Launch:
     """The multiplication in f16 with f32 sums (shaders/matmul_f16.wgsl), otherwise as `product_launch`.
 
-    A is f16 and not transposed; B any float, narrowed on the way in. K is whole tiles, N and every base and stride a
+    A is f16 and not transposed; B any float, converted on the way in. K is whole tiles, N and every base and stride a
     multiple of four.
     """
     constants = {**_blocked(product, choice), "f16": True, "c_format": product.c.tensor.dtype}

@@ -1,7 +1,7 @@
-"""Products between tokens and a vocabulary W [V, D] that is kept in pages of rows: logits, and the way back to tokens.
+"""Products between tokens and a vocabulary W [V, D] that is kept in shards of rows: logits, and the way back to tokens.
 
-Both work on a chunk of tokens, page by page. In f16 the tokens are narrowed first, W on its way into a tile, and the
-slopes that come back are scaled by a power of two, so that small probabilities stay normal numbers.
+Both work on a chunk of tokens, shard by shard. In f16 the tokens are converted first, W on its way into a tile, and the
+dscores that come back are scaled by a power of two, so that small probabilities stay normal numbers.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from dataclasses import replace
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.launch import Launch
 from entrenar_gpu.graph.tensor import Tensor
-from entrenar_gpu.ops.embedding import page_starts
-from entrenar_gpu.ops.gemm.low_precision import narrow_rows_launch
+from entrenar_gpu.ops.embedding import shard_starts
+from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
 from entrenar_gpu.ops.gemm.product import Block, Product, f16_launch, product_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.registry import Spec
 from entrenar_gpu.quant.nf4 import BLOCK
 
-# Of the slopes in f16: from 2^-26 on, a four-hundredth of a uniform 1 / 152k, they are normal numbers, which no device
+# Of the dscores in f16: from 2^-26 on, a four-hundredth of a uniform 1 / 152k, they are normal numbers, which no device
 # flushes to zero; and as those of a token sum to at most 2, products with |w| < 8 stay below the largest f16.
-SLOPE_SCALE = 4096.0
+DSCORE_SCALE = 4096.0
 
 
-def vocabulary_of(pages: Sequence[Tensor]) -> int:
-    return sum(p.shape[0] for p in pages)
+def vocabulary_of(shards: Sequence[Tensor]) -> int:
+    return sum(p.shape[0] for p in shards)
 
 
-def arithmetic_of(wanted: Arithmetic, pages: Sequence[Tensor]) -> Arithmetic:
-    """The arithmetic of products with these pages: f16 takes whole tiles only, and int8 is for NF4's blocks."""
-    fits = all(p.rows % BLOCK == 0 and p.columns % BLOCK == 0 for p in pages)
+def arithmetic_of(wanted: Arithmetic, shards: Sequence[Tensor]) -> Arithmetic:
+    """The arithmetic of products with these shards: f16 takes whole tiles only, and int8 is for NF4's blocks."""
+    fits = all(p.rows % BLOCK == 0 and p.columns % BLOCK == 0 for p in shards)
     return "f16" if wanted != "f32" and fits else "f32"
 
 
 def logits_launches(
-    x: Tensor, narrow: Tensor | None, pages: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps
+    x: Tensor, low_precision: Tensor | None, shards: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps
 ) -> list[Launch]:
-    """logits[:count] = x[at : at + count] W^T; in f16 by way of `narrow` [C, D]."""
+    """logits[:count] = x[at : at + count] W^T; in f16 by way of `low_precision` [C, D]."""
     depth = x.columns
     rows, launches = Block(x, at * depth, depth), []
-    if narrow is not None:
-        launches.append(narrow_rows_launch(rows, count, depth, narrow, None, caps))
-        rows = whole(narrow)
+    if low_precision is not None:
+        launches.append(low_precision_rows_launch(rows, count, depth, low_precision, None, caps))
+        rows = whole(low_precision)
     multiply, arithmetic = _multiplication(logits)
-    for page, start in zip(pages, page_starts(pages), strict=True):
-        sizes, out = (count, page.shape[0], depth), Block(logits, start, logits.columns)
-        product = Product(sizes, rows, Block(page, 0, depth), out, transpose_b=True)
+    for shard, start in zip(shards, shard_starts(shards), strict=True):
+        sizes, out = (count, shard.shape[0], depth), Block(logits, start, logits.columns)
+        product = Product(sizes, rows, Block(shard, 0, depth), out, transpose_b=True)
         launches.append(multiply(product, choose(arithmetic, *sizes, "nt", caps, split=False)))
     return launches
 
@@ -55,37 +55,39 @@ def _multiplication(logits: Tensor) -> tuple[Callable[[Product, Choice], Launch]
     return (f16_launch, "f16") if logits.dtype == "f16" else (product_launch, "f32")
 
 
-def _back_choice(pages: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
-    """How slopes W is cut up: [C, D] alone fills no GPU, so the long sum over a page's rows is split.
+def _back_choice(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
+    """How dscores W is cut up: [C, D] alone fills no GPU, so the long sum over a shard's rows is split.
 
     Pages are multiplied one after the other, so each alone must fill the GPU; the first is the longest.
     """
     (count, _), dtype = logits
-    depth, rows = pages[0].columns, pages[0].shape[0]
+    depth, rows = shards[0].columns, shards[0].shape[0]
     choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps, tail=False)
     return Choice(choice.tile, -(-rows // slice_length(rows, choice)))
 
 
-def back_workspace(pages: Sequence[Tensor], logits: Spec, caps: Caps) -> Sequence[Spec]:
-    """Partial sums of `back_launches`; none where a page is one slice."""
-    slices = _back_choice(pages, logits, caps).slices
-    return [((slices, logits[0][0], pages[0].columns), "f32")] if slices > 1 else []
+def back_workspace(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Sequence[Spec]:
+    """Partial sums of `back_launches`; none where a shard is one slice."""
+    slices = _back_choice(shards, logits, caps).slices
+    return [((slices, logits[0][0], shards[0].columns), "f32")] if slices > 1 else []
 
 
 def back_launches(
-    dx: Tensor, pages: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
+    dx: Tensor, shards: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
 ) -> list[Launch]:
-    """dx[at : at + count] = slopes W, summed over the pages, by slices of them in `partial`; slopes lie in `logits`."""
+    """dx[at : at + count] = dscores W, summed over the shards, by slices in `partial`; dscores lie in `logits`."""
     depth, vocabulary = dx.columns, logits.columns
     out = Block(dx, at * depth, depth)
-    choice = _back_choice(pages, (logits.shape, logits.dtype), caps)
+    choice = _back_choice(shards, (logits.shape, logits.dtype), caps)
     target = out if partial is None else whole(partial)
     multiply, arithmetic = _multiplication(logits)
-    alpha = 1 / SLOPE_SCALE if arithmetic == "f16" else 1.0
-    operands = [(Block(logits, start, vocabulary), page) for page, start in zip(pages, page_starts(pages), strict=True)]
+    alpha = 1 / DSCORE_SCALE if arithmetic == "f16" else 1.0
+    operands = [
+        (Block(logits, start, vocabulary), shard) for shard, start in zip(shards, shard_starts(shards), strict=True)
+    ]
     products = [
-        Product((count, depth, page.shape[0]), slopes, Block(page, 0, depth), target, alpha=alpha)
-        for slopes, page in operands
+        Product((count, depth, shard.shape[0]), dscores, Block(shard, 0, depth), target, alpha=alpha)
+        for dscores, shard in operands
     ]
     launches = [multiply(replace(product, accumulate=product is not products[0]), choice) for product in products]
     if partial is not None:

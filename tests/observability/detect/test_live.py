@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entrenar_gpu import cli
+from entrenar_gpu.cli import main
 from entrenar_gpu.cli.display import Progress
 from observability import schema
 from observability.detect.findings import Finding
@@ -104,7 +104,7 @@ def test_a_terminal_without_sigma_gets_the_line_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
     monkeypatch.setattr(sys, "argv", ["entrenar-gpu", "--version"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main.main()
     steps = made.plain_steps(60)
     steps[40].phases["data"] += 300
     watch(steps, emit=Progress().say)

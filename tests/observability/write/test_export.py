@@ -29,7 +29,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from entrenar_gpu import cli
+from entrenar_gpu.cli import main
 from entrenar_gpu.events import notify
 from observability import observe, schema
 from observability.errors import TraceError
@@ -244,7 +244,7 @@ def test_anomalies_found_at_the_end_of_the_run_reach_the_metrics(
     monkeypatch.setattr("opentelemetry.metrics.get_meter_provider", lambda: provider)
     config = SimpleNamespace(output=str(tmp_path), trace_level="step", otlp=None)
     said: list[str] = []
-    _, observers = cli._tracing(config, SimpleNamespace(say=lambda line, style: said.append(line)))
+    _, observers = main._tracing(config, SimpleNamespace(say=lambda line, style: said.append(line)))
     notify(observers, "run_started", run_info())
     noise = np.random.default_rng(0).normal(1, 0.01, 190)
     for step in range(1, 191):

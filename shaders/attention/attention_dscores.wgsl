@@ -2,7 +2,7 @@
 // The first half of attention's gradient: P and dS of every visible block of 64 queries and 64 keys.
 //   P = exp(scale q k^T - lse), dP = dout v^T, dS = P (dP - delta), which lacks the factor scale
 // q and dout [rows, S, H, E], k and v [rows, S, K, E], statistics [2, B, H, S]: lse, then delta = sum(out dout).
-// slopes [rows, HEADS, PAIRS, 2, 64, 64]: P, then dS, by query and key, for query blocks FIRST to END - 1 and the key
+// dscores [rows, HEADS, PAIRS, 2, 64, 64]: P, then dS, by query and key, for query blocks FIRST to END - 1 and the key
 // blocks up to each. Blocks in which no query sees a key are left out. `=`.
 // Grid: (FIRST + END + 1, ceil((END - FIRST) / 2), rows * HEADS): a short and a long row of blocks together.
 {% set T = parts.T %}
@@ -38,11 +38,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       for (var e0 = 0u; e0 < {{ EP }}u; e0 += {{ CE }}u) {
         workgroupBarrier();
         if (phase == 0u) {
-          {{ parts.stage_turned("tile_a", "0u", 16, "q", "q0", 64, "head", H, "e0", CE, " * %s" % scale) }}
-          {{ parts.stage_turned("tile_b", "0u", 16, "k", "k0", 64, "kv_head", K, "e0", CE, "") }}
+          {{ parts.stage_transposed("tile_a", "0u", 16, "q", "q0", 64, "head", H, "e0", CE, " * %s" % scale) }}
+          {{ parts.stage_transposed("tile_b", "0u", 16, "k", "k0", 64, "kv_head", K, "e0", CE, "") }}
         } else {
-          {{ parts.stage_turned("tile_a", "0u", 16, "dout", "q0", 64, "head", H, "e0", CE, "") }}
-          {{ parts.stage_turned("tile_b", "0u", 16, "v", "k0", 64, "kv_head", K, "e0", CE, "") }}
+          {{ parts.stage_transposed("tile_a", "0u", 16, "dout", "q0", 64, "head", H, "e0", CE, "") }}
+          {{ parts.stage_transposed("tile_b", "0u", 16, "v", "k0", 64, "kv_head", K, "e0", CE, "") }}
         }
         workgroupBarrier();
         {{ parts.multiply("s", "tile_a", "0u", 16, "tile_b", "0u", 16, true, 1, CE) }}
@@ -72,8 +72,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     {
       let delta = statistics[facts + {{ B * H * S }}u + min(q0 + {{ parts.row(i) }}, {{ S - 1 }}u)];
       let at = start + {{ parts.row(i) }} * 16u + tx;
-      slopes[at] = weight{{ i }};
-      slopes[at + 1024u] = vec4<{{ T }}>(vec4<f32>(weight{{ i }}) * (s{{ i }}_0 - vec4<f32>(delta)));
+      dscores[at] = weight{{ i }};
+      dscores[at + 1024u] = vec4<{{ T }}>(vec4<f32>(weight{{ i }}) * (s{{ i }}_0 - vec4<f32>(delta)));
     }
 {% endfor %}
   }

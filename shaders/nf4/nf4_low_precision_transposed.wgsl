@@ -1,4 +1,4 @@
-// An NF4 weight [N, K] turned, both multiples of 64 (=).
+// An NF4 weight [N, K] transposed, both multiples of 64 (=).
 {% if arithmetic != "int8" %}
 // out [K, N]: the weight's values, in {{ "f16 rounded to binary16" if arithmetic == "f16" else "f32" }}.
 {% else %}
