@@ -16,12 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from entrenar_gpu.cli.bench.gemm import bench_gemm, products
-from entrenar_gpu.files.atomic import write_text
-from entrenar_gpu.gpu.autotune import sweep
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import Product, choice_of
-from entrenar_gpu.model.config import model_shape
+from entrenar_gpu.files import write_text
+from entrenar_gpu.gpu import Device, KernelCache, Product, choice_of, sweep
+from entrenar_gpu.model import model_shape
 from entrenar_gpu.ops.gemm.tiles import to_numbers
 
 

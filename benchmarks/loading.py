@@ -22,18 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_checkpoint import make_checkpoint
-from entrenar_gpu.compiler.plan import make_plan
-from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.config import ModelConfig, is_projection
-from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-from entrenar_gpu.model.parameters import Parameters, Storage
-from entrenar_gpu.train.loader import load_weights, storage_of
-from entrenar_gpu.train.weight_cache import WeightCache
+from entrenar_gpu.compiler import make_plan
+from entrenar_gpu.config import SHAPES, TrainConfig
+from entrenar_gpu.gpu import Device, Replay
+from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.model import HFCheckpoint, ModelConfig, Parameters, Storage, is_projection
+from entrenar_gpu.train import WeightCache, load_weights, storage_of
 
 BLOCK_BYTES = 16 << 20
 TIME_LIMIT = 300.0

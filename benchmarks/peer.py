@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.config.train_config import PROJECTIONS
+from entrenar_gpu.config import PROJECTIONS, SHAPES
 
 SHAPE = SHAPES["qwen3-4b"]
 RANK = 16

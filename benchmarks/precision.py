@@ -17,9 +17,8 @@ from pathlib import Path
 from entrenar_gpu.cli import docstrings
 from entrenar_gpu.cli.demo import RUN
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.train.trainer import Trainer
+from entrenar_gpu.gpu import Device, KernelCache
+from entrenar_gpu.train import Trainer
 
 PRECISIONS = ("f32", "f16", "int8")
 SEEDS, STEPS = 3, 200

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.files.atomic import write_text
+from entrenar_gpu.files import write_text
 
 RANK = 16
 PRODUCT, FEW_ROWS, MANY_ROWS = "9728x2560", 512, 2048

@@ -17,11 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.export.hf_writer import SHARD_BYTES, save_checkpoint
-from entrenar_gpu.files.atomic import write_text
-from entrenar_gpu.files.tensor_source import TensorSource
-from entrenar_gpu.model.config import parse_model_config
+from entrenar_gpu.config import SHAPES
+from entrenar_gpu.export import SHARD_BYTES, save_checkpoint
+from entrenar_gpu.files import TensorSource, write_text
+from entrenar_gpu.model import parse_model_config
 
 SPREAD = 0.02  # standard deviation, as models are initialised
 

@@ -125,7 +125,7 @@ def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
     """Training of the demo's model on the demo's data, in a folder that is thrown away."""
     from entrenar_gpu.cli import docstrings
     from entrenar_gpu.cli.demo import RUN
-    from entrenar_gpu.train.trainer import Trainer
+    from entrenar_gpu.train import Trainer
 
     def train(observers: Sequence[Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -138,9 +138,9 @@ def train_demo(steps: int) -> Callable[[Sequence[Any]], Any]:
 
 def train_model(folder: str, steps: int, batch: int, seq: int, precision: str) -> Callable[[Sequence[Any]], Any]:
     """Training of the model in `folder` on rows of random tokens."""
-    from entrenar_gpu.config.train_config import TrainConfig
-    from entrenar_gpu.model.config import load_model_config
-    from entrenar_gpu.train.trainer import Trainer
+    from entrenar_gpu.config import TrainConfig
+    from entrenar_gpu.model import load_model_config
+    from entrenar_gpu.train import Trainer
 
     def train(observers: Sequence[Any]) -> Any:
         vocabulary = load_model_config(Path(folder)).vocab_size

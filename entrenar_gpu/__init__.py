@@ -9,19 +9,19 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 if TYPE_CHECKING:
-    from entrenar_gpu.config.train_config import TrainConfig as TrainConfig
+    from entrenar_gpu.config import TrainConfig as TrainConfig
     from entrenar_gpu.eager import tensor as tensor
     from entrenar_gpu.errors import UserError as UserError
     from entrenar_gpu.events import EvalRecord as EvalRecord
     from entrenar_gpu.events import StepRecord as StepRecord
-    from entrenar_gpu.train.trainer import Trainer as Trainer
+    from entrenar_gpu.train import Trainer as Trainer
 
 # Loaded when first used: importing the package must not open a GPU or read tokenizers.
 _HOMES = {
     "EvalRecord": "events",
     "StepRecord": "events",
     "TrainConfig": "config",
-    "Trainer": "train.trainer",
+    "Trainer": "train",
     "UserError": "errors",
     "tensor": "eager",
 }

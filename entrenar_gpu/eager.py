@@ -9,9 +9,8 @@ import numpy as np
 
 from entrenar_gpu.compiler import autodiff
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.executors.numpy_executor import NumpyExecutor
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
-from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor
+from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.graph import NUMPY_TYPES, OPERATORS, Graph, Node, Tensor
 
 _DTYPES = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f32", np.dtype(np.uint32): "u32"}
 _DTYPES |= {np.dtype(np.int32): "i32", np.dtype(np.int64): "i32"}
@@ -56,8 +55,7 @@ def evaluate(result: Tensor) -> np.ndarray:
 
 @functools.cache
 def _device() -> Any:
-    from entrenar_gpu.gpu.device import Device
-    from entrenar_gpu.gpu.kernel import KernelCache
+    from entrenar_gpu.gpu import Device, KernelCache
 
     try:
         device = Device.open()
@@ -69,8 +67,8 @@ def _device() -> Any:
 def _executor(graph: Graph, result: Tensor) -> Any:
     if _device() is None:
         return NumpyExecutor({"eager": graph}, keep=(result,))
-    from entrenar_gpu.compiler.plan import make_plan
-    from entrenar_gpu.gpu.replay import Replay
+    from entrenar_gpu.compiler import make_plan
+    from entrenar_gpu.gpu import Replay
 
     device, kernels = _device()
     return Replay(device, make_plan({"eager": graph}, device.caps), kernels)

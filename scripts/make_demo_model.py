@@ -23,14 +23,12 @@ import numpy as np
 
 from entrenar_gpu.cli import docstrings
 from entrenar_gpu.cli.demo import MODEL
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.events import EvalRecord, StepRecord
-from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
-from entrenar_gpu.files.atomic import write_text
-from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
-from entrenar_gpu.model.config import ModelConfig, parse_model_config
-from entrenar_gpu.model.hf_checkpoint import SINGLE_FILE, HFCheckpoint
-from entrenar_gpu.train.trainer import Trainer
+from entrenar_gpu.export import copy_model_files, save_checkpoint
+from entrenar_gpu.files import TensorSource, save_safetensors, write_text
+from entrenar_gpu.model import SINGLE_FILE, HFCheckpoint, ModelConfig, parse_model_config
+from entrenar_gpu.train import Trainer
 
 SEED = 0
 CONFIG = {

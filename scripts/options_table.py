@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from entrenar_gpu.cli.options import FIELDS, kind_of
-from entrenar_gpu.config.train_config import flag
+from entrenar_gpu.config import flag
 
 HEAD = """# Options of `entrenar-gpu train`
 
 Made by `python scripts/options_table.py > docs/options.md` from `entrenar_gpu/config/train_config.py`, which declares
 them. The same names, with underscores, are keys of a `--config` YAML file and fields of `TrainConfig`; flags win over
-the file. `--resume` may stand alone and then means the newest checkpoint of `--output`. A run that goes on there from an
-older
-one takes the later steps again: their lines of metrics.jsonl and their checkpoints are dropped when it starts;
+the file. `--resume` may stand alone and then means the newest checkpoint of `--output`. A run that goes on there from
+an older one takes the later steps again: their lines of metrics.jsonl and their checkpoints are dropped when it starts;
 the adapter or weights that it had ended with stay until this one ends.
 
 | flag | default | unit | what it does |

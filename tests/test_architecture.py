@@ -10,6 +10,7 @@ import pytest
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PACKAGES = ("entrenar_gpu", "observability")
 ONLY_THESE_TOUCH_WGPU = ("gpu", "cli.info")
 
 
@@ -71,18 +72,26 @@ def test_every_module_is_on_the_map_and_the_map_has_no_other() -> None:
     assert on_the_map == there
 
 
-@pytest.mark.parametrize("package", ["entrenar_gpu", "observability"])
-def test_imports_point_upwards(package: str) -> None:
+EVERY_MODULE = [(package, name) for package in PACKAGES for name in sorted(modules(package)) if name]
+
+
+@pytest.mark.parametrize(("package", "name"), EVERY_MODULE)
+def test_imports_point_upwards(package: str, name: str) -> None:
     if package == "entrenar_gpu":
         levels = {room: level for level, (rooms, _) in enumerate(rooms_of_the_trainer()) for room in rooms}
     else:
         levels = {room: level for level, room in enumerate(rooms_of_observability())}
-    for name, path in modules(package).items():
-        if not name:
-            continue  # the public face names modules and imports them when they are asked for
-        for other in imports(path, package):
-            if other != "__version__":
-                assert levels[room_of(other)] <= levels[room_of(name)], f"{name} imports {other}, which stands below it"
+    for other in imports(modules(package)[name], package) - {"__version__"}:
+        assert levels[room_of(other)] <= levels[room_of(name)], f"{name} imports {other}, which stands below it"
+
+
+@pytest.mark.parametrize("name", [name for package, name in EVERY_MODULE if package == "entrenar_gpu"])
+def test_rooms_are_entered_by_the_door(name: str) -> None:
+    """What another room's `__init__` does not hand on is private to that room; the table of ops is for all."""
+    for node in ast.walk(ast.parse(modules("entrenar_gpu")[name].read_text())):
+        parts = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else []
+        past = len(parts) > 2 and parts[0] == "entrenar_gpu" and parts[1] not in (room_of(name), "ops")
+        assert not past, f"{name} imports from {'.'.join(parts)} past the door of {parts[1]}"
 
 
 @pytest.mark.parametrize("package", ["entrenar_gpu", "observability"])

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from entrenar_gpu.adapters.lora import AdapterSpec
-from entrenar_gpu.quant.nf4 import Floats
+from entrenar_gpu.quant import Floats
 
 
 def init_adapter(spec: AdapterSpec, seed: int, kind: Literal["kaiming", "gaussian"] = "kaiming") -> dict[str, Floats]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrenar_gpu.adapters.peft_config import PeftSelection, read_peft_config
-from entrenar_gpu.config.train_config import PROJECTIONS, TrainConfig
+from entrenar_gpu.config import PROJECTIONS, TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.model.config import ModelConfig
-from entrenar_gpu.model.parameters import LoraModule
+from entrenar_gpu.model import LoraModule, ModelConfig
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.json_file import read_json_object
+from entrenar_gpu.files import read_json_object
 
 HONOURED = {
     "r",

@@ -13,11 +13,9 @@ import numpy as np
 
 from entrenar_gpu.adapters.lora import CONFIG_FILE, PEFT_PREFIX, AdapterSpec
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.atomic import new_file, new_folder
-from entrenar_gpu.files.safetensors_file import SafetensorsFile
-from entrenar_gpu.files.tensor_source import TensorSource, write_tensors
-from entrenar_gpu.model.config import ModelConfig
-from entrenar_gpu.quant.nf4 import Floats
+from entrenar_gpu.files import SafetensorsFile, TensorSource, new_file, new_folder, write_tensors
+from entrenar_gpu.model import ModelConfig
+from entrenar_gpu.quant import Floats
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOAT_DTYPES = ("F32", "F16", "BF16")

@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.text import Text
 
 from entrenar_gpu.cli import docstrings
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.infer.generate import Generator
-from entrenar_gpu.train.trainer import Trainer
+from entrenar_gpu.gpu import Device, KernelCache
+from entrenar_gpu.infer import Generator
+from entrenar_gpu.train import Trainer
 
 MODEL = Path(__file__).parents[1] / "assets" / "demo-model"
 

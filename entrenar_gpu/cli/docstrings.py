@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.atomic import new_folder
+from entrenar_gpu.files import new_folder
 
 # Not library code: tests, applications, vendored or generated files, and what third parties installed.
 SKIPPED_FOLDERS = {

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from entrenar_gpu import __version__
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu.device import NO_GPU, choose_gpu, gpu_caps, gpus
+from entrenar_gpu.gpu import NO_GPU, choose_gpu, gpu_caps, gpus
 
 
 def describe() -> dict[str, Any]:

@@ -16,9 +16,8 @@ import typer
 
 from entrenar_gpu import __version__
 from entrenar_gpu.cli import options
-from entrenar_gpu.config.presets import SHAPES
+from entrenar_gpu.config import SHAPES
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.model.config import model_shape
 from observability.errors import TraceError
 from observability.streams import print_any_text
 
@@ -80,7 +79,7 @@ def plan(
 ) -> None:
     """Print what a run would allocate and what it would recompute, without weights or a GPU."""
     from entrenar_gpu.cli.plan_report import plan_run
-    from entrenar_gpu.train.session import memory_budget
+    from entrenar_gpu.train import memory_budget
 
     # One row unless told otherwise: the question is usually whether a model fits at all.
     config = options.make_config(given, batch=1)
@@ -103,7 +102,7 @@ def _caps(device: str | None, profile: str | None) -> Any:
     if profile is not None and device is not None:
         raise UserError("--profile: give it or --device, not both")
     if device is not None:
-        from entrenar_gpu.gpu.device import choose_gpu, gpu_caps
+        from entrenar_gpu.gpu import choose_gpu, gpu_caps
 
         return gpu_caps(choose_gpu(device))
     if profile is not None and profile not in PROFILES:
@@ -120,7 +119,7 @@ def train(
 ) -> None:
     """Fine-tune a model on JSONL data."""
     from entrenar_gpu.cli.display import Progress, show_start
-    from entrenar_gpu.train.trainer import Trainer
+    from entrenar_gpu.train import Trainer
 
     made, progress = options.make_config(given, config), Progress(quiet)
     tracer, observers = _tracing(made, progress)  # a wrong --otlp is told before a model is loaded
@@ -179,7 +178,7 @@ def report(context: typer.Context) -> None:
 @options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "pack")
 def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
     """Mean loss over all unmasked tokens of a data set, and its perplexity."""
-    from entrenar_gpu.train.evaluate import evaluate_data
+    from entrenar_gpu.train import evaluate_data
 
     result = evaluate_data(options.make_config(given, adapter_init=adapter), adapter is not None)
     if as_json:
@@ -198,7 +197,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most likely token")] = 0.0,
 ) -> None:
     """Continue a prompt with a model and its adapter."""
-    from entrenar_gpu.infer.generate import Generator
+    from entrenar_gpu.infer import Generator
 
     config = options.make_config(given, adapter_init=adapter)
     generator = Generator(config, adapter is not None)
@@ -217,9 +216,8 @@ def merge(
     output: Annotated[str, typer.Option("--output", help="folder for the merged model")],
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
-    from entrenar_gpu.export.merge import merge_adapter
-    from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-    from entrenar_gpu.model.hub import resolve_model
+    from entrenar_gpu.export import merge_adapter
+    from entrenar_gpu.model import HFCheckpoint, resolve_model
 
     for name, folder in (("--adapter", adapter), ("--output", output)):
         if not folder:  # the current one, to Path
@@ -266,8 +264,8 @@ def bench_gemm(
 ) -> None:
     """Time every matmul of a training step and check it against float64."""
     from entrenar_gpu.cli.bench import gemm
-    from entrenar_gpu.gpu.device import Device
-    from entrenar_gpu.gpu.measure import TOLERANCES
+    from entrenar_gpu.gpu import TOLERANCES, Device
+    from entrenar_gpu.model import model_shape
 
     kinds = [k for k in TOLERANCES if k in precision.split(",")]
     if len(kinds) != len(precision.split(",")):
@@ -291,7 +289,8 @@ def bench_ops(
 ) -> None:
     """Time every kernel of a training step other than matmuls."""
     from entrenar_gpu.cli.bench import ops
-    from entrenar_gpu.gpu.device import Device
+    from entrenar_gpu.gpu import Device
+    from entrenar_gpu.model import model_shape
 
     _show_rows(ops.bench_ops(Device.open(device), model_shape(shape), rows, seq), as_json)
 

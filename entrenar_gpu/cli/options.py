@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from entrenar_gpu.config.train_config import TrainConfig, flag, known_keys, load_yaml
+from entrenar_gpu.config import TrainConfig, flag, known_keys, load_yaml
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)

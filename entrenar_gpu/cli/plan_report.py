@@ -6,20 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.adapters.lora import AdapterSpec
-from entrenar_gpu.compiler import weight_copies
-from entrenar_gpu.compiler.plan import Plan
-from entrenar_gpu.compiler.recompute import Recompute
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.adapters import AdapterSpec
+from entrenar_gpu.compiler import Plan, Recompute, weight_copies
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.json_file import read_json_object
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.model.config import load_model_config
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
-from entrenar_gpu.model.hub import resolve_model
-from entrenar_gpu.model.parameters import Storage
-from entrenar_gpu.train.graphs import RunShape, fit_training
-from entrenar_gpu.train.loader import storage_of
+from entrenar_gpu.files import read_json_object
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, Storage, load_model_config, resolve_model
+from entrenar_gpu.train import RunShape, fit_training, storage_of
 
 # Capability profiles to plan for without a device. Limits as common drivers offer them, or as WebGPU guarantees.
 PROFILES = {

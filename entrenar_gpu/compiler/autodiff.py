@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.fuse import fuse_sum
-from entrenar_gpu.graph.tensor import Graph, Tensor
+from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.ops.registry import OPS
 
 

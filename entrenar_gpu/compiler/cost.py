@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Node, Tensor
 from entrenar_gpu.ops.half import half_bytes
 from entrenar_gpu.ops.registry import OPS
 

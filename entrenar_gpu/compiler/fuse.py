@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Node, Tensor
 from entrenar_gpu.ops.gemm.matmul import matmul_sizes, operands
 from entrenar_gpu.ops.registry import place
 

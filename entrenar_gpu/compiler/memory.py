@@ -21,8 +21,7 @@ from entrenar_gpu.compiler import cost
 from entrenar_gpu.compiler.plan import Plan, check_bindable, make_plan
 from entrenar_gpu.compiler.recompute import Fate, Recompute, handed_on, rewrite
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Node, Tensor
 from entrenar_gpu.ops.half import half_bytes, halvable
 from entrenar_gpu.ops.registry import OPS
 

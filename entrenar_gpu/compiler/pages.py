@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT
-from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.graph import OFFSET_ALIGNMENT, Tensor
 
 # A trainable tensor is a slice of a page, and is bound by its offset there.
 ALIGNMENT = OFFSET_ALIGNMENT

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from entrenar_gpu.compiler.pages import ALIGNMENT, PAGED_ROLES, Slice, page_layout, page_sizes
 from entrenar_gpu.compiler.trace_groups import TraceGroup, trace_groups
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor
 from entrenar_gpu.ops.registry import OPS
 
 RING = 3  # reports that may be on their way to the host at once

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Graph, Node, Tensor
 from entrenar_gpu.ops.half import half_specs
 from entrenar_gpu.ops.registry import OPS, Spec
 

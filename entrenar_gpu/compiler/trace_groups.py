@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entrenar_gpu.graph.tensor import Node
+from entrenar_gpu.graph import Node
 from entrenar_gpu.ops.registry import OPS
 
 

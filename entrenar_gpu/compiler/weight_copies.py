@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import Plan, make_plan
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Graph, Node, Tensor
 from entrenar_gpu.ops.gemm.linear import reading, weight_of
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
 from entrenar_gpu.ops.quantize import Nf4Tensors

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.atomic import new_file, new_folder, write_text
-from entrenar_gpu.files.tensor_source import TensorSource, write_tensors
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, _read_json
+from entrenar_gpu.files import TensorSource, new_file, new_folder, read_json_object, write_tensors, write_text
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 4 << 30
 # What makes a folder usable beside its weights.
@@ -80,7 +79,7 @@ def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None
     `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised.
     """
     source, target = Path(source), Path(target)
-    config = _read_json(source / "config.json")
+    config = read_json_object(source / "config.json")
     config.pop("quantization_config", None)
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     new_folder(target)

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar_gpu.adapters.lora import AdapterSpec
-from entrenar_gpu.adapters.peft_files import load_adapter
+from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
-from entrenar_gpu.files.tensor_source import TensorSource
-from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
+from entrenar_gpu.files import TensorSource
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, is_projection
 
 Floats = np.ndarray
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

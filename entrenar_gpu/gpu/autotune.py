@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.compiler.memory import Fitted
-from entrenar_gpu.files.atomic import cache_folder, new_folder, write_text
+from entrenar_gpu.compiler import Fitted
+from entrenar_gpu.files import cache_folder, new_folder, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import Product, measure
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.ops.gemm.linear import product_sizes
 from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.ops.gemm.tiles import is_choice, key, plausible, to_numbers

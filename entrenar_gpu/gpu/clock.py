@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from entrenar_gpu.compiler.trace_groups import TraceGroup
+from entrenar_gpu.compiler import TraceGroup
 from entrenar_gpu.events import Span
 
 

@@ -15,7 +15,7 @@ from wgpu.backends.wgpu_native.extras import set_instance_extras
 
 from entrenar_gpu.errors import DeviceLost, UserError
 from entrenar_gpu.gpu.memory_info import free_bytes, memory_bytes
-from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph import Caps
 
 NO_GPU = (
     "no Vulkan, Metal or DX12 GPU found. Install your card's driver, or the software one:"

@@ -11,8 +11,7 @@ import wgpu
 
 from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.graph.dtypes import WGSL_TYPES
-from entrenar_gpu.graph.launch import Launch
+from entrenar_gpu.graph import WGSL_TYPES, Launch
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel carries the shaders inside the package; a checkout keeps them beside it.

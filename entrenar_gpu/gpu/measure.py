@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.plan import Plan, Step, make_plan
+from entrenar_gpu.compiler import Plan, Step, make_plan
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Node, Tensor
 from entrenar_gpu.ops.gemm.linear import transposed
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, choose, to_numbers
 from entrenar_gpu.ops.quantize import dequantized
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.quant.nf4 import BLOCK
+from entrenar_gpu.quant import BLOCK
 
 WARM_UP_SECONDS = 0.1
 TIMED_SECONDS = 0.1

@@ -16,14 +16,12 @@ import numpy as np
 import wgpu
 from wgpu.backends.wgpu_native.extras import write_timestamp
 
-from entrenar_gpu.compiler.plan import RING, Plan, Step, queries_of
+from entrenar_gpu.compiler import RING, Plan, Step, queries_of
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
-from entrenar_gpu.graph.launch import Launch
-from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.graph import NUMPY_TYPES, Launch, Tensor
 from entrenar_gpu.ops.registry import OPS
 
 SUBMIT_SECONDS = 0.25  # display drivers reset a GPU that is busy for seconds

@@ -1,0 +1,25 @@
+"""The traced program as data: tensors, nodes, graphs, what a device can do, and what a node turns into."""
+
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.dtypes import ELEMENT_BYTES, NUMPY_TYPES, WGSL_TYPES
+from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT, Binding, Launch, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor
+
+__all__ = [
+    "ELEMENT_BYTES",
+    "NUMPY_TYPES",
+    "OFFSET_ALIGNMENT",
+    "OPERATORS",
+    "WGSL_TYPES",
+    "Binding",
+    "Caps",
+    "Graph",
+    "Launch",
+    "Node",
+    "Tensor",
+    "grid_of",
+    "literal",
+    "reads",
+    "split_offset",
+    "writes",
+]

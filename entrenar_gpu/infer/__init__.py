@@ -1,0 +1,7 @@
+"""Text from a model and its adapter."""
+
+from entrenar_gpu.infer.generate import Generator
+
+__all__ = [
+    "Generator",
+]

@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from entrenar_gpu.compiler.memory import Fitted, fit
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.compiler import Fitted, fit
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.model.hub import resolve_model
-from entrenar_gpu.train.graphs import RunShape, logits_graph
-from entrenar_gpu.train.session import Session
+from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.model import resolve_model
+from entrenar_gpu.train import RunShape, Session, logits_graph
 
 
 class Generator:

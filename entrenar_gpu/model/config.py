@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.config.train_config import PROJECTIONS
+from entrenar_gpu.config import PROJECTIONS, SHAPES
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.json_file import read_json_object
+from entrenar_gpu.files import read_json_object
 
 
 def is_projection(name: str) -> bool:

@@ -7,9 +7,8 @@ Letters as in model_config.py: T = B*S tokens, D hidden, F feed-forward, H and K
 from __future__ import annotations
 
 from entrenar_gpu import ops
-from entrenar_gpu.config.train_config import PROJECTIONS
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph, Tensor
+from entrenar_gpu.config import PROJECTIONS
+from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.ops.gemm.tiles import Arithmetic

@@ -11,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from entrenar_gpu.config.train_config import PROJECTIONS
+from entrenar_gpu.config import PROJECTIONS
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.safetensors_file import SafetensorsFile, TensorInfo
+from entrenar_gpu.files import SafetensorsFile, TensorInfo, read_json_object
 from entrenar_gpu.model.config import ModelConfig, load_model_config
-from entrenar_gpu.quant.nf4 import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
+from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -170,18 +170,9 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(v) is int and 0 < v < 2**40 for v in value)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
 def _check_quantization(path: Path) -> None:
     """Refuse checkpoints quantised by anything but bitsandbytes in 4 bits, naming what did it."""
-    quantization = _read_json(path).get("quantization_config")
+    quantization = read_json_object(path).get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -207,8 +198,8 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     Such a file may be a link to elsewhere, as in the cache of the Hub: links are made by the owner of the folder, the
     names in an index by whoever wrote the checkpoint.
     """
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    content = read_json_object(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: holds no weight_map")
     opened: dict[str, SafetensorsFile] = {}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph, Tensor
+from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.ops import Nf4Tensors
 

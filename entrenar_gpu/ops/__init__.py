@@ -1,7 +1,7 @@
 """Every operation, by family. Importing this package fills the table in registry.py."""
 
 import entrenar_gpu.ops.attention_grad  # noqa: F401  fills in attention's gradient
-from entrenar_gpu.graph.tensor import OPERATORS
+from entrenar_gpu.graph import OPERATORS
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.dropout import dropout
 from entrenar_gpu.ops.elementwise import add, fill, gelu, gelu_tanh, mul, ones, relu, scale, sub, swiglu, swish, zeros

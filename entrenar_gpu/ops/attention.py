@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, literal, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal, reads, writes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
 

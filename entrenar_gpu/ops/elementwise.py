@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Binding, Launch, grid_of, literal, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.reduce import sum_all, sum_rows
 from entrenar_gpu.ops.registry import (
     Aliased,

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
 
 TOP = 14  # exponent that a row's largest element is brought to

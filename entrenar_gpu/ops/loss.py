@@ -11,10 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
-from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, split_offset, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.product import Block, gemm

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, in_place, record, register
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.

@@ -14,12 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Binding, Launch, grid_of, literal, reads, writes
-from entrenar_gpu.graph.tensor import Graph, Node, Tensor
+from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
-from entrenar_gpu.quant import nf4
-from entrenar_gpu.quant.nf4 import BLOCK, SCALE_BLOCK, Nf4Weight
+from entrenar_gpu.quant import BLOCK, SCALE_BLOCK, Nf4Weight, nf4
 
 TABLE = nf4.SCALE_CODE.size + 2
 

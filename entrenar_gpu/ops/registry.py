@@ -13,9 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 
 Spec = tuple[tuple[int, ...], str]  # shape, dtype
 Aliased = Callable[[Tensor, Tensor], bool]  # whether an output and an input of a node share storage

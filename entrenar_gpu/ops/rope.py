@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
 
 

@@ -1,1 +1,21 @@
-"""The training loop and what surrounds it: graphs, weights on an executor, checkpoints, evaluation."""
+"""The graphs of a run, weights onto an executor, the training loop and what surrounds it."""
+
+from entrenar_gpu.train.evaluate import evaluate_data
+from entrenar_gpu.train.graphs import RunShape, fit_training, logits_graph
+from entrenar_gpu.train.loader import load_weights, storage_of
+from entrenar_gpu.train.session import Session, memory_budget
+from entrenar_gpu.train.trainer import Trainer
+from entrenar_gpu.train.weight_cache import WeightCache
+
+__all__ = [
+    "RunShape",
+    "Session",
+    "Trainer",
+    "WeightCache",
+    "evaluate_data",
+    "fit_training",
+    "load_weights",
+    "logits_graph",
+    "memory_budget",
+    "storage_of",
+]

@@ -8,16 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.compiler.memory import Fitted, fit
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.data.batches import eval_batches
-from entrenar_gpu.data.jsonl import load_samples
-from entrenar_gpu.data.samples import Samples
-from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.compiler import Fitted, fit
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import Samples, Tokenizer, eval_batches, load_samples
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.model.config import load_model_config
-from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
 from entrenar_gpu.train.session import Session

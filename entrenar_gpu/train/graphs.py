@@ -9,17 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler import autodiff, weight_copies
-from entrenar_gpu.compiler.memory import Fitted, fit
-from entrenar_gpu.compiler.pages import page_layout, page_sizes
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.compiler import Fitted, autodiff, fit, page_layout, page_sizes, weight_copies
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
-from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.config import ModelConfig
-from entrenar_gpu.model.decoder import Transformer
-from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph
+from entrenar_gpu.model import ModelConfig, Storage, Transformer
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
 

@@ -12,21 +12,16 @@ from typing import Protocol
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters.lora import AdapterSpec
-from entrenar_gpu.compiler.plan import make_plan
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.executors.numpy_executor import NumpyExecutor
-from entrenar_gpu.files.safetensors_file import NAMES
-from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.gpu.upload import Uploader, pieces
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
-from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.adapters import AdapterSpec
+from entrenar_gpu.compiler import make_plan
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.files import NAMES
+from entrenar_gpu.gpu import Replay, Uploader, pieces
+from entrenar_gpu.graph import NUMPY_TYPES, Graph
+from entrenar_gpu.model import HFCheckpoint, Storage, is_projection
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
-from entrenar_gpu.quant import nf4
-from entrenar_gpu.quant.nf4 import Nf4Weight
+from entrenar_gpu.quant import Nf4Weight, nf4
 from entrenar_gpu.train.weight_cache import WeightCache
 
 CHUNK_BYTES = 32 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.events import EvalRecord, StepRecord
-from entrenar_gpu.files.atomic import cannot_write, write_text
+from entrenar_gpu.files import cannot_write, write_text
 
 METRICS_FILE = "metrics.jsonl"
 

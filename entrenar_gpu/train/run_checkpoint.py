@@ -20,15 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
-from entrenar_gpu.files.atomic import cannot_write, new_folder, write_text
-from entrenar_gpu.files.safetensors_file import SafetensorsFile
-from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
-from entrenar_gpu.graph.tensor import Tensor
-from entrenar_gpu.model.config import is_projection
-from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
+from entrenar_gpu.export import copy_model_files, save_checkpoint
+from entrenar_gpu.files import SafetensorsFile, TensorSource, cannot_write, new_folder, save_safetensors, write_text
+from entrenar_gpu.graph import Tensor
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, is_projection
 from entrenar_gpu.ops.gemm.tiles import is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.config import TrainConfig
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:

@@ -10,24 +10,14 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters.init import init_adapter
-from entrenar_gpu.adapters.lora import AdapterSpec
-from entrenar_gpu.adapters.peft_files import load_adapter
-from entrenar_gpu.compiler import weight_copies
-from entrenar_gpu.compiler.memory import Fitted
-from entrenar_gpu.compiler.plan import Plan
-from entrenar_gpu.compiler.recompute import Recompute
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
+from entrenar_gpu.compiler import Fitted, Plan, Recompute, weight_copies
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.executors.numpy_executor import NumpyExecutor
-from entrenar_gpu.gpu.autotune import tuned
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.gpu import Device, KernelCache, Replay, tuned
+from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.model import HFCheckpoint, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape

@@ -22,18 +22,13 @@ from typing import Any
 import numpy as np
 
 import entrenar_gpu
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.data.batches import TrainBatches
-from entrenar_gpu.data.jsonl import data_files, load_samples
-from entrenar_gpu.data.samples import Samples
-from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import Samples, Tokenizer, TrainBatches, data_files, load_samples
 from entrenar_gpu.errors import TrainingDiverged, UserError
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord, notify
-from entrenar_gpu.files.atomic import new_folder, write_text
-from entrenar_gpu.gpu.clock import GpuClock, step_spans
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.model.config import load_model_config
-from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.files import new_folder, write_text
+from entrenar_gpu.gpu import GpuClock, KernelCache, step_spans
+from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint

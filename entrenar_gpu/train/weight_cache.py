@@ -23,13 +23,10 @@ import numpy as np
 
 from entrenar_gpu import __version__
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files.atomic import cache_folder, cannot_write, new_file
-from entrenar_gpu.files.safetensors_file import NAMES, SafetensorsFile
-from entrenar_gpu.files.tensor_source import TensorSource, write_tensors
-from entrenar_gpu.gpu.upload import THREADS
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
-from entrenar_gpu.graph.tensor import Tensor
-from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
+from entrenar_gpu.files import NAMES, SafetensorsFile, TensorSource, cache_folder, cannot_write, new_file, write_tensors
+from entrenar_gpu.gpu import THREADS
+from entrenar_gpu.graph import NUMPY_TYPES, Tensor
+from entrenar_gpu.model import HFCheckpoint
 
 LAYOUT = "1"  # of the tensors in the file, and of the arithmetic that made them
 FILES = f"nf4-{'[0-9a-f]' * 24}.safetensors"  # nothing else in the folder is touched

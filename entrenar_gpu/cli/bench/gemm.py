@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import Product, measure
-from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.gpu import Device, KernelCache, Product, measure
+from entrenar_gpu.model import ModelConfig
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
 VOCABULARY_SHARD = 8192  # rows of a shard of the vocabulary that is timed

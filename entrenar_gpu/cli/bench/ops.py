@@ -12,14 +12,10 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.autodiff import backward
-from entrenar_gpu.compiler.plan import make_plan
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import time_run
-from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.tensor import Graph, Tensor
-from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.compiler import backward, make_plan
+from entrenar_gpu.gpu import Device, KernelCache, Replay, time_run
+from entrenar_gpu.graph import Graph, Tensor
+from entrenar_gpu.model import ModelConfig
 from entrenar_gpu.ops.optimizer import STATE
 from entrenar_gpu.ops.registry import OPS
 

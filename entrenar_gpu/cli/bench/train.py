@@ -11,28 +11,17 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters.init import init_adapter
-from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters import AdapterSpec, init_adapter
 from entrenar_gpu.cli.bench.gemm import forward
-from entrenar_gpu.compiler import weight_copies
-from entrenar_gpu.compiler.memory import Fitted
-from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.gpu.autotune import tuned
-from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import measure
-from entrenar_gpu.gpu.memory_info import driver_bytes
-from entrenar_gpu.gpu.replay import Replay, Report
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, literal, writes
-from entrenar_gpu.graph.tensor import Tensor
-from entrenar_gpu.model.config import ModelConfig, model_shape
-from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.compiler import Fitted, weight_copies
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure, tuned
+from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, literal, writes
+from entrenar_gpu.model import ModelConfig, Storage, model_shape
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.train.graphs import RunShape, fit_training
-from entrenar_gpu.train.session import memory_budget
+from entrenar_gpu.train import RunShape, fit_training, memory_budget
 
 WARM_UP = 2
 CEILING_ROWS = 2048

@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, reads, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, reads, writes
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
     low_precision_arrays,
@@ -43,7 +41,7 @@ from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
-from entrenar_gpu.quant.nf4 import BLOCK
+from entrenar_gpu.quant import BLOCK
 
 COOPERATIVE_TILE = 64  # outputs of a workgroup each way
 _MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that all sum in one order

@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, literal, reads, split_offset, writes
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.product import Block
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
-from entrenar_gpu.quant import nf4
-from entrenar_gpu.quant.nf4 import BLOCK
+from entrenar_gpu.quant import BLOCK, nf4
 
 # Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
 INT8_CODES = np.rint(nf4.CODEBOOK * np.float32(127)).astype(np.int8)

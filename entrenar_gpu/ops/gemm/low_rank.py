@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch, grid_of, reads, writes
-from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, reads, writes
 
 RANKS = (4, 8, 16, 32, 64)
 # Sums over more rows than this keep a device busy only when split over workgroups, as a general product does.

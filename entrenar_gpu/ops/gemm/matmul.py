@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch
-from entrenar_gpu.graph.tensor import Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.product import Block, Product, layout_of, partial_shapes, product_launches, whole
 from entrenar_gpu.ops.gemm.tiles import Choice, choose

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Binding, Launch, grid_of, reads, split_offset, writes
-from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.ops.gemm.tiles import Choice, choose, slice_length
 
 

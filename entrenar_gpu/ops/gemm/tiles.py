@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.quant.nf4 import BLOCK
+from entrenar_gpu.graph import Caps
+from entrenar_gpu.quant import BLOCK
 
 Arithmetic = Literal["f32", "f16", "int8"]
 

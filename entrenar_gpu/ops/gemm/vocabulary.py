@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.launch import Launch
-from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.graph import Caps, Launch, Tensor
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
 from entrenar_gpu.ops.gemm.product import Block, Product, f16_launch, product_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.registry import Spec
-from entrenar_gpu.quant.nf4 import BLOCK
+from entrenar_gpu.quant import BLOCK
 
 # Of the dscores in f16: from 2^-26 on, a four-hundredth of a uniform 1 / 152k, they are normal numbers, which no device
 # flushes to zero; and as those of a token sum to at most 2, products with |w| < 8 stay below the largest f16.
