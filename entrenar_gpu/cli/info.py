@@ -12,7 +12,7 @@ from rich.text import Text
 
 from entrenar_gpu import __version__
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu import NO_GPU, choose_gpu, gpu_caps, gpus
+from entrenar_gpu.gpu import NO_GPU, REFUSED_FEATURES, choose_gpu, gpu_caps, gpus
 
 
 def describe() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
                     for key in ("device", "vendor", "description", "adapter_type", "backend_type")
                 },
                 "uses": dataclasses.asdict(gpu_caps(adapter)),
-                "features": sorted(adapter.features),
+                "features": sorted(set(adapter.features) - REFUSED_FEATURES),
                 "limits": dict(adapter.limits),
             }
             for index, adapter in enumerate(found)
@@ -57,7 +57,7 @@ def show(found: dict[str, Any]) -> None:
         )
         memory = uses["memory_bytes"]
         known = "memory not told" if memory is None else f"{memory / 2**30:.1f} GiB"
-        has = [name for name in ("f16", "subgroups", "timestamps", "cooperative_matrix") if uses[name]]
+        has = [name for name in ("f16", "subgroups", "timestamps") if uses[name]]
         facts = [adapter["adapter_type"], adapter["backend_type"], adapter["description"], known]
         facts.append(f"binds {uses['max_binding_bytes'] / 2**20:.0f} MiB")
         facts.append(f"{uses['max_workgroup_bytes'] >> 10} KiB a workgroup")

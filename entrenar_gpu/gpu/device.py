@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,10 @@ _LIMITS = (
     "max-compute-workgroups-per-dimension",
     "max-storage-buffers-per-shader-stage",
 )
-# Features the trainer uses where they are offered. Cooperative matrices are advertised but refused at device creation
-# by today's wgpu-native, so they are asked for apart and done without.
+# Features the trainer uses where they are offered.
 _FEATURES = ("shader-f16", "subgroup", "timestamp-query", "timestamp-query-inside-passes")
-_EXPERIMENTAL = ("cooperative-matrix", "experimental-cooperative-matrix")
+# Features that wgpu-native lists for an adapter and refuses to every device ("experimental features are not enabled").
+REFUSED_FEATURES = frozenset({"cooperative-matrix", "experimental-cooperative-matrix"})
 
 
 @functools.cache
@@ -93,17 +93,11 @@ def gpu_caps(adapter: Any) -> Caps:
         subgroups="subgroup" in features,
         timestamps="timestamp-query" in features,
         timestamps_inside_passes="timestamp-query-inside-passes" in features,
-        cooperative_matrix=_cooperative_edge(info["backend_type"]) if any(f in features for f in _EXPERIMENTAL) else 0,
         software=info["adapter_type"] == "CPU",
         memory_bytes=memory_bytes(info),
         free_bytes=free_bytes(info),
         flops_per_second=_PACES.get(info["adapter_type"], 1e11),
     )
-
-
-def _cooperative_edge(backend: str) -> int:
-    """Edge of the matrices of the feature: Metal's simdgroup matrices are 8x8, f16 on Vulkan and DX12 is 16x16."""
-    return 8 if backend == "Metal" else 16
 
 
 @dataclass(eq=False)
@@ -128,14 +122,7 @@ class Device:
             return cls(adapter.request_device_sync(required_limits={}), caps.limited(), info)
         features = [f for f in _FEATURES if f in adapter.features]
         limits = {name: adapter.limits[name] for name in _LIMITS}
-        experimental = [f for f in _EXPERIMENTAL if f in adapter.features]
-        if experimental:
-            try:
-                return cls(_request(adapter, features + experimental, limits), caps, info)
-            except (RuntimeError, KeyError):
-                pass
-        handle = _request(adapter, features, limits)
-        return cls(handle, replace(caps, cooperative_matrix=0), info)
+        return cls(adapter.request_device_sync(required_features=features, required_limits=limits), caps, info)
 
     def buffer(self, nbytes: int, label: str, usage: int | None = None) -> Any:
         """A zeroed buffer. Raises UserError when the device has no memory left for it."""
@@ -185,7 +172,3 @@ class Device:
             if reason is None:
                 raise
             raise DeviceLost(f"device {self.caps.name} was lost ({reason}); the last checkpoint stands") from error
-
-
-def _request(adapter: Any, features: list[str], limits: dict[str, int]) -> Any:
-    return adapter.request_device_sync(required_features=features, required_limits=limits)

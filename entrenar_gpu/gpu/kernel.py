@@ -39,7 +39,6 @@ def _environment() -> jinja2.Environment:
 def render(launch: Launch) -> str:
     """The WGSL of a launch: directives and declarations derived from its bindings, then the template."""
     lines = ["enable f16;"] if _uses_f16(launch) else []
-    lines += [f"enable {name};" for name in launch.enables]
     for index, binding in enumerate(launch.bindings):
         scalar = WGSL_TYPES[binding.tensor.dtype]
         element = scalar if binding.vector == 1 else f"vec{binding.vector}<{scalar}>"

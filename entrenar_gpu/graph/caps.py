@@ -21,7 +21,6 @@ class Caps:
     subgroups: bool = False
     timestamps: bool = False
     timestamps_inside_passes: bool = False
-    cooperative_matrix: int = 0  # edge of the matrices that subgroups multiply, f16 in and f32 out; 0 without them
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
     free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells

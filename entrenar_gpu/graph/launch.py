@@ -33,7 +33,7 @@ class Launch:
     """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid.
 
     A `trusted` shader runs without the checks of indices and loops that WebGPU adds: for shaders whose every index
-    follows from their constants, never from data. `enables` names the WGSL extensions a shader needs besides f16.
+    follows from their constants, never from data.
     """
 
     shader: str
@@ -41,7 +41,6 @@ class Launch:
     constants: Mapping[str, Any]
     grid: tuple[int, int, int]
     trusted: bool = False
-    enables: tuple[str, ...] = ()
 
 
 # What every adapter accepts (WebGPU's default minStorageBufferOffsetAlignment).

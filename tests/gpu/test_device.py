@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from entrenar_gpu.cli import info
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import device
 
@@ -19,18 +20,16 @@ LIMITS = {
 
 
 class Adapter:
-    """As wgpu's, and refusing features as wgpu-native refuses cooperative matrices."""
+    """As wgpu's; what is asked of it is kept."""
 
-    def __init__(self, name: str, kind: str, features: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, kind: str, features: tuple[str, ...] = ()) -> None:
         info = {"device": name, "adapter_type": kind, "backend_type": "Vulkan", "vendor": "", "description": "1.0"}
         self.info = {**info, "vendor_id": 0, "device_id": 0}
-        self.features, self.limits, self._refuses = set(features), LIMITS, set(refuses)
+        self.features, self.limits = set(features), LIMITS
         self.requests: list[set[str]] = []
 
     def request_device_sync(self, required_features: Any = (), required_limits: Any = None) -> str:
         self.requests.append(set(required_features))
-        if self._refuses & set(required_features):
-            raise RuntimeError("experimental features are not enabled")
         assert set(required_features) <= self.features
         return f"device of {self.info['device']}"
 
@@ -79,7 +78,7 @@ def test_no_adapter_names_the_packages(machine: Any) -> None:
 
 
 def test_only_features_in_use_are_requested(machine: Any) -> None:
-    card = Adapter(*CARD, features=("shader-f16", "subgroup", "mappable-primary-buffers", "texture-compression-bc"))
+    card = Adapter(*CARD, features=("shader-f16", "subgroup", "mappable-primary-buffers", "cooperative-matrix"))
     machine(card)
     opened = device.Device.open()
     assert card.requests == [{"shader-f16", "subgroup"}]
@@ -88,16 +87,13 @@ def test_only_features_in_use_are_requested(machine: Any) -> None:
     assert not opened.caps.timestamps
 
 
-def test_refused_cooperative_matrices_are_done_without(machine: Any) -> None:
-    feature = "cooperative-matrix"
-    card = Adapter(*CARD, features=("shader-f16", feature), refuses=(feature,))
+def test_info_lists_no_feature_that_a_device_is_refused(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Adapter(*CARD, features=("shader-f16", "cooperative-matrix"))
     machine(card)
-    opened = device.Device.open()
-    assert card.requests == [{"shader-f16", feature}, {"shader-f16"}]
-    assert not opened.caps.cooperative_matrix
-    willing = Adapter(*CARD, features=("shader-f16", feature))
-    machine(willing)
-    assert device.Device.open().caps.cooperative_matrix
+    monkeypatch.setattr(info, "gpus", device.gpus)
+    (row,) = info.describe()["adapters"]
+    assert row["features"] == ["shader-f16"]
+    assert not [name for name in row["uses"] if "matrix" in name]
 
 
 def test_limited_device_asks_for_nothing(machine: Any) -> None:

@@ -13,7 +13,7 @@ from entrenar_gpu import ops
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.executors.numpy_executor import run_node
-from entrenar_gpu.gpu import autotune, kernel
+from entrenar_gpu.gpu import autotune
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
@@ -271,31 +271,6 @@ def test_the_adapter_rides_along_both_ways(precision):
     assert [node.attrs["pair"] for node in linears] == [True, True]
     assert [node.attrs["pair_transposed"] for node in linears] == [True, False]
     assert layer.results["dx"] is linears[1].output
-
-
-def launches_of(caps: Caps, shape: tuple[int, int, int, int] = (64, 128, 192, 8)) -> list[Any]:
-    layer = Layer(shape, "f16")
-    plan = make_plan({"layer": layer.graph}, caps)
-    return [launch for step in plan.steps["layer"] if step.node.op == "linear" for launch in step.launches]
-
-
-@pytest.mark.parametrize("edge", [8, 16])
-def test_matrix_units_are_used_where_a_device_grants_them(edge):
-    caps = replace(Caps(f16=True, subgroups=True), cooperative_matrix=edge)
-    launches = launches_of(caps)
-    names = [launch.shader for launch in launches]
-    assert names.count("matmul_cooperative") == 2
-    assert "matmul_f16" not in names
-    code = kernel.render(next(launch for launch in launches if launch.shader == "matmul_cooperative"))
-    assert code.startswith("enable f16;\nenable wgpu_cooperative_matrix;\n")
-    assert f"coop_mat{edge}x{edge}<f16, A>" in code
-    assert f"coop_mat{edge}x{edge}<f32, C>" in code
-
-
-def test_matrix_units_are_done_without():
-    assert "matmul_cooperative" not in [launch.shader for launch in launches_of(Caps(f16=True))]
-    odd = launches_of(replace(Caps(f16=True), cooperative_matrix=16), (65, 128, 192, 8))
-    assert "matmul_cooperative" not in [launch.shader for launch in odd]
 
 
 LARGE = Caps("large", max_workgroup_bytes=48 << 10, max_invocations=1024, flops_per_second=2e12)

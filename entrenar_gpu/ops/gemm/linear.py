@@ -33,7 +33,6 @@ from entrenar_gpu.ops.gemm.product import (
     epilogue,
     f16_launch,
     flat_pair,
-    product_launch,
     sum_launch,
     whole,
 )
@@ -43,7 +42,6 @@ from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
 from entrenar_gpu.quant import BLOCK
 
-COOPERATIVE_TILE = 64  # outputs of a workgroup each way
 _MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that all sum in one order
 
 
@@ -227,17 +225,8 @@ def _choice(node: Node, caps: Caps) -> Choice:
     return choose(node.attrs["arithmetic"], m, n, k, "nt", caps)
 
 
-def _cooperative(node: Node, caps: Caps) -> bool:
-    """Whether the device's matrix units take this product: whole tiles only."""
-    m, n, _, _ = product_sizes(node)
-    fits = m % COOPERATIVE_TILE == 0 and n % COOPERATIVE_TILE == 0
-    return node.attrs["arithmetic"] == "f16" and caps.cooperative_matrix > 0 and fits
-
-
 def _slices(node: Node, caps: Caps) -> int:
     """Slices of K that are summed apart; 0 where the product writes its output itself."""
-    if _cooperative(node, caps):
-        return 1 if node.attrs["bias"] or node.attrs["residual"] else 0
     k = product_sizes(node)[2]
     slices = -(-k // slice_length(k, _choice(node, caps)))
     bindings = len(_operand_names(node)) + sum(node.attrs[name] for name in ("bias", "residual")) + 1
@@ -286,17 +275,13 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         residual=o.residual,
         accumulate=o.residual is not None and aliased(node.output, o.residual),
     )
-    cooperative = _cooperative(node, caps)
-    multiply = _multiply_cooperative if cooperative else _multiply
     down = (o.down, o.p, node.attrs["pair_transposed"]) if o.down is not None and o.p is not None else None
     launches = [low_precision_rows_launch(whole(node.inputs[0]), m, k, low_x, x_scales, caps, down)]
     if not node.attrs["copied"]:
         launches.append(low_precision_weight_launch(node.attrs, weight_of(node), low_w, w_scales, caps))
-    launches.append(multiply(node, product, partial, caps))
+    launches.append(_multiply(node, product, partial, caps))
     if partial is not None:
         launches.append(sum_launch(product, partial, caps))
-    if cooperative and o.p is not None and o.q is not None:
-        launches.append(_add_pair(node, o.p, o.q, caps))
     return launches
 
 
@@ -324,25 +309,6 @@ def _multiply_int8(node: Node, product: Product, choice: Choice) -> Launch:
     constants.update(**paired, **added, c_base=0, ldc=n, c_format="f32")
     grid = (-(-m // tile.BM), n // tile.BN, slices)
     return Launch("matmul_int8", tuple(bindings), constants, grid, trusted=True)
-
-
-def _multiply_cooperative(node: Node, product: Product, partial: Tensor | None, caps: Caps) -> Launch:
-    m, n, k, _ = product_sizes(node)
-    tile = COOPERATIVE_TILE
-    constants = {"N": n, "K": k, "BM": tile, "BN": tile, "EDGE": caps.cooperative_matrix}
-    out = writes("c", node.output if partial is None else partial)
-    bindings = (reads("a", product.a.tensor), reads("b", product.b.tensor), out)
-    grid = (m // tile, n // tile, 1)
-    return Launch("matmul_cooperative", bindings, constants, grid, trusted=True, enables=("wgpu_cooperative_matrix",))
-
-
-def _add_pair(node: Node, p: Tensor, q: Tensor, caps: Caps) -> Launch:
-    """C += beta * p op(q), behind a product that cannot take it along."""
-    m, n, _, r = product_sizes(node)
-    transposed, out = node.attrs["pair_transposed"], Block(node.output, 0, n)
-    beta = node.attrs["beta"]
-    product = Product((m, n, r), whole(p), whole(q), out, False, transposed, beta, accumulate=True)
-    return product_launch(product, choose("f32", m, n, r, product.layout, caps, split=False))
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, int]]:
