@@ -1,4 +1,4 @@
-// Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) transposed by the angle of its row's position. `=`.
+// Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) rotated by the angle of its row's position. `=`.
 // One invocation a pair. Grid: ceil(PAIRS / 256), folded.
 {% include "lib/grid.wgsl" %}
 

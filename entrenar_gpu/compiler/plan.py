@@ -22,7 +22,7 @@ RING = 3  # reports that may be on their way to the host at once
 
 @dataclass
 class Step:
-    """A node and the launches it transposed into."""
+    """A node and the launches it became."""
 
     node: Node
     launches: tuple[Launch, ...]

@@ -26,7 +26,7 @@ def _infer(node: Node) -> Sequence[Spec]:
     return [(x.shape, "f32"), ((x.size // weight.size,), "f32")]
 
 
-def _transposed(x: np.ndarray, table: np.ndarray, positions: np.ndarray, like: Node, inverse: bool) -> np.ndarray:
+def _rotated(x: np.ndarray, table: np.ndarray, positions: np.ndarray, like: Node, inverse: bool) -> np.ndarray:
     node = Node("rope", like.inputs, {"inverse": inverse})
     return OPS["rope"].reference(node, x, table, positions)[0]
 
@@ -35,15 +35,15 @@ def _reference(
     node: Node, x: np.ndarray, weight: np.ndarray, table: np.ndarray, positions: np.ndarray
 ) -> Sequence[np.ndarray]:
     y, rstd = OPS["rms_norm"].reference(node, x, weight)
-    return [_transposed(y, table, positions, node, False), rstd]
+    return [_rotated(y, table, positions, node, False), rstd]
 
 
 def _grad_reference(
     node: Node, x: np.ndarray, weight: np.ndarray, table: np.ndarray, at: np.ndarray, dy: np.ndarray, rstd: np.ndarray
 ) -> Sequence[np.ndarray]:
-    transposed = _transposed(dy, table, at, node, True)
+    rotated = _rotated(dy, table, at, node, True)
     plain = Node("norm_grad", node.inputs, {"residual": False})
-    return OPS["norm_grad"].reference(plain, x, weight, transposed, rstd)
+    return OPS["norm_grad"].reference(plain, x, weight, rotated, rstd)
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
