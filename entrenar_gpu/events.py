@@ -55,6 +55,30 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
+class HostStats:
+    """What the host and the GPU did since the step before; NaN and "" where the system does not tell.
+
+    `run_delay_seconds` is how long threads of this process were ready to run and waited for a processor, summed over
+    them; `held_seconds` how long the whole process was kept from running (stopped, swapped out, outrun by others, the
+    machine asleep). `others_cpu_seconds` is processor time that other programs took. GPU figures are at most a second
+    old.
+    """
+
+    cpu_seconds: float
+    run_delay_seconds: float
+    held_seconds: float
+    others_cpu_seconds: float
+    major_faults: int
+    voluntary_switches: int
+    involuntary_switches: int
+    peak_resident_bytes: int
+    gpu_clock_mhz: float
+    gpu_temperature_c: float
+    gpu_power_w: float
+    gpu_throttle: str
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step.
 
@@ -78,6 +102,7 @@ class StepRecord:
     allocated_bytes: int = 0
     flops: int = 0
     spans: tuple[Span, ...] = ()
+    host: HostStats | None = None
 
 
 @dataclass(frozen=True)

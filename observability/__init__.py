@@ -1,7 +1,7 @@
 """Watching a training run: OpenTelemetry spans and metrics out, anomalies and reports from them.
 
 This package imports nothing of the trainer: it takes the trainer's records by their attributes, and reads traces from
-files or Jaeger. Importing it is cheap; OpenTelemetry is imported by `observe`.
+files or Jaeger. Importing it is cheap; OpenTelemetry is imported by `observe` and `AnomalyProcessor`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from observability.write.observer import TraceObserver
+    from observability.detect.live import LiveDetector
+    from observability.detect.live_spans import AnomalyProcessor
+    from observability.write import TraceObserver
 
-__all__ = ["observe"]
+__all__ = ["AnomalyProcessor", "LiveDetector", "observe"]
 
 
 def observe(output_dir: str | Path, **options: Any) -> TraceObserver:
@@ -21,3 +23,12 @@ def observe(output_dir: str | Path, **options: Any) -> TraceObserver:
     from observability.write.observer import observe as make
 
     return make(output_dir, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """The detector for live runs, when it is asked for."""
+    if name in ("AnomalyProcessor", "LiveDetector"):
+        from observability import detect
+
+        return getattr(detect, name)
+    raise AttributeError(name)

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from observability.detect.findings import number_of_steps
+from observability.detect import number_of_steps
 from observability.errors import TraceError
-from observability.read.span_table import PHASE, RUN_STEP, SpanTable
-from observability.read.trace_reader import newest_run, read_trace, trace_path
+from observability.read import PHASE, RUN_STEP, SpanTable, newest_run, read_trace, trace_path
 
 OUTSIDE = "outside the steps"
 _COLLECTOR = "http://localhost:4318"

@@ -110,6 +110,44 @@ SKIPPED = _attribute("entrenar.step.skipped", "bool", "step", "no update: loss o
 ALLOCATED_BYTES = _attribute("entrenar.step.allocated_bytes", "int", "step", "GPU memory held by the run, bytes")
 STEP_FLOPS = _attribute("entrenar.step.flops", "int", "step", "floating-point operations of the step's plan")
 
+HOST_CPU = _attribute("entrenar.host.cpu_seconds", "double", "step", "processor time of the process, seconds")
+HOST_RUN_DELAY = _attribute(
+    "entrenar.host.run_delay_seconds", "double", "step", "its threads ready to run without a processor, summed, seconds"
+)
+HOST_HELD = _attribute(
+    "entrenar.host.held_seconds",
+    "double",
+    "step",
+    "the whole process kept from running (stopped, swapped out), seconds",
+)
+HOST_OTHERS_CPU = _attribute(
+    "entrenar.host.others_cpu_seconds", "double", "step", "processor time of other programs, seconds"
+)
+HOST_MAJOR_FAULTS = _attribute("entrenar.host.major_faults", "int", "step", "pages read from disk to go on")
+HOST_VOLUNTARY = _attribute("entrenar.host.voluntary_switches", "int", "step", "times a thread waited")
+HOST_INVOLUNTARY = _attribute("entrenar.host.involuntary_switches", "int", "step", "times a thread was preempted")
+HOST_RESIDENT = _attribute("entrenar.host.peak_resident_bytes", "int", "step", "largest memory of the process, bytes")
+GPU_CLOCK = _attribute("entrenar.gpu.clock_mhz", "double", "step", "clock of the GPU's processors, MHz")
+GPU_TEMPERATURE = _attribute("entrenar.gpu.temperature_celsius", "double", "step", "temperature of the GPU")
+GPU_POWER = _attribute("entrenar.gpu.power_watts", "double", "step", "power that the GPU draws")
+GPU_THROTTLE = _attribute("entrenar.gpu.throttle", "string", "step", "why the GPU's clock is held down, where it is")
+
+# By the field of the trainer's HostStats that it comes from.
+HOST_KEYS: Final = {
+    "cpu_seconds": HOST_CPU,
+    "run_delay_seconds": HOST_RUN_DELAY,
+    "held_seconds": HOST_HELD,
+    "others_cpu_seconds": HOST_OTHERS_CPU,
+    "major_faults": HOST_MAJOR_FAULTS,
+    "voluntary_switches": HOST_VOLUNTARY,
+    "involuntary_switches": HOST_INVOLUNTARY,
+    "peak_resident_bytes": HOST_RESIDENT,
+    "gpu_clock_mhz": GPU_CLOCK,
+    "gpu_temperature_c": GPU_TEMPERATURE,
+    "gpu_power_w": GPU_POWER,
+    "gpu_throttle": GPU_THROTTLE,
+}
+
 LAYER_INDEX = _attribute("entrenar.layer.index", "int", "layer", "which transformer layer, from 0")
 KERNEL_NAME = _attribute("entrenar.kernel.name", "string", "kernel", "the shader and variant that ran")
 KERNEL_SHAPE = _attribute("entrenar.kernel.shape", "string", "kernel", "its problem size, as 512x9728x2560")

@@ -1,20 +1,22 @@
 """Recorded step times: a trace of a real run, kept as a small file of columns.
 
-The file (NumPy .npz, no pickled objects) holds `seconds` [steps], `durations` [steps, kinds], `row_tokens` [steps] and
-`about`, a JSON text with the kinds of span and where the times come from.
+The file (NumPy .npz, no pickled objects) holds `seconds` [steps], `durations` [steps, kinds], `row_tokens` [steps],
+what the host did [steps] (`HOST_VALUES`; NaN where it did not tell) and `about`, a JSON text with the kinds of span
+and where the times come from.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from observability.read.step_table import Kind, StepTable
+from observability.read.step_table import HOST_VALUES, Kind, StepTable
 
 FILE = Path(__file__).with_name("recorded.npz")
 
@@ -27,6 +29,7 @@ def save(table: StepTable, path: Path, about: dict[str, Any]) -> None:
         seconds=table.seconds.astype(np.float32),
         durations=table.durations.astype(np.float32),
         row_tokens=table.values["row_tokens"].astype(np.float32),
+        **{key: table.values[key].astype(np.float32) for key in HOST_VALUES if key in table.values},
         about=np.array(json.dumps({**about, "kinds": kinds})),
     )
     os.replace(temporary, path)
@@ -37,15 +40,23 @@ def load(path: Path = FILE) -> tuple[StepTable, dict[str, Any]]:
     with np.load(path, allow_pickle=False) as stored:
         seconds, durations, tokens = (stored[key].astype(np.float64) for key in ("seconds", "durations", "row_tokens"))
         about = json.loads(str(stored["about"]))
-    return _table(seconds, durations, tokens, [Kind(*kind) for kind in about["kinds"]]), about
+        host = {key: stored[key].astype(np.float64) for key in HOST_VALUES if key in stored}
+    return _table(seconds, durations, tokens, [Kind(*kind) for kind in about["kinds"]], host), about
 
 
 def rows(table: StepTable, chosen: np.ndarray) -> StepTable:
     """The chosen rows, in order, as a run of its own."""
-    return _table(table.seconds[chosen], table.durations[chosen], table.values["row_tokens"][chosen], table.kinds)
+    host = {key: table.values[key][chosen] for key in HOST_VALUES if key in table.values}
+    return _table(table.seconds[chosen], table.durations[chosen], table.values["row_tokens"][chosen], table.kinds, host)
 
 
-def _table(seconds: np.ndarray, durations: np.ndarray, tokens: np.ndarray, kinds: Iterable[Kind]) -> StepTable:
+def _table(
+    seconds: np.ndarray,
+    durations: np.ndarray,
+    tokens: np.ndarray,
+    kinds: Iterable[Kind],
+    host: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> StepTable:
     count = len(seconds)
     nothing = np.full(count, np.nan)
     told = ("loss", "learning_rate", "grad_norm", "allocated_bytes", "flops", "epoch")
@@ -55,7 +66,7 @@ def _table(seconds: np.ndarray, durations: np.ndarray, tokens: np.ndarray, kinds
         seconds=seconds,
         wall_seconds=seconds.copy(),
         skipped=np.zeros(count, dtype=bool),
-        values={"tokens": tokens, "row_tokens": tokens} | dict.fromkeys(told, nothing),
+        values={"tokens": tokens, "row_tokens": tokens} | dict.fromkeys(told, nothing) | host,
         kinds=tuple(kinds),
         durations=durations,
     )

@@ -137,7 +137,7 @@ def train(
 def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     """(tracer, all observers that watch a run): spans to its folder and to --otlp, anomalies as they happen."""
     import observability
-    from observability.detect.live import LiveDetector
+    from observability.detect import LiveDetector
 
     tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
     detector = LiveDetector(

@@ -34,6 +34,7 @@ from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
 from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, fit_training
+from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile
 from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
@@ -155,7 +156,12 @@ class Trainer:
         there drops the checkpoints and metrics of later ones.
         """
         self._make_output()
-        return self._steps()
+        return self._watched_steps()
+
+    def _watched_steps(self) -> Iterator[StepRecord]:
+        """The steps, with what the host does meanwhile."""
+        with HostSampler(str(self.session.gpu_info["adapter"])) as self._host:
+            yield from self._steps()
 
     def _steps(self) -> Iterator[StepRecord]:
         c = self.config
@@ -255,6 +261,7 @@ class Trainer:
             allocated_bytes=self.session.allocated_bytes,
             flops=self._flops,
             spans=(*spans, data),
+            host=self._host.sample(),
         )
         self._tell("step_finished", record)
         if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:

@@ -21,9 +21,7 @@ from observability.detect.findings import (
     duration,
     number_of_steps,
 )
-from observability.read.span_table import Floats, Ints, SpanTable, printable
-from observability.read.step_table import PAUSES, StepTable, step_table
-from observability.read.trace_reader import read_trace
+from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_trace, step_table
 
 _MOST_OF_A_PAUSE: Final = 0.5  # of the typical one: steps so much over have the pause that comes back
 

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import median_filter
 
-from observability.read.span_table import Floats
-from observability.read.step_table import StepTable
+from observability.read import Floats, StepTable
 
 Mask = npt.NDArray[np.bool_]
 

@@ -27,8 +27,7 @@ from observability.detect.findings import (
 )
 from observability.detect.periodic import Period
 from observability.detect.sustained import Shift
-from observability.read.span_table import Floats
-from observability.read.step_table import Pause, StepTable
+from observability.read import Floats, Pause, StepTable
 
 _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to be at fault
 _BEYOND_USUAL: Final = 0.25  # so much more of the lost time than of a step

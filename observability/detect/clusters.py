@@ -9,8 +9,7 @@ import numpy as np
 
 from observability.detect.baseline import Mask
 from observability.detect.findings import duration, size
-from observability.read.span_table import Floats, Ints
-from observability.read.step_table import StepTable
+from observability.read import Floats, Ints, StepTable
 
 MOST_CLUSTERS: Final = 5
 _LEAST_STEPS: Final = 10

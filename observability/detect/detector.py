@@ -18,8 +18,7 @@ from observability.detect.baseline import Mask, Scores, core_scale, noise_scale,
 from observability.detect.findings import ALARM_AT, COMPILE, NOTICED_AT, Finding, severity
 from observability.detect.periodic import find_period
 from observability.detect.sustained import Shift, find_shifts
-from observability.read.span_table import Floats
-from observability.read.step_table import StepTable
+from observability.read import Floats, StepTable
 
 LEAST_STEPS: Final = 8  # fewer say nothing about what is normal
 _WARM_UP: Final = 10  # steps at most

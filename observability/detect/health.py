@@ -8,7 +8,7 @@ import numpy as np
 
 from observability.detect.baseline import moving_median, noise_scale
 from observability.detect.findings import HIGH, LOSS_SPIKE, MEMORY_PRESSURE, SKIPPED_STEP, Finding, severity, size
-from observability.read.step_table import StepTable
+from observability.read import StepTable
 
 _WINDOW: Final = 31  # steps: short, as losses fall fast at first
 _LEAST_STEPS: Final = 20

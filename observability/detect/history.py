@@ -10,8 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from observability.detect.baseline import NEAR_TAIL, WINDOW, noise_scale
-from observability.read.span_table import whole
-from observability.read.step_table import PAUSES, Kind, Pause, StepTable
+from observability.read import HOST_VALUES, PAUSES, Kind, Pause, StepTable, number, whole
 
 STEPS: Final = 1000  # kept
 LOOK_BACK: Final = 2 * WINDOW  # steps that say how far off is far, and that explain one
@@ -120,7 +119,7 @@ def row_of(record: Any) -> tuple[Row, list[Pause]]:
         "tokens": float(record.tokens),
         "row_tokens": float(record.row_tokens),
         "allocated_bytes": float(record.allocated_bytes),
-    }
+    } | {key: number(getattr(getattr(record, "host", None), key, None)) for key in HOST_VALUES}
     seconds = max(seconds_of(record) - within, 1e-9)
     return Row(int(record.step), seconds, durations, values, bool(record.skipped)), pauses
 

@@ -24,7 +24,7 @@ from observability.detect.findings import ALARM_AT, DRIFT, LOSS_SPIKE, NOTICED_A
 from observability.detect.history import LOOK_BACK, STEPS, Baseline, History, Row, row_of, seconds_of
 from observability.detect.periodic import find_period
 from observability.detect.sustained import find_shifts
-from observability.read.step_table import Pause, StepTable
+from observability.read import Pause, StepTable
 
 _RENEW_EVERY: Final = 5  # steps between renewals of the baseline
 _SUSTAINED_EVERY: Final = 100  # steps between looks for slowdowns that stay

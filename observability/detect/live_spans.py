@@ -16,8 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from observability import schema
 from observability.detect.live import LiveDetector
-from observability.read.span_table import NO_STEP, whole
-from observability.read.step_table import PAUSES, number
+from observability.read import NO_STEP, PAUSES, number, whole
 
 _log = logging.getLogger(__name__)
 _MOST_SPANS: Final = 20_000  # kept of one step; a step of 36 layers has some thousand kernels
@@ -99,6 +98,7 @@ class AnomalyProcessor(SpanProcessor):
             row_tokens=number(attributes.get(schema.ROW_TOKENS)),
             allocated_bytes=number(attributes.get(schema.ALLOCATED_BYTES)),
             skipped=bool(attributes.get(schema.SKIPPED)),
+            host=_host(attributes),
             spans=[],
         )
         if before is not None:
@@ -131,3 +131,9 @@ class AnomalyProcessor(SpanProcessor):
             self._finished = True
             self._judge_step()
             self._detector.run_finished(None)
+
+
+def _host(attributes: Mapping[str, Any]) -> SimpleNamespace | None:
+    """What the host did in the step, where the span tells."""
+    told = {key: attributes[name] for key, name in schema.HOST_KEYS.items() if name in attributes}
+    return SimpleNamespace(**told) if told else None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
-from observability.read.span_table import Floats, Ints
+from observability.read import Floats, Ints
 
 # A "slow" step is one above this quantile; which one suits is not known. The first is for every third step.
 _LEVELS: Final = (0.60, 0.80, 0.90, 0.95, 0.98, 0.99, 0.995)

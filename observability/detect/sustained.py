@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from observability.detect.baseline import HEALTHY_START, MAD_TO_SIGMA, core_scale
-from observability.read.span_table import Floats, Ints
+from observability.read import Floats, Ints
 
 _BLOCK: Final = 10  # steps a block; fewer in a short run
 _BLOCKS: Final = 40  # in a short run, if it has steps for them

@@ -23,6 +23,7 @@ _MAX_KINDS: Final = 1000
 _TAKEN_AGAIN: Final = -1  # in place of a run: of steps that a resumed run repeats
 _LARGEST: Final = 1e100
 _LEVEL_NAMES: Final = {PHASE: "phase", LAYER: "layer", KERNEL: "kernel"}
+HOST_VALUES: Final = tuple(key for key in schema.HOST_KEYS if key != "gpu_throttle")  # numbers that the host tells
 _VALUES: Final = {
     "loss": schema.LOSS,
     "learning_rate": schema.LEARNING_RATE,
@@ -32,7 +33,7 @@ _VALUES: Final = {
     "allocated_bytes": schema.ALLOCATED_BYTES,
     "flops": schema.STEP_FLOPS,
     "epoch": schema.EPOCH,
-}
+} | {key: name for key, name in schema.HOST_KEYS.items() if key in HOST_VALUES}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class StepTable:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     began_ns: int = 0
+    throttle: npt.NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, dtype=str))  # why, by step; or empty
 
     def __len__(self) -> int:
         return len(self.step)
@@ -96,7 +98,10 @@ class StepTable:
         """The steps that the mask `kept` holds."""
         own = ("step", "start", "seconds", "wall_seconds", "skipped", "durations")
         values = {key: column[kept] for key, column in self.values.items()}
-        return replace(self, values=values, restarts=(), **{name: getattr(self, name)[kept] for name in own})
+        throttle = self.throttle[kept] if len(self.throttle) else self.throttle
+        return replace(
+            self, values=values, throttle=throttle, restarts=(), **{name: getattr(self, name)[kept] for name in own}
+        )
 
     def column(self, level: str, name: str) -> Floats | None:
         """Seconds a step in the kind of this level and name, or None where the trace has none."""
@@ -149,6 +154,7 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         facts=_facts(spans, newest),
         notes=tuple(notes),
         began_ns=int(start[0]),
+        throttle=np.array([str(a.get(schema.GPU_THROTTLE, "")) for a in attributes]),
     )
 
 

@@ -12,12 +12,10 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from observability.detect.analysis import Analysis, analyse
+from observability.detect import Analysis, analyse
 from observability.errors import TraceError
 from observability.files import write_whole
-from observability.read.span_table import one_line, printable
-from observability.read.step_table import step_table
-from observability.read.trace_reader import is_address, newest_run, read_trace, trace_path
+from observability.read import is_address, newest_run, one_line, printable, read_trace, step_table, trace_path
 from observability.report.compare import compare
 from observability.streams import print_any_text
 

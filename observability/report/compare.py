@@ -7,10 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from observability.detect.baseline import MAD_TO_SIGMA
-from observability.detect.findings import duration
-from observability.read.span_table import Floats, Ints
-from observability.read.step_table import StepTable
+from observability.detect import MAD_TO_SIGMA, duration
+from observability.read import Floats, Ints, StepTable
 
 _LEAST_CHANGE: Final = 0.03  # of a kind's time
 _LEAST_SHARE: Final = 0.002  # of the step's time: smaller changes are nobody's business

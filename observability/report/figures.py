@@ -12,11 +12,19 @@ from typing import Any, Final
 import numpy as np
 
 from observability import schema
-from observability.detect.analysis import Analysis
-from observability.detect.baseline import moving_median
-from observability.detect.findings import HIGH, LOSS_SPIKE, LOW, MEDIUM, PERIODIC, SKIPPED_STEP, Finding, duration
-from observability.read.span_table import Floats, Ints
-from observability.read.step_table import PAUSES, pause_seconds
+from observability.detect import (
+    HIGH,
+    LOSS_SPIKE,
+    LOW,
+    MEDIUM,
+    PERIODIC,
+    SKIPPED_STEP,
+    Analysis,
+    Finding,
+    duration,
+    moving_median,
+)
+from observability.read import PAUSES, Floats, Ints, pause_seconds
 from observability.report.compare import Comparison
 
 Figure = dict[str, Any]
@@ -159,7 +167,7 @@ def phase_plot(analysis: Analysis) -> Figure | None:
 
 def cluster_plot(analysis: Analysis) -> Figure:
     """Steps by time and by the feature that sets the slowest cluster apart."""
-    from observability.detect.clusters import step_features
+    from observability.detect import step_features
 
     table, clusters = analysis.table, analysis.clusters
     high = clusters.high_latency

@@ -18,10 +18,22 @@ from typing import Any, Final
 import numpy as np
 
 from observability import schema
-from observability.detect.analysis import Analysis, by_cause, lost_in, time_lost, verdict
-from observability.detect.findings import CAUSES, HIGH, Finding, duration, in_a_row, number_of_steps, size
+from observability.detect import (
+    CAUSES,
+    HIGH,
+    Analysis,
+    Finding,
+    by_cause,
+    duration,
+    in_a_row,
+    lost_in,
+    number_of_steps,
+    size,
+    time_lost,
+    verdict,
+)
 from observability.files import write_whole
-from observability.read.span_table import whole
+from observability.read import whole
 from observability.report import figures
 from observability.report.compare import Comparison
 

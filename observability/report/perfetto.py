@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from observability.detect.analysis import Analysis
+from observability.detect import Analysis
 from observability.files import write_whole
-from observability.read.span_table import KERNEL, LAYER, OTHER, PHASE, RUN, RUN_STEP, SpanTable
+from observability.read import KERNEL, LAYER, OTHER, PHASE, RUN, RUN_STEP, SpanTable
 
 _HOST, _GPU = 1, 2
 _TRACK_NAMES: Final = {

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from observability.detect.analysis import Analysis, verdict
-from observability.detect.findings import HIGH, MEDIUM, duration, in_a_row, number_of_steps
+from observability.detect import HIGH, MEDIUM, Analysis, duration, in_a_row, number_of_steps, verdict
 from observability.report.compare import Comparison
 
 _ROWS = 40

@@ -283,4 +283,10 @@ def _step_attributes(record: Any) -> dict[str, Any]:
         schema.SKIPPED: bool(record.skipped),
         schema.ALLOCATED_BYTES: record.allocated_bytes,
         schema.STEP_FLOPS: record.flops,
-    }
+    } | _host_attributes(getattr(record, "host", None))
+
+
+def _host_attributes(stats: Any | None) -> dict[str, Any]:
+    """What the host did in a step (`HostStats`); what the system does not tell (NaN, "") has no attribute."""
+    told = {name: getattr(stats, key, "") for key, name in schema.HOST_KEYS.items()}
+    return {name: value for name, value in told.items() if value != "" and value == value}

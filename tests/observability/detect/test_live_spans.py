@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, Span, StepRecord
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, HostStats, Span, StepRecord
 from observability import observe, schema
 from observability.detect import live_spans
 from observability.detect.live import LiveDetector
@@ -314,3 +315,21 @@ def test_a_detector_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -
     processor.force_flush()
     assert [(step.step, len(step.spans)) for step in heard.steps] == [(1, 8), (2, 8), (3, 8)]
     assert caplog.text.count("RuntimeError: detector broke") == 3
+
+
+def test_what_the_host_did_comes_through(tmp_path: Path) -> None:
+    stats = HostStats(0.5, 0.1, 0.0, 0.2, 3, 40, 5, 1 << 20, math.nan, 61.0, 120.0, "power cap")
+    heard = Heard()
+    through_observer(tmp_path, [step_record(1, host=stats)], AnomalyProcessor(heard))
+    host = heard.steps[0].host
+    assert (host.cpu_seconds, host.major_faults, host.gpu_throttle) == (0.5, 3, "power cap")
+    assert not hasattr(host, "gpu_clock_mhz")  # unknown: no attribute, rather than a NaN that backends stumble over
+
+
+def test_addresses_of_earlier_versions_still_lead_there() -> None:
+    from observability import AnomalyProcessor as handed_on
+    from observability.live import LiveDetector as detector
+    from observability.live_spans import AnomalyProcessor as processor
+
+    assert handed_on is processor is AnomalyProcessor
+    assert detector is LiveDetector
