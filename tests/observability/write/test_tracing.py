@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from entrenar_gpu.events import Span
+from entrenar_gpu.events import HostStats, Span
 from observability import observe, schema
 from observability.errors import TraceError
 from observability.write.logs import TraceIdFilter
@@ -109,7 +109,8 @@ def test_times_are_the_records_own_and_never_negative() -> None:
 
 def test_attributes_are_those_of_the_schema_with_its_types() -> None:
     build = SpanBuilder(run_info(resumes="run-12c0"), "kernel", None, OwnSpans())
-    record = step_record(1, kernels=("rope",))
+    host = HostStats(0.5, 0.1, 0.0, 0.2, 3, 40, 5, 1 << 20, 1980.0, 61.0, 120.0, "power cap")
+    record = step_record(1, kernels=("rope",), host=host)
     spans = [*build.step(record), *build.checkpoint(checkpoint_record(1)), *build.evaluation(eval_record(1))]
     spans += build.finish(run_summary(1))
     types = {"string": str, "int": int, "double": float, "bool": bool}
