@@ -98,7 +98,10 @@ def show_start(trainer: Any) -> None:
         line("weights", session.weights_from)
     dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []
     dropped += [f"{samples.cut} cut at --seq"] if samples.cut else []
-    line("data", ", ".join([f"{len(samples):,} samples, {samples.trained_tokens:,} trained tokens", *dropped]))
+    line(
+        "data",
+        ", ".join([f"{len(samples):,} samples, {samples.trained_tokens:,} trained tokens", *dropped, *samples.notes]),
+    )
     info = session.gpu_info
     line("device", f"{info['adapter']} ({info['backend']}, {info['driver']})")
     if session.plan is not None and session.budget is not None:

@@ -175,7 +175,7 @@ def report(context: typer.Context) -> None:
 
 
 @app.command("eval")
-@options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "pack")
+@options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "completions", "pack")
 def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
     """Mean loss over all unmasked tokens of a data set, and its perplexity."""
     from entrenar_gpu.train import evaluate_data
@@ -188,7 +188,7 @@ def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = 
 
 
 @app.command()
-@options.with_options(*options.RUNTIME, "seq", "seed")
+@options.with_options(*options.RUNTIME, "seq", "seed", "completions")
 def generate(
     given: Mapping[str, Any],
     prompt: Annotated[str, typer.Option("--prompt", help="what to say to the model")],

@@ -95,6 +95,11 @@ class TrainConfig:
     loss_on: Literal["completions", "all"] = option(
         "completions", "completions: only what the assistant says, where the format tells; all: every token"
     )
+    completions: Literal["chat", "raw"] = option(
+        "chat",
+        "prompt and completion texts: chat = a turn of the user and one of the assistant, where the model has a chat"
+        " template; raw = as they are",
+    )
     pack: bool = option(True, "fill rows with several whole samples (--no-pack: one padded row per sample)")
     shuffle: bool = option(True, "draw samples in seeded random order (--no-shuffle: file order)")
     seed: int = option(0, "seeds adapter init, shuffling and dropout", low=0, high=2**32 - 1)

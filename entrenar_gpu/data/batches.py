@@ -145,8 +145,8 @@ class TrainBatches:
         """Go on from a `state`. Raises UserError when that was one of other data or another order, or of none."""
         if state.get("order") != self.fingerprint:
             raise UserError(
-                "--resume: the checkpoint was made with other data, or another --seq, --seed, --pack, --shuffle or"
-                " --loss-on"
+                "--resume: the checkpoint was made with other data, or another --seq, --seed, --pack, --shuffle,"
+                " --loss-on or --completions"
             )
         epoch, row = state.get("epoch"), state.get("row")
         if type(epoch) is int and 0 <= epoch < 2**53:

@@ -52,20 +52,27 @@ def data_files(data: str | Path, eval_data: str | Path | None = None) -> tuple[P
 
 
 def load_samples(
-    path: str | Path, tokenizer: Tokenizer | None, *, vocab_size: int, seq: int, loss_on: str = "completions"
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    seq: int,
+    loss_on: str = "completions",
+    completions: str = "chat",
 ) -> Samples:
     """Read and tokenise a JSONL file; samples longer than `seq` tokens are cut there.
 
     `vocab_size` is the model's; `tokenizer` may be None where every line holds input_ids; `loss_on` is "completions"
-    or "all". Raises UserError: FILE:LINE and what is wrong with the line, or that the file holds nothing to train.
+    or "all"; `completions` is "chat" or "raw". Raises UserError: FILE:LINE and what is wrong with the line, or that
+    the file holds nothing to train.
     """
-    reader = _Reader(str(path), tokenizer, vocab_size, loss_on == "all")
+    reader = _Reader(str(path), tokenizer, vocab_size, loss_on == "all", completions == "chat")
     builder = SampleBuilder(seq)
     lines = reader.lines()
     while chunk := [reader.read(number, line) for number, line in islice(lines, _LINES_AT_ONCE)]:
         for ids, labels in reader.tokenise(chunk):
             builder.add(ids, labels)
-    samples = builder.samples()
+    samples = builder.samples(reader.notes())
     if not len(samples):
         raise UserError(f"{path}: holds no token to train ({samples.skipped} samples without any)")
     return samples
@@ -96,8 +103,10 @@ class _Tokens:
 class _Reader:
     """Turns the lines of one file into token ids and labels."""
 
-    def __init__(self, path: str, tokenizer: Tokenizer | None, vocab_size: int, train_all: bool) -> None:
+    def __init__(self, path: str, tokenizer: Tokenizer | None, vocab_size: int, train_all: bool, as_chat: bool) -> None:
         self.path, self.vocab_size, self.train_all = path, vocab_size, train_all
+        self._as_chat = as_chat and tokenizer is not None and tokenizer.has_chat_template
+        self._completions = 0  # rows of prompt and completion texts
         self._tokenizer = tokenizer
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
@@ -111,6 +120,15 @@ class _Reader:
                         yield number, line
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
+
+    def notes(self) -> tuple[str, ...]:
+        """What was decided about the file's lines that a user may want to know."""
+        if not self._completions:
+            return ()
+        if self._as_chat:
+            return ("completions in the chat template (--completions raw: as they are)",)
+        has_template = self._tokenizer is not None and self._tokenizer.has_chat_template
+        return ("completions as they are" + ("" if has_template else ": the model has no chat template"),)
 
     def read(self, number: int, line: bytes) -> _Draft | _Tokens:
         try:
@@ -143,7 +161,8 @@ class _Reader:
             prompt, completion = _messages(record, "prompt"), _messages(record, "completion")
         else:
             asked, said = _text(record, "prompt"), _text(record, "completion")
-            if self._tokenizer is None or not self._tokenizer.has_chat_template:
+            self._completions += 1
+            if not self._as_chat:
                 spans = None if self.train_all else [(len(asked), len(asked) + len(said))]
                 return _Draft(number, asked + said, spans, eos=True, rendered=False)
             prompt, completion = [{"role": "user", "content": asked}], [{"role": "assistant", "content": said}]

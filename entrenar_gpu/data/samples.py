@@ -20,7 +20,7 @@ class Samples:
 
     `tokens` [N] are token ids; `targets` [N] the token to predict at each position, IGNORE where there is no loss:
     the sample's next label, so the last position of a sample has none. `skipped` samples had nothing to train and are
-    not here; `cut` ones were longer than allowed.
+    not here; `cut` ones were longer than allowed. `notes` say how the file's lines were read, for people.
     """
 
     tokens: NDArray[np.uint32]
@@ -28,6 +28,7 @@ class Samples:
     starts: NDArray[np.int64]
     skipped: int = 0
     cut: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -73,7 +74,7 @@ class SampleBuilder:
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
 
-    def samples(self) -> Samples:
+    def samples(self, notes: tuple[str, ...] = ()) -> Samples:
         """What was added so far."""
         return Samples(
             np.array(self.tokens, np.uint32),
@@ -81,4 +82,5 @@ class SampleBuilder:
             np.array(self.starts, np.int64),
             self.skipped,
             self.cut,
+            notes,
         )

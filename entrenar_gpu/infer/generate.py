@@ -31,10 +31,10 @@ class Generator:
         self.session = Session.open(self.config, planned, with_adapter, kernels)
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt as a user's message in the model's chat template where it has one, else as it is."""
+        """The prompt as a message of the user where there is a chat template, unless raw; else as it is."""
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line
             raise UserError("--prompt: not UTF-8 text")
-        if not self.tokenizer.has_chat_template:
+        if self.config.completions == "raw" or not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(prompt)
         text = self.tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -30,7 +30,9 @@ def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
         raise UserError(f"--data: {path} not found")
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     vocabulary = load_model_config(folder).vocab_size
-    samples = load_samples(path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on)
+    samples = load_samples(
+        path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on, completions=config.completions
+    )
 
     def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
         return fit({"evaluate": evaluate_graph(shape, caps)}, caps, budget)

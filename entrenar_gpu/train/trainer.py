@@ -366,6 +366,13 @@ def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples 
         raise UserError("--eval-every: no evaluation data; give --eval-data, or valid.jsonl in a --data folder")
 
     def read(path: Path) -> Samples:
-        return load_samples(path, tokenizer, vocab_size=model.vocab_size, seq=config.seq, loss_on=config.loss_on)
+        return load_samples(
+            path,
+            tokenizer,
+            vocab_size=model.vocab_size,
+            seq=config.seq,
+            loss_on=config.loss_on,
+            completions=config.completions,
+        )
 
     return read(train), read(held_out) if held_out is not None else None

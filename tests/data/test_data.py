@@ -14,7 +14,7 @@ from entrenar_gpu.data.jsonl import data_files, load_samples
 from entrenar_gpu.data.samples import IGNORE, SampleBuilder, Samples
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
-from tests.data.test_chat import model_folder
+from tests.data.test_chat import NO_THOUGHT, model_folder
 from tests.helpers import chat_templates
 
 VOCAB = 300
@@ -35,12 +35,17 @@ def chat(tmp_path) -> Tokenizer:
 
 
 def load(
-    tmp_path: Path, tokenizer: Tokenizer | None, *records: object, seq: int = 512, loss_on="completions"
+    tmp_path: Path,
+    tokenizer: Tokenizer | None,
+    *records: object,
+    seq: int = 512,
+    loss_on="completions",
+    completions="chat",
 ) -> Samples:
     path = tmp_path / "data.jsonl"
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     path.write_bytes(b"\n".join(lines) + b"\n")
-    return load_samples(path, tokenizer, vocab_size=VOCAB, seq=seq, loss_on=loss_on)
+    return load_samples(path, tokenizer, vocab_size=VOCAB, seq=seq, loss_on=loss_on, completions=completions)
 
 
 def read(tokenizer: Tokenizer, ids: np.ndarray) -> str:
@@ -83,6 +88,23 @@ def test_prompt_and_completion_go_through_the_chat_template(tmp_path, chat):
     text = "<|im_start|>user\nsame<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nsame<|im_end|>\n"
     assert read(chat, samples[0][0]) == text
     assert trained(chat, samples) == "<think>\n\n</think>\n\nsame<|im_end|>"
+
+
+def test_raw_completions_stay_as_they_are_where_there_is_a_template(tmp_path, chat):
+    texts = {"prompt": "Q: x A:", "completion": " y"}
+    messages = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    samples = load(tmp_path, chat, texts, messages, completions="raw")
+    assert read(chat, samples[0][0]) == "Q: x A: y<|im_end|>"
+    assert trained(chat, samples) == " y<|im_end|>"
+    assert trained(chat, samples, 1) == NO_THOUGHT + "b<|im_end|>"  # conversations need the template
+
+
+def test_what_became_of_completions_is_noted(tmp_path, chat, base):
+    texts = {"prompt": "a", "completion": "b"}
+    assert load(tmp_path, chat, texts).notes == ("completions in the chat template (--completions raw: as they are)",)
+    assert load(tmp_path, chat, texts, completions="raw").notes == ("completions as they are",)
+    assert load(tmp_path, base, texts).notes == ("completions as they are: the model has no chat template",)
+    assert load(tmp_path, chat, {"text": "a"}).notes == ()
 
 
 def test_a_completion_that_its_template_leaves_open_ends_with_eos(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def test_prompts_go_through_the_chat_template(folder):
     assert chat.encode("w9") == ids
     assert all(type(i) is int for i in ids)
     assert [b - a for a, b in pairwise(ids)] == [8, -7, 1]
+    chat.config = replace(chat.config, completions="raw")
+    assert chat.encode("w9") == templated.encode("w9")
 
 
 def test_prompts_that_leave_no_room_or_nothing_are_refused(folder):
