@@ -14,7 +14,7 @@ import numpy as np
 from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import shard_starts
-from entrenar_gpu.ops.gemm.product import Block, gemm
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.gemm.vocabulary import (
     DSCORE_SCALE,
@@ -224,7 +224,8 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
             rows = Block(x, at * depth, depth)
-            launches.append(gemm(caps, sizes, block, rows, Block(total, 0, depth), transpose_a=True, accumulate=True))
+            added = Matmul(sizes, block, rows, Block(total, 0, depth), transpose_a=True, accumulate=True)
+            launches.append(single_launch(added, caps))
     return launches
 
 

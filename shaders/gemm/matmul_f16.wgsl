@@ -1,88 +1,20 @@
-// C [M, N] = alpha * A op(B) + beta * P op(Q) + bias + residual (= or, with an in-place residual, +=).
+// C [M, N] = alpha * A op(B) + beta * P op(Q) + bias + residual in f16 (= or, with an in-place residual, +=).
 //
-// A [M, K] f16; B [N, K] or, where its k is not contiguous, [K, N], f16 or narrowed on the way in from f32, bf16 or half;
+// A [M, K] f16; B [N, K] or, where its k is not contiguous, [K, N], f16 or converted on the way in from f32, bf16 or half;
 // N a multiple of 4, K of BK; P [M, R], Q [N, R] or [R, N] f32; C f32 or f16. Products and their sums over one slice of BK
 // steps are f16, the sums of slices f32: relative error 6e-4 to 1.2e-3 (docs/gemm.md).
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K); with several slices, slice z writes to C + z * M * N.
 //
 // Tiles lie k-major in workgroup memory, B as vec4 along n, A with every value twice, so that a product is two packed
-// FMAs without a splat: taking one half of a register and doubling it costs as much as the FMAs. A thread stages 4x4
-// blocks, transposed in registers where k is contiguous. Rows are swizzled: pair x of row k lies at x ^ (k / 4 % 8), else
-// the eight threads that store one column of blocks would all hit one bank.
-{% import "lib/low_precision_epilogue.wgsl" as epilogue with context %}
-{% include "lib/widen.wgsl" %}
+// FMAs without a splat: taking one half of a register and doubling it costs as much as the FMAs.
 {% set TX = BN // TN %}{% set TY = BM // TM %}{% set THREADS = TX * TY %}
+{% set rows = [] %}{% for i in range(TM) %}{{ rows.append("(m0 + ty * %du + %du)" % (TM, i)) or "" }}{% endfor %}
+{% set columns = [] %}{% for j in range(TN // 4) %}{{ columns.append("n0 + tx * %du + %du" % (TN, 4 * j)) or "" }}{% endfor %}
+{% import "lib/staging.wgsl" as staging with context %}
+{% import "lib/epilogue.wgsl" as epilogue with context %}
+{% include "lib/widen.wgsl" %}
 var<workgroup> tile_a: array<vec4<f16>, {{ BK * BM // 2 }}>;
 var<workgroup> tile_b: array<vec4<f16>, {{ BK * BN // 4 }}>;
-
-{% macro narrow(operand, value) %}
-{% if operand.format in ("bf16", "half") %}
-vec4<f16>(vec4<f32>(widen_{{ operand.format }}({{ value }}.x), widen_{{ operand.format }}({{ value }}.y)))
-{%- else %}
-{{ value if operand.format == "f16" else "vec4<f16>(%s)" % value }}
-{%- endif %}
-{% endmacro %}
-
-{# A thread's share of a tile in registers: all loads are under way before the first is waited for. #}
-{% macro shares(operand, width) %}{{ (BK * width // (16 if operand.k_contiguous else 4) + THREADS - 1) // THREADS }}{% endmacro %}
-{% macro for_each_share(operand, width, share) %}
-{% set blocks = BK * width // (16 if operand.k_contiguous else 4) %}
-{% if (share + 1) * THREADS > blocks %}
-    if (thread < {{ blocks - share * THREADS }}u) {
-{% else %}
-    {
-{% endif %}
-      let block = thread + {{ share * THREADS }}u;
-{% if operand.k_contiguous %}
-      let k = block % 8u + block / {{ 2 * width }}u * 8u;
-      let quad = block / 8u % {{ width // 4 }}u;
-{% else %}
-      let k = block / {{ width // 4 }}u;
-      let quad = block % {{ width // 4 }}u;
-{% endif %}
-{% endmacro %}
-{% macro declare(registers, operand, width) %}
-{% for share in range(shares(operand, width) | int) %}{% for i in range(4 if operand.k_contiguous else 1) %}
-  var {{ registers }}{{ share }}_{{ i }}: {{ "vec2<u32>" if operand.format in ("bf16", "half") else "vec4<%s>" % operand.format }};
-{% endfor %}{% endfor %}
-{% endmacro %}
-{# Rows of A and columns of C past the last are read as the last: what they make is not written. #}
-{% macro within(index, count, step) %}{{ "min(%s, %du)" % (index, count - 1) if count % step else index }}{% endmacro %}
-{% macro load(registers, source, operand, width, origin, count) %}
-{% for share in range(shares(operand, width) | int) %}
-{{ for_each_share(operand, width, share) }}
-{% if operand.k_contiguous %}
-{% for i in range(4) %}
-      {{ registers }}{{ share }}_{{ i }} = {{ source }}[{{ operand.base // 4 }}u + ({{ within("%s + quad * 4u + %du" % (origin, i), count, width) }}) * {{ operand.stride // 4 }}u + (k0 >> 2u) + k];
-{% endfor %}
-{% else %}
-      {{ registers }}{{ share }}_0 = {{ source }}[{{ operand.base // 4 }}u + (k0 + k) * {{ operand.stride // 4 }}u + {{ within("(%s >> 2u) + quad" % origin, count // 4, width // 4) }}];
-{% endif %}
-    }
-{% endfor %}
-{% endmacro %}
-{% macro store(registers, operand, width, twice) %}
-{% for share in range(shares(operand, width) | int) %}
-{{ for_each_share(operand, width, share) }}
-{% if operand.k_contiguous %}
-{% for i in range(4) %}
-      let row{{ i }} = {{ narrow(operand, "%s%d_%d" % (registers, share, i)) }};
-{% endfor %}
-      let at = k * {{ width }}u + 2u * ((quad >> 1u) ^ (k % 8u)) + (quad & 1u);
-{% for i in range(4) %}
-{% if twice %}
-      tile_a[2u * at + {{ i * width // 2 }}u] = vec4<f16>(row0[{{ i }}], row0[{{ i }}], row1[{{ i }}], row1[{{ i }}]);
-      tile_a[2u * at + {{ i * width // 2 + 1 }}u] = vec4<f16>(row2[{{ i }}], row2[{{ i }}], row3[{{ i }}], row3[{{ i }}]);
-{% else %}
-      tile_b[at + {{ i * width // 4 }}u] = vec4<f16>(row0[{{ i }}], row1[{{ i }}], row2[{{ i }}], row3[{{ i }}]);
-{% endif %}
-{% endfor %}
-{% else %}
-      tile_b[k * {{ width // 4 }}u + 2u * ((quad >> 1u) ^ (k / 4u % 8u)) + (quad & 1u)] = {{ narrow(operand, "%s%d_0" % (registers, share)) }};
-{% endif %}
-    }
-{% endfor %}
-{% endmacro %}
 
 @compute @workgroup_size({{ THREADS }})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -93,15 +25,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
   var acc{{ i }}_{{ j }} = vec4<f32>();
 {% endfor %}{% endfor %}
-{{ declare("ra", A, BM) }}
-{{ declare("rb", B, BN) }}
-  let from_k = group.z * {{ slice }}u;
+{{ staging.declare_f16("ra", A, BM) }}
+{{ staging.declare_f16("rb", B, BN) }}
+  let z = group.z;
+  let from_k = z * {{ slice }}u;
   let to_k = min(from_k + {{ slice }}u, {{ K }}u);
   for (var k0 = from_k; k0 < to_k; k0 += {{ BK }}u) {
-{{ load("ra", "a", A, BM, "m0", M) }}
-{{ load("rb", "b", B, BN, "n0", N) }}
-{{ store("ra", A, BM, true) }}
-{{ store("rb", B, BN, false) }}
+{{ staging.load_f16("ra", "a", A, BM, "m0", M) }}
+{{ staging.load_f16("rb", "b", B, BN, "n0", N) }}
+{{ staging.store_f16("tile_a", "ra", A, BM, true) }}
+{{ staging.store_f16("tile_b", "rb", B, BN, false) }}
     workgroupBarrier();
 {% for i in range(TM) %}{% for j in range(TN // 2) %}
     var h{{ i }}_{{ j }} = vec2<f16>();
@@ -139,16 +72,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}{% endfor %}
     workgroupBarrier();
   }
-{% if alpha != 1.0 %}
-{% for i in range(TM) %}{% for j in range(TN // 4) %}
-  acc{{ i }}_{{ j }} *= f32({{ alpha }});
-{% endfor %}{% endfor %}
-{% endif %}
-{% set rows = [] %}{% for i in range(TM) %}{{ rows.append("(m0 + ty * %du + %du)" % (TM, i)) or "" }}{% endfor %}
-{% set columns = [] %}{% for j in range(TN // 4) %}{{ columns.append("n0 + tx * %du + %du" % (TN, 4 * j)) or "" }}{% endfor %}
-
+  {{ epilogue.scale(rows, columns) }}
 {% if R %}
-  {{ epilogue.add_pair(rows, columns, 4) }}
+  {{ epilogue.add_low_rank(rows, columns, 4) }}
 {% endif %}
-  {{ epilogue.write(rows, columns, 4) }}
+  {{ epilogue.write(rows, columns, 4, N % BN != 0) }}
 }

@@ -1,9 +1,10 @@
-// C = sum of the partial products of a matmul split along K, in order of the slices, + bias + residual (= or +=).
+// C = sum of a matmul's slices of K, in order, in f32, + bias + residual (= or, with an in-place residual, +=).
 // partial [slices, M, N]; C begins at element c_base of its tensor, with rows of ldc elements, and at column first_column
 // of the bias. One invocation four consecutive elements, or one where N is no multiple of four.
 // Grid: ceil(M * N / (256 * width)), folded.
+{% import "lib/epilogue.wgsl" as epilogue with context %}
 {% include "lib/grid.wgsl" %}
-{% set WIDTH = 4 if vector else 1 %}
+{% set WIDTH = c_width %}
 
 @compute @workgroup_size(256)
 fn main(
@@ -19,11 +20,5 @@ fn main(
 {% endfor %}
   let column = i % {{ N // WIDTH }}u;
   let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;
-{% if bias %}
-  value += bias[{{ first_column // WIDTH }}u + column];
-{% endif %}
-{% if residual %}
-  value += {{ residual }}[at];
-{% endif %}
-  c[at] = value;
+  {{ epilogue.put("value", "%du + column" % (first_column // WIDTH), "at", WIDTH) }}
 }

@@ -179,7 +179,7 @@ def test_work_split_to_fill_a_gpu_adds_up(name, device, kernels):
 @pytest.mark.parametrize(
     ("shader", "old", "new", "name"),
     [
-        ("matmul_sum", "value += bias[", "value -= bias[", "matmul-long-odd"),
+        ("matmul_sum", "+ bias[", "- bias[", "matmul-long-odd"),
         ("matmul_sum", "value += partial[i + ", "value += partial[0u * ", "matmul-long-fours"),
     ],
 )

@@ -11,12 +11,13 @@ launch that converts x, from the same rows: the node's second output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, reads, writes
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, whole
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
     low_precision_arrays,
@@ -27,15 +28,6 @@ from entrenar_gpu.ops.gemm.low_precision import (
 )
 from entrenar_gpu.ops.gemm.low_rank import RANKS
 from entrenar_gpu.ops.gemm.matmul import Operands, check_added, matmul, operands, with_added
-from entrenar_gpu.ops.gemm.product import (
-    Block,
-    Product,
-    epilogue,
-    f16_launch,
-    flat_pair,
-    sum_launch,
-    whole,
-)
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
 from entrenar_gpu.ops.reduce import sum_rows
@@ -263,52 +255,24 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     o, slices = operands(node), _slices(node, caps)
     partial = node.workspace[-1] if slices else None
     (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node)
-    product = Product(
+    multiplied = Matmul(
         (m, n, k),
         whole(low_x),
         whole(low_w),
         Block(node.output, 0, n),
         transpose_b=True,
-        pair=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
-        pair_transposed=node.attrs["pair_transposed"],
+        low_rank=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
+        low_rank_transposed=node.attrs["pair_transposed"],
         bias=o.bias,
         residual=o.residual,
         accumulate=o.residual is not None and aliased(node.output, o.residual),
+        scales=(x_scales, w_scales) if x_scales is not None and w_scales is not None else None,
     )
     down = (o.down, o.p, node.attrs["pair_transposed"]) if o.down is not None and o.p is not None else None
     launches = [low_precision_rows_launch(whole(node.inputs[0]), m, k, low_x, x_scales, caps, down)]
     if not node.attrs["copied"]:
         launches.append(low_precision_weight_launch(node.attrs, weight_of(node), low_w, w_scales, caps))
-    launches.append(_multiply(node, product, partial, caps))
-    if partial is not None:
-        launches.append(sum_launch(product, partial, caps))
-    return launches
-
-
-def _multiply(node: Node, product: Product, partial: Tensor | None, caps: Caps) -> Launch:
-    choice = _choice(node, caps)
-    if partial is not None:
-        product = replace(product, c=whole(partial), bias=None, residual=None, accumulate=False)
-    if node.attrs["arithmetic"] == "f16":
-        return f16_launch(product, choice)
-    return _multiply_int8(node, product, choice)
-
-
-def _multiply_int8(node: Node, product: Product, choice: Choice) -> Launch:
-    (m, n, k), tile = product.sizes, choice.tile
-    (a, a_scale), (b, b_scale) = low_precision_operands(node)
-    assert a_scale is not None
-    assert b_scale is not None
-    bindings = [reads("a", a, 4), reads("b", b, 4), reads("a_scale", a_scale), reads("b_scale", b_scale)]
-    length = slice_length(k, choice)
-    slices = -(-k // length)
-    constants: dict[str, Any] = {**asdict(tile), "M": m, "N": n, "K": k, "R": 0, "slices": slices, "slice": length}
-    pair, paired = flat_pair(product)
-    extra, added = epilogue(product, 1)
-    bindings += [*pair, *extra, writes("c", product.c.tensor)]
-    constants.update(**paired, **added, c_base=0, ldc=n, c_format="f32")
-    grid = (-(-m // tile.BM), n // tile.BN, slices)
-    return Launch("matmul_int8", tuple(bindings), constants, grid, trusted=True)
+    return [*launches, *matmul_launches(multiplied, _choice(node, caps), partial, caps)]
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, int]]:

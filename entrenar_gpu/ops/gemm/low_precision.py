@@ -13,7 +13,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.gemm import low_rank
-from entrenar_gpu.ops.gemm.product import Block
+from entrenar_gpu.ops.gemm.launches import Block
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
 from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register

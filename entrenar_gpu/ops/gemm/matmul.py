@@ -10,7 +10,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 from entrenar_gpu.ops.gemm import low_rank
-from entrenar_gpu.ops.gemm.product import Block, Product, layout_of, partial_shapes, product_launches, whole
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, layout_of, matmul_launches, partial_shapes, whole
 from entrenar_gpu.ops.gemm.tiles import Choice, choose
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
@@ -206,7 +206,7 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     if is_low_rank(node):
         transposes = attrs["transpose_a"], attrs["transpose_b"]
         return [low_rank.launch(o.a, o.b, node.output, *transposes, attrs["alpha"], attrs["residual"], caps)]
-    product = Product(
+    launched = Matmul(
         (m, n, k),
         whole(o.a),
         whole(o.b),
@@ -220,7 +220,7 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         o.residual,
         accumulate=o.residual is not None and aliased(node.output, o.residual),
     )
-    return product_launches(product, _choice(node, caps), next(iter(node.workspace), None), caps)
+    return matmul_launches(launched, _choice(node, caps), next(iter(node.workspace), None), caps)
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, int]]:

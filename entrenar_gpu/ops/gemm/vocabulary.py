@@ -6,13 +6,13 @@ dscores that come back are scaled by a power of two, so that small probabilities
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from entrenar_gpu.graph import Caps, Launch, Tensor
 from entrenar_gpu.ops.embedding import shard_starts
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launch, single_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
-from entrenar_gpu.ops.gemm.product import Block, Product, f16_launch, product_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.registry import Spec
 from entrenar_gpu.quant import BLOCK
@@ -41,16 +41,10 @@ def logits_launches(
     if low_precision is not None:
         launches.append(low_precision_rows_launch(rows, count, depth, low_precision, None, caps))
         rows = whole(low_precision)
-    multiply, arithmetic = _multiplication(logits)
     for shard, start in zip(shards, shard_starts(shards), strict=True):
         sizes, out = (count, shard.shape[0], depth), Block(logits, start, logits.columns)
-        product = Product(sizes, rows, Block(shard, 0, depth), out, transpose_b=True)
-        launches.append(multiply(product, choose(arithmetic, *sizes, "nt", caps, split=False)))
+        launches.append(single_launch(Matmul(sizes, rows, Block(shard, 0, depth), out, transpose_b=True), caps))
     return launches
-
-
-def _multiplication(logits: Tensor) -> tuple[Callable[[Product, Choice], Launch], Arithmetic]:
-    return (f16_launch, "f16") if logits.dtype == "f16" else (product_launch, "f32")
 
 
 def _back_choice(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
@@ -78,16 +72,15 @@ def back_launches(
     out = Block(dx, at * depth, depth)
     choice = _back_choice(shards, (logits.shape, logits.dtype), caps)
     target = out if partial is None else whole(partial)
-    multiply, arithmetic = _multiplication(logits)
-    alpha = 1 / DSCORE_SCALE if arithmetic == "f16" else 1.0
+    alpha = 1 / DSCORE_SCALE if logits.dtype == "f16" else 1.0
     operands = [
         (Block(logits, start, vocabulary), shard) for shard, start in zip(shards, shard_starts(shards), strict=True)
     ]
-    products = [
-        Product((count, depth, shard.shape[0]), dscores, Block(shard, 0, depth), target, alpha=alpha)
+    matmuls = [
+        Matmul((count, depth, shard.shape[0]), dscores, Block(shard, 0, depth), target, alpha=alpha)
         for dscores, shard in operands
     ]
-    launches = [multiply(replace(product, accumulate=product is not products[0]), choice) for product in products]
+    launches = [matmul_launch(replace(m, accumulate=m is not matmuls[0]), choice) for m in matmuls]
     if partial is not None:
-        launches.append(sum_launch(replace(products[0], c=out), partial, caps))
+        launches.append(sum_launch(replace(matmuls[0], c=out), partial, caps))
     return launches

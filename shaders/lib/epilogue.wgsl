@@ -1,0 +1,83 @@
+{# What every matmul does with its sums on their way to C: alpha, an adapter's low-rank product, bias, residual, the format
+   of C. The constants are those of `epilogue` in ops/gemm/launches.py.
+
+   `rows` and `columns` list a thread's rows and columns of C as expressions, a column being `width` consecutive elements;
+   the sums are acc{row}_{column}, `width` wide. `z` is the slice of K that they are of. #}
+
+{% macro scale(rows, columns) %}
+{% if alpha != 1.0 %}
+{% for row in rows %}{% set i = loop.index0 %}{% for column in columns %}
+  acc{{ i }}_{{ loop.index0 }} *= f32({{ alpha }});
+{% endfor %}{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# acc += beta * P op(Q), P [M, R], element by element: for kernels whose tiles hold no f32. #}
+{% macro add_low_rank(rows, columns, width) %}
+{% if slices > 1 %}
+  if (z == 0u) {
+{% endif %}
+  for (var r = 0u; r < {{ R }}u; r++) {
+{% for column in columns %}{% set j = loop.index0 %}
+{% if width == 4 %}
+    let column{{ j }} = {{ "min(%s, %du)" % (column, N - 4) if N % BN else column }};
+    let q{{ j }} = vec4<f32>({% for x in range(4) %}q[(column{{ j }} + {{ x }}u) * {{ q_n }}u + r * {{ q_r }}u]{{ ", " if x < 3 }}{% endfor %}) * f32({{ beta }});
+{% else %}
+    let q{{ j }} = q[({{ column }}) * {{ q_n }}u + r * {{ q_r }}u] * f32({{ beta }});
+{% endif %}
+{% endfor %}
+{% for row in rows %}{% set i = loop.index0 %}
+    let p{{ i }} = p[min({{ row }}, {{ M - 1 }}u) * {{ R }}u + r];
+{% for column in columns %}
+    acc{{ i }}_{{ loop.index0 }} = fma({{ "vec4<f32>(p%d)" % i if width == 4 else "p%d" % i }}, q{{ loop.index0 }}, acc{{ i }}_{{ loop.index0 }});
+{% endfor %}
+{% endfor %}
+  }
+{% if slices > 1 %}
+  }
+{% endif %}
+{% endmacro %}
+
+{# C[c_at] = sum + bias[bias_at] + residual[c_at], `width` elements at once. #}
+{% macro put(sum, bias_at, c_at, width) %}
+{% set value = sum ~ (" + bias[%s]" % bias_at if bias else "") ~ (" + %s[%s]" % (residual, c_at) if residual else "") %}
+c[{{ c_at }}] = {{ value if c_format == "f32" else "%s<%s>(%s)" % ("vec4" if width == 4 else "", c_format, value) }};
+{%- endmacro %}
+
+{# Writes all sums that lie inside C. Columns are tested where `edges` says that some may not. #}
+{% macro write(rows, columns, width, edges) %}
+{% for row in rows %}{% set i = loop.index0 %}
+  {
+    let m = {{ row }};
+    if (m < {{ M }}u) {
+{% for column in columns %}{% set sum = "acc%d_%d" % (i, loop.index0) %}
+      {
+        let n = {{ column }};
+        let at = {{ "%du + " % c_base if c_base }}{{ "(z * %du + m)" % M if slices > 1 and not tail else "m" }} * {{ ldc }}u + n;
+{% if width > c_width %}
+        for (var x = 0u; x < {{ width }}u; x++) {
+          if (n + x < {{ N }}u) {
+            {{ put(sum ~ "[x]", "n + x", "at + x", 1) }}
+          }
+        }
+{% else %}
+        {{ "if (n < %du) " % N if edges }}{
+{% if tail %}
+          if (!whole) {
+            partial[(z * {{ M * tail }}u + m * {{ tail }}u + n - {{ N - tail }}u) >> 2u] = {{ sum }};
+          } else {
+            {{ put(sum, "n >> 2u", "at >> 2u", 4) }}
+          }
+{% elif width == 4 %}
+          {{ put(sum, "n >> 2u", "at >> 2u", 4) }}
+{% else %}
+          {{ put(sum, "n", "at", 1) }}
+{% endif %}
+        }
+{% endif %}
+      }
+{% endfor %}
+    }
+  }
+{% endfor %}
+{% endmacro %}
