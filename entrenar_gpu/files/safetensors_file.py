@@ -1,23 +1,23 @@
 """The safetensors format: 8 bytes of header length, a JSON header, the tensors one after another.
 
-Read by memory map, so that a tensor costs address space until its pages are touched; written from a list of producers,
-so that a model never has to be in memory as a whole. Format: https://github.com/huggingface/safetensors#format.
+Read by position, in parts where a tensor is large; written from a list of producers, so that a model never has to be in
+memory as a whole. Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.stored import OpenFile, StoredArray
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -52,46 +52,47 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One memory-mapped file. `tensors` describes its tensors in the order they lie; `metadata` its strings."""
+    """One open file. `tensors` describes its tensors in the order they lie; `metadata` its strings."""
 
     def __init__(self, path: str | Path) -> None:
-        """Map the file and check its whole header. Raises UserError naming the file, and the tensor at fault."""
+        """Open the file and check its whole header. Raises UserError naming the file, and the tensor at fault."""
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as stream:
-                size = stream.seek(0, 2)
-                header, data_start = _read_header(self.path, stream, size)
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        self._file = OpenFile(self.path)
+        header, data_start = _read_header(self._file)
         metadata = header.pop("__metadata__", {})
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
-        self.tensors = _check_tensors(self.path, header, data_start, size)
+        self.tensors = _check_tensors(self.path, header, data_start, self._file.size)
+        self._header_bytes = data_start
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """A read-only view of a tensor; nothing is read before its elements are."""
+        """A tensor, read whole. Raises UserError where the file has become shorter since it was opened."""
+        return self.stored(name).read()
+
+    def stored(self, name: str) -> StoredArray:
+        """A tensor of which nothing is read before its elements are asked for."""
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise UserError(f"{self.path}: tensor {name!r}: dtype {info.dtype} is not supported")
-        raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.start)
-        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+        return StoredArray(self._file, info.start, info.shape, DTYPES[info.dtype], f"tensor {name!r}")
+
+    def header(self) -> bytes:
+        """The bytes before the first tensor."""
+        return self._file.read(0, self._header_bytes, "its header")
 
     def read_ahead(self, name: str) -> None:
-        """Let the system read a tensor before it is touched, in long runs; where it takes no such advice, nothing."""
-        if hasattr(self._map, "madvise"):
-            info = self.tensors[name]
-            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, info.start + info.nbytes - start)
+        """Let the system read a tensor before it is asked for; where it takes no such advice, nothing."""
+        info = self.tensors[name]
+        self._file.read_ahead(info.start, info.nbytes)
 
 
-def _read_header(path: Path, stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def _read_header(file: OpenFile) -> tuple[dict[str, Any], int]:
     """The decoded header and the offset at which tensor data begins."""
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
+    path, size = file.path, file.size
+    length = int.from_bytes(file.read(0, min(size, 8), "its header"), "little")
     if size < 8 or length > LARGEST_HEADER or 8 + length > size:
         raise UserError(f"{path}: not a safetensors file, or cut off within its header ({size} bytes)")
     try:
-        header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
+        header = json.loads(file.read(8, length, "its header").decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not a safetensors file: its header is not valid JSON") from None
     if not isinstance(header, dict):

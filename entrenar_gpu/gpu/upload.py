@@ -1,8 +1,7 @@
 """Weights onto the device through a ring of mapped buffers that threads fill while the device copies.
 
-`queue.write_buffer` allocates memory at each call and fills it from one thread, which for arrays of a memory-mapped
-file is the thread that waits for every page. Here pages are read by several threads at once, straight into memory that
-is allocated once and that the device reads from.
+`queue.write_buffer` allocates memory at each call and fills it from one thread. Here several threads at once read a
+file straight into memory that is allocated once and that the device reads from.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.files import StoredArray
 from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.replay import Replay
@@ -24,6 +24,8 @@ SLOT_BYTES = 32 << 20
 SLOTS = 3
 THREADS = min(8, os.cpu_count() or 1)  # that read a file at once
 SHARE_BYTES = 1 << 20  # what a thread should at least have to copy
+
+Values = np.ndarray | StoredArray
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Uploader:
         self._slots: deque[_Slot] = deque()  # the one that was sent longest ago comes first
         self._threads = ThreadPoolExecutor(THREADS)
 
-    def write_part(self, target: Replay, name: str, first: int, values: np.ndarray) -> None:
+    def write_part(self, target: Replay, name: str, first: int, values: Values) -> None:
         """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype.
 
         Returns when `values` has been read; the device has the copy before anything submitted later.
@@ -63,7 +65,7 @@ class Uploader:
             self._device.release(slot.buffer)
         self._slots.clear()
 
-    def _send(self, piece: np.ndarray, buffer: Any, offset: int) -> None:
+    def _send(self, piece: Values, buffer: Any, offset: int) -> None:
         """Copy at most SLOT_BYTES to an offset of a buffer, padded to whole words."""
         slot, handle, padded = self._turn(), self._device.handle, -(-piece.size // 4) * 4
         memory = np.frombuffer(native.map_after(handle, slot.buffer, slot.submission), np.uint8)
@@ -82,17 +84,21 @@ class Uploader:
             self._slots.rotate(-1)
         return self._slots[-1]
 
-    def _fill(self, memory: np.ndarray, piece: np.ndarray) -> None:
+    def _fill(self, memory: np.ndarray, piece: Values) -> None:
         share = max(-(-piece.size // THREADS), SHARE_BYTES)
 
         def copy(at: int) -> None:
-            memory[at : at + share] = piece[at : at + share]
+            part, target = piece[at : at + share], memory[at : at + share]
+            if isinstance(part, StoredArray):
+                part.read_into(target)
+            else:
+                target[...] = part
 
         list(self._threads.map(copy, range(0, piece.size, share)))
 
 
-def pieces(array: np.ndarray, nbytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first element, flat piece of at most `nbytes`) of an array, in order."""
+def pieces(array: Values, nbytes: int) -> Iterator[tuple[int, Any]]:
+    """(first element, flat piece of at most `nbytes`) of an array, in order; of a stored one they are stored ones."""
     flat, step = array.reshape(-1), nbytes // array.dtype.itemsize
     for at in range(0, flat.size, step):
         yield at, flat[at : at + step]

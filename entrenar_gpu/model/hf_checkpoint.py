@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from entrenar_gpu.config import PROJECTIONS
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import SafetensorsFile, TensorInfo, read_json_object
+from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
 from entrenar_gpu.model.config import ModelConfig, load_model_config
 from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
 
@@ -26,7 +26,7 @@ STATE = ".quant_state.bitsandbytes__"
 
 
 class HFCheckpoint:
-    """The weights of a model folder, by their Hugging Face names, memory-mapped.
+    """The weights of a model folder, by their Hugging Face names, read when they are asked for.
 
     `config` is the folder's ModelConfig. Opening checks every tensor that the model needs (present, shape, dtype);
     tensors it does not need are ignored, among them the `lm_head.weight` of a model whose embeddings are tied.
@@ -42,7 +42,7 @@ class HFCheckpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> HFCheckpoint:
-        """Map every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
+        """Open every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
         folder = Path(folder)
         config = load_model_config(folder)
         _check_quantization(folder / "config.json")
@@ -60,8 +60,12 @@ class HFCheckpoint:
         return self._files[name].tensors[name]
 
     def raw(self, name: str) -> NDArray[Any]:
-        """A read-only view as stored (BF16 as ml_dtypes.bfloat16). `raw(name)[r0:r1]` reads those rows only."""
+        """A tensor as stored (BF16 as ml_dtypes.bfloat16), read whole."""
         return self._files[name][name]
+
+    def stored(self, name: str) -> StoredArray:
+        """The same, read part by part: `stored(name)[r0:r1].read()` reads those rows only."""
+        return self._files[name].stored(name)
 
     def files(self) -> list[Path]:
         """The files that hold the tensors, each once."""
@@ -81,7 +85,7 @@ class HFCheckpoint:
         return f"{name}{STATE}nf4" in self._files
 
     def nf4(self, name: str) -> Nf4Weight | None:
-        """A parameter stored as bitsandbytes' NF4, its arrays still views of the file; None when stored otherwise."""
+        """A parameter stored as bitsandbytes' NF4; None when stored otherwise."""
         return self._nf4(name) if self.is_nf4(name) else None
 
     def _check_parameter(self, name: str, shape: tuple[int, ...]) -> None:

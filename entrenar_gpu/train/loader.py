@@ -1,4 +1,4 @@
-"""A checkpoint onto an executor: one tensor at a time from the memory map, quantised on the device where there is one.
+"""A checkpoint onto an executor: one tensor at a time from its file, quantised on the device where there is one.
 
 Host memory stays at a few chunks whatever the model's size: a weight travels in pieces of at most CHUNK_BYTES.
 """
@@ -16,7 +16,7 @@ from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.files import NAMES
+from entrenar_gpu.files import NAMES, StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, pieces
 from entrenar_gpu.graph import NUMPY_TYPES, Graph
 from entrenar_gpu.model import HFCheckpoint, Storage, is_projection
@@ -27,6 +27,8 @@ from entrenar_gpu.train.weight_cache import WeightCache
 CHUNK_BYTES = 32 << 20
 AHEAD = 8  # tensors that the system is told to read while one is on its way
 STORED = {"BF16": "bf16", "F16": "half", "F32": "f32"}
+
+Values = np.ndarray | StoredArray
 
 
 def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:
@@ -59,7 +61,7 @@ def load_weights(
     try:
         if kept is not None:
             for part in parts:
-                target.write_part(part, 0, kept[part])
+                target.write_part(part, 0, kept.stored(part))
             held = set(parts)
             rest = [name for name in shapes if f"{name}.codes" not in held]
         for name, later in itertools.zip_longest(rest, rest[AHEAD:]):
@@ -89,10 +91,10 @@ class Target(Protocol):
     @property
     def executor(self) -> Replay | NumpyExecutor: ...
 
-    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+    def write_part(self, name: str, first: int, values: Values) -> None:
         """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
 
-    def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
+    def quantize(self, name: str, weight: Values, double: bool) -> None:
         """Write the parts of a weight, which is given dense."""
 
     def close(self) -> None: ...
@@ -104,7 +106,7 @@ def _write(target: Target, checkpoint: HFCheckpoint, storage: Storage, name: str
     if storage.method == "qlora" and is_projection(name):
         stored = checkpoint.nf4(name)
         if stored is None:
-            target.quantize(name, checkpoint.raw(name), storage.double_quant)
+            target.quantize(name, checkpoint.stored(name), storage.double_quant)
         else:
             _write_parts(target, name, stored)
     elif len(shape) == 2 and not is_projection(name):
@@ -122,24 +124,24 @@ def _write_parts(target: Target, name: str, weight: Nf4Weight) -> None:
 def _write_dense(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
     if name not in target.executor.tensors:
         return
-    stored = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.raw(name)
+    stored: Values = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.stored(name)
     _write_as(target, name, stored)
 
 
 def _write_table(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
     """The shards of an embedding."""
-    stored, first, number = checkpoint.raw(name), 0, 0
+    stored, first, number = checkpoint.stored(name), 0, 0
     while first < stored.shape[0] and f"{name}.shard{number}" in target.executor.tensors:
         rows = target.executor.tensors[f"{name}.shard{number}"].shape[0]
         _write_as(target, f"{name}.shard{number}", stored[first : first + rows])
         first, number = first + rows, number + 1
 
 
-def _write_as(target: Target, name: str, values: np.ndarray) -> None:
+def _write_as(target: Target, name: str, values: Values) -> None:
     """A tensor in chunks, in its own dtype."""
     dtype = NUMPY_TYPES[target.executor.tensors[name].dtype]
     for at, piece in pieces(values, CHUNK_BYTES):
-        target.write_part(name, at, piece.astype(dtype, copy=False))
+        target.write_part(name, at, piece if piece.dtype == dtype else piece.astype(dtype))
 
 
 class HostTarget:
@@ -148,10 +150,10 @@ class HostTarget:
     def __init__(self, executor: NumpyExecutor) -> None:
         self.executor = executor
 
-    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
-        self.executor.write_part(name, first, values.reshape(-1))
+    def write_part(self, name: str, first: int, values: Values) -> None:
+        self.executor.write_part(name, first, np.asarray(values).reshape(-1))
 
-    def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
+    def quantize(self, name: str, weight: Values, double: bool) -> None:
         _write_parts(self, name, Nf4Weight.from_dense(np.asarray(weight), double))
 
     def close(self) -> None:
@@ -166,10 +168,10 @@ class DeviceTarget:
         self._uploader = Uploader(executor.device)
         self._stages: dict[Hashable, Replay] = {}
 
-    def write_part(self, name: str, first: int, values: np.ndarray) -> None:
+    def write_part(self, name: str, first: int, values: Values) -> None:
         self._uploader.write_part(self.executor, name, first, values)
 
-    def quantize(self, name: str, weight: np.ndarray, double: bool) -> None:
+    def quantize(self, name: str, weight: Values, double: bool) -> None:
         dtype = STORED[NAMES[weight.dtype]]
         names = nf4_part_names(name, double)
         scales = self._scales(-(-weight.size // nf4.BLOCK)) if double else None

@@ -125,11 +125,38 @@ def test_reading_rows_touches_only_their_pages(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
-    tensor = SafetensorsFile(path)["w"]
-    assert not tensor[1000:2000].any()
+    tensor = SafetensorsFile(path).stored("w")
+    assert not tensor[1000:2000].read().any()
     assert resident() - before < 16 << 20
-    assert not tensor.any()
+    whole = tensor.read()
+    assert not whole.any()
     assert resident() - before > 200 << 20  # so that the measurement can tell
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_one_line(tmp_path):
+    """A map of it would end the process with SIGBUS."""
+    checkpoint = HFCheckpoint.open(write_model(tmp_path, model_tensors()))
+    first = next(iter(checkpoint.names()))
+    os.truncate(tmp_path / "model.safetensors", checkpoint.info(first).start + 3)
+    for read in (checkpoint.raw, checkpoint.f32, lambda name: checkpoint.stored(name)[1:2].read()):
+        with pytest.raises(UserError, match=rf"model\.safetensors: cut off while it was read, within tensor '{first}'"):
+            read(first)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: it is no file"):
+        SafetensorsFile(tmp_path / "model.safetensors")
+
+
+def test_stored_rows_are_those_of_the_whole(tmp_path):
+    checkpoint = HFCheckpoint.open(write_model(tmp_path, model_tensors()))
+    whole, stored = checkpoint.raw(Q_PROJ), checkpoint.stored(Q_PROJ)
+    for rows in (slice(0, 5), slice(7, 64), slice(60, 99), slice(64, 64)):
+        np.testing.assert_array_equal(stored[rows], whole[rows])
+    flat = stored.reshape(-1)
+    np.testing.assert_array_equal(flat[33:97], whole.reshape(-1)[33:97])
+    np.testing.assert_array_equal(flat.view(np.uint8)[5:99], whole.reshape(-1).view(np.uint8)[5:99])
 
 
 def test_tensors_are_read_only(tmp_path):
