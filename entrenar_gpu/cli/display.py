@@ -105,7 +105,7 @@ def show_start(trainer: Any) -> None:
     info = session.gpu_info
     line("device", f"{info['adapter']} ({info['backend']}, {info['driver']})")
     if session.plan is not None and session.budget is not None:
-        recompute = f"recompute: {session.recompute.describe()}"
+        recompute = f"recompute: {session.fitted.recompute.describe()}"
         budget = f"budget {size(session.budget.nbytes)} ({session.budget.source})"
         line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {recompute}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, Storage, load_model_config, resolve_model
-from entrenar_gpu.train import RunShape, fit_training, storage_of
+from entrenar_gpu.train import RunShape, fit_run, storage_of, training_graphs
 
 # Capability profiles to plan for without a device. Limits as common drivers offer them, or as WebGPU guarantees.
 PROFILES = {
@@ -95,5 +96,6 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
         modules = spec.modules if spec is not None else {}
         storage = Storage(config.method, DENSE[stated], {}, config.double_quant, {}, modules)
     shape = RunShape(model, storage, config)
-    recompute, plan, _ = fit_training(shape, caps, budget_bytes, evaluates)
-    return PlanReport(plan, recompute, caps.name, budget_bytes)
+    trace = functools.partial(training_graphs, evaluates=evaluates)
+    fitted = fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))
+    return PlanReport(fitted.plan, fitted.recompute, caps.name, budget_bytes)

@@ -1,17 +1,18 @@
 """From graphs to a plan: gradients, recomputation, memory, launches."""
 
 from entrenar_gpu.compiler.autodiff import backward
-from entrenar_gpu.compiler.memory import Fitted, fit
+from entrenar_gpu.compiler.memory import FittedPlan, fit
 from entrenar_gpu.compiler.pages import PAGED_ROLES, page_layout, page_sizes
-from entrenar_gpu.compiler.plan import RING, Plan, Step, make_plan, queries_of
+from entrenar_gpu.compiler.plan import RING, Plan, PlanOptions, Step, make_plan, queries_of
 from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.compiler.trace_groups import TraceGroup
 
 __all__ = [
     "PAGED_ROLES",
     "RING",
-    "Fitted",
+    "FittedPlan",
     "Plan",
+    "PlanOptions",
     "Recompute",
     "Step",
     "TraceGroup",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from entrenar_gpu.compiler import cost
-from entrenar_gpu.compiler.plan import Plan, check_bindable, make_plan
+from entrenar_gpu.compiler.plan import DEFAULTS, Plan, PlanOptions, check_bindable, make_plan
 from entrenar_gpu.compiler.recompute import Fate, Recompute, handed_on, rewrite
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Node, Tensor
@@ -27,7 +27,14 @@ from entrenar_gpu.ops.registry import OPS
 
 _TRIED = 16  # parts of a ladder after each of which a plan is tried before a budget is called too small
 
-Fitted = tuple[Recompute, Plan, Mapping[str, Graph]]  # a choice, the plan made with it, and the graphs it rewrote
+
+@dataclass(frozen=True)
+class FittedPlan:
+    """Graphs as they were rewritten to fit, what was chosen for that, and their plan."""
+
+    plan: Plan
+    graphs: Mapping[str, Graph]
+    recompute: Recompute
 
 
 @dataclass(frozen=True)
@@ -185,20 +192,17 @@ def layers_of(graph: Graph) -> list[Layer]:
     return [Layer(number, nodes, read_later, handed) for number, nodes in members.items()]
 
 
-def fit(
-    graphs: Mapping[str, Graph], caps: Caps, budget_bytes: int, trace_level: str = "step", fp16: bool = False
-) -> Fitted:
-    """The cheapest choice whose plan stays within `budget_bytes`, that plan, and the rewritten graphs.
+def fit(graphs: Mapping[str, Graph], caps: Caps, options: PlanOptions = DEFAULTS) -> FittedPlan:
+    """The cheapest choice whose plan stays within the budget.
 
-    The choice is made for the first graph; the others have nothing to keep. `fp16` allows activations in half
-    precision. Raises MemoryBudgetError when even the smallest plan does not fit, and UserError where the device cannot
-    bind a tensor, which no choice changes.
+    The choice is made for the first graph; the others have nothing to keep. Raises MemoryBudgetError when even the
+    smallest plan does not fit, and UserError where the device cannot bind a tensor, which no choice changes.
     """
     for graph in graphs.values():
         for node in graph.nodes:
             for tensor in node.outputs:  # before workspaces of absurd sizes are cut into parts
                 check_bindable(tensor, caps)
-    ladder = Ladder(next(iter(graphs.values())), caps, fp16)
+    ladder = Ladder(next(iter(graphs.values())), caps, options.fp16)
 
     def rewritten(steps: int) -> dict[str, Graph]:
         choice = ladder.choice(steps)
@@ -206,11 +210,11 @@ def fit(
 
     @functools.cache
     def peak(steps: int) -> int:
-        return make_plan(rewritten(steps), caps, launches=False, trace_level=trace_level).peak_bytes
+        return make_plan(rewritten(steps), caps, options, launches=False).peak_bytes
 
-    fewest = _fewest(len(ladder), peak, budget_bytes)
+    fewest = 0 if options.budget_bytes is None else _fewest(len(ladder), peak, options.budget_bytes)
     final = rewritten(fewest)
-    return ladder.choice(fewest), make_plan(final, caps, trace_level=trace_level), final
+    return FittedPlan(make_plan(final, caps, options), final, ladder.choice(fewest))
 
 
 def _fewest(most: int, peak: Callable[[int], int], budget_bytes: int) -> int:

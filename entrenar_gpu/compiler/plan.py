@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from entrenar_gpu.compiler.pages import ALIGNMENT, PAGED_ROLES, Slice, page_layout, page_sizes
 from entrenar_gpu.compiler.trace_groups import TraceGroup, trace_groups
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph, Launch, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Launch, Node, Target, Tensor
 from entrenar_gpu.ops.registry import OPS
 
 RING = 3  # reports that may be on their way to the host at once
@@ -28,11 +28,26 @@ class Step:
     launches: tuple[Launch, ...]
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan may use and how it is made, besides the graphs and the device."""
+
+    budget_bytes: int | None = None  # of device memory; None: whatever it takes
+    fp16: bool = False  # activations may wait for the backward pass in half precision
+    trace_level: str = "step"  # how finely traced graphs are timed: "step", "phase", "layer" or "kernel"
+    tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # measured on the device (gpu/autotune.py)
+    keep: bool = False  # every tensor has storage of its own, so that all of them can be read afterwards
+
+
+DEFAULTS = PlanOptions()
+
+
 @dataclass
 class Plan:
     """Buffers by name with their bytes, where each tensor lives, and the steps of each graph, ready to replay."""
 
     caps: Caps
+    options: PlanOptions = DEFAULTS
     buffers: dict[str, int] = field(default_factory=dict)
     slices: dict[int, Slice] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
@@ -58,21 +73,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    graphs: Mapping[str, Graph], caps: Caps, launches: bool = True, keep: bool = False, trace_level: str = "step"
-) -> Plan:
-    """Place every tensor of `graphs` and specialise their launches.
+def make_plan(graphs: Mapping[str, Graph], caps: Caps, options: PlanOptions = DEFAULTS, launches: bool = True) -> Plan:
+    """Place every tensor of `graphs` as they are and specialise their launches; what fits a budget is `memory.fit`'s.
 
-    `launches=False` stops after placement, which is all that a search over recomputation needs. `keep` gives every
-    tensor storage of its own, so that all of them can be read afterwards. `trace_level` says how finely traced graphs
-    are timed. Raises UserError naming the tensor when one cannot be bound on such a device.
+    `launches=False` stops after placement, which is all that a search over recomputation needs. Raises UserError
+    naming the tensor when one cannot be bound on such a device.
     """
-    plan = Plan(caps)
+    plan, target = Plan(caps, options), Target.of(caps, options.tiles)
     _place_persistents(plan, graphs)
-    _place_temporaries(plan, graphs, keep)
-    _place_reports(plan, graphs, trace_level)
+    _place_temporaries(plan, graphs, target)
+    _place_reports(plan, graphs)
     for name, graph in graphs.items():
-        plan.steps[name] = [Step(node, _launches(plan, node) if launches else ()) for node in graph.nodes]
+        plan.steps[name] = [Step(node, _launches(plan, node, target) if launches else ()) for node in graph.nodes]
     return plan
 
 
@@ -122,12 +134,12 @@ def queries_of(plan: Plan, name: str) -> int:
     return 0 if not groups else groups + 1 if plan.caps.timestamps_inside_passes else 2 * groups
 
 
-def _place_reports(plan: Plan, graphs: Mapping[str, Graph], trace_level: str) -> None:
+def _place_reports(plan: Plan, graphs: Mapping[str, Graph]) -> None:
     """Buffers that bring reports, and the ticks of traced graphs behind them, to the host."""
     ticks_bytes = 0
     for name, graph in graphs.items():
         if graph.traced and plan.caps.timestamps:
-            plan.groups[name] = trace_groups(graph.nodes, trace_level)
+            plan.groups[name] = trace_groups(graph.nodes, plan.options.trace_level)
             for repeat in range(graph.repeats if plan.groups[name] else 0):
                 plan.ticks[name, repeat] = ticks_bytes
                 ticks_bytes += -(-8 * queries_of(plan, name) // ALIGNMENT) * ALIGNMENT
@@ -151,7 +163,8 @@ class _Life:
     nbytes: int
 
 
-def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> None:
+def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], target: Target) -> None:
+    keep = plan.options.keep
     lives: dict[int, _Life] = {}
     root: dict[int, int] = {}
     clock = 0
@@ -163,7 +176,7 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], keep: bool) -> N
             op = OPS[node.op]
             node.workspace = tuple(
                 Tensor(graph, f"{node.label()}.workspace{i}", tuple(shape), dtype, "temp", node)
-                for i, (shape, dtype) in enumerate(op.workspace(node, plan.caps))
+                for i, (shape, dtype) in enumerate(op.workspace(node, target))
             )
             shared = {out: node.inputs[source] for out, source in op.inplace(node)}
             for out_index, tensor in enumerate(node.outputs):
@@ -247,11 +260,11 @@ def _is_scratch(tensor: Tensor) -> bool:
     return node is not None and (OPS[node.op].transient or tensor not in node.outputs)
 
 
-def _launches(plan: Plan, node: Node) -> tuple[Launch, ...]:
+def _launches(plan: Plan, node: Node, target: Target) -> tuple[Launch, ...]:
     def aliased(output: Tensor, source: Tensor) -> bool:
         return plan.slices[output.id] == plan.slices[(source.updates or source).id]
 
-    launches = tuple(OPS[node.op].launch(node, plan.caps, aliased))
+    launches = tuple(OPS[node.op].launch(node, target, aliased))
     for launch in launches:
         _check_launch(plan, node, launch)
     return launches

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.plan import Plan, make_plan
+from entrenar_gpu.compiler.memory import FittedPlan
+from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.graph import Graph, Node, Tensor
 from entrenar_gpu.ops.gemm.linear import reading, weight_of
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
@@ -23,23 +24,22 @@ PARTS = (".low_precision", ".low_precision_scales", ".transposed", ".transposed_
 Key = tuple[str, bool]  # the name of a weight, and whether the copy is transposed
 
 
-def keep_copies(
-    plan: Plan, graphs: Mapping[str, Graph], budget_bytes: int, trace_level: str
-) -> tuple[Plan, Mapping[str, Graph]]:
-    """The plan and its graphs with as many copies as the budget leaves room for, and the graph that makes them."""
+def keep_copies(fitted: FittedPlan, budget_bytes: int) -> FittedPlan:
+    """The same with as many copies as the budget leaves room for, and the graph that makes them."""
+    plan = fitted.plan
     chosen, left = dict[Key, Node](), budget_bytes - plan.peak_bytes
-    for key, node in _products(graphs).items():
+    for key, node in _products(fitted.graphs).items():
         nbytes = sum(t.nbytes for t in _copy(Graph(), key, node))
         if nbytes <= left:
             chosen[key] = node
             left -= nbytes
     while chosen:
-        rewritten = _rewritten(graphs, chosen)
-        larger = make_plan(rewritten, plan.caps, trace_level=trace_level)
+        rewritten = _rewritten(fitted.graphs, chosen)
+        larger = make_plan(rewritten, plan.caps, plan.options)
         if larger.peak_bytes <= budget_bytes:
-            return larger, rewritten
+            return FittedPlan(larger, rewritten, fitted.recompute)
         chosen.popitem()  # without its workspace a node may be packed worse, by chance
-    return plan, graphs
+    return fitted
 
 
 def _products(graphs: Mapping[str, Graph]) -> dict[Key, Node]:

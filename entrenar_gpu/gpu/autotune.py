@@ -1,6 +1,6 @@
 """Measured choices of tiles: every blocking of the products that a program runs is timed once per adapter and driver.
 
-The result is plain data for `Caps.tiles`. It is kept in a JSON file in the user's cache folder, and stored with
+The result is plain data for `PlanOptions.tiles`. It is kept in a JSON file in the user's cache folder, and stored with
 checkpoints: another tile sums in another order, so a run that resumes must use what it began with.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.compiler import Fitted
+from entrenar_gpu.compiler import FittedPlan, PlanOptions
 from entrenar_gpu.files import cache_folder, new_folder, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import Product, measure
-from entrenar_gpu.graph import Caps, Graph
+from entrenar_gpu.graph import Graph
 from entrenar_gpu.ops.gemm.linear import product_sizes
 from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.ops.gemm.tiles import is_choice, key, plausible, to_numbers
@@ -65,11 +65,10 @@ def _name(product: Product) -> str:
     return key(product.arithmetic, product.m, product.n, product.k, product.layout)
 
 
-def tuned(fit: Callable[[Caps], Fitted], kernels: KernelCache) -> Fitted:
-    """What `fit` plans for the device once the products of its graphs, which it gives last, are measured."""
-    device = kernels.device
-    tiles = autotune(device, products_of(fit(device.caps)[-1].values()), kernels)
-    return fit(replace(device.caps, tiles=tiles))
+def tuned(fit: Callable[[PlanOptions], FittedPlan], options: PlanOptions, kernels: KernelCache) -> FittedPlan:
+    """What `fit` plans once the products of the graphs that it plans unmeasured are measured."""
+    unmeasured = fit(options)
+    return fit(replace(options, tiles=autotune(kernels.device, products_of(unmeasured.graphs.values()), kernels)))
 
 
 def fastest(device: Device, kernels: KernelCache, product: Product) -> tuple[int, ...]:
@@ -82,8 +81,7 @@ def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[di
     """The plausible blockings of one product, measured."""
     for choice in plausible(product.arithmetic, product.m, product.n, product.k, device.caps):
         numbers = to_numbers(choice)
-        caps = replace(device.caps, tiles={_name(product): numbers})
-        row = measure(device, kernels, product, caps, check=False, alone=False)
+        row = measure(device, kernels, product, {_name(product): numbers}, check=False, alone=False)
         yield {**row, "tile": numbers}
 
 

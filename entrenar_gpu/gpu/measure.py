@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler import Plan, Step, make_plan
+from entrenar_gpu.compiler import Plan, PlanOptions, Step, make_plan
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph import Caps, Graph, Node, Tensor
+from entrenar_gpu.graph import Caps, Graph, Node, Target, Tensor
 from entrenar_gpu.ops.gemm.linear import transposed
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, choose, to_numbers
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, choose, to_numbers
 from entrenar_gpu.ops.quantize import dequantized
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.quant import BLOCK
@@ -55,15 +55,15 @@ def measure(
     device: Device,
     kernels: KernelCache,
     product: Product,
-    caps: Caps | None = None,
+    tiles: TileTable | None = None,
     check: bool = True,
     alone: bool = True,
 ) -> dict[str, Any]:
-    """One product: see `bench_gemm`. `caps` overrides the device's choice of tiles; `check` compares with float64;
+    """One product: see `bench_gemm`. `tiles` overrides the choice of tiles; `check` compares with float64;
     `alone` times the multiplication by itself too."""
-    caps = caps or device.caps
+    caps, tiles = device.caps, tiles or {}
     program = Program(product)
-    plan = make_plan({"gemm": program.graph}, caps)
+    plan = make_plan({"gemm": program.graph}, caps, PlanOptions(tiles=tiles))
     (step,) = plan.steps["gemm"]
     # lavapipe is timed too, in tests, on one repetition
     repeats = 1 if caps.software else max(4, min(64, int(5e11 / OPS[step.node.op].flops(step.node))))
@@ -88,7 +88,7 @@ def measure(
         "gbytes_per_second": _bytes(step.node) / seconds / 1e9,
         "error": error,
         "within": error is None or error <= TOLERANCES[product.arithmetic],
-        "tile": list(to_numbers(choice_of(product, caps))),
+        "tile": list(to_numbers(choice_of(product, Target.of(caps, tiles)))),
     }
 
 

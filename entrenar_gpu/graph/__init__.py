@@ -1,6 +1,6 @@
 """The traced program as data: tensors, nodes, graphs, what a device can do, and what a node turns into."""
 
-from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.caps import Caps, Target
 from entrenar_gpu.graph.dtypes import ELEMENT_BYTES, NUMPY_TYPES, WGSL_TYPES
 from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT, Binding, Launch, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor
@@ -16,6 +16,7 @@ __all__ = [
     "Graph",
     "Launch",
     "Node",
+    "Target",
     "Tensor",
     "grid_of",
     "literal",

@@ -1,9 +1,9 @@
-"""What a device can do, as far as launches and plans depend on it."""
+"""What a device can do, as far as launches and plans depend on it, and what was measured on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,31 @@ class Caps:
     memory_bytes: int | None = None  # what the adapter has, where the system tells
     free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells
     flops_per_second: float = 1e11  # assumed pace of matrix products: cuts runs into submits, tells large cards
-    # Measured blockings of matrix products (tiles.py).
-    tiles: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False)
 
     @property
     def large(self) -> bool:
         """Whether this is a large card, told by its assumed pace."""
         return self.flops_per_second >= 1e12
 
+    def measured_tile(self, product: str) -> tuple[int, ...] | None:
+        """The tile measured to be fastest for a matmul (its `tiles.key`); None where sizes alone decide."""
+        return None
+
     def limited(self) -> Caps:
         """The same device asked for nothing but WebGPU's guaranteed limits and no optional feature."""
         return replace(Caps(), software=self.software, memory_bytes=self.memory_bytes, name=f"{self.name} (defaults)")
+
+
+@dataclass(frozen=True)
+class Target(Caps):
+    """A device as the planner hands it to launches: what it can do, and the matmul tiles that were measured on it."""
+
+    # By `tiles.key`. Not compared: what a device can do, and what is predicted from that, does not depend on them.
+    tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, caps: Caps, tiles: Mapping[str, tuple[int, ...]]) -> Target:
+        return cls(**({f.name: getattr(caps, f.name) for f in fields(Caps)} | {"tiles": tiles}))
+
+    def measured_tile(self, product: str) -> tuple[int, ...] | None:
+        return self.tiles.get(product)

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from entrenar_gpu.compiler import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import KernelCache
-from entrenar_gpu.graph import Caps
+from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import resolve_model
 from entrenar_gpu.train import RunShape, Session, logits_graph
 
@@ -23,12 +22,12 @@ class Generator:
     def __init__(self, config: TrainConfig, with_adapter: bool, kernels: KernelCache | None = None) -> None:
         """Load the model, and the adapter of `config.adapter_init` when `with_adapter`; `kernels` as for a Session."""
 
-        def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
-            return fit({"logits": logits_graph(shape, caps)}, caps, budget)
+        def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
+            return {"logits": logits_graph(shape, caps)}
 
         self.config = replace(config, batch=1)
         self.tokenizer = Tokenizer.load(resolve_model(config.model))
-        self.session = Session.open(self.config, planned, with_adapter, kernels)
+        self.session = Session.open(self.config, trace, with_adapter=with_adapter, kernels=kernels)
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt as a message of the user where there is a chat template, unless raw; else as it is."""

@@ -1,9 +1,9 @@
 """The graphs of a run, weights onto an executor, the training loop and what surrounds it."""
 
 from entrenar_gpu.train.evaluate import evaluate_data
-from entrenar_gpu.train.graphs import RunShape, fit_training, logits_graph
+from entrenar_gpu.train.graphs import RunShape, fit_run, logits_graph, training_graphs
 from entrenar_gpu.train.loader import load_weights, storage_of
-from entrenar_gpu.train.session import Session, memory_budget
+from entrenar_gpu.train.session import Session, fit_on, memory_budget
 from entrenar_gpu.train.trainer import Trainer
 from entrenar_gpu.train.weight_cache import WeightCache
 
@@ -13,9 +13,11 @@ __all__ = [
     "Trainer",
     "WeightCache",
     "evaluate_data",
-    "fit_training",
+    "fit_on",
+    "fit_run",
     "load_weights",
     "logits_graph",
     "memory_budget",
     "storage_of",
+    "training_graphs",
 ]

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.compiler import Fitted, fit
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Samples, Tokenizer, eval_batches, load_samples
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps
+from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
@@ -34,10 +33,10 @@ def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
         path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on, completions=config.completions
     )
 
-    def planned(shape: RunShape, caps: Caps, budget: int) -> Fitted:
-        return fit({"evaluate": evaluate_graph(shape, caps)}, caps, budget)
+    def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
+        return {"evaluate": evaluate_graph(shape, caps)}
 
-    session = Session.open(config, planned, with_adapter)
+    session = Session.open(config, trace, with_adapter=with_adapter)
     try:
         loss, tokens = evaluate(session, samples)
     finally:

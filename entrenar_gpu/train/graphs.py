@@ -6,15 +6,24 @@ answer for a model without a GPU or its weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler import Fitted, autodiff, fit, page_layout, page_sizes, weight_copies
+from entrenar_gpu.compiler import (
+    FittedPlan,
+    PlanOptions,
+    autodiff,
+    fit,
+    page_layout,
+    page_sizes,
+    weight_copies,
+)
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph
 from entrenar_gpu.model import ModelConfig, Storage, Transformer
-from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
 from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
@@ -46,9 +55,18 @@ class RunShape:
     def first_loss_scale(self, caps: Caps) -> float:
         return 1.0 if self.precision(caps) == "f32" else FIRST_SCALE
 
+    def plan_options(self, caps: Caps, budget_bytes: int | None, tiles: TileTable | None = None) -> PlanOptions:
+        """How such a run is planned for a device. Raises UserError where that lacks the precision asked for."""
+        # Where matmuls round their operands, so may what waits for them; f32 means f32.
+        fp16 = self.precision(caps) != "f32"
+        return PlanOptions(budget_bytes, fp16, self.train.trace_level, tiles or {})
+
     @property
     def dropout(self) -> float:
         return self.train.dropout if self.storage.method != "full" else 0.0
+
+
+Trace = Callable[[RunShape, Caps], Mapping[str, Graph]]  # what makes the graphs that a session runs
 
 
 def micro_graph(shape: RunShape, caps: Caps) -> Graph:
@@ -127,30 +145,30 @@ def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, G
     return graphs
 
 
-def fit_training(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
-    """`budget.fit` for a training run. Says which batch would fit where this one does not."""
-    shape.precision(caps)  # no batch gives a device what it lacks
+def fit_run(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> FittedPlan:
+    """`memory.fit` for the graphs of a run, with copies of its weights where there is room for them.
+
+    Says which batch would fit where this one does not.
+    """
     try:
-        return _fit(shape, caps, budget_bytes, evaluates)
+        return _fit(trace, shape, caps, options)
     except UserError as error:  # over the budget, or a tensor larger than the device binds
-        fits = _largest_batch(shape, caps, budget_bytes, evaluates)
+        fits = _largest_batch(trace, shape, caps, options)
         advice = f"--batch {fits} fits" if fits else "no --batch fits: lower --seq or --rank, or raise --memory-budget"
         raise UserError(f"--batch {shape.train.batch} at --seq {shape.train.seq}: {error}; {advice}") from error
 
 
-def _fit(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> Fitted:
+def _fit(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> FittedPlan:
     tokens = shape.train.batch * shape.train.seq
     if tokens * ELEMENT_BYTES["u32"] > caps.max_binding_bytes:  # before anything is as long as that on the host
         raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
-    # Where products round their operands, so may what waits for them; f32 means f32.
-    fp16 = shape.precision(caps) != "f32"
-    recompute, plan, graphs = fit(
-        training_graphs(shape, caps, evaluates), caps, budget_bytes, shape.train.trace_level, fp16
+    fitted = fit(trace(shape, caps), caps, options)
+    if fitted.recompute.fates:
+        return fitted
+    budget = options.budget_bytes or 0
+    return weight_copies.keep_copies(
+        fitted, budget if shape.train.memory_budget is not None else min(budget, _unused(caps))
     )
-    if not recompute.fates:
-        fills = budget_bytes if shape.train.memory_budget is not None else min(budget_bytes, _unused(caps))
-        plan, graphs = weight_copies.keep_copies(plan, graphs, fills, shape.train.trace_level)
-    return recompute, plan, graphs
 
 
 def _unused(caps: Caps) -> int:
@@ -158,13 +176,13 @@ def _unused(caps: Caps) -> int:
     return int((caps.free_bytes or 0) * MARGIN)
 
 
-def _largest_batch(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool) -> int:
+def _largest_batch(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> int:
     low, high = 0, shape.train.batch - 1
     while low < high:
         middle = (low + high + 1) // 2
         smaller = replace(shape, train=replace(shape.train, batch=middle))
         try:
-            _fit(smaller, caps, budget_bytes, evaluates)
+            _fit(trace, smaller, caps, options)
             low = middle
         except UserError:
             high = middle - 1

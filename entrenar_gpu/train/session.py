@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
-from entrenar_gpu.compiler import Fitted, Plan, Recompute, weight_copies
+from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
@@ -20,14 +20,14 @@ from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
-from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape
+from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape, Trace, fit_run
 from entrenar_gpu.train.weight_cache import WeightCache
 
 Floats = np.ndarray
 DEFAULT_BUDGET_GIB = 16.0
 HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True)
 
-Fit = Callable[[RunShape, Caps, int], Fitted]
+HOST_INFO = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,15 @@ def memory_budget(config: TrainConfig, caps: Caps) -> Budget:
 
 @dataclass
 class Session:
-    """An executor with a model's weights on it. `plan` is None on the NumPy executor, which plans nothing."""
+    """An executor with a model's weights on it. `budget` is None on the NumPy executor, which has no memory to fill."""
 
     config: TrainConfig
     checkpoint: HFCheckpoint
     adapters: AdapterSpec | None
     shape: RunShape
     executor: Replay | NumpyExecutor
-    graphs: Mapping[str, Graph]
-    plan: Plan | None
+    fitted: FittedPlan
     budget: Budget | None
-    recompute: Recompute
     gpu_info: dict[str, str]
     weights_from: str = "checkpoint"  # or the cache file, in words
 
@@ -67,74 +65,41 @@ class Session:
     def open(
         cls,
         config: TrainConfig,
-        fit: Fit,
+        trace: Trace,
+        began: PlanOptions | None = None,
         with_adapter: bool = True,
         kernels: KernelCache | None = None,
-        tiles: TileTable | None = None,
-        budget_bytes: int | None = None,
     ) -> Session:
-        """Open the model of `config`, plan with `fit`, allocate, and load weights and adapter.
+        """Open the model of `config`, plan the graphs that `trace` makes, allocate, and load weights and adapter.
 
         Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
-        `kernels` is given by whoever has opened a device and goes on using it; it wins over `config.device`. `tiles`,
-        of the checkpoint that a run goes on from, stand in for measuring with `config.tune`, and `budget_bytes`, where
-        the adapter has so many, for what it has: what a plan rounds or sums in another order follows from both.
+        `began` is what the checkpoint that a run goes on from was planned with: its tiles stand in for measuring with
+        `config.tune`, and its budget, where the GPU has as much, for what that has, since what a plan rounds or sums
+        in another order follows from both. `kernels` is given by whoever has opened a device and goes on using it; it
+        wins over `config.device`.
         """
         if config.cache and config.cache_dir == "":
             raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
         checkpoint = HFCheckpoint.open(resolve_model(config.model))
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
+        executor: Replay | NumpyExecutor
         if config.device == "numpy" and kernels is None:
-            session = cls._on_host(config, checkpoint, spec, shape, fit)
+            budget, info = None, HOST_INFO
+            fitted = fit_run(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
+            executor = NumpyExecutor(fitted.graphs)
         else:
             kernels = kernels if kernels is not None else KernelCache(Device.open(config.device))
-            session = cls._on_device(config, checkpoint, spec, shape, fit, kernels, tiles, budget_bytes)
+            budget = _budget(config, kernels.device.caps, began)
+            fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles)
+            executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
+        session = cls(config, checkpoint, spec, shape, executor, fitted, budget, info)
         try:
             session._load(values)
         except BaseException:
             session.close()  # whoever lends a device goes on using it
             raise
         return session
-
-    @classmethod
-    def _on_host(
-        cls, config: TrainConfig, checkpoint: HFCheckpoint, spec: AdapterSpec | None, shape: RunShape, fit: Fit
-    ) -> Session:
-        unlimited = replace(shape, train=replace(config, memory_budget=None))  # nor is there memory to fill
-        recompute, _, graphs = fit(unlimited, HOST_CAPS, HOST_CAPS.max_buffer_bytes)
-        info = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
-        return cls(config, checkpoint, spec, shape, NumpyExecutor(graphs), graphs, None, None, recompute, info)
-
-    @classmethod
-    def _on_device(
-        cls,
-        config: TrainConfig,
-        checkpoint: HFCheckpoint,
-        spec: AdapterSpec | None,
-        shape: RunShape,
-        fit: Fit,
-        kernels: KernelCache,
-        tiles: TileTable | None,
-        budget_bytes: int | None,
-    ) -> Session:
-        device = kernels.device
-        budget = memory_budget(config, device.caps)
-        if budget_bytes is not None and config.memory_budget is None and _may_have(device.caps, budget_bytes):
-            budget = Budget(budget_bytes, "what the run began with")
-
-        def fitted(caps: Caps) -> Fitted:
-            return fit(shape, caps, budget.nbytes)
-
-        measures = config.tune and tiles is None
-        recompute, plan, graphs = tuned(fitted, kernels) if measures else fitted(replace(device.caps, tiles=tiles))
-        info = {
-            "adapter": device.info["device"],
-            "backend": device.info["backend_type"],
-            "driver": device.info["description"],
-        }
-        executor = Replay(device, plan, kernels)
-        return cls(config, checkpoint, spec, shape, executor, graphs, plan, budget, recompute, info)
 
     def _load(self, adapter: Mapping[str, Floats]) -> None:
         """Weights, the adapter's first values, and constants of the run, onto the executor."""
@@ -146,15 +111,24 @@ class Session:
         for name, array in adapter.items():
             executor.write(name, array)
         if LOSS_SCALE_NAME in executor.tensors:
-            caps = HOST_CAPS if self.plan is None else self.plan.caps
-            executor.write(LOSS_SCALE_NAME, np.array([self.shape.first_loss_scale(caps)], np.float32))
+            scale = self.shape.first_loss_scale(self.fitted.plan.caps)
+            executor.write(LOSS_SCALE_NAME, np.array([scale], np.float32))
         if weight_copies.GRAPH in self.graphs:
             executor.run(weight_copies.GRAPH)
 
     @property
+    def plan(self) -> Plan | None:
+        """What lies where on the device; None on the NumPy executor."""
+        return self.fitted.plan if isinstance(self.executor, Replay) else None
+
+    @property
+    def graphs(self) -> Mapping[str, Graph]:
+        return self.fitted.graphs
+
+    @property
     def tiles(self) -> TileTable:
         """The measured choices of tiles that the plan was made with; empty where sizes alone decided."""
-        return self.plan.caps.tiles or {} if self.plan is not None else {}
+        return self.fitted.plan.options.tiles
 
     @property
     def allocated_bytes(self) -> int:
@@ -182,9 +156,30 @@ class Session:
         self.executor.close()
 
 
-def _may_have(caps: Caps, nbytes: int) -> bool:
-    """Whether a plan of so many bytes may fit the adapter: it does not on a smaller one than the run began on."""
-    return caps.memory_bytes is None or nbytes <= caps.memory_bytes
+def _budget(config: TrainConfig, caps: Caps, began: PlanOptions | None) -> Budget:
+    """`memory_budget`, or what the run began with; but not on a GPU with less memory than that."""
+    nbytes = None if began is None or config.memory_budget is not None else began.budget_bytes
+    if nbytes is None or (caps.memory_bytes is not None and nbytes > caps.memory_bytes):
+        return memory_budget(config, caps)
+    return Budget(nbytes, "what the run began with")
+
+
+def fit_on(
+    kernels: KernelCache, trace: Trace, shape: RunShape, budget: Budget, tiles: TileTable | None = None
+) -> FittedPlan:
+    """The plan of a run on an open device, with `tiles`, or measured ones where none are given and --tune asks."""
+    caps = kernels.device.caps
+    options = shape.plan_options(caps, budget.nbytes, tiles)
+
+    def fitted(options: PlanOptions) -> FittedPlan:
+        return fit_run(trace, shape, caps, options)
+
+    return tuned(fitted, options, kernels) if shape.train.tune and tiles is None else fitted(options)
+
+
+def _gpu_info(device: Device) -> dict[str, str]:
+    info = device.info
+    return {"adapter": info["device"], "backend": info["backend_type"], "driver": info["description"]}
 
 
 def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:

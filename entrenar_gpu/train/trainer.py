@@ -7,6 +7,7 @@ few numbers that step n left behind. Nothing else is read back between evaluatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import entrenar_gpu
+from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Samples, Tokenizer, TrainBatches, data_files, load_samples
 from entrenar_gpu.errors import TrainingDiverged, UserError
@@ -33,7 +35,7 @@ from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
 from entrenar_gpu.train.evaluate import evaluate
-from entrenar_gpu.train.graphs import STATE_NAME, fit_training
+from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile
 from entrenar_gpu.train.schedule import learning_rate
@@ -82,14 +84,9 @@ class Trainer:
         self.batches = _batches(config, self.train_samples)
         epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
         self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
-        evaluates = self.eval_samples is not None
-        self.session = Session.open(
-            config,
-            lambda shape, caps, budget: fit_training(shape, caps, budget, evaluates),
-            kernels=kernels,
-            tiles=None if saved is None else saved.tiles,
-            budget_bytes=None if saved is None else saved.budget,
-        )
+        trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
+        began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
+        self.session = Session.open(config, trace, began, kernels=kernels)
         self._loss = math.nan
         try:
             self.first_step = 1 if saved is None else self._go_on(saved)

@@ -14,7 +14,7 @@ from entrenar_gpu.cli.plan_report import PROFILES
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.cost import seconds
 from entrenar_gpu.compiler.memory import Ladder, Layer, MemoryBudgetError, fit, layers_of
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
 from entrenar_gpu.compiler.recompute import rewrite
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -22,8 +22,9 @@ from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.model.config import ModelConfig, model_shape, parse_model_config
 from entrenar_gpu.model.parameters import Storage
-from entrenar_gpu.train.graphs import RunShape, fit_training, training_graphs
+from entrenar_gpu.train.graphs import RunShape, training_graphs
 from tests import ROOT
+from tests.helpers.runs import fit_for
 from tests.helpers.tiny import QWEN3
 
 LAYERS = 6
@@ -66,7 +67,8 @@ def test_no_more_steps_are_taken_than_the_budget_asks_for():
     peaks, ladder = peaks_of(graphs, True), Ladder(graphs["micro"], Caps(), True)
     chosen = set()
     for budget in np.linspace(peaks[-1], max(peaks), 9).astype(int):
-        choice, plan, rewritten = fit(graphs, Caps(), int(budget), fp16=True)
+        fitted = fit(graphs, Caps(), PlanOptions(int(budget), fp16=True))
+        choice, plan, rewritten = fitted.recompute, fitted.plan, fitted.graphs
         steps = next(n for n in range(len(peaks)) if ladder.choice(n) == choice)
         assert plan.peak_bytes == peaks[steps] <= budget
         assert steps == 0 or peaks[steps - 1] > budget
@@ -116,8 +118,9 @@ def test_the_states_of_a_layer_are_the_best_of_all():
 def test_only_runs_that_round_anyway_keep_activations_in_half_precision(precision):
     shape = run_shape(precision=precision)
     with pytest.raises(MemoryBudgetError) as error:
-        fit(training_graphs(shape, Caps(), False), Caps(), 1 << 16, fp16=precision != "f32")
-    choice, _, graphs = fit_training(shape, Caps(), error.value.needed, evaluates=False)
+        fit(training_graphs(shape, Caps(), False), Caps(), PlanOptions(1 << 16, fp16=precision != "f32"))
+    fitted = fit_for(shape, Caps(), error.value.needed)
+    choice, graphs = fitted.recompute, fitted.graphs
     assert bool(choice.counts("fp16")) == (precision != "f32")
     assert any(n.op == "to_half" for n in graphs["micro"].nodes) == (precision != "f32")
 
@@ -128,7 +131,7 @@ def test_what_is_kept_whole_is_not_refused_because_recomputation_would_take_more
     graphs = training_graphs(run_shape(model, seq=16, batch=3, rank=16, target="down", method="lora"), Caps(), False)
     peaks = peaks_of(graphs, fp16=False)
     assert peaks[0] < peaks[-1]
-    assert fit(graphs, Caps(), peaks[0])[0].fates == {}
+    assert fit(graphs, Caps(), PlanOptions(peaks[0])).recompute.fates == {}
 
 
 def test_the_smallest_plan_is_sought_before_the_last_step_too():
@@ -136,9 +139,9 @@ def test_the_smallest_plan_is_sought_before_the_last_step_too():
     graphs = training_graphs(run_shape(model, seq=257, batch=3, rank=16, method="lora"), Caps(), False)
     peaks = peaks_of(graphs, fp16=False)
     assert min(peaks) < min(peaks[0], peaks[-1])
-    assert fit(graphs, Caps(), min(peaks))[1].peak_bytes == min(peaks)
+    assert fit(graphs, Caps(), PlanOptions(min(peaks))).plan.peak_bytes == min(peaks)
     with pytest.raises(MemoryBudgetError) as error:
-        fit(graphs, Caps(), min(peaks) - 1)
+        fit(graphs, Caps(), PlanOptions(min(peaks) - 1))
     assert error.value.needed == min(peaks)
 
 
@@ -152,32 +155,32 @@ def test_a_budget_of_what_a_refusal_names_is_enough():
 def test_what_cannot_fit_is_refused_with_the_largest_batch_that_does():
     graphs = training_graphs(run_shape(batch=3), Caps(), evaluates=True)
     with pytest.raises(MemoryBudgetError) as error:
-        fit(graphs, Caps(), 1 << 16)
+        fit(graphs, Caps(), PlanOptions(1 << 16))
     smallest = error.value.needed
     with pytest.raises(UserError, match=r"--batch 8 at --seq 64: needs .* GiB, over the budget .*; --batch 3 fits"):
-        fit_training(run_shape(batch=8), Caps(), smallest, evaluates=True)
-    assert fit_training(run_shape(batch=3), Caps(), smallest, evaluates=True)[1].peak_bytes <= smallest
+        fit_for(run_shape(batch=8), Caps(), smallest, evaluates=True)
+    assert fit_for(run_shape(batch=3), Caps(), smallest, evaluates=True).plan.peak_bytes <= smallest
     with pytest.raises(UserError, match="no --batch fits: lower --seq or --rank"):
-        fit_training(run_shape(batch=8), Caps(), 1 << 16, evaluates=True)
+        fit_for(run_shape(batch=8), Caps(), 1 << 16, evaluates=True)
 
 
 def test_what_no_binding_holds_is_refused_with_the_largest_batch_that_does():
     """A device without memory to tell of, but with small bindings: a row of swiglu takes 64 x 160 x 4 bytes."""
     caps = replace(Caps(), max_binding_bytes=5 * 64 * 160 * 4)
     with pytest.raises(UserError, match=r"--batch 9 at --seq 64: .* binds at most .*; --batch 5 fits"):
-        fit_training(run_shape(batch=9), caps, 1 << 40, evaluates=False)
+        fit_for(run_shape(batch=9), caps, 1 << 40)
 
 
 def test_what_no_batch_mends_is_refused_without_advice_on_it():
     with pytest.raises(UserError, match=r"^--precision: webgpu has no f16 arithmetic; int8 and f32 run everywhere$"):
-        fit_training(run_shape(precision="f16"), Caps(), 1 << 40, evaluates=False)
+        fit_for(run_shape(precision="f16"), Caps(), 1 << 40)
 
 
 def test_more_tokens_than_a_binding_holds_are_refused_before_they_are_planned():
     """A plan of 2^40 tokens, which takes minutes, must not be begun."""
     shape = run_shape(replace(SMALL, max_positions=1 << 20), batch=1 << 20, seq=1 << 20)
     with pytest.raises(UserError, match="1099511627776 tokens are more than webgpu binds at once; no --batch fits"):
-        fit_training(shape, Caps(), 1 << 40, evaluates=False)
+        fit_for(shape, Caps(), 1 << 40)
 
 
 # Rank 16 on all projections, int8: what each is to fit beside what it may take on a card of 16 GiB.
@@ -190,7 +193,8 @@ def test_qwen3_4b_within_budgets(batch, seq, gib):
     has it."""
     options = {"batch": batch, "seq": seq, "rank": 16, "precision": "int8", "memory_budget": gib}
     shape = run_shape(model_shape("qwen3-4b"), **options)
-    choice, plan, _ = fit_training(shape, PROFILES["desktop"], int(gib * 2**30), evaluates=False)
+    fitted = fit_for(shape, PROFILES["desktop"], int(gib * 2**30))
+    choice, plan = fitted.recompute, fitted.plan
     assert plan.peak_bytes <= gib * 2**30
     assert plan.peak_bytes > 0.97 * gib * 2**30 or not choice.fates
     assert choice.share < 0.35

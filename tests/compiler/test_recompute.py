@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.compiler.recompute import Fate, Recompute, handed_on, rewrite
 from entrenar_gpu.graph.tensor import Graph
@@ -44,11 +45,11 @@ def folder(tmp_path_factory) -> Path:
 def micro_step(folder: Path, output: Path, kernels: Any, monkeypatch: Any, hand: dict[str, Any], **options: Any) -> Any:
     """(loss, gradients, peak bytes) of a step's micro-batches, planned by hand."""
 
-    def planned(graphs: Any, caps: Any, budget: int, trace: str, fp16: bool) -> Any:
+    def planned(graphs: Any, caps: Any, options: Any) -> Any:
         choice = by_hand(graphs["micro"], **hand)
         rewritten = {name: rewrite(graph, choice) for name, graph in graphs.items()}
         assert any(n.op == "to_half" for n in rewritten["micro"].nodes) == hand.get("fp16", False)
-        return choice, make_plan(rewritten, caps), rewritten
+        return FittedPlan(make_plan(rewritten, caps), rewritten, choice)
 
     monkeypatch.setattr("entrenar_gpu.train.graphs.fit", planned)
     trainer = Trainer(config_of(folder, str(output), accumulate=2, **options), kernels=kernels)

@@ -9,18 +9,20 @@ import pytest
 from entrenar_gpu import ops
 from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.compiler import weight_copies
+from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.model.config import parse_model_config
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
-from entrenar_gpu.train.graphs import RunShape, fit_training
+from entrenar_gpu.train.graphs import RunShape
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.cases import CASES, Case
 from tests.helpers.equivalence import needs
-from tests.helpers.runs import config_of
+from tests.helpers.runs import config_of, fit_for
 from tests.helpers.tiny import QWEN3, make_data, make_model
 from tests.ops.test_kernels import check_on
 
@@ -35,7 +37,7 @@ COPIES = 2 * 7 + TURNED
 def fitted(caps: Caps, budget_bytes: int, precision: str = "int8", **options):
     config = TrainConfig(batch=2, seq=32, rank=4, precision=precision, **options)
     storage = Storage("qlora", adapters=AdapterSpec.from_config(config, MODEL).modules)
-    return fit_training(RunShape(MODEL, storage, config), caps, budget_bytes, True)
+    return fit_for(RunShape(MODEL, storage, config), caps, budget_bytes, True)
 
 
 def copies_of(plan) -> list[str]:
@@ -80,10 +82,11 @@ def test_copies_change_no_bit_of_a_run(precision, tmp_path, kernels, monkeypatch
 
 
 def test_copies_take_what_a_budget_leaves_and_no_more():
-    none = fitted(replace(CARD, free_bytes=None), 1 << 40)[1].peak_bytes
-    sizes, found = fitted(CARD, 1 << 40)[1].buffers, []
+    none = fitted(replace(CARD, free_bytes=None), 1 << 40).plan.peak_bytes
+    sizes, found = fitted(CARD, 1 << 40).plan.buffers, []
     for left in range(-20_000, 400_000, 20_000):
-        level, plan, graphs = fitted(CARD, none + left)
+        made = fitted(CARD, none + left)
+        level, plan, graphs = made.recompute, made.plan, made.graphs
         assert plan.peak_bytes <= none + left
         names = copies_of(plan)
         assert (weight_copies.GRAPH in graphs) == bool(names)
@@ -111,11 +114,11 @@ def test_copies_take_what_a_budget_leaves_and_no_more():
     ids=str,
 )
 def test_only_memory_that_may_be_filled_is(caps, options, copies):
-    assert len(copies_of(fitted(caps, 1 << 30, **options)[1])) == copies
+    assert len(copies_of(fitted(caps, 1 << 30, **options).plan)) == copies
 
 
 def test_evaluation_reads_the_copies_too():
-    graphs = fitted(CARD, 1 << 30)[2]
+    graphs = fitted(CARD, 1 << 30).graphs
     for name in ("micro", "evaluate"):
         products = [n for n in graphs[name].nodes if n.op == "linear"]
         assert products
@@ -127,8 +130,8 @@ def test_the_graphs_given_stay_as_they_were():
     x = graph.tensor("x", (64, 64))
     ops.keep(ops.linear(x, ops.Nf4Tensors.declare(graph, "w", (64, 64), False, "float32"), precision="int8"), "y")
     plan = make_plan({"g": graph}, Caps())
-    larger, rewritten = weight_copies.keep_copies(plan, {"g": graph}, 1 << 30, "step")
-    assert len(copies_of(larger)) == 1
+    larger = weight_copies.keep_copies(FittedPlan(plan, {"g": graph}, Recompute()), 1 << 30)
+    assert len(copies_of(larger.plan)) == 1
     assert not graph.nodes[0].attrs["copied"]
-    assert rewritten["g"].nodes[0].attrs["copied"]
+    assert larger.graphs["g"].nodes[0].attrs["copied"]
     assert set(graph.persistents) == {"x", "y", "w.codes", "w.absmax"}

@@ -13,8 +13,7 @@ from entrenar_gpu.cli.bench.train import bench_train
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import autotune
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.ops.gemm.tiles import Choice, Tile, from_numbers, to_numbers
+from entrenar_gpu.ops.gemm.tiles import Choice, Tile, TileTable, from_numbers, to_numbers
 from entrenar_gpu.train.run_checkpoint import STATE_FILE
 from tests.helpers.runs import train
 from tests.helpers.tiny import make_data, make_model
@@ -28,8 +27,8 @@ def measured(monkeypatch, tmp_path) -> list[str]:
     """Names of products in the order they were measured. Deep tiles win, which sizes alone would not choose."""
     names: list[str] = []
 
-    def measure(device: Any, kernels: Any, product: Any, caps: Caps, check: bool, alone: bool) -> dict[str, Any]:
-        ((name, numbers),) = (caps.tiles or {}).items()
+    def measure(device: Any, kernels: Any, product: Any, tiles: TileTable, check: bool, alone: bool) -> dict[str, Any]:
+        ((name, numbers),) = tiles.items()
         names.append(name)
         tile = from_numbers(numbers).tile
         return {"seconds": tile.BM * tile.BN / tile.BK}
@@ -97,19 +96,19 @@ def test_a_cache_folder_that_cannot_be_made_is_said_before_measuring(measured, k
 @pytest.mark.parametrize("tune", [True, False])
 def test_bench_train_tunes_where_asked(tune, measured, monkeypatch):
     """Up to the plan, which is all that `bench train` does with tiles."""
-    planned: list[Caps] = []
+    planned: list[TileTable] = []
 
     class Enough(Exception):
         pass
 
     def stop(device: Any, plan: Any, kernels: Any) -> None:
-        planned.append(plan.caps)
+        planned.append(plan.options.tiles)
         raise Enough
 
     monkeypatch.setattr("entrenar_gpu.cli.bench.train.Replay", stop)
     with pytest.raises(Enough):
         bench_train("qwen3-0.6b", TrainConfig(batch=1, seq=64, tune=tune), 1)
-    assert set(planned[0].tiles or {}) == set(measured)
+    assert set(planned[0]) == set(measured)
     assert bool(measured) == tune
 
 

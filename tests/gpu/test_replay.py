@@ -11,7 +11,7 @@ import wgpu
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.autodiff import backward
-from entrenar_gpu.compiler.plan import RING, make_plan
+from entrenar_gpu.compiler.plan import RING, PlanOptions, make_plan
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors.numpy_executor import NumpyExecutor
 from entrenar_gpu.gpu import native
@@ -169,7 +169,7 @@ def test_equal_kernels_are_compiled_once(device):
         graph = Graph("g")
         x = graph.tensor("x", (10,))
         ops.add(ops.scale(x, 3.0), ops.scale(x, 3.0))
-        Replay(device, make_plan({"g": graph}, device.caps, keep=True), kernels).close()
+        Replay(device, make_plan({"g": graph}, device.caps, PlanOptions(keep=True)), kernels).close()
     assert len(kernels) == 2
 
 
@@ -228,7 +228,7 @@ def test_groups_are_timed_by_passes_where_none_can_be_timed_inside(device, kerne
         graphs = training_graphs()
         for graph in graphs.values():
             graph.traced = True
-        replay = Replay(device, make_plan(graphs, caps, trace_level="phase"), kernels)
+        replay = Replay(device, make_plan(graphs, caps, PlanOptions(trace_level="phase")), kernels)
         prepare(replay)
         report = step(replay, 0)
         report.result()

@@ -15,7 +15,7 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.autodiff import backward
-from entrenar_gpu.compiler.plan import Plan, make_plan
+from entrenar_gpu.compiler.plan import Plan, PlanOptions, make_plan
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu import kernel
 from entrenar_gpu.gpu.replay import Replay
@@ -136,7 +136,7 @@ def _overlap(a: Any, b: Any) -> bool:
 
 def plan_of(case: Case, program: Program, caps: Caps, keep: bool) -> Plan:
     with forced_chunks(case):
-        return make_plan({program.graph.name: program.graph}, caps, keep=keep)
+        return make_plan({program.graph.name: program.graph}, caps, PlanOptions(keep=keep))
 
 
 @functools.cache

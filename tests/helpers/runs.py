@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.train.graphs import RunShape, fit_run, training_graphs
 from entrenar_gpu.train.trainer import Trainer
 
 # Small enough for 20 steps on a software adapter in about a second; two rows, so that packing has something to do.
@@ -40,3 +44,9 @@ def run_micro_batches(trainer: Trainer, step: Any) -> None:
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     """The gradient of everything trainable, as it lies on the device."""
     return {name: trainer.executor.read(f"{name}.grad") for name in trainer.session.trainable()}
+
+
+def fit_for(shape: RunShape, caps: Caps, budget_bytes: int, evaluates: bool = False) -> FittedPlan:
+    """The plan of a training run within a budget."""
+    trace = functools.partial(training_graphs, evaluates=evaluates)
+    return fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.tensor import Graph
@@ -45,7 +45,7 @@ def on_host(graph: Graph, tensors: list, x: np.ndarray) -> list[np.ndarray]:
 
 
 def on_device(graph: Graph, tensors: list, x: np.ndarray, device, kernels) -> list[np.ndarray]:
-    replay = Replay(device, make_plan({"g": graph}, device.caps, keep=True), kernels)
+    replay = Replay(device, make_plan({"g": graph}, device.caps, PlanOptions(keep=True)), kernels)
     try:
         replay.write("x", x)
         replay.run("g")

@@ -11,16 +11,16 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.autodiff import backward
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu import autotune
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.graph.caps import Caps, Target
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.gemm import tiles
 from entrenar_gpu.ops.gemm.linear import low_precision_operands, transposed
 from entrenar_gpu.ops.gemm.low_precision import quantize_rows
-from entrenar_gpu.ops.gemm.tiles import Choice, Tile
+from entrenar_gpu.ops.gemm.tiles import Choice, Tile, TileTable
 from entrenar_gpu.ops.quantize import host_parts
 from entrenar_gpu.quant import nf4
 from entrenar_gpu.train.trainer import Trainer
@@ -73,8 +73,11 @@ class Layer:
             run_node(node, values)
         return {name: values[t.id] for name, t in self.results.items()}
 
-    def on_device(self, device: Any, kernels: Any, caps: Caps | None = None) -> dict[str, np.ndarray]:
-        replay = Replay(device, make_plan({"layer": self.graph}, caps or device.caps, keep=True), kernels)
+    def on_device(
+        self, device: Any, kernels: Any, caps: Caps | None = None, measured: TileTable | None = None
+    ) -> dict[str, np.ndarray]:
+        options = PlanOptions(tiles=measured or {}, keep=True)
+        replay = Replay(device, make_plan({"layer": self.graph}, caps or device.caps, options), kernels)
         try:
             for name, values in self.arrays.items():
                 replay.write(name, values)
@@ -117,8 +120,8 @@ def test_every_tile_split_along_k(precision, device, kernels):
     for candidate in tiles.CANDIDATES[precision]:
         choice = Choice(replace(candidate.tile, unroll=1), 2)
         names = (tiles.key(precision, 65, n, k, "nt") for n, k in ((128, 192), (192, 128)))
-        caps = replace(device.caps, tiles=dict.fromkeys(names, tiles.to_numbers(choice)))
-        check(layer, layer.on_device(device, kernels, caps))
+        measured = dict.fromkeys(names, tiles.to_numbers(choice))
+        check(layer, layer.on_device(device, kernels, measured=measured))
 
 
 @pytest.mark.parametrize(("precision", "low", "high"), [("f16", 1e-4, 4e-4), ("int8", 4e-3, 1.2e-2)])
@@ -299,7 +302,7 @@ def test_a_wave_that_would_be_half_empty_is_split_along_k():
     # One slice, whole tiles that do not fit, nothing whole, another arithmetic, K cut too short.
     for wrong in (replace(choice, slices=1), replace(choice, tail=1284), replace(choice, tail=9728)):
         assert not tiles.is_choice(name, tiles.to_numbers(wrong))
-        caps = replace(LARGE, tiles={name: tiles.to_numbers(wrong)})
+        caps = Target.of(LARGE, {name: tiles.to_numbers(wrong)})
         assert tiles.choose("f32", 2048, 9728, 2560, "nn", caps) == choice
     assert not tiles.is_choice(name.replace("f32", "int8"), tiles.to_numbers(choice))
     assert not tiles.is_choice(name.replace("2560", "128"), tiles.to_numbers(choice))
@@ -320,7 +323,7 @@ def test_measured_choices_win_and_survive_json(tmp_path):
     name = tiles.key("f32", 100, 200, 300, "nt")
     path = tmp_path / "tiles.json"
     autotune.write_cache(path, {name: tiles.to_numbers(choice)})
-    caps = replace(LARGE, tiles=autotune.read_cache(path))
+    caps = Target.of(LARGE, autotune.read_cache(path))
     assert tiles.choose("f32", 100, 200, 300, "nt", caps) == choice
     assert tiles.choose("f32", 100, 200, 300, "nt", caps, split=False) == Choice(choice.tile)
     assert tiles.choose("f32", 100, 200, 300, "nn", caps) == tiles.choose("f32", 100, 200, 300, "nn", LARGE)
@@ -345,8 +348,8 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
     """And takes the fastest of the plausible ones."""
     asked: list[tuple[int, ...]] = []
 
-    def measure(device: Any, kernels: Any, product: Any, caps: Caps, check: bool, alone: bool) -> dict[str, Any]:
-        (numbers,) = (caps.tiles or {}).values()
+    def measure(device: Any, kernels: Any, product: Any, tiles: TileTable, check: bool, alone: bool) -> dict[str, Any]:
+        (numbers,) = tiles.values()
         asked.append(numbers)
         return {"seconds": 1.0 if numbers[-2] == 1 else 0.5}
 
@@ -379,7 +382,7 @@ def test_the_last_columns_apart_take_their_bias_and_residual_along(device, kerne
     a, b = graph.tensor("a", (40, 48)), graph.tensor("b", (128, 48))
     residual, bias = graph.tensor("residual", (40, 128)), graph.tensor("bias", (128,))
     out = ops.matmul(a, b, transpose_b=True, residual=residual, bias=bias)
-    plan = make_plan({"g": graph}, replace(device.caps, software=False, tiles=choice), keep=True)
+    plan = make_plan({"g": graph}, replace(device.caps, software=False), PlanOptions(tiles=choice, keep=True))
     assert len(plan.steps["g"][0].launches) == 2
     replay = Replay(device, plan, kernels)
     values = {name: rng.standard_normal(t.shape).astype(np.float32) for name, t in replay.tensors.items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
 from entrenar_gpu.gpu.kernel import SHADER_FOLDER
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.dtypes import NUMPY_TYPES
@@ -47,7 +47,7 @@ SIZES = [1, 63, 64, 65, 64 * 300 + 17, 64 * 257]
 
 
 def run(device, kernels, graph: Graph, arrays: dict[str, np.ndarray], results) -> list[np.ndarray]:
-    replay = Replay(device, make_plan({"g": graph}, device.caps, keep=True), kernels)
+    replay = Replay(device, make_plan({"g": graph}, device.caps, PlanOptions(keep=True)), kernels)
     try:
         for name, array in arrays.items():
             replay.write(name, array)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.ops import loss as loss_ops
 from entrenar_gpu.ops.gemm import tiles
-from entrenar_gpu.ops.gemm.tiles import Choice, Tile
+from entrenar_gpu.ops.gemm.tiles import Choice, Tile, TileTable
 from tests.helpers.equivalence import fault, needs
 
 
@@ -56,8 +56,11 @@ class Head:
         run_node(self.node, values)
         return {name: values[t.id] for name, t in self.outputs().items()}
 
-    def on_device(self, device: Any, kernels: Any, **caps: Any) -> dict[str, np.ndarray]:
-        replay = Replay(device, make_plan({"head": self.graph}, replace(device.caps, **caps), keep=True), kernels)
+    def on_device(
+        self, device: Any, kernels: Any, tiles: TileTable | None = None, **caps: Any
+    ) -> dict[str, np.ndarray]:
+        options = PlanOptions(tiles=tiles or {}, keep=True)
+        replay = Replay(device, make_plan({"head": self.graph}, replace(device.caps, **caps), options), kernels)
         try:
             for name, values in self.arrays.items():
                 replay.write(name, values)
@@ -123,7 +126,7 @@ def test_chunks_of_tokens_and_slices_of_pages(device, kernels, monkeypatch):
 
 
 def workspace(head: Head, device: Any, chosen: Any) -> tuple[Tensor, ...]:
-    make_plan({"head": head.graph}, replace(device.caps, tiles=chosen))
+    make_plan({"head": head.graph}, device.caps, PlanOptions(tiles=chosen))
     return head.node.workspace
 
 

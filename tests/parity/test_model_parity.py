@@ -14,8 +14,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes.functional")
 
-from entrenar_gpu.compiler.plan import make_plan  # noqa: E402
-from entrenar_gpu.compiler.recompute import Recompute  # noqa: E402
 from entrenar_gpu.export.merge import merge_adapter  # noqa: E402
 from entrenar_gpu.infer.generate import next_logits  # noqa: E402
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint  # noqa: E402
@@ -138,12 +136,11 @@ def our_logits(
 ) -> np.ndarray:
     """Logits [len(ids), V], one prefix at a time."""
 
-    def planned(shape: Any, caps: Any, budget: int) -> Any:
-        graphs = {"logits": logits_graph(shape, caps)}
-        return Recompute(), make_plan(graphs, caps), graphs
+    def trace(shape: Any, caps: Any) -> Any:
+        return {"logits": logits_graph(shape, caps)}
 
     config = config_of(model.parent, model=str(model), batch=1, method=method, adapter_init=adapter and str(adapter))
-    session = Session.open(config, planned, adapter is not None, kernels)
+    session = Session.open(config, trace, with_adapter=adapter is not None, kernels=kernels)
     try:
         return np.stack([next_logits(session, ids[: n + 1]) for n in range(len(ids))])
     finally:

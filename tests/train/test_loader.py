@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant.nf4 import Nf4Weight
 from entrenar_gpu.train import loader, weight_cache
-from entrenar_gpu.train.graphs import fit_training
+from entrenar_gpu.train.graphs import training_graphs
 from entrenar_gpu.train.session import Session
 from tests.helpers.runs import config_of
 from tests.helpers.tiny import QWEN3, make_model
@@ -38,7 +39,7 @@ TINY = {"hidden_size": 36, "intermediate_size": 52, "head_dim": 10, "vocab_size"
 
 def open_session(folder: Path, kernels: Any, **options: Any) -> Session:
     config = config_of(folder, **({"batch": 1, "seq": 8, "rank": 1, "target": "q"} | options))
-    return Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, False), kernels=kernels)
+    return Session.open(config, functools.partial(training_graphs, evaluates=False), kernels=kernels)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from entrenar_gpu.adapters.peft_files import save_adapter
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.train.graphs import fit_training
+from entrenar_gpu.train.graphs import training_graphs
 from entrenar_gpu.train.session import Session, memory_budget
 from tests.helpers.runs import config_of
 from tests.helpers.tiny import make_model
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
+TRAINING = functools.partial(training_graphs, evaluates=False)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 def open_session(folder: Path, **options: Any) -> Session:
     config = config_of(folder, **({"device": "numpy"} | options))
-    return Session.open(config, lambda shape, caps, budget: fit_training(shape, caps, budget, False))
+    return Session.open(config, TRAINING)
 
 
 def test_numpy_is_no_gpu_that_auto_takes_f16_for(folder):
@@ -82,9 +84,7 @@ def test_full_training_has_no_adapter(folder):
 
 @pytest.mark.gpu
 def test_a_session_says_which_device_it_is_on(folder, kernels):
-    session = Session.open(
-        config_of(folder), lambda shape, caps, budget: fit_training(shape, caps, budget, False), kernels=kernels
-    )
+    session = Session.open(config_of(folder), TRAINING, kernels=kernels)
     assert session.gpu_info["adapter"] == kernels.device.info["device"]
     assert session.allocated_bytes == kernels.device.allocated_bytes
     session.close()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler import backward, make_plan
+from entrenar_gpu.compiler import PlanOptions, backward, make_plan
 from entrenar_gpu.gpu import Device, KernelCache, Replay, time_run
 from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.model import ModelConfig
@@ -31,7 +31,7 @@ def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Ite
     for name, build in _Programs(model, rows, tokens).all().items():
         graph = Graph(name)
         build(graph)
-        plan = make_plan({name: graph}, device.caps, keep=True)
+        plan = make_plan({name: graph}, device.caps, PlanOptions(keep=True))
         (steps,) = plan.steps.values()
         repeats = 1 if device.caps.software else REPEATS
         plan.steps = {f"{name} {number}": [step] * repeats for number, step in enumerate(steps)}

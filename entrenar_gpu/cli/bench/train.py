@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 import time
@@ -13,16 +14,17 @@ import numpy as np
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec, init_adapter
 from entrenar_gpu.cli.bench.gemm import forward
-from entrenar_gpu.compiler import Fitted, weight_copies
+from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure, tuned
-from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, literal, writes
+from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure
+from entrenar_gpu.graph import Launch, Tensor, grid_of, literal, writes
 from entrenar_gpu.model import ModelConfig, Storage, model_shape
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.train import RunShape, fit_training, memory_budget
+from entrenar_gpu.train import RunShape, fit_on, memory_budget, training_graphs
 
+TRACE = functools.partial(training_graphs, evaluates=False)
 WARM_UP = 2
 CEILING_ROWS = 2048
 
@@ -41,19 +43,15 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     modules = spec.modules if spec is not None else {}
     storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
-    kernels, budget = KernelCache(device), memory_budget(config, device.caps).nbytes
-
-    def fit(caps: Caps) -> Fitted:
-        return fit_training(shape, caps, budget, False)
-
-    recompute, plan, graphs = tuned(fit, kernels) if config.tune else fit(device.caps)
-    replay = Replay(device, plan, kernels)
+    kernels = KernelCache(device)
+    fitted = fit_on(kernels, TRACE, shape, memory_budget(config, device.caps))
+    replay = Replay(device, fitted.plan, kernels)
     _fill(replay, shape, spec)
     timings = _run(replay, config, model.vocab_size, steps)
     held = {"allocated_bytes": device.allocated_bytes, "driver_bytes": driver_bytes()}
     replay.close()
     ceiling = measured_ceiling(replay, model, shape.precision(device.caps), config.batch * config.seq)
-    flops = sum(OPS[n.op].flops(n) for n in graphs["micro"].nodes if not n.recomputed) * config.accumulate
+    flops = sum(OPS[n.op].flops(n) for n in fitted.graphs["micro"].nodes if not n.recomputed) * config.accumulate
     return {
         "shape": shape_name,
         "batch": config.batch,
@@ -63,9 +61,9 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         "adapter": device.caps.name,
         "driver": device.info["description"],
         **_speeds(timings, config, flops, ceiling),
-        "planned_bytes": plan.peak_bytes,
+        "planned_bytes": fitted.plan.peak_bytes,
         **held,
-        "recompute": recompute.describe(),
+        "recompute": fitted.recompute.describe(),
         "loss": timings["loss"][-1],
         "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
     }

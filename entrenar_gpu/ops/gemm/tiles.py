@@ -1,15 +1,15 @@
 """How matrix products are cut up: tile shapes, slices of K, and the choice of both for a product on a device.
 
-`choose` is a pure function of the product and of `Caps`: measured choices in `Caps.tiles` win, else a model of waves
+`choose` is a pure function of the product and of `Caps`: what was measured (`Target.tiles`) wins, else a model of waves
 of workgroups picks among the tiles below. So a choice is the same wherever it is made, and a checkpoint that stores
-`Caps.tiles` resumes with equal arithmetic (another tile sums in another order).
+what was measured resumes with equal arithmetic (another tile sums in another order).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
 from entrenar_gpu.graph import Caps
@@ -114,7 +114,7 @@ _TAIL_SATURATING = 2  # tiles of which a unit needs more at once come in waves s
 
 
 def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
-    """The name of a product in `Caps.tiles`; `layout` says which operands are transposed, as in "nt"."""
+    """The name of a product in `Target.tiles`; `layout` says which operands are transposed, as in "nt"."""
     return f"{arithmetic} {layout} {m}x{n}x{k}"
 
 
@@ -126,13 +126,13 @@ def choose(
 
     What was measured on a larger device, from which a run resumes on this one, counts only where it fits this one.
     """
-    measured = caps.tiles.get(key(arithmetic, m, n, k, layout)) if caps.tiles else None
+    measured = caps.measured_tile(key(arithmetic, m, n, k, layout))
     choice = from_numbers(measured) if measured is not None else None
     if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
         return choice if split and (tail or not choice.tail) else Choice(choice.tile)
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
-    return _predicted(arithmetic, m, n, k, replace(caps, tiles=None), split, tail)
+    return _predicted(arithmetic, m, n, k, caps, split, tail)
 
 
 def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
@@ -196,7 +196,7 @@ def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> lis
     time, the likeliest first."""
     every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
     likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
-    unmeasured = choose(arithmetic, m, n, k, "", replace(caps, tiles=None))
+    unmeasured = choose(arithmetic, m, n, k, "", caps)  # a layout that nothing is measured for
     return list(dict.fromkeys([unmeasured, *likely]))[:_MEASURED]
 
 
