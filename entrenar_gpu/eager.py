@@ -81,12 +81,12 @@ def _ancestors(results: list[Tensor]) -> list[Node]:
     for node in reversed(_tape.nodes):
         if any(t.id in needed for t in node.outputs):
             nodes.append(node)
-            needed.update(t.id for t in node.inputs)
+            needed.update(t.id for t in node.inputs.values())
     return nodes[::-1]
 
 
 def _leaves(nodes: list[Node]) -> list[Tensor]:
-    found = {t.id: t for node in nodes for t in node.inputs if t.node is None}
+    found = {t.id: t for node in nodes for t in node.inputs.values() if t.node is None}
     return list(found.values())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.fuse import fuse_sum
-from entrenar_gpu.graph import Graph, Tensor
+from entrenar_gpu.graph import Graph, Tensor, flat
 from entrenar_gpu.ops.registry import OPS
 
 
@@ -65,7 +65,7 @@ def _read(tensor: Tensor) -> bool:
     for node in reversed(tensor.graph.nodes):
         if node is tensor.node:
             return False
-        if tensor in node.inputs:
+        if any(t is tensor for t in node.inputs.values()):
             return True
     return True
 
@@ -87,7 +87,7 @@ def backward(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None
         reverse.add(loss, upstream if upstream is not None else ops.ones(loss))
         for node in reversed(forward):
             gradients: Sequence[Tensor | None] = [reverse.get(t) for t in node.outputs]
-            if all(g is None for g in gradients) or not any(reverse.wanted(t) for t in node.inputs):
+            if all(g is None for g in gradients) or not any(reverse.wanted(t) for t in node.inputs.values()):
                 continue
             rule = OPS[node.op].gradient
             if rule is None:
@@ -96,10 +96,13 @@ def backward(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None
             for tensor in node.outputs:
                 if tensor.id not in kept:
                     reverse.drop(tensor)
-            parts = rule(node, gradients, reverse)
-            for index, (tensor, gradient) in enumerate(zip(node.inputs, parts, strict=True)):
+            parts = flat(rule(node, gradients, reverse))
+            pending = [parts.pop(name, None) for name in node.inputs]
+            if parts:
+                raise ValueError(f"{node.label()}: gradients of {', '.join(parts)}, which are no inputs of it")
+            for index, (tensor, gradient) in enumerate(zip(node.inputs.values(), pending, strict=True)):
                 if gradient is not None:
-                    reverse.add(tensor, gradient, parts[index + 1 :])
+                    reverse.add(tensor, gradient, pending[index + 1 :])
     return {t: g for t in targets if (g := reverse.get(t)) is not None}
 
 
@@ -107,6 +110,6 @@ def _dependents(graph: Graph, targets: list[Tensor]) -> set[int]:
     """Ids of the targets and of everything computed from them."""
     wanted = {t.id for t in targets}
     for node in graph.nodes:
-        if any(t.id in wanted for t in node.inputs):
+        if any(t.id in wanted for t in node.inputs.values()):
             wanted.update(t.id for t in node.outputs if t.dtype in ("f32", "f16"))
     return wanted

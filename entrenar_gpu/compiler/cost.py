@@ -28,7 +28,7 @@ def seconds(node: Node, caps: Caps) -> float:
     pace = FLOPS_PER_SECOND[node.attrs.get("arithmetic", "f32")]
     arithmetic = op.flops(node) / (ATTENTION_FLOPS_PER_SECOND if node.op.startswith("attention") else pace)
     workspace = [math.prod(shape) * ELEMENT_BYTES[dtype] for shape, dtype in op.workspace(node, caps)]
-    traffic = sum(t.nbytes for t in (*node.inputs, *node.outputs)) / BYTES_PER_SECOND
+    traffic = sum(t.nbytes for t in (*node.inputs.values(), *node.outputs)) / BYTES_PER_SECOND
     return max(arithmetic, traffic) + 2 * sum(workspace) / BYTES_PER_SECOND + LAUNCH_SECONDS * (1 + len(workspace))
 
 

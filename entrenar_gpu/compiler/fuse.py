@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from entrenar_gpu.graph import Node, Tensor
-from entrenar_gpu.ops.gemm.matmul import matmul_sizes, operands
+from entrenar_gpu.ops.gemm.matmul import matmul_sizes
 from entrenar_gpu.ops.registry import place
 
 LONGEST_PAIR = 256  # inner length up to which a product may ride along in another
@@ -15,7 +15,7 @@ LONGEST_PAIR = 256  # inner length up to which a product may ride along in anoth
 def fuse_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor | None:
     """old + new as an epilogue, where either may be recorded anew to add the other; None where that cannot be done.
 
-    A skinny product joins another as its low-rank pair; otherwise one becomes the residual of the other, which is a
+    A skinny product joins another as its low rank; otherwise one becomes the residual of the other, which is a
     product or the gradient of a norm. `free(t)` tells that nobody else reads or holds t.
     """
     if old is new:
@@ -27,23 +27,20 @@ def fuse_sum(old: Tensor, new: Tensor, free: Callable[[Tensor], bool]) -> Tensor
 
     skinny, main = made_by(new, "matmul"), made_by(old, "matmul", "linear")
     if skinny is not None and main is not None:
-        pair = _as_pair(skinny, main)
-        if pair is not None:
+        attrs = _as_low_rank(skinny, main)
+        if attrs is not None:
             new.graph.nodes.remove(skinny)
-            return _rebuilt(main, pair=skinny.inputs, attrs=pair)
+            return _anew(main, {"low_rank.0": skinny.inputs["a"], "low_rank.1": skinny.inputs["b"]}, attrs)
     for made, addend in ((new, old), (old, new)):
         node = made_by(made, "matmul", "linear", "norm_grad")
-        if node is None or node.attrs["residual"]:
+        if node is None or "residual" in node.inputs:
             continue
-        if node.attrs.get("down", False):  # others read its second output: it stays where it is
+        if "lora_a" in node.inputs:  # others read its second output: it stays where it is
             if _made_before(addend, node):
-                node.inputs, node.attrs = (*node.inputs, addend), {**node.attrs, "residual": True}
+                node.inputs = {**node.inputs, "residual": addend}
                 return made
             continue
-        if node.op != "norm_grad":
-            return _rebuilt(node, residual=addend)
-        node.output.graph.nodes.remove(node)
-        return _anew(node, (*node.inputs, addend), {**node.attrs, "residual": True})
+        return _anew(node, {"residual": addend}, {})
     return None
 
 
@@ -54,34 +51,19 @@ def _made_before(tensor: Tensor, node: Node) -> bool:
     return True
 
 
-def _as_pair(skinny: Node, main: Node) -> dict[str, Any] | None:
-    """The attributes that make the product `skinny` the low-rank pair of `main`; None where it cannot be."""
-    s, m = skinny.attrs, main.attrs
-    if skinny.op != "matmul" or s["pair"] or s["bias"] or s["residual"] or m["pair"]:
+def _as_low_rank(skinny: Node, main: Node) -> dict[str, Any] | None:
+    """The attributes that make the product `skinny` the low rank of `main`; None where it cannot be."""
+    if set(skinny.inputs) != {"a", "b"} or "lora_a" in main.inputs or "low_rank.0" in main.inputs:
         return None
-    if matmul_sizes(skinny)[2] > LONGEST_PAIR or any(t.dtype != "f32" for t in skinny.inputs):
+    if matmul_sizes(skinny)[2] > LONGEST_PAIR or any(t.dtype != "f32" for t in skinny.inputs.values()):
         return None
-    if s["transpose_a"] != m.get("transpose_a", False):
+    if skinny.attrs["transpose_a"] != main.attrs.get("transpose_a", False):
         return None
-    return {"beta": s["alpha"], "pair_transposed": s["transpose_b"]}
+    return {"lora_scale": skinny.attrs["alpha"], "low_rank_transposed": skinny.attrs["transpose_b"]}
 
 
-def _rebuilt(
-    node: Node,
-    pair: Sequence[Tensor] | None = None,
-    residual: Tensor | None = None,
-    attrs: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """The product recorded anew, with a pair or a residual it did not have."""
+def _anew(node: Node, inputs: Mapping[str, Tensor], attrs: Mapping[str, Any]) -> Tensor:
+    """The output of a node recorded anew, with these inputs and attributes besides its own."""
     node.output.graph.nodes.remove(node)
-    o = operands(node)
-    p, q = pair if pair is not None else (o.p, o.q)
-    residual = o.residual if residual is None else residual
-    changed = {**node.attrs, **(attrs or {}), "pair": p is not None, "residual": residual is not None}
-    head = node.inputs[: node.attrs.get("head", 2)]
-    inputs = (*head, *(t for t in (p, q, o.bias, residual) if t is not None))
-    return _anew(node, inputs, changed)
-
-
-def _anew(node: Node, inputs: tuple[Tensor, ...], attrs: Mapping[str, Any]) -> Tensor:
-    return place(Node(node.op, inputs, attrs, scope=node.scope, layer=node.layer, phase=node.phase))[0]
+    changed = ({**node.inputs, **inputs}, {**node.attrs, **attrs})
+    return place(Node(node.op, *changed, scope=node.scope, layer=node.layer, phase=node.phase))[0]

@@ -63,7 +63,11 @@ class Layer:
             return None if made is None else (made, self.nodes[made].outputs.index(t))
 
         nodes = (
-            (n.op, [(t.shape, t.dtype, place(t)) for t in n.inputs], [(t.shape, t.dtype) for t in n.outputs])
+            (
+                n.op,
+                [(name, t.shape, t.dtype, place(t)) for name, t in n.inputs.items()],
+                [(t.shape, t.dtype) for t in n.outputs],
+            )
             for n in self.nodes
         )
         return (self.number is None, *map(repr, nodes), *map(place, self._roots))
@@ -100,7 +104,7 @@ class Layer:
         would save nothing."""
         moved = {**fates, index: fate}
         roots = {t.id for t in self._roots}
-        for tensor in self.nodes[index].inputs if fate == "recompute" else ():
+        for tensor in self.nodes[index].inputs.values() if fate == "recompute" else ():
             source = self._maker.get(tensor.id)
             if source is not None and tensor.id not in roots and moved.get(source) != "recompute":
                 moved = self._moved(moved, source, "recompute")
@@ -118,12 +122,12 @@ class Layer:
             node, fate = self.nodes[index], fates.get(index, "keep")
             if OPS[node.op].transient:  # anew for every reader
                 spent += seconds[index]
-                stack += node.inputs
+                stack += node.inputs.values()
                 continue
             seen.add(tensor.id)
             if fate == "recompute" and index not in met:
                 spent += seconds[index]
-                stack += node.inputs
+                stack += node.inputs.values()
             elif fate == "fp16" and tensor is node.output:
                 nbytes += half_bytes(tensor)
                 spent += cost.half_seconds(tensor)
@@ -184,7 +188,7 @@ class Ladder:
 def layers_of(graph: Graph) -> list[Layer]:
     """The layers of a differentiated graph in order, after the nodes that belong to none."""
     forward = [n for n in graph.nodes if n.phase == "forward"]
-    read_later = {t.id for n in graph.nodes if n.phase != "forward" for t in n.inputs}
+    read_later = {t.id for n in graph.nodes if n.phase != "forward" for t in n.inputs.values()}
     handed = handed_on(graph)
     members: dict[int | None, list[Node]] = {None: []}
     for node in forward:

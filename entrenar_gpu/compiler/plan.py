@@ -170,7 +170,7 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], target: Target) 
     clock = 0
     end = sum(len(g.nodes) for g in graphs.values()) if keep else 0
     for graph in graphs.values():
-        last_use = {tensor.id: index for index, node in enumerate(graph.nodes) for tensor in node.inputs}
+        last_use = {tensor.id: index for index, node in enumerate(graph.nodes) for tensor in node.inputs.values()}
         for index, node in enumerate(graph.nodes):
             now = clock + index
             op = OPS[node.op]
@@ -183,7 +183,7 @@ def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], target: Target) 
                 source = shared.get(out_index)
                 if tensor.updates is not None:
                     place = plan.slices[tensor.updates.id]
-                    readers = [t for t in node.inputs if t.persistent and plan.slices[t.id] == place]
+                    readers = [t for t in node.inputs.values() if t.persistent and plan.slices[t.id] == place]
                     if readers and source not in readers:
                         raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
                     plan.slices[tensor.id] = place
@@ -222,7 +222,9 @@ def _may_take(
     owner = root.get(source.id, source.id)
     if owner not in lives or lives[owner].last > now:
         return False
-    taken_twice = sum(t is source for t in node.inputs) > 1 or any(root.get(t.id) == owner for t in node.outputs)
+    taken_twice = sum(t is source for t in node.inputs.values()) > 1 or any(
+        root.get(t.id) == owner for t in node.outputs
+    )
     return last_use[source.id] == index and not taken_twice
 
 

@@ -46,7 +46,7 @@ def handed_on(graph: Graph) -> set[int]:
     """Ids of forward tensors that another layer reads: they are kept, as recomputation starts from them."""
     forward = [n for n in graph.nodes if n.phase == "forward"]
     made_by = {t.id: n for n in forward for t in n.outputs}
-    return {t.id for n in forward for t in n.inputs if t.id in made_by and made_by[t.id].layer != n.layer}
+    return {t.id for n in forward for t in n.inputs.values() if t.id in made_by and made_by[t.id].layer != n.layer}
 
 
 def rewrite(graph: Graph, choice: Recompute) -> Graph:
@@ -57,7 +57,7 @@ def rewrite(graph: Graph, choice: Recompute) -> Graph:
     for node in graph.nodes:
         if node.phase == "forward":
             continue
-        inputs = tuple(rewriting.read(t, backward) for t in node.inputs)
+        inputs = {name: rewriting.read(t, backward) for name, t in node.inputs.items()}
         if inputs != node.inputs:
             # The node and its outputs are shared with the original graph: only this copy reads the clones.
             copy = Node(node.op, inputs, node.attrs, node.outputs, scope=node.scope, layer=node.layer)
@@ -92,17 +92,18 @@ class _Rewriting:
         return self._clones[tensor.id]
 
     def _again(self, node: Node, nodes: list[Node]) -> tuple[Tensor, ...]:
-        inputs = tuple(self.read(t, nodes) for t in node.inputs)
+        inputs = {name: self.read(t, nodes) for name, t in node.inputs.items()}
         specs = [(t.shape, t.dtype) for t in node.outputs]
         clone = _made(node, node.op, inputs, node.attrs, specs, "recompute")
         nodes.append(clone)
         return clone.outputs
 
     def _widened(self, node: Node, nodes: list[Node]) -> Tensor:
-        half = _made(node, "to_half", (node.output,), {}, half_specs(node.output), "fp16")
+        half = _made(node, "to_half", {"x": node.output}, {}, half_specs(node.output), "fp16")
         half.phase, half.recomputed = "forward", False
         self._halves[node.output.id] = half
-        wide = _made(node, "from_half", half.outputs, {}, [(node.output.shape, "f32")], "wide")
+        codes = dict(zip(("codes", "scales"), half.outputs, strict=True))
+        wide = _made(node, "from_half", codes, {}, [(node.output.shape, "f32")], "wide")
         nodes.append(wide)
         return wide.output
 
@@ -116,7 +117,7 @@ class _Rewriting:
 
 
 def _made(
-    like: Node, op: str, inputs: tuple[Tensor, ...], attrs: Mapping[str, Any], specs: Sequence[Spec], suffix: str
+    like: Node, op: str, inputs: Mapping[str, Tensor], attrs: Mapping[str, Any], specs: Sequence[Spec], suffix: str
 ) -> Node:
     """A node for the backward pass in the place of `like`."""
     node = Node(op, inputs, attrs, scope=like.scope, layer=like.layer, phase="backward", recomputed=True)

@@ -50,6 +50,6 @@ def _group(nodes: Sequence[Node], first: int, last: int, level: str) -> TraceGro
     members, head = nodes[first : last + 1], nodes[first]
     layer = None if level == "phase" else head.layer
     name = head.label() if level == "kernel" else head.phase if layer is None else f"layer {layer}"
-    moved = sum(t.nbytes for n in members for t in (*n.inputs, *n.outputs))
+    moved = sum(t.nbytes for n in members for t in (*n.inputs.values(), *n.outputs))
     shape = "x".join(str(d) for d in head.output.shape) if level == "kernel" else ""
     return TraceGroup(first, last, head.phase, layer, name, sum(OPS[n.op].flops(n) for n in members), moved, shape)

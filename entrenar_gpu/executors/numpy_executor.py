@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from entrenar_gpu.compiler import PAGED_ROLES, page_layout, page_sizes
-from entrenar_gpu.graph import NUMPY_TYPES, Graph, Node, Tensor
+from entrenar_gpu.graph import NUMPY_TYPES, Graph, Node, Tensor, grouped
 from entrenar_gpu.ops.registry import OPS
 
 
 def run_node(node: Node, values: dict[int, np.ndarray]) -> None:
     """Compute one node from `values` (by tensor id) into `values`, persistent updates included."""
-    arrays = OPS[node.op].reference(node, *(values[t.id] for t in node.inputs))
+    inputs = grouped({name: values[t.id] for name, t in node.inputs.items()})
+    arrays = OPS[node.op].reference(node, **inputs)
     for tensor, array in zip(node.outputs, arrays, strict=True):
         if array.shape != tensor.shape:
             raise AssertionError(f"{node.label()}: reference gave {array.shape} for {tensor!r}")
@@ -75,11 +76,11 @@ class NumpyExecutor:
         values = {t.id: self._store[key] for key, t in graph.persistents.items()}
         readers: dict[int, int] = {}
         for node in graph.nodes:
-            for tensor in node.inputs:
+            for tensor in node.inputs.values():
                 readers[tensor.id] = readers.get(tensor.id, 0) + 1
         for node in graph.nodes:
             run_node(node, values)
-            for tensor in node.inputs:  # let go of what no later node reads
+            for tensor in node.inputs.values():  # let go of what no later node reads
                 readers[tensor.id] -= 1
                 if readers[tensor.id] == 0 and not tensor.persistent and tensor.id not in self._kept:
                     values.pop(tensor.id, None)

@@ -97,7 +97,7 @@ def choice_of(product: Product, caps: Caps) -> Any:
 
 
 def _bytes(node: Node) -> int:
-    return sum(t.nbytes for t in (*node.inputs, *node.outputs))
+    return sum(t.nbytes for t in (*node.inputs.values(), *node.outputs))
 
 
 def _repeat(plan: Plan, step: Step, repeats: int) -> None:
@@ -191,4 +191,4 @@ class Program:
             return self._arrays["b"]
         attrs = {"shape": self._b.shape, "rounded": "float32"}
         parts = [self._arrays[t.name] for t in self._b.parts]
-        return dequantized(attrs, *parts)
+        return dequantized(attrs, parts)

@@ -3,7 +3,7 @@
 from entrenar_gpu.graph.caps import Caps, Target
 from entrenar_gpu.graph.dtypes import ELEMENT_BYTES, NUMPY_TYPES, WGSL_TYPES
 from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT, Binding, Launch, grid_of, literal, reads, split_offset, writes
-from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor
+from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor, flat, grouped
 
 __all__ = [
     "ELEMENT_BYTES",
@@ -18,7 +18,9 @@ __all__ = [
     "Node",
     "Target",
     "Tensor",
+    "flat",
     "grid_of",
+    "grouped",
     "literal",
     "reads",
     "split_offset",

@@ -108,12 +108,39 @@ class Tensor:
         return OPERATORS["numpy"](self)
 
 
+def flat(named: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, with the members of a sequence as "name.0", "name.1" and so on; None leaves a name out."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        if isinstance(value, (list, tuple)):
+            found.update((f"{name}.{index}", member) for index, member in enumerate(value))
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def grouped(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flat` was given, sequences as lists."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        group, dot, _ = name.partition(".")
+        if dot:
+            found.setdefault(group, []).append(value)
+        else:
+            found[name] = value
+    return found
+
+
 @dataclass(eq=False)
 class Node:
-    """One recorded op. `layer` groups nodes for recomputation, `scope` names them in traces ("layers.0.mlp")."""
+    """One recorded op. `layer` groups nodes for recomputation, `scope` names them in traces ("layers.0.mlp").
+
+    `inputs` are by name, in the order in which they were recorded; one that an op can do without is not there. Several
+    tensors that are one operand (the shards of a table, the parts of an NF4 weight) are a group: "shards.0" and so on.
+    """
 
     op: str
-    inputs: tuple[Tensor, ...]
+    inputs: Mapping[str, Tensor]
     attrs: Mapping[str, Any]
     outputs: tuple[Tensor, ...] = ()
     workspace: tuple[Tensor, ...] = ()  # scratch that lives only while this node runs
@@ -125,6 +152,10 @@ class Node:
     @property
     def output(self) -> Tensor:
         return self.outputs[0]
+
+    def group(self, name: str) -> tuple[Tensor, ...]:
+        """The inputs "name.0", "name.1" and so on; empty where there are none."""
+        return tuple(t for key, t in self.inputs.items() if key.startswith(f"{name}."))
 
     def label(self) -> str:
         return f"{self.scope}/{self.op}" if self.scope else self.op

@@ -111,17 +111,17 @@ class Transformer:
             bias = None
             if self.config.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
                 bias = self.parameters.vector(f"{module}.bias")
-            adapter, pair = self.parameters.adapter(module), None
+            adapter, low_rank = self.parameters.adapter(module), None
             weight = self.parameters.quantised(f"{module}.weight")
             if weight is not None and self._rng is None:
                 return ops.linear(x, weight, None, bias, residual, self._precision, adapter)
             if adapter is not None:
                 a, b, scale = adapter
-                pair = (ops.matmul(self._dropped(x), a, transpose_b=True), b, scale)
+                low_rank = (ops.matmul(self._dropped(x), a, transpose_b=True), b, scale)
             if weight is not None:
-                return ops.linear(x, weight, pair, bias, residual, self._precision)
+                return ops.linear(x, weight, low_rank, bias, residual, self._precision)
             dense = self.parameters.matrix(f"{module}.weight")
-            return ops.matmul(x, dense, transpose_b=True, pair=pair, bias=bias, residual=residual)
+            return ops.matmul(x, dense, transpose_b=True, low_rank=low_rank, bias=bias, residual=residual)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if self._rng is None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal, reads, writes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
 
 
 def attention(
@@ -33,19 +33,27 @@ def attention(
     f16, then in f32 (docs/attention.md gives the error).
     """
     return record(
-        "attention", q, k, v, segment_start, rows=rows, heads=heads, kv_heads=kv_heads, low_precision=precision != "f32"
+        "attention",
+        q=q,
+        k=k,
+        v=v,
+        segment_start=segment_start,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        low_precision=precision != "f32",
     )[0]
 
 
 def shape_of(node: Node) -> dict[str, int]:
     """The letters of model_config.py for this node."""
-    q = node.inputs[0]
+    q = node.inputs["q"]
     heads, kv_heads, rows = node.attrs["heads"], node.attrs["kv_heads"], node.attrs["rows"]
     return {"B": rows, "S": q.rows // rows, "H": heads, "K": kv_heads, "E": q.columns // heads}
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    q, k, v, segment_start = node.inputs
+    q, k, v, segment_start = node.inputs.values()
     s = shape_of(node)
     tokens = s["B"] * s["S"]
     if k.shape != v.shape or k.columns != s["K"] * s["E"] or segment_start.size != tokens or s["H"] % s["K"]:
@@ -81,9 +89,11 @@ def softmax_weights(
     return e / total, (peak + np.log(total))[..., 0]
 
 
-def _reference(node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, seg: np.ndarray) -> Sequence[np.ndarray]:
+def _reference(
+    node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, segment_start: np.ndarray
+) -> Sequence[np.ndarray]:
     s = shape_of(node)
-    weights, lse = softmax_weights(s, q, k, seg)
+    weights, lse = softmax_weights(s, q, k, segment_start)
     out = join(weights @ split(s, v), q, 1)
     return [out, lse.transpose(0, 2, 1).reshape(-1, s["H"])]
 
@@ -152,8 +162,8 @@ def _blocking(node: Node, caps: Caps) -> dict[str, int]:
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     s, width, blocking = shape_of(node), vector_of(node), _blocking(node, caps)
-    bindings = [reads(n, t, width) for n, t in zip(("q", "k", "v"), node.inputs, strict=False)]
-    bindings += [reads("segment_start", node.inputs[3])]
+    bindings = [reads(name, node.inputs[name], width) for name in ("q", "k", "v")]
+    bindings += [reads("segment_start", node.inputs["segment_start"])]
     bindings += [writes("out", node.outputs[0], width), writes("lse", node.outputs[1])]
     whole = s["S"] % blocking["BQ"] == 0 and s["S"] % blocking["BK"] == 0
     bases = dict.fromkeys(("q", "k", "v", "out"), "")
@@ -168,12 +178,11 @@ def vector_of(node: Node) -> int:
     return 4 if shape_of(node)["E"] % 4 == 0 else 1
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    q, k, v, segment_start = node.inputs
-    out, lse = node.outputs
-    (statistics,) = record("attention_statistics", out, upstream[0], lse, rows=node.attrs["rows"])
-    dq, dk, dv = record("attention_grad", q, k, v, upstream[0], statistics, segment_start, **node.attrs)
-    return [dq, dk, dv, None]
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    (out, lse), dout = node.outputs, upstream[0]
+    (statistics,) = record("attention_statistics", out=out, dout=dout, lse=lse, rows=node.attrs["rows"])
+    dq, dk, dv = record("attention_grad", **node.inputs, dout=dout, statistics=statistics, **node.attrs)
+    return {"q": dq, "k": dk, "v": dv}
 
 
 def flops(products: int) -> Callable[[Node], int]:

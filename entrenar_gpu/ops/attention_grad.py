@@ -25,14 +25,14 @@ from entrenar_gpu.ops.attention import (
     split,
     vector_of,
 )
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, register
+from entrenar_gpu.ops.registry import Aliased, Op, Spec, register, same_as
 
 BLOCK = 64  # tokens of a block of P and dS each way
 SCRATCH_BYTES = 144 << 20  # for P and dS of a part: enough for a device's workgroups (docs/attention.md)
 
 
 def _statistics_infer(node: Node) -> Sequence[Spec]:
-    tokens, heads = node.inputs[2].shape
+    tokens, heads = node.inputs["lse"].shape
     rows = node.attrs["rows"]
     return [((2, rows, heads, tokens // rows), "f32")]
 
@@ -44,7 +44,7 @@ def _statistics_reference(node: Node, out: np.ndarray, dout: np.ndarray, lse: np
 
 
 def _statistics_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    out, dout, lse = node.inputs
+    out, dout, lse = node.inputs.values()
     _, rows, heads, length = node.output.shape
     e = out.size // lse.size
     width = 4 if e % 4 == 0 else 1
@@ -59,13 +59,13 @@ def _reference(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
+    segment_start: np.ndarray,
     dout: np.ndarray,
     statistics: np.ndarray,
-    segments: np.ndarray,
 ) -> Sequence[np.ndarray]:
     s = shape_of(node)
     group = s["H"] // s["K"]
-    weights, _ = softmax_weights(s, q, k, segments)
+    weights, _ = softmax_weights(s, q, k, segment_start)
     d_heads = split(s, dout)
     dscores = weights * (d_heads @ split(s, v).swapaxes(-1, -2) - statistics[1][..., None])
     dscores *= q.dtype.type(1 / math.sqrt(s["E"]))
@@ -171,9 +171,10 @@ class _Bindings:
 
     def inputs(self, node: Node) -> list[Binding]:
         """What both halves read."""
-        q, k, _, dout, _, segments = node.inputs
+        q, k, dout = node.inputs["q"], node.inputs["k"], node.inputs["dout"]
         vectors = [self.by_query_head("q", q), self.by_kv_head("k", k), self.by_query_head("dout", dout)]
-        return [*vectors, self("segment_start", segments, self._part.rows.start * self._s["S"])]
+        segment_start = node.inputs["segment_start"]
+        return [*vectors, self("segment_start", segment_start, self._part.rows.start * self._s["S"])]
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
@@ -195,7 +196,8 @@ def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
 
 def _dscores(node: Node, caps: Caps, part: Part) -> Launch:
     bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
-    bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs[2]), bind.statistics(node.inputs[4])]
+    bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs["v"])]
+    bindings.append(bind.statistics(node.inputs["statistics"]))
     bindings.append(writes("dscores", node.workspace[0], 4))
     constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
     grid = (blocks.start + blocks.stop + 1, -(-len(blocks) // 2), len(part.rows) * constants["HEADS"])
@@ -242,13 +244,13 @@ register(
         _statistics_infer,
         _statistics_reference,
         _statistics_launch,
-        flops=lambda node: 2 * node.inputs[0].size,
+        flops=lambda node: 2 * node.inputs["out"].size,
     )
 )
 register(
     Op(
         "attention_grad",
-        lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
+        same_as("q", "k", "v"),
         _reference,
         _launch,
         workspace=_workspace,

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal
 from entrenar_gpu.ops.elementwise import elementwise_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, record, register, same_as
 
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3: Philox4x32-10.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -23,7 +23,7 @@ def dropout(x: Tensor, rng: Tensor, probability: float, key: int) -> Tensor:
     rng u32 [3] holds seed, step and micro-step; `key` tells the dropouts of one graph apart. Recomputation, the
     NumPy executor and a resumed run see the same mask.
     """
-    return record("dropout", x, rng, probability=probability, key=key)[0]
+    return record("dropout", x=x, rng=rng, probability=probability, key=key)[0]
 
 
 def philox(counter: Sequence[np.ndarray | int], key: tuple[int, int]) -> list[np.ndarray]:
@@ -78,22 +78,21 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     p = node.attrs["probability"]
     word = f"philox(vec4<u32>(i, {node.attrs['key']}u, in_rng[1], in_rng[2]), in_rng[0])"
     kept = f"select(0.0, x * {literal(1 / (1 - p))}, {word} >= {_threshold(p)}u)"
-    return elementwise_launch(node, caps, aliased, [kept], ["x", "rng"], _source())
+    return elementwise_launch(node, caps, aliased, [kept], _source())
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    dx = record("dropout", upstream[0], node.inputs[1], **node.attrs)[0]
-    return [dx, None]
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    return {"x": record("dropout", x=upstream[0], rng=node.inputs["rng"], **node.attrs)[0]}
 
 
 register(
     Op(
         "dropout",
-        same_as(0),
+        same_as("x"),
         _reference,
         _launch,
         _gradient,
         flops=lambda node: 100 * node.output.size,
-        inplace=lambda node: [(0, 0)],
+        inplace=lambda node: [(0, "x")],
     )
 )

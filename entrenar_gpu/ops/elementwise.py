@@ -17,6 +17,7 @@ from entrenar_gpu.ops.reduce import sum_all, sum_rows
 from entrenar_gpu.ops.registry import (
     Aliased,
     GradientContext,
+    Gradients,
     Op,
     Spec,
     not_differentiable,
@@ -33,21 +34,21 @@ def elementwise_launch(
     caps: Caps,
     aliased: Aliased,
     expressions: Sequence[str],
-    names: Sequence[str] = "abcdef",
     functions: str = "",
+    names: Sequence[str] | None = None,
 ) -> list[Launch]:
-    """The launch of a node whose k-th output is expressions[k] over its inputs, named `names` in order.
+    """The launch of a node whose k-th output is expressions[k] over its inputs, by their names or `names` in order.
 
     An input that shares storage with an output is read through the output's binding. An invocation takes four values
     where all tensors are as long, and that in fours.
     """
     size = node.output.size
-    wide = size % 4 == 0 and all(t.size == size for t in node.inputs)
+    wide = size % 4 == 0 and all(t.size == size for t in node.inputs.values())
     width = 4 if wide else 1
     bindings: list[Binding] = []
     loads = []
     outs = [f"out{k}" for k in range(len(expressions))]
-    for name, tensor in zip(names, node.inputs, strict=False):
+    for name, tensor in zip(names or node.inputs, node.inputs.values(), strict=True):
         shared = [out for out, made in zip(outs, node.outputs, strict=True) if aliased(made, tensor)]
         source = shared[0] if shared else f"in_{name}"
         if not shared and all(b.name != source for b in bindings):
@@ -65,15 +66,15 @@ def elementwise_launch(
     return [Launch("elementwise", tuple(bindings), constants, grid_of(-(-size // (width * WORKGROUP)), caps))]
 
 
-def _inplace(node: Node) -> Sequence[tuple[int, int]]:
-    return [(0, i) for i, t in enumerate(node.inputs) if t.size == node.output.size and t.dtype == node.output.dtype][
-        :1
-    ]
+def _inplace(node: Node) -> Sequence[tuple[int, str]]:
+    """The first input that is as large as the output."""
+    out = node.output
+    return [(0, name) for name, t in node.inputs.items() if (t.size, t.dtype) == (out.size, out.dtype)][:1]
 
 
 def _binary(name: str, expression: str, function: Any, gradient: Any) -> None:
     def infer(node: Node) -> Sequence[Spec]:
-        a, b = node.inputs
+        a, b = node.inputs["a"], node.inputs["b"]
         if not (b.shape == a.shape or b.size == 1 or b.shape == a.shape[len(a.shape) - len(b.shape) :]):
             raise ValueError(f"{node.label()}: {b!r} does not broadcast to {a!r}")
         return [(a.shape, a.dtype)]
@@ -89,22 +90,22 @@ def _binary(name: str, expression: str, function: Any, gradient: Any) -> None:
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b; b has a's shape, its trailing dimensions, or one element."""
-    return record("add", a, b)[0]
+    return record("add", a=a, b=b)[0]
 
 
 def sub(a: Tensor, b: Tensor) -> Tensor:
     """a - b, broadcast as `add`."""
-    return record("sub", a, b)[0]
+    return record("sub", a=a, b=b)[0]
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
     """a * b, broadcast as `add`."""
-    return record("mul", a, b)[0]
+    return record("mul", a=a, b=b)[0]
 
 
 def scale(a: Tensor, factor: float) -> Tensor:
     """a * factor, for a factor known when the graph is traced."""
-    return record("scale", a, factor=float(factor))[0]
+    return record("scale", a=a, factor=float(factor))[0]
 
 
 def _reduced(gradient: Tensor, b: Tensor) -> Tensor:
@@ -116,22 +117,25 @@ def _reduced(gradient: Tensor, b: Tensor) -> Tensor:
     return sum_rows(gradient, b.shape)
 
 
-def _add_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _add_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     (dy,) = upstream
-    b = node.inputs[1]
-    return [dy, _reduced(dy, b) if context.wanted(b) else None]
+    b = node.inputs["b"]
+    return {"a": dy, "b": _reduced(dy, b) if context.wanted(b) else None}
 
 
-def _sub_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _sub_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     (dy,) = upstream
-    b = node.inputs[1]
-    return [dy, _reduced(scale(dy, -1.0), b) if context.wanted(b) else None]
+    b = node.inputs["b"]
+    return {"a": dy, "b": _reduced(scale(dy, -1.0), b) if context.wanted(b) else None}
 
 
-def _mul_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _mul_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     (dy,) = upstream
-    a, b = node.inputs
-    return [mul(dy, b) if context.wanted(a) else None, _reduced(mul(dy, a), b) if context.wanted(b) else None]
+    a, b = node.inputs["a"], node.inputs["b"]
+    return {
+        "a": mul(dy, b) if context.wanted(a) else None,
+        "b": _reduced(mul(dy, a), b) if context.wanted(b) else None,
+    }
 
 
 _binary("add", "a + b", np.add, _add_gradient)
@@ -142,10 +146,10 @@ _binary("mul", "a * b", np.multiply, _mul_gradient)
 register(
     Op(
         "scale",
-        same_as(0),
+        same_as("a"),
         lambda node, a: [a * a.dtype.type(node.attrs["factor"])],
         lambda node, caps, aliased: elementwise_launch(node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]),
-        lambda node, upstream, context: [scale(upstream[0], node.attrs["factor"])],
+        lambda node, upstream, context: {"a": scale(upstream[0], node.attrs["factor"])},
         inplace=_inplace,
     )
 )
@@ -153,7 +157,7 @@ register(
 
 def fill(like: Tensor, value: float) -> Tensor:
     """A tensor of `like`'s shape holding `value` everywhere."""
-    return record("fill", like, value=float(value), shape=like.shape)[0]
+    return record("fill", like=like, value=float(value), shape=like.shape)[0]
 
 
 def copy_launch(source: Tensor, out: Tensor, caps: Caps) -> Launch:
@@ -181,7 +185,7 @@ def _fill_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
 register(
     Op(
         "fill",
-        same_as(0),
+        same_as("like"),
         lambda node, like: [np.full(like.shape, node.attrs["value"], like.dtype)],
         _fill_launch,
         not_differentiable,
@@ -255,13 +259,13 @@ def _activation(
     """Register y = f(x) and its gradient dx = dy f'(x) as two ops; returns the function that records the first."""
 
     def forward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        return elementwise_launch(node, caps, aliased, [value], "x", functions)
+        return elementwise_launch(node, caps, aliased, [value], functions)
 
     def backward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        return elementwise_launch(node, caps, aliased, [f"dy * ({slope})"], ["x", "dy"], functions)
+        return elementwise_launch(node, caps, aliased, [f"dy * ({slope})"], functions)
 
-    def gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-        return list(record(f"{name}_grad", node.inputs[0], upstream[0]))
+    def gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+        return {"x": record(f"{name}_grad", x=node.inputs["x"], dy=upstream[0])[0]}
 
     def np_gradient(node: Node, x: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
         return [(dy * np_slope(x)).astype(x.dtype, copy=False)]
@@ -269,9 +273,9 @@ def _activation(
     def np_forward(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
         return [np_value(x).astype(x.dtype, copy=False)]
 
-    register(Op(name, same_as(0), np_forward, forward, gradient, inplace=_inplace))
-    register(Op(f"{name}_grad", same_as(0), np_gradient, backward, inplace=_inplace))
-    return lambda x: record(name, x)[0]
+    register(Op(name, same_as("x"), np_forward, forward, gradient, inplace=_inplace))
+    register(Op(f"{name}_grad", same_as("x"), np_gradient, backward, inplace=_inplace))
+    return lambda x: record(name, x=x)[0]
 
 
 relu = _activation(
@@ -310,11 +314,12 @@ swish = _activation(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """swish(gate) * up, the feed-forward gate of Shazeer (arXiv 2002.05202)."""
-    return record("swiglu", gate, up)[0]
+    return record("swiglu", gate=gate, up=up)[0]
 
 
-def _swiglu_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    return list(record("swiglu_grad", *node.inputs, upstream[0]))
+def _swiglu_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    dgate, dup = record("swiglu_grad", **node.inputs, dy=upstream[0])
+    return {"gate": dgate, "up": dup}
 
 
 def _np_swiglu_grad(node: Node, gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
@@ -325,9 +330,9 @@ def _np_swiglu_grad(node: Node, gate: np.ndarray, up: np.ndarray, dy: np.ndarray
 register(
     Op(
         "swiglu",
-        same_as(0),
+        same_as("gate"),
         lambda node, gate, up: [gate * np_sigmoid(gate) * up],
-        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, ["a * sigmoid(a) * b"], "ab", _SIGMOID),
+        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, ["a * sigmoid(a) * b"], _SIGMOID, "ab"),
         _swiglu_gradient,
         inplace=_inplace,
     )
@@ -335,16 +340,16 @@ register(
 register(
     Op(
         "swiglu_grad",
-        same_as(0, 1),
+        same_as("gate", "up"),
         _np_swiglu_grad,
         lambda node, caps, aliased: elementwise_launch(
             node,
             caps,
             aliased,
             ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"],
-            "abc",
             _SIGMOID,
+            "abc",
         ),
-        inplace=lambda node: [(0, 0), (1, 1)],
+        inplace=lambda node: [(0, "gate"), (1, "up")],
     )
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import copy_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, in_place, record, register, same_as
 
 
 def embedding(ids: Tensor, shards: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
@@ -19,22 +19,16 @@ def embedding(ids: Tensor, shards: Sequence[Tensor], order: Tensor | None = None
     `order` u32 [T], a stable argsort of the ids, is needed to differentiate with respect to the table: its gradient
     is a sum over runs of equal ids, so that no two invocations add to one row and the order of the sum is fixed.
     """
-    return record("embedding", ids, *([order] if order is not None else []), *shards, order=order is not None)[0]
-
-
-def _parts(node: Node) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
-    if node.attrs["order"]:
-        return node.inputs[0], node.inputs[1], node.inputs[2:]
-    return node.inputs[0], None, node.inputs[1:]
+    return record("embedding", ids=ids, order=order, shards=list(shards))[0]
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    ids, _, shards = _parts(node)
-    return [((ids.size, shards[0].columns), "f32")]
+    return [((node.inputs["ids"].size, node.inputs["shards.0"].columns), "f32")]
 
 
-def _reference(node: Node, ids: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
-    shards = rest[1:] if node.attrs["order"] else rest
+def _reference(
+    node: Node, ids: np.ndarray, shards: Sequence[np.ndarray], order: np.ndarray | None = None
+) -> Sequence[np.ndarray]:
     kind = np.float64 if shards[0].dtype == np.float64 else np.float32
     table = shards[0] if len(shards) == 1 else np.concatenate(shards)
     return [table[ids.reshape(-1)].astype(kind)]
@@ -46,8 +40,7 @@ def shard_starts(shards: Sequence[Tensor]) -> list[int]:
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    ids, _, shards = _parts(node)
-    launches = []
+    ids, shards, launches = node.inputs["ids"], node.group("shards"), []
     for shard, start in zip(shards, shard_starts(shards), strict=True):
         constants = {
             "mode": "gather",
@@ -62,9 +55,9 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     return launches
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    ids, order, shards = _parts(node)
-    grads: list[Tensor | None] = [None] * (len(node.inputs) - len(shards))
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    ids, order, shards = node.inputs["ids"], node.inputs.get("order"), node.group("shards")
+    grads: list[Tensor | None] = []
     for shard, start in zip(shards, shard_starts(shards), strict=True):
         if not context.wanted(shard):
             grads.append(None)
@@ -72,9 +65,9 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
         if order is None:
             raise ValueError(f"{node.label()}: needs the order of the ids to differentiate the table")
         held = context.take(shard)
-        total = record("embedding_grad", held, upstream[0], ids, order, first=start)[0]
+        total = record("embedding_grad", held=held, dy=upstream[0], ids=ids, order=order, first=start)[0]
         grads.append(in_place(total, held) if held.persistent or held.updates is not None else total)
-    return grads
+    return {"shards": grads}
 
 
 def _grad_reference(
@@ -88,7 +81,7 @@ def _grad_reference(
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    held, dy, ids, order = node.inputs
+    held, dy, ids, order = node.inputs.values()
     copies = [] if aliased(node.output, held) else [copy_launch(held, node.output, caps)]
     constants = {"mode": "scatter", "T": ids.size, "D": held.columns, "first": node.attrs["first"]}
     constants |= {"rows": held.shape[0], "format": "f32"}
@@ -100,10 +93,10 @@ register(Op("embedding", _infer, _reference, _launch, _gradient))
 register(
     Op(
         "embedding_grad",
-        lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)],
+        same_as("held"),
         _grad_reference,
         _grad_launch,
-        flops=lambda node: node.inputs[1].size,
-        inplace=lambda node: [(0, 0)],
+        flops=lambda node: node.inputs["dy"].size,
+        inplace=lambda node: [(0, "held")],
     )
 )

@@ -19,13 +19,13 @@ TOP = 14  # exponent that a row's largest element is brought to
 
 def to_half(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [.., N] f32, N even, as binary16 codes [.., N] and one power of two a row, [rows]: x = codes * scale."""
-    codes, scales = record("to_half", x)
+    codes, scales = record("to_half", x=x)
     return codes, scales
 
 
 def from_half(codes: Tensor, scales: Tensor) -> Tensor:
     """What `to_half` was given, to 11 bits."""
-    return record("from_half", codes, scales)[0]
+    return record("from_half", codes=codes, scales=scales)[0]
 
 
 def halvable(tensor: Tensor) -> bool:
@@ -57,24 +57,26 @@ def _from_half_reference(node: Node, codes: np.ndarray, scales: np.ndarray) -> S
     return [(rows * scales[:, None]).reshape(codes.shape)]
 
 
-def _width(node: Node) -> int:
+def _width(rows: Tensor) -> int:
     """Elements an invocation takes at a time: two words' worth where rows are made of them."""
-    return 4 if node.inputs[0].columns % 4 == 0 else 2
+    return 4 if rows.columns % 4 == 0 else 2
 
 
 def _to_half_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (x,), (codes, scales), width = node.inputs, node.outputs, _width(node)
+    x, (codes, scales) = node.inputs["x"], node.outputs
+    width = _width(x)
     constants = {"mode": "to", "ROWS": x.rows, "N": x.columns // width, "width": width, "top": TOP}
     bindings = (reads("x", x, width), writes("codes", codes, width // 2), writes("scales", scales))
     return [Launch("half", bindings, constants, grid_of(x.rows, caps))]
 
 
 def _from_half_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (codes, scales), y, width = node.inputs, node.output, _width(node)
+    codes, scales, y = node.inputs["codes"], node.inputs["scales"], node.output
+    width = _width(codes)
     constants = {"mode": "from", "SIZE": y.size // width, "N": y.columns // width, "width": width}
     bindings = (reads("codes", codes, width // 2), reads("scales", scales), writes("y", y, width))
     return [Launch("half", bindings, constants, grid_of(-(-y.size // width // 256), caps))]
 
 
-register(Op("to_half", lambda node: half_specs(node.inputs[0]), _to_half_reference, _to_half_launch))
-register(Op("from_half", lambda node: [(node.inputs[0].shape, "f32")], _from_half_reference, _from_half_launch))
+register(Op("to_half", lambda node: half_specs(node.inputs["x"]), _to_half_reference, _to_half_launch))
+register(Op("from_half", lambda node: [(node.inputs["codes"].shape, "f32")], _from_half_reference, _from_half_launch))

@@ -25,7 +25,7 @@ from entrenar_gpu.ops.gemm.vocabulary import (
     vocabulary_of,
 )
 from entrenar_gpu.ops.reduce import rows_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, in_place, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, in_place, record, register
 
 IGNORE = -100  # the label of a position without loss, as PyTorch's cross-entropy and transformers have it
 LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
@@ -47,7 +47,8 @@ def cross_entropy(
     trains = any(p.requires_grad for p in shards)
     arithmetic = "f32" if trains else arithmetic_of(precision, shards)
     emit = x.requires_grad and not trains
-    return record("cross_entropy", x, targets, *shards, smoothing=smoothing, emit=emit, arithmetic=arithmetic)[0]
+    attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic}
+    return record("cross_entropy", x=x, targets=targets, shards=list(shards), **attrs)[0]
 
 
 def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
@@ -58,7 +59,7 @@ def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Sp
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    x, targets, *shards = node.inputs
+    x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
     if targets.size != x.rows or any(p.columns != x.columns for p in shards):
         raise ValueError(f"{node.label()}: {x!r}, {targets!r} and {shards!r} do not fit")
     return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
@@ -96,7 +97,7 @@ def _table(x: np.ndarray, shards: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([p.astype(x.dtype, copy=False) for p in shards])
 
 
-def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *shards: np.ndarray) -> Sequence[np.ndarray]:
+def _reference(node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     table = _table(x, shards)
     if node.attrs["arithmetic"] == "f16":
         losses, lse, dx = _low_precision_reference(node, x, targets, table)
@@ -109,7 +110,7 @@ def _reference(node: Node, x: np.ndarray, targets: np.ndarray, *shards: np.ndarr
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     """Logits, the losses of tokens, in f16 the narrowed tokens of a chunk, and partial sums of dx, if any."""
-    x, _, *shards = node.inputs
+    x, shards = node.inputs["x"], node.group("shards")
     low_precision = node.attrs["arithmetic"] == "f16"
     logits = _logits(x.rows, shards, "f16" if low_precision else "f32", caps)
     tokens = [((logits[0][0], x.columns), "f16")] if low_precision else []
@@ -146,7 +147,7 @@ def _vector(logits: Tensor) -> int:
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, targets, *shards = node.inputs
+    x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
     loss, lse = node.outputs[:2]
     logits, losses, *scratch = node.workspace
     low_precision = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
@@ -170,26 +171,38 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     return launches
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    x, targets, *shards = node.inputs
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
     if node.attrs["emit"]:
-        return [mul(node.outputs[2], upstream[0]), None, *[None] * len(shards)]
+        return {"x": mul(node.outputs[2], upstream[0])}
     if all(context.wanted(p) for p in shards):
         held = [context.take(p) for p in shards]
-        attrs = {"smoothing": node.attrs["smoothing"], "shards": len(shards)}
-        outs = record("cross_entropy_grad", x, targets, node.outputs[1], upstream[0], *shards, *held, **attrs)
-        dx, *totals = outs
+        dx, *totals = record(
+            "cross_entropy_grad",
+            x=x,
+            targets=targets,
+            lse=node.outputs[1],
+            upstream=upstream[0],
+            shards=[*shards],
+            held=held,
+            smoothing=node.attrs["smoothing"],
+        )
         kept = [
             in_place(t, h) if h.persistent or h.updates is not None else t for t, h in zip(totals, held, strict=True)
         ]
-        return [dx, None, *kept]
+        return {"x": dx, "shards": kept}
     raise ValueError(f"{node.label()}: the shards of a vocabulary are trainable all together or not at all")
 
 
 def _grad_reference(
-    node: Node, x: np.ndarray, targets: np.ndarray, lse: np.ndarray, upstream: np.ndarray, *rest: np.ndarray
+    node: Node,
+    x: np.ndarray,
+    targets: np.ndarray,
+    lse: np.ndarray,
+    upstream: np.ndarray,
+    shards: Sequence[np.ndarray],
+    held: Sequence[np.ndarray],
 ) -> Sequence[np.ndarray]:
-    shards, held = rest[: node.attrs["shards"]], rest[node.attrs["shards"] :]
     table = _table(x, shards)
     _, _, dscores = _dscores(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
     dscores = dscores.astype(x.dtype) * upstream
@@ -202,8 +215,8 @@ def _grad_reference(
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, targets, lse, upstream, *rest = node.inputs
-    shards, held = rest[: node.attrs["shards"]], rest[node.attrs["shards"] :]
+    x, targets, lse, upstream = (node.inputs[name] for name in ("x", "targets", "lse", "upstream"))
+    shards, held = node.group("shards"), node.group("held")
     dx, *totals = node.outputs
     logits, *partial = node.workspace
     depth, vocabulary = x.columns, logits.columns
@@ -231,18 +244,14 @@ def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
 
 def _flops(products: int) -> Callable[[Node], int]:
     def count(node: Node) -> int:
-        x, shards = (
-            node.inputs[0],
-            node.inputs[2:] if node.op == "cross_entropy" else node.inputs[4:][: node.attrs["shards"]],
-        )
         passes = products + (1 if node.attrs.get("emit") else 0)
-        return 2 * passes * x.size * vocabulary_of(shards)
+        return 2 * passes * node.inputs["x"].size * vocabulary_of(node.group("shards"))
 
     return count
 
 
 def _grad_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    x, shards = node.inputs[0], node.inputs[4:][: node.attrs["shards"]]
+    x, shards = node.inputs["x"], node.group("shards")
     logits = _logits(x.rows, shards, "f32", caps)
     return [logits, *back_workspace(shards, logits, caps)]
 
@@ -252,34 +261,34 @@ register(
     Op(
         "cross_entropy_grad",
         lambda node: [
-            (node.inputs[0].shape, "f32"),
-            *((t.shape, "f32") for t in node.inputs[4 + node.attrs["shards"] :]),
+            (node.inputs["x"].shape, "f32"),
+            *((t.shape, "f32") for t in node.group("held")),
         ],
         _grad_reference,
         _grad_launch,
         workspace=_grad_workspace,
         flops=_flops(3),
-        inplace=lambda node: [(1 + i, 4 + node.attrs["shards"] + i) for i in range(node.attrs["shards"])],
+        inplace=lambda node: [(1 + i, f"held.{i}") for i in range(len(node.group("held")))],
     )
 )
 
 
 def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
     """x W^T for a W [V, D] kept in shards of rows: logits [T, V], for the few tokens that are wanted whole."""
-    return record("project", x, *shards)[0]
+    return record("project", x=x, shards=list(shards))[0]
 
 
 def _project_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, *shards = node.inputs
+    x, shards = node.inputs["x"], node.group("shards")
     return logits_launches(x, None, shards, node.output, 0, x.rows, caps)
 
 
 register(
     Op(
         "project",
-        lambda node: [((node.inputs[0].rows, vocabulary_of(node.inputs[1:])), "f32")],
-        lambda node, x, *shards: [x.reshape(-1, x.shape[-1]) @ _table(x, shards).T],
+        lambda node: [((node.inputs["x"].rows, vocabulary_of(node.group("shards"))), "f32")],
+        lambda node, x, shards: [x.reshape(-1, x.shape[-1]) @ _table(x, shards).T],
         _project_launch,
-        flops=lambda node: 2 * node.inputs[0].columns * node.output.size,
+        flops=lambda node: 2 * node.inputs["x"].columns * node.output.size,
     )
 )

@@ -10,9 +10,10 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register, same_as
 
 WORKGROUP = 256
+_STATISTICS = ("rstd", "average")  # what a norm leaves for its gradient; RMS norms have no average
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,22 +22,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [.., N]; weight [W] with N a multiple of W: the axis that is normalised is W long, so that a [T, H*E] tensor is
     normalised head by head with a weight of E.
     """
-    return record("rms_norm", x, weight, eps=eps)[0]
+    return record("rms_norm", x=x, weight=weight, eps=eps)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al., arXiv 1607.06450, eq. 4)."""
-    return record("layer_norm", x, weight, bias, eps=eps)[0]
+    return record("layer_norm", x=x, weight=weight, bias=bias, eps=eps)[0]
 
 
 def _groups(node: Node) -> tuple[int, int]:
     """(rows, length) of the runs that are normalised."""
-    x, weight = node.inputs[:2]
+    x, weight = node.inputs["x"], node.inputs["weight"]
     return x.size // weight.size, weight.size
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    x, weight = node.inputs[:2]
+    x, weight = node.inputs["x"], node.inputs["weight"]
     if x.columns % weight.size:
         raise ValueError(f"{node.label()}: {weight!r} does not divide the last axis of {x!r}")
     rows, _ = _groups(node)
@@ -73,24 +74,26 @@ def lanes(steps: int) -> int:
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     constants: dict[str, Any] = {**_blocking(node), "mode": node.op, "eps": literal(node.attrs["eps"])}
     width = constants["VEC"]
-    bindings = [reads(n, t, width) for n, t in zip(["x", "weight", "bias"], node.inputs, strict=False)]
+    bindings = [reads(name, tensor, width) for name, tensor in node.inputs.items()]
     bindings += [writes("y", node.output, width)]
-    bindings += [writes(n, t) for n, t in zip(["rstd", "average"], node.outputs[1:], strict=False)]
+    bindings += [writes(n, t) for n, t in zip(_STATISTICS, node.outputs[1:], strict=False)]
     grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
     return [Launch("norm", tuple(bindings), constants, grid)]
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     """dx = rstd (g - xhat mean(g xhat) [- mean(g]) with g = dy weight; dweight = sum dy xhat; dbias = sum dy."""
-    dy = upstream[0]
-    x, weight, *bias = node.inputs
-    statistics = node.outputs[1:]
-    dx = record("norm_grad", x, weight, dy, *statistics, residual=False)[0] if context.wanted(x) else None
-    dweight = None
+    dy, x, weight, bias = upstream[0], node.inputs["x"], node.inputs["weight"], node.inputs.get("bias")
+    statistics = dict(zip(_STATISTICS, node.outputs[1:], strict=False))
+    dx = dweight = dbias = None
+    if context.wanted(x):
+        dx = record("norm_grad", x=x, weight=weight, dy=dy, **statistics)[0]
     if context.wanted(weight):
-        xhat = record("norm_hat", x, *statistics, length=weight.size)[0]
+        xhat = record("norm_hat", x=x, **statistics, length=weight.size)[0]
         dweight = sum_rows(mul(dy, xhat), weight.shape)
-    return [dx, dweight, *(sum_rows(dy, b.shape) if context.wanted(b) else None for b in bias)]
+    if bias is not None and context.wanted(bias):
+        dbias = sum_rows(dy, bias.shape)
+    return {"x": dx, "weight": dweight, "bias": dbias}
 
 
 def _hat(x: np.ndarray, length: int, rstd: np.ndarray, average: np.ndarray | None) -> np.ndarray:
@@ -99,30 +102,33 @@ def _hat(x: np.ndarray, length: int, rstd: np.ndarray, average: np.ndarray | Non
 
 
 def _grad_reference(
-    node: Node, x: np.ndarray, weight: np.ndarray, dy: np.ndarray, rstd: np.ndarray, *rest: np.ndarray
+    node: Node,
+    x: np.ndarray,
+    weight: np.ndarray,
+    dy: np.ndarray,
+    rstd: np.ndarray,
+    average: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
 ) -> Sequence[np.ndarray]:
-    average = rest[0] if len(rest) > node.attrs["residual"] else None
     xhat = _hat(x, weight.size, rstd, average)
     g = dy.reshape(xhat.shape) * weight
     dx = g - xhat * (g * xhat).mean(axis=-1, keepdims=True)
     if average is not None:
         dx -= g.mean(axis=-1, keepdims=True)
     dx = (dx * rstd[:, None]).reshape(x.shape)
-    return [dx + rest[-1] if node.attrs["residual"] else dx]
+    return [dx if residual is None else dx + residual]
 
 
 def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     """With a residual, which is added to where it lies if it is not read again."""
-    x, weight, dy, *statistics = node.inputs
     constants: dict[str, Any] = {**_blocking(node), "eps": "", "residual": ""}
-    width = constants["VEC"]
-    bindings = [reads("x", x, width), reads("weight", weight, width), reads("dy", dy, width)]
-    if node.attrs["residual"]:
-        residual = statistics.pop()
+    width, residual = constants["VEC"], node.inputs.get("residual")
+    bindings = [reads(name, node.inputs[name], width) for name in ("x", "weight", "dy")]
+    if residual is not None:
         constants["residual"] = "dx" if aliased(node.output, residual) else "residual"
         bindings += [] if constants["residual"] == "dx" else [reads("residual", residual, width)]
-    bindings += [reads(n, t) for n, t in zip(["rstd", "average"], statistics, strict=False)]
-    constants["mode"] = "rms_norm_grad" if len(statistics) == 1 else "layer_norm_grad"
+    bindings += [reads(name, node.inputs[name]) for name in _STATISTICS if name in node.inputs]
+    constants["mode"] = "layer_norm_grad" if "average" in node.inputs else "rms_norm_grad"
     grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
     return [Launch("norm", (*bindings, writes("dx", node.output, width)), constants, grid)]
 
@@ -134,11 +140,11 @@ def _hat_reference(
 
 
 def _hat_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, rstd, *average = node.inputs
+    x, average = node.inputs["x"], "average" in node.inputs
     row = f"i / {node.attrs['length']}u"
     loads = [("a", "x[i]"), ("r", f"rstd[{row}]"), ("m", f"average[{row}]" if average else "0.0")]
     constants = {"size": x.size, "loads": loads, "stores": [("out0", "(a - m) * r")], "functions": ""}
-    bindings = [reads("x", x), reads("rstd", rstd), *(reads("average", t) for t in average)]
+    bindings = [reads(name, tensor) for name, tensor in node.inputs.items()]
     return [
         Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(-(-x.size // 256), caps))
     ]
@@ -153,11 +159,11 @@ for _name, _ref in (("rms_norm", _rms_reference), ("layer_norm", _layer_referenc
 register(
     Op(
         "norm_grad",
-        lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)],
+        same_as("x"),
         _grad_reference,
         _grad_launch,
         flops=_ops_an_element(8),
-        inplace=lambda node: [(0, len(node.inputs) - 1)] if node.attrs["residual"] else [],
+        inplace=lambda node: [(0, "residual")] if "residual" in node.inputs else [],
     )
 )
-register(Op("norm_hat", lambda node: [(node.inputs[0].shape, node.inputs[0].dtype)], _hat_reference, _hat_launch))
+register(Op("norm_hat", same_as("x"), _hat_reference, _hat_launch))

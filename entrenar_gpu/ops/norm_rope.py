@@ -11,16 +11,16 @@ from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, rea
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.norm import WORKGROUP, lanes
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import OPS, Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import OPS, Aliased, GradientContext, Gradients, Op, Spec, record, register
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, table: Tensor, positions: Tensor) -> Tensor:
     """rope(rms_norm(x, weight, eps), table, positions): x [T, H*E], weight [E], table [P, E], positions u32 [T]."""
-    return record("norm_rope", x, weight, table, positions, eps=eps)[0]
+    return record("norm_rope", x=x, weight=weight, table=table, positions=positions, eps=eps)[0]
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    x, weight, table, _ = node.inputs
+    x, weight, table, _ = node.inputs.values()
     if x.columns % weight.size or table.columns != weight.size:
         raise ValueError(f"{node.label()}: {weight!r} and {table!r} are not a head of {x!r}")
     return [(x.shape, "f32"), ((x.size // weight.size,), "f32")]
@@ -39,15 +39,20 @@ def _reference(
 
 
 def _grad_reference(
-    node: Node, x: np.ndarray, weight: np.ndarray, table: np.ndarray, at: np.ndarray, dy: np.ndarray, rstd: np.ndarray
+    node: Node,
+    x: np.ndarray,
+    weight: np.ndarray,
+    table: np.ndarray,
+    positions: np.ndarray,
+    dy: np.ndarray,
+    rstd: np.ndarray,
 ) -> Sequence[np.ndarray]:
-    rotated = _rotated(dy, table, at, node, True)
-    plain = Node("norm_grad", node.inputs, {"residual": False})
-    return OPS["norm_grad"].reference(plain, x, weight, rotated, rstd)
+    rotated = _rotated(dy, table, positions, node, True)
+    return OPS["norm_grad"].reference(node, x, weight, rotated, rstd)
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, weight, table, positions, *given = node.inputs
+    x, weight, table, positions, *given = node.inputs.values()
     half = weight.size // 2
     width = 4 if half % 4 == 0 else 1
     shared = lanes(half // width)
@@ -64,24 +69,24 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     return [Launch("norm_rope", tuple(bindings), constants, grid)]
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     """A rotation's transpose is the rotation back; then the norm's own rule."""
-    (x, weight, table, positions), dy, rstd = node.inputs, upstream[0], node.outputs[1]
+    (x, weight, table, positions), dy, rstd = node.inputs.values(), upstream[0], node.outputs[1]
     dx = dweight = None
     if context.wanted(x):
-        dx = record("norm_rope_grad", x, weight, table, positions, dy, rstd, eps=node.attrs["eps"])[0]
+        dx = record("norm_rope_grad", **node.inputs, dy=dy, rstd=rstd, eps=node.attrs["eps"])[0]
     if context.wanted(weight):
-        back = record("rope", dy, table, positions, inverse=True)[0]
-        xhat = record("norm_hat", x, rstd, length=weight.size)[0]
+        back = record("rope", x=dy, table=table, positions=positions, inverse=True)[0]
+        xhat = record("norm_hat", x=x, rstd=rstd, length=weight.size)[0]
         dweight = sum_rows(mul(back, xhat), weight.shape)
-    return [dx, dweight, None, None]
+    return {"x": dx, "weight": dweight}
 
 
 register(Op("norm_rope", _infer, _reference, _launch, _gradient, flops=lambda node: 8 * node.output.size))
 register(
     Op(
         "norm_rope_grad",
-        lambda node: [(node.inputs[0].shape, "f32")],
+        lambda node: [(node.inputs["x"].shape, "f32")],
         _grad_reference,
         _launch,
         flops=lambda node: 11 * node.output.size,

@@ -5,13 +5,13 @@ What must survive from step to step without the host lives in one `state` tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, in_place, record, register
+from entrenar_gpu.ops.registry import Aliased, Op, in_place, record, register, same_as
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
 # correction1/2: 1 - beta^taken, kept as a running average of ones, since 1 - beta^t cancels in f32 for small t.
@@ -47,7 +47,7 @@ def _index(name: str) -> int:
 
 def sum_of_squares(page: Tensor) -> Tensor:
     """Partial sums of squares of a page of gradients, f32 [ceil(n / NORM_CHUNK)]."""
-    return record("sum_of_squares", page)[0]
+    return record("sum_of_squares", page=page)[0]
 
 
 def _squares_reference(node: Node, page: np.ndarray) -> Sequence[np.ndarray]:
@@ -59,7 +59,7 @@ def _squares_reference(node: Node, page: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def _squares_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (page,), out = node.inputs, node.output
+    page, out = node.inputs["page"], node.output
     constants = {"N": page.size, "CHUNK": NORM_CHUNK, "PARTS": out.size, "WIDTH": 256}
     return [Launch("sum_of_squares", (reads("page", page), writes("out", out)), constants, grid_of(out.size, caps))]
 
@@ -67,10 +67,10 @@ def _squares_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch
 register(
     Op(
         "sum_of_squares",
-        lambda node: [((-(-node.inputs[0].size // NORM_CHUNK),), "f32")],
+        lambda node: [((-(-node.inputs["page"].size // NORM_CHUNK),), "f32")],
         _squares_reference,
         _squares_launch,
-        flops=lambda node: 2 * node.inputs[0].size,
+        flops=lambda node: 2 * node.inputs["page"].size,
     )
 )
 
@@ -90,14 +90,15 @@ def decide(
     torch.nn.utils.clip_grad_norm_ does it to the true norm; clip 0 never clips. Updates `state` in place, sets the
     accumulated `loss` back to zero and, where it `adapts`, adjusts the scale.
     """
-    new, zero, rescaled = record("decide", state, loss, scale, *partials, clip=clip, betas=betas, adapts=adapts)
+    inputs = {"state": state, "loss": loss, "scale": scale, "partials": list(partials)}
+    new, zero, rescaled = record("decide", **inputs, clip=clip, betas=betas, adapts=adapts)
     in_place(zero, loss)
     in_place(rescaled, scale)
     return in_place(new, state)
 
 
 def _decide_reference(
-    node: Node, state: np.ndarray, loss: np.ndarray, scale: np.ndarray, *partials: np.ndarray
+    node: Node, state: np.ndarray, loss: np.ndarray, scale: np.ndarray, partials: Sequence[np.ndarray] = ()
 ) -> Sequence[np.ndarray]:
     kind = state.dtype.type
     new, new_scale = state.copy(), scale.copy()
@@ -127,7 +128,7 @@ def _decide_reference(
 
 
 def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    partials = list(node.inputs[3:])
+    partials = node.group("partials")
     beta1, beta2 = node.attrs["betas"]
     constants: dict[str, Any] = {
         **{name: i for i, name in enumerate(STATE_FIELDS)},
@@ -144,7 +145,7 @@ def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
     }
     # Pages beyond what one dispatch can bind are added up first, into the state's spare word.
     launches, room = [], caps.max_storage_buffers - 3
-    groups = [partials[i : i + room] for i in range(0, len(partials), room)] or [[]]
+    groups = [partials[i : i + room] for i in range(0, len(partials), room)] or [()]
     for number, group in enumerate(groups):
         bindings = [reads(f"part{i}", t) for i, t in enumerate(group)]
         bindings += [writes("state", node.outputs[0]), writes("loss_sum", node.outputs[1])]
@@ -159,10 +160,10 @@ def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
 register(
     Op(
         "decide",
-        lambda node: [(t.shape, "f32") for t in node.inputs[:3]],
+        same_as("state", "loss", "scale"),
         _decide_reference,
         _decide_launch,
-        inplace=lambda node: [(0, 0), (1, 1), (2, 2)],
+        inplace=lambda node: [(0, "state"), (1, "loss"), (2, "scale")],
     )
 )
 
@@ -184,8 +185,9 @@ def adam(
 
     page, grad, m, v f32 [n]; lr f32 [1]; state as `decide` left it: nothing moves when it says not to apply.
     """
-    outs = record("adam", page, grad, m, v, state, lr, betas=tuple(betas), eps=eps, decay=decay, decoupled=decoupled)
-    for out, target in zip(outs, (page, grad, m, v), strict=True):
+    held = {"page": page, "grad": grad, "m": m, "v": v}
+    attrs = {"betas": tuple(betas), "eps": eps, "decay": decay, "decoupled": decoupled}
+    for out, target in zip(record("adam", **held, state=state, lr=lr, **attrs), held.values(), strict=True):
         in_place(out, target)
 
 
@@ -193,9 +195,9 @@ def sgd(
     page: Tensor, grad: Tensor, velocity: Tensor | None, state: Tensor, lr: Tensor, momentum: float, decay: float
 ) -> None:
     """v = momentum v + g + decay p; p -= lr v, as torch.optim.SGD; in place, the gradient page is left at zero."""
-    held = [page, grad, *([velocity] if velocity is not None else [])]
-    outs = record("sgd", *held, state, lr, momentum=momentum, decay=decay)
-    for out, target in zip(outs, held, strict=True):
+    held = {"page": page, "grad": grad} | ({"v": velocity} if velocity is not None else {})
+    outs = record("sgd", **held, state=state, lr=lr, momentum=momentum, decay=decay)
+    for out, target in zip(outs, held.values(), strict=True):
         in_place(out, target)
 
 
@@ -224,21 +226,24 @@ def _adam_reference(
     return [page - rate / state[_index("correction1")] * m / root, np.zeros_like(grad), m, v]
 
 
-def _sgd_reference(node: Node, page: np.ndarray, grad: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
-    *velocity, state, lr = rest
+def _sgd_reference(
+    node: Node,
+    page: np.ndarray,
+    grad: np.ndarray,
+    state: np.ndarray,
+    lr: np.ndarray,
+    v: np.ndarray | None = None,
+) -> Sequence[np.ndarray]:
     if not field(state, "apply"):
-        return [page, np.zeros_like(grad), *velocity]
+        return [page, np.zeros_like(grad), *([] if v is None else [v])]
     kind = page.dtype.type
     g = grad * state[_index("clip")] + kind(node.attrs["decay"]) * page
-    step = kind(node.attrs["momentum"]) * velocity[0] + g if velocity else g
-    return [page - lr[0] * step, np.zeros_like(grad), *([step] if velocity else [])]
+    step = g if v is None else kind(node.attrs["momentum"]) * v + g
+    return [page - lr[0] * step, np.zeros_like(grad), *([] if v is None else [step])]
 
 
 def _update_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    held = node.outputs
-    names = {"adam": ["page", "grad", "m", "v"], "sgd": ["page", "grad", "v"]}[node.op][: len(held)]
-    state, lr = node.inputs[-2:]
-    attrs = node.attrs
+    held, attrs = _held(node), node.attrs
     constants: dict[str, Any] = {
         "mode": node.op if node.op == "adam" else "momentum" if len(held) == 3 else "sgd",
         "N": node.output.size,
@@ -255,23 +260,24 @@ def _update_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
     beta1, beta2 = attrs.get("betas", (0.0, 0.0))
     constants |= {"beta1": literal(beta1), "rest1": literal(1 - beta1)}
     constants |= {"beta2": literal(beta2), "rest2": literal(1 - beta2)}
-    bindings = [reads("state", state), reads("lr", lr)]
-    bindings += [writes(n, t) for n, t in zip(names, held, strict=True)]
+    bindings = [reads(name, node.inputs[name]) for name in ("state", "lr")]
+    bindings += [writes(name, out) for name, out in zip(held, node.outputs, strict=True)]
     return [Launch("optimizer", tuple(bindings), constants, grid_of(-(-node.output.size // 256), caps))]
 
 
-def _held(count: int | None) -> Callable[[Node], Sequence[Spec]]:
-    return lambda node: [(t.shape, t.dtype) for t in node.inputs[:-2][:count]]
+def _held(node: Node) -> dict[str, Tensor]:
+    """The pages that an update reads and overwrites."""
+    return {name: t for name, t in node.inputs.items() if name not in ("state", "lr")}
 
 
 for _name, _ref in (("adam", _adam_reference), ("sgd", _sgd_reference)):
     register(
         Op(
             _name,
-            _held(None),
+            lambda node: [(t.shape, t.dtype) for t in _held(node).values()],
             _ref,
             _update_launch,
             flops=lambda node: 14 * node.output.size,
-            inplace=lambda node: [(i, i) for i in range(len(node.inputs) - 2)],
+            inplace=lambda node: list(enumerate(_held(node))),
         )
     )

@@ -43,7 +43,7 @@ class Nf4Tensors:
 
     def dequantize(self) -> Tensor:
         """The weight in f32, [N, K]: scratch that the backward pass computes again."""
-        return record("nf4_dequantize", *self.parts, shape=self.shape, rounded=self.rounded)[0]
+        return record("nf4_dequantize", weight=[*self.parts], shape=self.shape, rounded=self.rounded)[0]
 
 
 def nf4_part_names(name: str, double: bool) -> list[str]:
@@ -68,9 +68,10 @@ def make_table(code: np.ndarray, offset: float) -> np.ndarray:
     return np.concatenate([code, [offset, 0.0]]).astype(np.float32)
 
 
-def dequantized(attrs: Mapping[str, Any], codes: np.ndarray, *scales: np.ndarray) -> np.ndarray:
+def dequantized(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
     """The f32 weight of a node with `shape` and `rounded` from the arrays of `Nf4Tensors.parts`."""
     shape, rounded = attrs["shape"], attrs["rounded"]
+    codes, *scales = parts
     if len(scales) == 1:
         weight = Nf4Weight(shape, codes, scales[0], dtype=rounded)
     else:
@@ -91,25 +92,25 @@ def scale_bindings(parts: Sequence[Tensor]) -> list[Binding]:
 
 
 def _dequantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    bindings = scale_bindings(node.inputs)
+    parts = node.group("weight")
     size = node.output.size
     vector = size % 8 == 0
     constants = {
         "size": size,
-        "double": len(node.inputs) == 4,
+        "double": len(parts) == 4,
         "rounded": node.attrs["rounded"],
         "codebook": codebook_text(),
         "vector": vector,
     }
     out = writes("out", node.output, 4 if vector else 1)
-    return [Launch("nf4_dequantize", (*bindings, out), constants, grid_of(-(-size // (8 * 256)), caps))]
+    return [Launch("nf4_dequantize", (*scale_bindings(parts), out), constants, grid_of(-(-size // (8 * 256)), caps))]
 
 
 register(
     Op(
         "nf4_dequantize",
         lambda node: [(node.attrs["shape"], "f32")],
-        lambda node, *arrays: [dequantized(node.attrs, *arrays)],
+        lambda node, weight: [dequantized(node.attrs, weight)],
         _dequantize_launch,
         transient=True,
     )
@@ -118,7 +119,7 @@ register(
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(codes u8 [ceil(n/2)], absmax f32 [blocks]) of a weight in f32, bf16 or half."""
-    codes, absmax = record("nf4_quantize", weight)
+    codes, absmax = record("nf4_quantize", weight=weight)
     return codes, absmax
 
 
@@ -127,12 +128,12 @@ def nf4_quantize_scales(absmax: Tensor, code: Tensor, steps: Tensor) -> tuple[Te
 
     code f32 [256] and steps u8 [65536] hold nf4.SCALE_CODE and nf4.SCALE_STEPS.
     """
-    a, b, c = record("nf4_quantize_scales", absmax, code, steps)
+    a, b, c = record("nf4_quantize_scales", absmax=absmax, code=code, steps=steps)
     return a, b, c
 
 
 def _quantize_infer(node: Node) -> Sequence[Spec]:
-    n = node.inputs[0].size
+    n = node.inputs["weight"].size
     return [(((n + 1) // 2,), "u8"), ((-(-n // BLOCK),), "f32")]
 
 
@@ -141,7 +142,7 @@ def _quantize_reference(node: Node, weight: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def _quantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (weight,) = node.inputs
+    weight = node.inputs["weight"]
     codes, absmax = node.outputs
     constants = {
         "size": weight.size,
@@ -156,7 +157,7 @@ register(Op("nf4_quantize", _quantize_infer, _quantize_reference, _quantize_laun
 
 
 def _scales_infer(node: Node) -> Sequence[Spec]:
-    blocks = node.inputs[0].size
+    blocks = node.inputs["absmax"].size
     return [((blocks,), "u8"), ((-(-blocks // SCALE_BLOCK),), "f32"), ((TABLE,), "f32")]
 
 
@@ -170,7 +171,7 @@ def _scales_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
 
 
 def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    absmax, code, steps = node.inputs
+    absmax, code, steps = node.inputs.values()
     codes, nested, table = node.outputs
     (mean,) = node.workspace
     average = {"blocks": absmax.size, "zero": int(np.flatnonzero(nf4.SCALE_CODE == 0)[0])}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register, same_as
 
 CHUNK = 4096  # elements a workgroup sums in the first of two passes
 ROWS_CHUNK = 128  # rows an invocation sums in the first of two passes
@@ -26,17 +26,17 @@ def mean(x: Tensor) -> Tensor:
 
 def sum_all(x: Tensor, shape: tuple[int, ...], factor: float = 1.0) -> Tensor:
     """factor * sum of all elements, as a tensor of one element with this shape."""
-    return record("sum", x, axis="all", shape=shape, factor=factor)[0]
+    return record("sum", x=x, axis="all", shape=shape, factor=factor)[0]
 
 
 def sum_columns(x: Tensor) -> Tensor:
     """Sum over the last axis, [.., N] -> [..]."""
-    return record("sum", x, axis="last", shape=x.shape[:-1], factor=1.0)[0]
+    return record("sum", x=x, axis="last", shape=x.shape[:-1], factor=1.0)[0]
 
 
 def sum_rows(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Sum over the leading axes down to the trailing `shape` (default: the last axis)."""
-    return record("sum", x, axis="leading", shape=shape or x.shape[-1:], factor=1.0)[0]
+    return record("sum", x=x, axis="leading", shape=shape or x.shape[-1:], factor=1.0)[0]
 
 
 def _reference(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
@@ -67,7 +67,7 @@ def columns_launch(source: Tensor, out: Tensor, parts: int, chunk: int, rows: in
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    (x,) = node.inputs
+    x = node.inputs["x"]
     if node.attrs["axis"] == "all" and x.size > CHUNK:
         return [((-(-x.size // CHUNK),), "f32")]
     if node.attrs["axis"] == "leading" and x.size // node.output.size > ROWS_CHUNK:
@@ -77,7 +77,7 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (x,), out = node.inputs, node.output
+    x, out = node.inputs["x"], node.output
     if node.attrs["axis"] == "last":
         return [rows_launch(x, out, out.size, x.columns, caps, node.attrs["factor"])]
     if node.attrs["axis"] == "all":
@@ -97,20 +97,20 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     ]
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    (x,) = node.inputs
-    return list(record("expand", upstream[0], axis=node.attrs["axis"], shape=x.shape, factor=node.attrs["factor"]))
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    attrs = {**node.attrs, "shape": node.inputs["x"].shape}
+    return {"x": record("expand", dy=upstream[0], **attrs)[0]}
 
 
 register(
     Op(
         "sum",
-        lambda node: [(node.attrs["shape"], node.inputs[0].dtype)],
+        lambda node: [(node.attrs["shape"], node.inputs["x"].dtype)],
         _reference,
         _launch,
         _gradient,
         workspace=_workspace,
-        flops=lambda node: node.inputs[0].size,
+        flops=lambda node: node.inputs["x"].size,
     )
 )
 
@@ -122,7 +122,7 @@ def _expand_reference(node: Node, dy: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def _expand_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    (dy,), out = node.inputs, node.output
+    dy, out = node.inputs["dy"], node.output
     index = {"last": f"i / {out.columns}u", "all": "0", "leading": f"i % {dy.size}u"}[node.attrs["axis"]]
     constants = {
         "size": out.size,
@@ -134,15 +134,15 @@ def _expand_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]
     return [Launch("elementwise", bindings, constants, grid_of(-(-out.size // 256), caps))]
 
 
-def _expand_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    (dy,) = node.inputs
-    return list(record("sum", upstream[0], axis=node.attrs["axis"], shape=dy.shape, factor=node.attrs["factor"]))
+def _expand_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    attrs = {**node.attrs, "shape": node.inputs["dy"].shape}
+    return {"dy": record("sum", x=upstream[0], **attrs)[0]}
 
 
 register(
     Op(
         "expand",
-        lambda node: [(node.attrs["shape"], node.inputs[0].dtype)],
+        lambda node: [(node.attrs["shape"], node.inputs["dy"].dtype)],
         _expand_reference,
         _expand_launch,
         _expand_gradient,
@@ -152,7 +152,7 @@ register(
 
 def softmax(x: Tensor) -> Tensor:
     """exp(x - max) / sum over the last axis, [.., N]."""
-    return record("softmax", x)[0]
+    return record("softmax", x=x)[0]
 
 
 def _softmax_reference(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
@@ -160,8 +160,8 @@ def _softmax_reference(node: Node, x: np.ndarray) -> Sequence[np.ndarray]:
     return [e / e.sum(axis=-1, keepdims=True)]
 
 
-def _softmax_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
-    return list(record("softmax_grad", node.output, upstream[0]))
+def _softmax_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    return {"x": record("softmax_grad", y=node.output, dy=upstream[0])[0]}
 
 
 def _softmax_grad_reference(node: Node, y: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
@@ -169,10 +169,8 @@ def _softmax_grad_reference(node: Node, y: np.ndarray, dy: np.ndarray) -> Sequen
 
 
 def _per_row(mode: str) -> Callable[[Node, Caps, Aliased], Sequence[Launch]]:
-    names = {"softmax": ["x"], "softmax_grad": ["y", "dy"]}[mode]
-
     def launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        bindings = [reads(name, tensor) for name, tensor in zip(names, node.inputs, strict=True)]
+        bindings = [reads(name, tensor) for name, tensor in node.inputs.items()]
         constants = {"mode": mode, "ROWS": node.output.rows, "N": node.output.columns}
         grid = grid_of(node.output.rows, caps)
         return [Launch("softmax", (*bindings, writes("out", node.output)), constants, grid)]
@@ -187,11 +185,11 @@ def _ops_an_element(count: int) -> Callable[[Node], int]:
 register(
     Op(
         "softmax",
-        same_as(0),
+        same_as("x"),
         _softmax_reference,
         _per_row("softmax"),
         _softmax_gradient,
         flops=_ops_an_element(5),
     )
 )
-register(Op("softmax_grad", same_as(0), _softmax_grad_reference, _per_row("softmax_grad"), flops=_ops_an_element(4)))
+register(Op("softmax_grad", same_as("y"), _softmax_grad_reference, _per_row("softmax_grad"), flops=_ops_an_element(4)))

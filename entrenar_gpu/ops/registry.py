@@ -1,22 +1,24 @@
 """The table of ops. A row holds everything the system knows of one op; a missing rule is an error, never a guess.
 
 The gradient contract: `gradient(node, upstream, context)` gets one upstream gradient per output (None where nothing
-depends on that output) and returns one tensor or None per input. Every rule multiplies by the upstream gradient; a
-rule may never assume that it is one. Rules are recorded as ordinary nodes, so they run, fuse and plan like any other.
+depends on that output) and returns the gradients of inputs by name, of a group as a list; inputs without one are left
+out or None. Every rule multiplies by the upstream gradient; a rule may never assume that it is one. Rules are recorded
+as ordinary nodes, so they run, fuse and plan like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, flat
 
 Spec = tuple[tuple[int, ...], str]  # shape, dtype
 Aliased = Callable[[Tensor, Tensor], bool]  # whether an output and an input of a node share storage
+Gradients = Mapping[str, Tensor | Sequence[Tensor | None] | None]  # by the names of inputs
 
 
 class GradientContext(Protocol):
@@ -35,12 +37,13 @@ class GradientContext(Protocol):
 class Op:
     """One op.
 
-    infer(node) -> specs of the outputs.                 reference(node, *arrays) -> output arrays (any float dtype).
+    infer(node) -> specs of the outputs.
+    reference(node, **arrays) -> output arrays in any float dtype, from the inputs by name, groups as lists.
     launch(node, caps, aliased) -> launches.
     gradient: see above; None for ops that are never differentiated.
     workspace(node, caps) -> specs of scratch tensors.   flops(node) -> arithmetic operations, for traces and submits.
-    inplace(node) -> (output index, input index) pairs that may share storage, because each element of the input is
-    read by the invocation that writes it, and before it does.
+    inplace(node) -> (output index, input name) pairs that may share storage, because each element of the input is read
+    by the invocation that writes it, and before it does.
     transient: never kept for the backward pass, but computed again for every reader there.
     """
 
@@ -48,10 +51,10 @@ class Op:
     infer: Callable[[Node], Sequence[Spec]]
     reference: Callable[..., Sequence[np.ndarray]]
     launch: Callable[[Node, Caps, Aliased], Sequence[Launch]]
-    gradient: Callable[[Node, Sequence[Any], GradientContext], Sequence[Tensor | None]] | None = None
+    gradient: Callable[[Node, Sequence[Any], GradientContext], Gradients] | None = None
     workspace: Callable[[Node, Caps], Sequence[Spec]] = lambda node, caps: ()
     flops: Callable[[Node], int] = lambda node: sum(t.size for t in node.outputs)
-    inplace: Callable[[Node], Sequence[tuple[int, int]]] = lambda node: ()
+    inplace: Callable[[Node], Sequence[tuple[int, str]]] = lambda node: ()
     transient: bool = False
 
 
@@ -65,17 +68,23 @@ def register(op: Op) -> Op:
     return op
 
 
-def record(op: str, *inputs: Tensor, **attrs: Any) -> tuple[Tensor, ...]:
-    """Append a node to the graph of its inputs and return its outputs."""
-    graph = next(t.graph for t in inputs)
-    node = Node(op, tuple(inputs), attrs, scope=graph.scope, layer=graph.layer, phase=graph.phase)
+def record(op: str, **named: Any) -> tuple[Tensor, ...]:
+    """Append a node to the graph of its inputs and return its outputs.
+
+    Tensors are its inputs, lists of tensors groups of inputs, and None one that is not there. Anything else is an
+    attribute: a plain value that becomes a constant of its shader.
+    """
+    inputs = flat({name: v for name, v in named.items() if isinstance(v, (Tensor, list))})
+    attrs = {name: v for name, v in named.items() if v is not None and not isinstance(v, (Tensor, list))}
+    graph = next(t.graph for t in inputs.values())
+    node = Node(op, inputs, attrs, scope=graph.scope, layer=graph.layer, phase=graph.phase)
     return place(node)
 
 
 def place(node: Node) -> tuple[Tensor, ...]:
     """Give a node its outputs and append it."""
-    graph = next(t.graph for t in node.inputs)
-    requires_grad = OPS[node.op].gradient is not None and any(t.requires_grad for t in node.inputs)
+    graph = next(t.graph for t in node.inputs.values())
+    requires_grad = OPS[node.op].gradient is not None and any(t.requires_grad for t in node.inputs.values())
     outputs = []
     for index, (shape, dtype) in enumerate(OPS[node.op].infer(node)):
         name = f"{node.label()}.{len(graph.nodes)}" + (f".{index}" if index else "")
@@ -97,10 +106,10 @@ def keep(output: Tensor, name: str) -> Tensor:
     return output
 
 
-def same_as(*indices: int) -> Callable[[Node], Sequence[Spec]]:
+def same_as(*names: str) -> Callable[[Node], Sequence[Spec]]:
     """The outputs have the shape and dtype of these inputs."""
-    return lambda node: [(node.inputs[i].shape, node.inputs[i].dtype) for i in indices]
+    return lambda node: [(node.inputs[name].shape, node.inputs[name].dtype) for name in names]
 
 
-def not_differentiable(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[None]:
-    return [None] * len(node.inputs)
+def not_differentiable(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    return {}

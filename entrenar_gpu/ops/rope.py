@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, record, register, same_as
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, record, register, same_as
 
 
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
     x [T, H*E]; table [P, E]: cosines of the E/2 angles of a position, then their sines; positions u32 [T], below P.
     """
-    return record("rope", x, table, positions, inverse=False)[0]
+    return record("rope", x=x, table=table, positions=positions, inverse=False)[0]
 
 
 def rope_table(frequencies: Sequence[float], positions: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def _reference(node: Node, x: np.ndarray, table: np.ndarray, positions: np.ndarr
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-    x, table, positions = node.inputs
+    x, table, positions = node.inputs.values()
     pairs = x.size // 2
     shared = aliased(node.output, x)
     constants = {
@@ -52,21 +52,20 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     return [Launch("rope", tuple(bindings), constants, grid_of(-(-pairs // 256), caps))]
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     """A rotation's transpose is the rotation back."""
-    _, table, positions = node.inputs
-    back = record("rope", upstream[0], table, positions, inverse=not node.attrs["inverse"])[0]
-    return [back, None, None]
+    inputs = {**node.inputs, "x": upstream[0]}
+    return {"x": record("rope", **inputs, inverse=not node.attrs["inverse"])[0]}
 
 
 register(
     Op(
         "rope",
-        same_as(0),
+        same_as("x"),
         _reference,
         _launch,
         _gradient,
         flops=lambda node: 3 * node.output.size,
-        inplace=lambda node: [(0, 0)],
+        inplace=lambda node: [(0, "x")],
     )
 )

@@ -33,13 +33,13 @@ def check_storage(plan: Plan, graphs: dict[str, Graph]) -> None:
     for graph in graphs.values():
         held = [(plan.slices[t.id], t.id) for t in graph.persistents.values()]
         for node in graph.nodes:
-            for tensor in node.inputs:
+            for tensor in node.inputs.values():
                 assert (plan.slices[tensor.id], tensor.id) in held, f"{node.label()} reads {tensor!r}, overwritten"
             allowed = {(node.outputs[out].id, node.inputs[source].id) for out, source in OPS[node.op].inplace(node)}
             for made in (*node.outputs, *node.workspace):
                 place = plan.slices[made.id]
                 assert place.nbytes == made.nbytes
-                for tensor in node.inputs:
+                for tensor in node.inputs.values():
                     shares = overlap(place, plan.slices[tensor.id])
                     assert not shares or (made.id, tensor.id) in allowed, f"{node.label()} overwrites {tensor!r}"
                 held = [(p, i) for p, i in held if not overlap(p, place)]
@@ -263,9 +263,9 @@ def test_a_launch_that_reads_what_it_writes_is_refused(monkeypatch):
     def launch(node: Node, caps: Caps, aliased) -> list[Launch]:
         return [Launch("elementwise", (reads("a", node.output), writes("b", node.output)), {}, (1, 1, 1))]
 
-    monkeypatch.setitem(OPS, "both", Op("both", same_as(0), lambda node, x: [x], launch))
+    monkeypatch.setitem(OPS, "both", Op("both", same_as("x"), lambda node, x: [x], launch))
     graph = Graph("g")
-    record("both", graph.tensor("x", (4,)))
+    record("both", x=graph.tensor("x", (4,)))
     with pytest.raises(ValueError, match="both: elementwise reads and writes pool"):
         make_plan({"g": graph}, Caps())
 

@@ -122,7 +122,7 @@ def test_evaluation_reads_the_copies_too():
     for name in ("micro", "evaluate"):
         products = [n for n in graphs[name].nodes if n.op == "linear"]
         assert products
-        assert all(n.attrs["copied"] for n in products)
+        assert all(n.group("copy") and not n.group("weight") for n in products)
 
 
 def test_the_graphs_given_stay_as_they_were():
@@ -132,6 +132,6 @@ def test_the_graphs_given_stay_as_they_were():
     plan = make_plan({"g": graph}, Caps())
     larger = weight_copies.keep_copies(FittedPlan(plan, {"g": graph}, Recompute()), 1 << 30)
     assert len(copies_of(larger.plan)) == 1
-    assert not graph.nodes[0].attrs["copied"]
-    assert larger.graphs["g"].nodes[0].attrs["copied"]
+    assert not graph.nodes[0].group("copy")
+    assert larger.graphs["g"].nodes[0].group("copy")
     assert set(graph.persistents) == {"x", "y", "w.codes", "w.absmax"}

@@ -268,7 +268,7 @@ def _residual_stream(a: Tensor, w: Tensor) -> Tensor:
 
 def _lora(a: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     h = ops.matmul(a, down, transpose_b=True)
-    return ops.matmul(a, weight, transpose_b=True, pair=(h, up, 2.0))
+    return ops.matmul(a, weight, transpose_b=True, low_rank=(h, up, 2.0))
 
 
 def embeddings() -> list[Case]:

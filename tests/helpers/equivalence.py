@@ -162,10 +162,9 @@ def tolerance(node: Node) -> float:
 
 
 def inner_length(node: Node) -> int:
-    k = node.inputs[0].rows if node.attrs["transpose_a"] else node.inputs[0].columns
-    if node.attrs["pair"]:
-        k += node.inputs[2].rows if node.attrs["transpose_a"] else node.inputs[2].columns
-    return k
+    """Of the product and, where it is there, of what is of low rank."""
+    summed = [node.inputs[name] for name in ("a", "low_rank.0") if name in node.inputs]
+    return sum(t.rows if node.attrs["transpose_a"] else t.columns for t in summed)
 
 
 def size_of(
@@ -173,12 +172,13 @@ def size_of(
 ) -> np.ndarray:
     """What an error is relative to: the result, or, where its terms cancel, their size."""
     if node.op == "scale":
-        return np.abs(sizes.get(node.inputs[0].id, values[node.inputs[0].id]) * np.float32(node.attrs["factor"]))
+        a = node.inputs["a"].id
+        return np.abs(sizes.get(a, values[a]) * np.float32(node.attrs["factor"]))
     if node.op == "sum":
-        return OPS["sum"].reference(node, np.abs(values[node.inputs[0].id]))[0]
+        return OPS["sum"].reference(node, np.abs(values[node.inputs["x"].id]))[0]
     if node.op == "attention_grad":  # dP - delta is all cancellation where a token sees only itself
-        q, k, _, _, statistics, _ = (values[t.id] for t in node.inputs)
-        scale = math.sqrt(node.attrs["heads"] / node.inputs[0].columns)
+        q, k, statistics = (values[node.inputs[name].id] for name in ("q", "k", "statistics"))
+        scale = math.sqrt(node.attrs["heads"] / node.inputs["q"].columns)
         return np.abs(out) + _rms(statistics[1]) * max(_rms(q), _rms(k)) * scale
     return out
 
@@ -204,7 +204,7 @@ def check_program(program: Program, got: Mapping[int, np.ndarray], want: Mapping
     bars: dict[int, float] = {}
     sizes: dict[int, np.ndarray] = {}
     for node in program.graph.nodes:
-        bar = max([tolerance(node), *(bars.get(t.id, 0.0) for t in node.inputs)])
+        bar = max([tolerance(node), *(bars.get(t.id, 0.0) for t in node.inputs.values())])
         for tensor in node.outputs:
             bars[tensor.id], sizes[tensor.id] = bar, size_of(node, want, sizes, want[tensor.id])
             if tensor.id in got:

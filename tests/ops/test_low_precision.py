@@ -61,9 +61,9 @@ class Layer:
         self.x = self.graph.tensor("x", (t, k), requires_grad=True)
         a, b = self.graph.parameter("A", (r, k)), self.graph.parameter("B", (n, r))
         residual, bias = self.graph.tensor("residual", (t, n)), self.graph.tensor("bias", (n,), role="weight")
-        pair = (ops.matmul(self.x, a, transpose_b=True), b, 0.3) if self.apart else None
-        adapter = None if self.apart else (a, b, 0.3)
-        self.y = ops.linear(self.x, frozen, pair, bias, residual, self.precision, adapter)
+        low_rank = (ops.matmul(self.x, a, transpose_b=True), b, 0.3) if self.apart else None
+        lora = None if self.apart else (a, b, 0.3)
+        self.y = ops.linear(self.x, frozen, low_rank, bias, residual, self.precision, lora)
         grads = backward(self.y, [self.x, a, b], self.graph.tensor("up", (t, n)))
         self.results = {"y": self.y, "dx": grads[self.x], "dA": grads[a], "dB": grads[b]}
 
@@ -271,8 +271,9 @@ def test_the_adapter_rides_along_both_ways(precision):
     assert shaders.count("low_rank") == 2  # the gradients of A and B
     assert shaders.count("low_precision_rows") == 2
     linears = [node for node in layer.graph.nodes if node.op == "linear"]
-    assert [node.attrs["pair"] for node in linears] == [True, True]
-    assert [node.attrs["pair_transposed"] for node in linears] == [True, False]
+    assert all("lora_a" in node.inputs for node in linears)
+    assert [node.attrs["low_rank_transposed"] for node in linears] == [True, False]
+    assert len(linears) == 2
     assert layer.results["dx"] is linears[1].output
 
 

@@ -49,7 +49,7 @@ def adapted() -> Case:
     """x W^T + 2 (x A^T) B^T, all four kinds of product in one gradient."""
 
     def lora(a, weight, down, up):
-        return ops.matmul(a, weight, transpose_b=True, pair=(ops.matmul(a, down, transpose_b=True), up, 2.0))
+        return ops.matmul(a, weight, transpose_b=True, low_rank=(ops.matmul(a, down, transpose_b=True), up, 2.0))
 
     return Case("matmul-lora", (x(37, 40), frozen(36, 40), param(8, 40), param(36, 8)), lora)
 

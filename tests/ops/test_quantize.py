@@ -174,9 +174,9 @@ def divided(device, kernels, monkeypatch, a: np.ndarray, b: np.ndarray) -> np.nd
     def launch(node, caps, aliased):
         return elementwise_launch(node, caps, aliased, ["divide(a, b)"], functions=source)
 
-    monkeypatch.setitem(OPS, "divide", Op("divide", same_as(0), lambda node, a, b: [a / b], launch))
+    monkeypatch.setitem(OPS, "divide", Op("divide", same_as("a"), lambda node, a, b: [a / b], launch))
     graph = Graph()
-    (quotient,) = record("divide", graph.tensor("a", a.shape), graph.tensor("b", b.shape))
+    (quotient,) = record("divide", a=graph.tensor("a", a.shape), b=graph.tensor("b", b.shape))
     return run(device, kernels, graph, {"a": a, "b": b}, [quotient])[0]
 
 

@@ -40,7 +40,7 @@ def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Ite
             _fill(replay, tokens)
             for key, (step, *_) in plan.steps.items():
                 seconds = time_run(replay, key) / repeats
-                nbytes = sum(t.nbytes for t in (*step.node.inputs, *step.node.outputs))
+                nbytes = sum(t.nbytes for t in (*step.node.inputs.values(), *step.node.outputs))
                 yield {
                     "name": name,
                     "kernel": step.node.op,

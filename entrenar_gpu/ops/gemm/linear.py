@@ -5,7 +5,7 @@ The forward product contracts over in-features, along which NF4's own blocks lie
 anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
 workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
 inputs (compiler/weight_copies.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the
-launch that converts x, from the same rows: the node's second output.
+launch that converts x, from the same rows: the node's second output, where "lora_a" is among its inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, flat
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, whole
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
@@ -27,11 +27,17 @@ from entrenar_gpu.ops.gemm.low_precision import (
     quantize_rows,
 )
 from entrenar_gpu.ops.gemm.low_rank import RANKS
-from entrenar_gpu.ops.gemm.matmul import Operands, check_added, matmul, operands, with_added
+from entrenar_gpu.ops.gemm.matmul import (
+    check_added,
+    gradients_of_added,
+    low_rank_inputs,
+    low_rank_of,
+    matmul,
+    with_added,
+)
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
-from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
 from entrenar_gpu.quant import BLOCK
 
 _MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that all sum in one order
@@ -40,28 +46,32 @@ _MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that al
 def linear(
     x: Tensor,
     weight: Nf4Tensors,
-    pair: tuple[Tensor, Tensor, float] | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     precision: Arithmetic = "f32",
-    adapter: tuple[Tensor, Tensor, float] | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """x W^T + beta * p q^T + bias + residual, [..., N], for a frozen W [N, K] and `pair` = (p [T, R], q [N, R], beta).
+    """x W^T + scale * p q^T + bias + residual, [..., N], for a frozen W [N, K] and (p [T, R], q [N, R], scale).
 
-    `adapter` = (A [R, K], B [N, R], scale) instead of a pair stands for (x A^T, B, scale). `precision` is the
+    `low_rank` is (p, q, scale); `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale). `precision` is the
     arithmetic of x W^T and, in the backward pass, of dy W. Weights that are no multiple of 64 both ways are multiplied
     in f32. "f16" needs a device with that feature.
     """
     whole_blocks = not (weight.shape[0] % BLOCK or weight.shape[1] % BLOCK)
-    down = adapter is not None and whole_blocks and precision != "f32" and adapter[0].rows in RANKS
-    if adapter is not None:
-        a, b, scale = adapter
-        pair = (a if down else matmul(x, a, transpose_b=True), b, scale)
+    if lora is not None and whole_blocks and precision != "f32" and lora[0].rows in RANKS:
+        a, b, scale = lora
+        adapter = {"lora_a": a, "lora_b": b, "lora_scale": scale, "low_rank_transposed": True}
+        return _record(x, weight, precision, False, **adapter, bias=bias, residual=residual)
+    if lora is not None:
+        a, b, scale = lora
+        low_rank = (matmul(x, a, transpose_b=True), b, scale)
     if not whole_blocks:
-        return matmul(x, weight.dequantize(), transpose_b=True, pair=pair, bias=bias, residual=residual)
+        return matmul(x, weight.dequantize(), False, True, low_rank=low_rank, bias=bias, residual=residual)
     if precision == "f32":
-        return matmul(x, dequantize_transposed(weight), pair=pair, bias=bias, residual=residual, pair_transposed=True)
-    return _record(x, weight, precision, False, pair, bias, residual, down)
+        w = dequantize_transposed(weight)
+        return matmul(x, w, low_rank=low_rank, bias=bias, residual=residual, low_rank_transposed=True)
+    return _record(x, weight, precision, False, **low_rank_inputs(low_rank, True), bias=bias, residual=residual)
 
 
 def transposed(dy: Tensor, weight: Nf4Tensors, precision: Arithmetic) -> Tensor:
@@ -69,77 +79,66 @@ def transposed(dy: Tensor, weight: Nf4Tensors, precision: Arithmetic) -> Tensor:
     return _record(dy, weight, precision, True)
 
 
-def _record(
-    x: Tensor,
-    weight: Nf4Tensors,
-    precision: Arithmetic,
-    turn: bool,
-    pair: tuple[Tensor, Tensor, float] | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    down: bool = False,
-) -> Tensor:
-    extra = [*(pair[:2] if pair else ()), *([bias] if bias else ()), *([residual] if residual else ())]
-    return record(
-        "linear",
-        x,
-        *weight.parts,
-        *extra,
-        arithmetic=precision,
-        shape=weight.shape,
-        rounded=weight.rounded,
-        head=1 + len(weight.parts),
-        transposed=turn,
-        copied=False,
-        pair=pair is not None,
-        beta=pair[2] if pair else 0.0,
-        pair_transposed=True,
-        down=down,
-        bias=bias is not None,
-        residual=residual is not None,
-    )[0]
+def _record(x: Tensor, weight: Nf4Tensors, precision: Arithmetic, turn: bool, **added: Any) -> Tensor:
+    attrs = {"arithmetic": precision, "shape": weight.shape, "rounded": weight.rounded, "transposed": turn}
+    return record("linear", x=x, weight=[*weight.parts], **added, **attrs)[0]
 
 
 def weight_of(node: Node) -> tuple[Tensor, ...]:
-    """The tensors that hold a node's weight: its NF4 parts or its low-precision copy."""
-    return node.inputs[1 : node.attrs["head"]]
+    """The tensors that hold a node's weight: its NF4 parts, "weight", or its low-precision copy, "copy"."""
+    return node.group("weight") or node.group("copy")
 
 
 def reading(node: Node, copy: Sequence[Tensor]) -> Node:
     """A node that computes the same from a low-precision copy of the weight, and shares the outputs of this one."""
-    inputs = (node.inputs[0], *copy, *node.inputs[node.attrs["head"] :])
-    return replace(node, inputs=inputs, attrs={**node.attrs, "head": 1 + len(copy), "copied": True})
+    others = {name: t for name, t in node.inputs.items() if not name.startswith("weight.")}
+    return replace(node, inputs={"x": others.pop("x"), **flat({"copy": copy}), **others})
 
 
 def product_sizes(node: Node) -> tuple[int, int, int, int]:
-    """M, N, K of the product (the weight transposed if need be), and R of the pair."""
-    x, (n, k) = node.inputs[0], node.attrs["shape"]
+    """M, N, K of the product (the weight transposed if need be), and R of what is of low rank."""
+    x, (n, k) = node.inputs["x"], node.attrs["shape"]
     n, k = (k, n) if node.attrs["transposed"] else (n, k)
-    q = operands(node).q
-    return x.rows, n, k, 0 if q is None else q.columns if node.attrs["pair_transposed"] else q.rows
+    q = node.inputs.get("lora_b", node.inputs.get("low_rank.1"))
+    return x.rows, n, k, 0 if q is None else q.columns if node.attrs["low_rank_transposed"] else q.rows
 
 
 def _infer(node: Node) -> Sequence[Spec]:
-    x, o = node.inputs[0], operands(node)
+    x, inputs, attrs = node.inputs["x"], node.inputs, node.attrs
     m, n, k, r = product_sizes(node)
     if x.columns != k:
-        raise ValueError(f"{node.label()}: inner lengths of {x!r} and weight {list(node.attrs['shape'])} differ")
-    q_shape = (n, r) if node.attrs["pair_transposed"] else (r, n)
-    if o.p is not None and o.q is not None and (o.p.rows, o.q.shape) != (m, q_shape):
-        raise ValueError(f"{node.label()}: pair {o.p!r}, {o.q!r} does not fit [{m}, {n}]")
+        raise ValueError(f"{node.label()}: inner lengths of {x!r} and weight {list(attrs['shape'])} differ")
     check_added(node, m, n)
-    if o.down is None:
-        return [((*x.shape[:-1], n), "f32")]
-    if o.down.shape != ((r, k) if node.attrs["pair_transposed"] else (k, r)):
-        raise ValueError(f"{node.label()}: {o.down!r} does not take {x!r} to rank {r}")
+    out = ((*x.shape[:-1], n), "f32")
+    if not r:
+        return [out]
+    first = inputs.get("lora_a", inputs.get("low_rank.0"))
+    second = inputs.get("lora_b", inputs.get("low_rank.1"))
+    assert first is not None
+    assert second is not None
+    if second.shape != ((n, r) if attrs["low_rank_transposed"] else (r, n)):
+        raise ValueError(f"{node.label()}: {second!r} does not take rank {r} to [{m}, {n}]")
+    if "lora_a" not in inputs:
+        if first.rows != m:
+            raise ValueError(f"{node.label()}: low-rank {first!r} does not fit [{m}, {n}]")
+        return [out]
+    if first.shape != ((r, k) if attrs["low_rank_transposed"] else (k, r)):
+        raise ValueError(f"{node.label()}: {first!r} does not take {x!r} to rank {r}")
     return [((*x.shape[:-1], n), "f32"), ((m, r), "f32")]
 
 
-def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
-    attrs, head = node.attrs, node.attrs["head"] - 1
-    parts, added = rest[:head], rest[head:]
+def _reference(
+    node: Node,
+    x: np.ndarray,
+    weight: Sequence[np.ndarray] = (),
+    copy: Sequence[np.ndarray] = (),
+    lora_a: np.ndarray | None = None,
+    lora_b: np.ndarray | None = None,
+    **added: Any,
+) -> Sequence[np.ndarray]:
+    attrs = node.attrs
     rows = x.reshape(-1, x.shape[-1])
-    low = parts if attrs["copied"] else low_precision_arrays(attrs, parts)
+    low = copy or low_precision_arrays(attrs, weight)
     if attrs["arithmetic"] == "f16":
         out = rows.astype(np.float16).astype(np.float32) @ low[0].astype(np.float32).T
     else:
@@ -148,68 +147,57 @@ def _reference(node: Node, x: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndar
         a_real, b_real = (c * s[..., None] for c, s in zip(blocks, (a_scale, b_scale), strict=True))
         out = a_real.reshape(a.shape) @ b_real.reshape(b.shape).T
     made = []
-    if attrs["down"]:
-        made = [rows @ (added[0].T if attrs["pair_transposed"] else added[0])]
-        added = (made[0], *added[1:])
-    return [with_added(attrs, out.astype(x.dtype), added).reshape(node.output.shape), *made]
+    if lora_a is not None:
+        made = [rows @ (lora_a.T if attrs["low_rank_transposed"] else lora_a)]
+        added["low_rank"] = [made[0], lora_b]
+    return [with_added(attrs, out.astype(x.dtype), **added).reshape(node.output.shape), *made]
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     """The input's gradient is the same op with the weight transposed; the quantisation counts as the identity."""
-    dy, attrs, o = upstream[0], node.attrs, operands(node)
-    if attrs["down"]:
-        return _gradient_down(node, dy, context)
-    grads: list[Tensor | None] = [None] * len(node.inputs)
-    if context.wanted(node.inputs[0]):
-        plain = {**attrs, "transposed": not attrs["transposed"], "pair": False, "bias": False, "residual": False}
-        (grads[0],) = record("linear", dy, *weight_of(node), **plain)
-    at = attrs["head"]
-    if o.p is not None and o.q is not None:
-        transposed, beta = attrs["pair_transposed"], attrs["beta"]
-        if context.wanted(o.p):
-            grads[at] = matmul(dy, o.q, transpose_b=not transposed, alpha=beta)
-        if context.wanted(o.q):
-            first, second = (dy, o.p) if transposed else (o.p, dy)
-            grads[at + 1] = matmul(first, second, transpose_a=True, alpha=beta)
-        at += 2
-    return [*grads[:at], *_gradient_added(o, dy, context)]
+    dy, attrs, (p, q) = upstream[0], node.attrs, low_rank_of(node)
+    if "lora_a" in node.inputs:
+        return _gradient_lora(node, dy, context)
+    dx = dp = dq = None
+    if context.wanted(node.inputs["x"]):
+        dx = record("linear", **_transposed(node, dy))[0]
+    if p is not None and q is not None:
+        turned, scale = attrs["low_rank_transposed"], attrs["lora_scale"]
+        if context.wanted(p):
+            dp = matmul(dy, q, transpose_b=not turned, alpha=scale)
+        if context.wanted(q):
+            first, second = (dy, p) if turned else (p, dy)
+            dq = matmul(first, second, transpose_a=True, alpha=scale)
+    low_rank = [] if p is None else [dp, dq]
+    return {"x": dx, "low_rank": low_rank, **gradients_of_added(node, dy, context)}
 
 
-def _gradient_added(o: Operands, dy: Tensor, context: GradientContext) -> list[Tensor | None]:
-    """The gradients of bias and residual, where they are there."""
-    grads: list[Tensor | None] = []
-    if o.bias is not None:
-        grads.append(sum_rows(dy) if context.wanted(o.bias) else None)
-    if o.residual is not None:
-        grads.append(dy)
-    return grads
+def _transposed(node: Node, dy: Tensor) -> dict[str, Any]:
+    """What `record` is told of dy W, nothing added, for a node that multiplies by W^T, or the other way round."""
+    weight = {name: t for name, t in node.inputs.items() if name.startswith(("weight.", "copy."))}
+    attrs = {name: node.attrs[name] for name in ("arithmetic", "shape", "rounded")}
+    return {"x": dy, **weight, **attrs, "transposed": not node.attrs["transposed"]}
 
 
-def _gradient_down(node: Node, dy: Tensor, context: GradientContext) -> Sequence[Tensor | None]:
-    """Of x W^T + beta (x A^T) B^T: the input's is dy W + beta (dy B) A, the same op with W transposed and B for A."""
-    attrs, o = node.attrs, operands(node)
-    if attrs["transposed"]:
+def _gradient_lora(node: Node, dy: Tensor, context: GradientContext) -> Gradients:
+    """Of x W^T + s (x A^T) B^T: the input's is dy W + s (dy B) A, the same op with W transposed and B in A's place."""
+    scale, (p, b) = node.attrs["lora_scale"], low_rank_of(node)
+    if node.attrs["transposed"]:
         raise ValueError(f"{node.label()}: a gradient, and not differentiable again")
-    x, a, b, p = node.inputs[0], o.down, o.q, o.p
-    assert a is not None
-    assert b is not None
+    x, a = node.inputs["x"], node.inputs["lora_a"]
     assert p is not None
-    dx = None
+    assert b is not None
+    dx = da = db = None
     if context.wanted(x):
-        changed = {
-            **attrs,
-            "transposed": not attrs["transposed"],
-            "pair_transposed": False,
-            "bias": False,
-            "residual": False,
-        }
-        dx, du = record("linear", dy, *weight_of(node), b, a, **changed)
+        plain = _transposed(node, dy)
+        dx, du = record("linear", **plain, lora_a=b, lora_b=a, lora_scale=scale, low_rank_transposed=False)
     else:
         du = matmul(dy, b)
-    da = matmul(du, x, transpose_a=True, alpha=attrs["beta"]) if context.wanted(a) else None
-    db = matmul(dy, p, transpose_a=True, alpha=attrs["beta"]) if context.wanted(b) else None
-    nothing: list[Tensor | None] = [None] * len(weight_of(node))
-    return [dx, *nothing, da, db, *_gradient_added(o, dy, context)]
+    if context.wanted(a):
+        da = matmul(du, x, transpose_a=True, alpha=scale)
+    if context.wanted(b):
+        db = matmul(dy, p, transpose_a=True, alpha=scale)
+    return {"x": dx, "lora_a": da, "lora_b": db, **gradients_of_added(node, dy, context)}
 
 
 def _choice(node: Node, caps: Caps) -> Choice:
@@ -221,13 +209,13 @@ def _slices(node: Node, caps: Caps) -> int:
     """Slices of K that are summed apart; 0 where the product writes its output itself."""
     k = product_sizes(node)[2]
     slices = -(-k // slice_length(k, _choice(node, caps)))
-    bindings = len(_operand_names(node)) + sum(node.attrs[name] for name in ("bias", "residual")) + 1
-    return slices if slices > 1 or bindings > _MOST_BINDINGS else 0
+    operands = 2 + (2 if node.attrs["arithmetic"] == "int8" else 0) + (2 if product_sizes(node)[3] else 0)
+    return slices if slices > 1 or operands + _added(node) + 1 > _MOST_BINDINGS else 0
 
 
-def _operand_names(node: Node) -> list[str]:
-    scales = ["a_scale", "b_scale"] if node.attrs["arithmetic"] == "int8" else []
-    return ["a", "b", *scales, *(["p", "q"] if node.attrs["pair"] else [])]
+def _added(node: Node) -> int:
+    """How many of bias and residual are there."""
+    return ("bias" in node.inputs) + ("residual" in node.inputs)
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
@@ -235,7 +223,7 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     m, n, k, _ = product_sizes(node)
     arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
     specs = low_precision_specs(arithmetic, m, k)
-    specs += [] if node.attrs["copied"] else low_precision_specs(arithmetic, n, k)
+    specs += [] if node.group("copy") else low_precision_specs(arithmetic, n, k)
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
@@ -246,13 +234,13 @@ def low_precision_operands(node: Node) -> tuple[tuple[Tensor, Tensor | None], tu
     def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return by[0], by[1] if has_scales else None
 
-    weight = weight_of(node) if node.attrs["copied"] else node.workspace[2 if has_scales else 1 :]
+    weight = node.group("copy") or node.workspace[2 if has_scales else 1 :]
     return held(node.workspace), held(weight)
 
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     m, n, k, r = product_sizes(node)
-    o, slices = operands(node), _slices(node, caps)
+    (p, q), residual, slices = low_rank_of(node), node.inputs.get("residual"), _slices(node, caps)
     partial = node.workspace[-1] if slices else None
     (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node)
     multiplied = Matmul(
@@ -261,27 +249,28 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         whole(low_w),
         Block(node.output, 0, n),
         transpose_b=True,
-        low_rank=(whole(o.p), whole(o.q), node.attrs["beta"], r) if o.p is not None and o.q is not None else None,
-        low_rank_transposed=node.attrs["pair_transposed"],
-        bias=o.bias,
-        residual=o.residual,
-        accumulate=o.residual is not None and aliased(node.output, o.residual),
+        low_rank=(whole(p), whole(q), node.attrs["lora_scale"], r) if p is not None and q is not None else None,
+        low_rank_transposed=node.attrs.get("low_rank_transposed", False),
+        bias=node.inputs.get("bias"),
+        residual=residual,
+        accumulate=residual is not None and aliased(node.output, residual),
         scales=(x_scales, w_scales) if x_scales is not None and w_scales is not None else None,
     )
-    down = (o.down, o.p, node.attrs["pair_transposed"]) if o.down is not None and o.p is not None else None
-    launches = [low_precision_rows_launch(whole(node.inputs[0]), m, k, low_x, x_scales, caps, down)]
-    if not node.attrs["copied"]:
+    lora_a = node.inputs.get("lora_a")
+    down = (lora_a, p, node.attrs["low_rank_transposed"]) if lora_a is not None and p is not None else None
+    launches = [low_precision_rows_launch(whole(node.inputs["x"]), m, k, low_x, x_scales, caps, down)]
+    if not node.group("copy"):
         launches.append(low_precision_weight_launch(node.attrs, weight_of(node), low_w, w_scales, caps))
     return [*launches, *matmul_launches(multiplied, _choice(node, caps), partial, caps)]
 
 
-def _inplace(node: Node) -> Sequence[tuple[int, int]]:
-    return [(0, len(node.inputs) - 1)] if node.attrs["residual"] else []
+def _inplace(node: Node) -> Sequence[tuple[int, str]]:
+    return [(0, "residual")] if "residual" in node.inputs else []
 
 
 def _flops(node: Node) -> int:
     m, n, k, r = product_sizes(node)
-    return 2 * m * (n * (k + r) + (k * r if node.attrs["down"] else 0))
+    return 2 * m * (n * (k + r) + (k * r if "lora_a" in node.inputs else 0))
 
 
 register(Op("linear", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops, inplace=_inplace))

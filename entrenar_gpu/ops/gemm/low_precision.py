@@ -47,12 +47,12 @@ def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tu
     As the product reads it: [N, K] by NF4's own blocks and, transposed, [K, N] quantised again.
     """
     if attrs["transposed"]:
-        return quantize_rows(dequantized(attrs, *parts).T)
+        return quantize_rows(dequantized(attrs, parts).T)
     n, k = attrs["shape"]
     codes = INT8_CODES[nf4.unpack(parts[0], n * k)].reshape(n, k)
     plain = {**attrs, "rounded": "float32"}
     ones = np.full_like(parts[0], 0xFF)  # code 15 is 1.0, so this dequantises to the scales
-    scales = dequantized(plain, ones, *parts[1:]).reshape(n, -1, BLOCK)[..., 0]
+    scales = dequantized(plain, [ones, *parts[1:]]).reshape(n, -1, BLOCK)[..., 0]
     return codes, scales * np.float32(OVER_127)
 
 
@@ -66,7 +66,7 @@ def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]
 def low_precision_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """An NF4 weight as `low_precision_specs` holds it; `attrs` are those of a `linear` node."""
     if attrs["arithmetic"] == "f16":
-        weight = dequantized(attrs, *parts)
+        weight = dequantized(attrs, parts)
         return [np.ascontiguousarray(weight.T if attrs["transposed"] else weight, np.float16)]
     codes, scales = quantize_weight(attrs, parts)
     return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
@@ -133,7 +133,7 @@ def low_precision_weight_launch(
 def low_precision_weight(weight: Nf4Tensors, arithmetic: Arithmetic, transposed: bool) -> tuple[Tensor, ...]:
     """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, transposed, [K, N]."""
     attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "transposed": transposed}
-    return record("low_precision_weight", *weight.parts, **attrs)
+    return record("low_precision_weight", weight=[*weight.parts], **attrs)
 
 
 def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
@@ -143,14 +143,14 @@ def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
 
 def _low_precision_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
-    return [low_precision_weight_launch(node.attrs, node.inputs, codes, scales, caps)]
+    return [low_precision_weight_launch(node.attrs, node.group("weight"), codes, scales, caps)]
 
 
 register(
     Op(
         "low_precision_weight",
         _low_precision_weight_infer,
-        lambda node, *parts: low_precision_arrays(node.attrs, parts),
+        lambda node, weight: low_precision_arrays(node.attrs, weight),
         _low_precision_weight_launch,
     )
 )
@@ -158,16 +158,18 @@ register(
 
 def dequantize_transposed(weight: Nf4Tensors) -> Tensor:
     """The weight in f32 as [K, N], both multiples of 64: scratch, and as a product x W^T reads it fastest."""
-    return record("nf4_dequantize_transposed", *weight.parts, shape=weight.shape, rounded=weight.rounded)[0]
+    return record("nf4_dequantize_transposed", weight=[*weight.parts], shape=weight.shape, rounded=weight.rounded)[0]
 
 
 register(
     Op(
         "nf4_dequantize_transposed",
         lambda node: [(node.attrs["shape"][::-1], "f32")],
-        lambda node, *arrays: [np.ascontiguousarray(dequantized(node.attrs, *arrays).T)],
+        lambda node, weight: [np.ascontiguousarray(dequantized(node.attrs, weight).T)],
         lambda node, caps, aliased: [
-            low_precision_weight_launch({**node.attrs, "transposed": True}, node.inputs, node.output, None, caps)
+            low_precision_weight_launch(
+                {**node.attrs, "transposed": True}, node.group("weight"), node.output, None, caps
+            )
         ],
         transient=True,
     )

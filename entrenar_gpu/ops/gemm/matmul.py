@@ -1,9 +1,8 @@
-"""Matrix products in every transposition, with an optional low-rank pair, bias and residual in the epilogue."""
+"""Matrix products in every transposition, with an optional low-rank product, bias and residual in the epilogue."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, layout_of, matmul_launches, partial_shapes, whole
 from entrenar_gpu.ops.gemm.tiles import Choice, choose
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
 
 
 def matmul(
@@ -22,58 +21,36 @@ def matmul(
     transpose_a: bool = False,
     transpose_b: bool = False,
     alpha: float = 1.0,
-    pair: tuple[Tensor, Tensor, float] | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    pair_transposed: bool | None = None,
+    low_rank_transposed: bool | None = None,
 ) -> Tensor:
-    """alpha * op(a) op(b) + beta * op(p) op(q) + bias + residual, with `pair` = (p, q, beta).
+    """alpha * op(a) op(b) + lora_scale * op(p) op(q) + bias + residual, with `low_rank` = (p, q, lora_scale).
 
     a is [..., M, K] with leading dimensions flattened into M (or [K, M] with `transpose_a`), b [K, N] (or [N, K]),
-    in f32, bf16 or half; p has a's layout and q [R, N] (or [N, R] with `pair_transposed`, by default as b) with an
+    in f32, bf16 or half; p has a's layout and q [R, N] (or [N, R] with `low_rank_transposed`, by default as b) with an
     inner length of their own; bias [N]; residual [M, N].
     """
-    inputs = [a, b, *(pair[:2] if pair else ()), *([bias] if bias else ()), *([residual] if residual else ())]
-    (out,) = record(
-        "matmul",
-        *inputs,
-        transpose_a=transpose_a,
-        transpose_b=transpose_b,
-        alpha=alpha,
-        beta=pair[2] if pair else 0.0,
-        pair=pair is not None,
-        pair_transposed=transpose_b if pair_transposed is None else pair_transposed,
-        bias=bias is not None,
-        residual=residual is not None,
-    )
-    return out
+    attrs: dict[str, Any] = {"transpose_a": transpose_a, "transpose_b": transpose_b, "alpha": alpha}
+    turned = transpose_b if low_rank_transposed is None else low_rank_transposed
+    added = low_rank_inputs(low_rank, turned)
+    return record("matmul", a=a, b=b, **added, bias=bias, residual=residual, **attrs)[0]
 
 
-@dataclass(frozen=True)
-class Operands:
-    """The operands of a matmul or linear node by meaning; a linear's weight is its parts, of which b is the first.
-
-    A linear that is given `down` makes p of it: its second output.
-    """
-
-    a: Tensor
-    b: Tensor
-    p: Tensor | None
-    q: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    down: Tensor | None = None
+def low_rank_inputs(low_rank: tuple[Tensor, Tensor, float] | None, transposed: bool) -> dict[str, Any]:
+    """What `record` is told of (p, q, lora_scale): the group and its attributes, or nothing."""
+    if low_rank is None:
+        return {}
+    p, q, scale = low_rank
+    return {"low_rank": [p, q], "lora_scale": scale, "low_rank_transposed": transposed}
 
 
-def operands(node: Node) -> Operands:
-    rest = iter(node.inputs[node.attrs.get("head", 2) :])
-    p, q = (next(rest), next(rest)) if node.attrs["pair"] else (None, None)
-    bias = next(rest) if node.attrs["bias"] else None
-    residual = next(rest) if node.attrs["residual"] else None
-    if node.attrs.get("down", False):
-        made = node.outputs[1] if node.outputs else None  # there are none yet while their shapes are inferred
-        return Operands(node.inputs[0], node.inputs[1], made, q, bias, residual, down=p)
-    return Operands(node.inputs[0], node.inputs[1], p, q, bias, residual)
+def low_rank_of(node: Node) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(p, q) of a matmul or linear node. A linear that is given `lora_a` makes p of it: its second output."""
+    if "lora_a" in node.inputs:
+        return node.outputs[1], node.inputs["lora_b"]
+    return (node.inputs["low_rank.0"], node.inputs["low_rank.1"]) if "low_rank.0" in node.inputs else (None, None)
 
 
 def _two_d(t: Tensor, transposed: bool) -> tuple[int, int]:
@@ -83,42 +60,42 @@ def _two_d(t: Tensor, transposed: bool) -> tuple[int, int]:
 
 def matmul_sizes(node: Node) -> tuple[int, int, int, int]:
     """M, N, K, R."""
-    o, ta, tb = operands(node), node.attrs["transpose_a"], node.attrs["transpose_b"]
-    m, k = _two_d(o.a, ta)
-    n, k_b = _two_d(o.b, not tb)
+    a, b, ta, tb = node.inputs["a"], node.inputs["b"], node.attrs["transpose_a"], node.attrs["transpose_b"]
+    m, k = _two_d(a, ta)
+    n, k_b = _two_d(b, not tb)
+    p, q = low_rank_of(node)
     r = 0
-    if o.p is not None and o.q is not None:
-        (m_p, r), (n_q, r_q) = _two_d(o.p, ta), _two_d(o.q, not node.attrs["pair_transposed"])
+    if p is not None and q is not None:
+        (m_p, r), (n_q, r_q) = _two_d(p, ta), _two_d(q, not node.attrs["low_rank_transposed"])
         if (m_p, n_q, r_q) != (m, n, r):
-            raise ValueError(f"{node.label()}: pair {o.p!r}, {o.q!r} does not fit {o.a!r}, {o.b!r}")
+            raise ValueError(f"{node.label()}: low-rank {p!r}, {q!r} does not fit {a!r}, {b!r}")
     if k != k_b:
-        raise ValueError(f"{node.label()}: inner lengths of {o.a!r} and {o.b!r} differ")
+        raise ValueError(f"{node.label()}: inner lengths of {a!r} and {b!r} differ")
     return m, n, k, r
 
 
 def _infer(node: Node) -> Sequence[Spec]:
     m, n, _, _ = matmul_sizes(node)
-    o = operands(node)
-    leading = (m,) if node.attrs["transpose_a"] else o.a.shape[:-1]
+    leading = (m,) if node.attrs["transpose_a"] else node.inputs["a"].shape[:-1]
     check_added(node, m, n)
     return [((*leading, n), "f32")]
 
 
 def check_added(node: Node, m: int, n: int) -> None:
     """Raises ValueError where the bias or the residual of a product does not fit its output [m, n]."""
-    o = operands(node)
-    if o.bias is not None and o.bias.size != n:
-        raise ValueError(f"{node.label()}: bias {o.bias!r} is not [{n}]")
-    if o.residual is not None and o.residual.size != m * n:
-        raise ValueError(f"{node.label()}: residual {o.residual!r} is not [{m}, {n}]")
+    bias, residual = node.inputs.get("bias"), node.inputs.get("residual")
+    if bias is not None and bias.size != n:
+        raise ValueError(f"{node.label()}: bias {bias!r} is not [{n}]")
+    if residual is not None and residual.size != m * n:
+        raise ValueError(f"{node.label()}: residual {residual!r} is not [{m}, {n}]")
 
 
-def _reference(node: Node, a: np.ndarray, b: np.ndarray, *rest: np.ndarray) -> Sequence[np.ndarray]:
+def _reference(node: Node, a: np.ndarray, b: np.ndarray, **added: Any) -> Sequence[np.ndarray]:
     attrs = node.attrs
     dtype: Any = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
 
     out = _product(a, b, attrs["transpose_a"], attrs["transpose_b"], dtype) * dtype(attrs["alpha"])
-    return [with_added(attrs, out, rest).reshape(node.output.shape)]
+    return [with_added(attrs, out, **added).reshape(node.output.shape)]
 
 
 def _product(x: np.ndarray, y: np.ndarray, transpose_x: bool, transpose_y: bool, dtype: Any) -> Any:
@@ -127,23 +104,29 @@ def _product(x: np.ndarray, y: np.ndarray, transpose_x: bool, transpose_y: bool,
     return (x.T if transpose_x else x) @ (y.T if transpose_y else y)
 
 
-def with_added(attrs: Mapping[str, Any], out: Any, added: Sequence[np.ndarray]) -> Any:
-    """out [M, N] + beta op(p) op(q) + bias + residual: the reference of what rides along with a product."""
-    left, dtype = list(added), out.dtype.type
-    if attrs["pair"]:
-        p, q = left.pop(0), left.pop(0)
-        pair = _product(p, q, attrs.get("transpose_a", False), attrs["pair_transposed"], dtype)
-        out += dtype(attrs["beta"]) * pair
-    if attrs["bias"]:
-        out += left.pop(0)
-    if attrs["residual"]:
-        out += left.pop(0).reshape(out.shape)
+def with_added(
+    attrs: Mapping[str, Any],
+    out: Any,
+    low_rank: Sequence[np.ndarray] = (),
+    bias: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+) -> Any:
+    """out [M, N] + lora_scale op(p) op(q) + bias + residual: the reference of what rides along with a product."""
+    dtype = out.dtype.type
+    if low_rank:
+        p, q = low_rank
+        product = _product(p, q, attrs.get("transpose_a", False), attrs["low_rank_transposed"], dtype)
+        out += dtype(attrs["lora_scale"]) * product
+    if bias is not None:
+        out += bias
+    if residual is not None:
+        out += residual.reshape(out.shape)
     return out
 
 
-def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Sequence[Tensor | None]:
+def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     (dy,) = upstream
-    attrs, o = node.attrs, operands(node)
+    attrs, (p, q) = node.attrs, low_rank_of(node)
 
     def for_product(a: Tensor, b: Tensor, alpha: float, tb: bool) -> list[Tensor | None]:
         ta = attrs["transpose_a"]
@@ -159,14 +142,21 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
             db = matmul(dy, a, True, ta, alpha) if tb else matmul(a, dy, not ta, False, alpha)
         return [da, db]
 
-    grads = for_product(o.a, o.b, attrs["alpha"], attrs["transpose_b"])
-    if o.p is not None and o.q is not None:
-        grads += for_product(o.p, o.q, attrs["beta"], attrs["pair_transposed"])
-    if o.bias is not None:
-        grads.append(sum_rows(dy) if context.wanted(o.bias) else None)
-    if o.residual is not None:
-        grads.append(dy)
-    return grads
+    da, db = for_product(node.inputs["a"], node.inputs["b"], attrs["alpha"], attrs["transpose_b"])
+    low_rank: list[Tensor | None] = []
+    if p is not None and q is not None:
+        low_rank = for_product(p, q, attrs["lora_scale"], attrs["low_rank_transposed"])
+    return {"a": da, "b": db, "low_rank": low_rank, **gradients_of_added(node, dy, context)}
+
+
+def gradients_of_added(node: Node, dy: Tensor, context: GradientContext) -> dict[str, Tensor | None]:
+    """The gradients of a product's bias and residual, where they are there."""
+    found: dict[str, Tensor | None] = {}
+    if (bias := node.inputs.get("bias")) is not None:
+        found["bias"] = sum_rows(dy) if context.wanted(bias) else None
+    if "residual" in node.inputs:
+        found["residual"] = dy
+    return found
 
 
 def _plain(b: Tensor) -> Tensor | None:
@@ -174,7 +164,7 @@ def _plain(b: Tensor) -> Tensor | None:
     read it against its rows."""
     if b.node is None or b.node.op != "nf4_dequantize_transposed":
         return None
-    return record("nf4_dequantize", *b.node.inputs, **b.node.attrs)[0]
+    return record("nf4_dequantize", **b.node.inputs, **b.node.attrs)[0]
 
 
 def _choice(node: Node, caps: Caps) -> Choice:
@@ -184,14 +174,14 @@ def _choice(node: Node, caps: Caps) -> Choice:
 
 def is_low_rank(node: Node) -> bool:
     """Whether this is an adapter's product and nothing else, which has a kernel of its own (low_rank.py)."""
-    o, attrs, out = operands(node), node.attrs, node.output
-    added = attrs["pair"] or attrs["bias"]
+    attrs, out, residual = node.attrs, node.output, node.inputs.get("residual")
     # A gradient that is added to where it lies; any other sum is the general product's.
-    in_place = o.residual is not None and out.updates is not None and out.updates in (o.residual, o.residual.updates)
-    if added or any(t.dtype != "f32" for t in (o.a, o.b)) or (attrs["residual"] and not in_place):
+    in_place = residual is not None and out.updates is not None and out.updates in (residual, residual.updates)
+    if "low_rank.0" in node.inputs or "bias" in node.inputs or (residual is not None and not in_place):
         return False
-    plain = attrs["transpose_a"] or not attrs["residual"]
-    return plain and low_rank.takes(matmul_sizes(node)[:3], attrs["transpose_a"], attrs["transpose_b"])
+    if any(node.inputs[name].dtype != "f32" for name in "ab") or (residual is not None and not attrs["transpose_a"]):
+        return False
+    return low_rank.takes(matmul_sizes(node)[:3], attrs["transpose_a"], attrs["transpose_b"])
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
@@ -202,29 +192,30 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
 
 def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
     m, n, k, r = matmul_sizes(node)
-    o, attrs = operands(node), node.attrs
+    a, b, residual = node.inputs["a"], node.inputs["b"], node.inputs.get("residual")
+    (p, q), attrs = low_rank_of(node), node.attrs
     if is_low_rank(node):
         transposes = attrs["transpose_a"], attrs["transpose_b"]
-        return [low_rank.launch(o.a, o.b, node.output, *transposes, attrs["alpha"], attrs["residual"], caps)]
+        return [low_rank.launch(a, b, node.output, *transposes, attrs["alpha"], residual is not None, caps)]
     launched = Matmul(
         (m, n, k),
-        whole(o.a),
-        whole(o.b),
+        whole(a),
+        whole(b),
         Block(node.output, 0, n),
         attrs["transpose_a"],
         attrs["transpose_b"],
         attrs["alpha"],
-        (whole(o.p), whole(o.q), attrs["beta"], r) if o.p is not None and o.q is not None else None,
-        attrs["pair_transposed"],
-        o.bias,
-        o.residual,
-        accumulate=o.residual is not None and aliased(node.output, o.residual),
+        (whole(p), whole(q), attrs["lora_scale"], r) if p is not None and q is not None else None,
+        attrs.get("low_rank_transposed", False),
+        node.inputs.get("bias"),
+        residual,
+        accumulate=residual is not None and aliased(node.output, residual),
     )
     return matmul_launches(launched, _choice(node, caps), next(iter(node.workspace), None), caps)
 
 
-def _inplace(node: Node) -> Sequence[tuple[int, int]]:
-    return [(0, len(node.inputs) - 1)] if node.attrs["residual"] else []
+def _inplace(node: Node) -> Sequence[tuple[int, str]]:
+    return [(0, "residual")] if "residual" in node.inputs else []
 
 
 def _flops(node: Node) -> int:
