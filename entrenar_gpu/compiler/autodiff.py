@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.fuse import fuse_sum
+from entrenar_gpu.compiler.fuse import fuse_sums
 from entrenar_gpu.graph import Graph, Tensor, flat
 from entrenar_gpu.ops.registry import OPS
 
@@ -33,8 +33,8 @@ class _Reverse:
         held = _accumulator(tensor)
         return ops.zeros(tensor) if held is None else held
 
-    def add(self, tensor: Tensor, gradient: Tensor, pending: Sequence[Tensor | None] = ()) -> None:
-        """Fold one more contribution into the gradient of `tensor`; `pending` are those still to be handed out."""
+    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+        """Add one more contribution to the gradient of `tensor`."""
         if not self.wanted(tensor):
             return
         held = _accumulator(tensor)
@@ -42,17 +42,8 @@ class _Reverse:
             self._sums[tensor.id] = gradient
             return
         previous = self._sums.pop(tensor.id, held)
-        total = gradient if previous is None else self._sum(previous, gradient, pending)
+        total = gradient if previous is None else ops.add(previous, gradient)
         self._sums[tensor.id] = total if held is None else ops.in_place(total, held)
-
-    def _sum(self, previous: Tensor, gradient: Tensor, pending: Sequence[Tensor | None]) -> Tensor:
-        """`previous` + `gradient`. One that has no other reader or holder may be recorded anew with the sum inside."""
-
-        def free(t: Tensor) -> bool:
-            return not (any(t is other for other in (*pending, *self._sums.values())) or _read(t))
-
-        total = fuse_sum(previous, gradient, free)
-        return ops.add(previous, gradient) if total is None else total
 
 
 def _accumulator(tensor: Tensor) -> Tensor | None:
@@ -60,17 +51,15 @@ def _accumulator(tensor: Tensor) -> Tensor | None:
     return tensor.grad if tensor.grad is not None and tensor.grad.role == "grad" else None
 
 
-def _read(tensor: Tensor) -> bool:
-    """Whether a node recorded after the producer of `tensor` reads it."""
-    for node in reversed(tensor.graph.nodes):
-        if node is tensor.node:
-            return False
-        if any(t is tensor for t in node.inputs.values()):
-            return True
-    return True
-
-
 def backward(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None) -> dict[Tensor, Tensor]:
+    """`differentiate`, then `fuse_sums` over what it recorded."""
+    start = len(loss.graph.nodes)
+    gradients = differentiate(loss, wrt, upstream)
+    fuse_sums(loss.graph, gradients.values(), start)
+    return gradients
+
+
+def differentiate(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None) -> dict[Tensor, Tensor]:
     """Append the gradient of `loss` with respect to each tensor of `wrt`; returns them.
 
     Parameters with a persistent gradient (`Graph.parameter`) accumulate into it, in place. Others get a fresh
@@ -97,12 +86,11 @@ def backward(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None = None
                 if tensor.id not in kept:
                     reverse.drop(tensor)
             parts = flat(rule(node, gradients, reverse))
-            pending = [parts.pop(name, None) for name in node.inputs]
-            if parts:
-                raise ValueError(f"{node.label()}: gradients of {', '.join(parts)}, which are no inputs of it")
-            for index, (tensor, gradient) in enumerate(zip(node.inputs.values(), pending, strict=True)):
-                if gradient is not None:
-                    reverse.add(tensor, gradient, pending[index + 1 :])
+            if not parts.keys() <= node.inputs.keys():
+                raise ValueError(f"{node.label()}: gradients of {', '.join(parts)}, not all of which are inputs")
+            for name, tensor in node.inputs.items():
+                if (gradient := parts.get(name)) is not None:
+                    reverse.add(tensor, gradient)
     return {t: g for t in targets if (g := reverse.get(t)) is not None}
 
 
