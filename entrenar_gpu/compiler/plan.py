@@ -11,21 +11,23 @@ import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from entrenar_gpu.compiler.lifetimes import Life, Lifetimes
 from entrenar_gpu.compiler.pages import ALIGNMENT, PAGED_ROLES, Slice, page_layout, page_sizes
 from entrenar_gpu.compiler.trace_groups import TraceGroup, trace_groups
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Launch, Node, Target, Tensor
-from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.ops.registry import OPS, Placement
 
 RING = 3  # reports that may be on their way to the host at once
 
 
 @dataclass
 class Step:
-    """A node and the launches it became."""
+    """A node, its scratch on this device, and the launches that it turns into."""
 
     node: Node
-    launches: tuple[Launch, ...]
+    workspace: tuple[Tensor, ...]
+    launches: tuple[Launch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,25 @@ def make_plan(graphs: Mapping[str, Graph], caps: Caps, options: PlanOptions = DE
     naming the tensor when one cannot be bound on such a device.
     """
     plan, target = Plan(caps, options), Target.of(caps, options.tiles)
+    plan.steps = {
+        name: [Step(node, _workspace(node, target)) for node in graph.nodes] for name, graph in graphs.items()
+    }
     _place_persistents(plan, graphs)
-    _place_temporaries(plan, graphs, target)
+    _place_temporaries(plan)
     _place_reports(plan, graphs)
-    for name, graph in graphs.items():
-        plan.steps[name] = [Step(node, _launches(plan, node, target) if launches else ()) for node in graph.nodes]
+    for steps in plan.steps.values() if launches else ():
+        for step in steps:
+            step.launches = _launches(plan, step, target)
     return plan
+
+
+def _workspace(node: Node, caps: Caps) -> tuple[Tensor, ...]:
+    """Scratch that lives only while a node runs."""
+    name, graph = f"{node.label()}.workspace", node.output.graph
+    return tuple(
+        Tensor(graph, f"{name}{i}", tuple(shape), dtype, "temp", node)
+        for i, (shape, dtype) in enumerate(OPS[node.op].workspace(node, caps))
+    )
 
 
 def _place_persistents(plan: Plan, graphs: Mapping[str, Graph]) -> None:
@@ -153,88 +168,37 @@ def _place_reports(plan: Plan, graphs: Mapping[str, Graph]) -> None:
             plan.buffers.update({f"report.{name}.{i}": nbytes for i in range(RING)})
 
 
-@dataclass
-class _Life:
-    """A temporary's life, in steps counted over all graphs; both ends included. `root` owns the storage."""
-
-    tensor: Tensor
-    first: int
-    last: int
-    nbytes: int
-
-
-def _place_temporaries(plan: Plan, graphs: Mapping[str, Graph], target: Target) -> None:
-    keep = plan.options.keep
-    lives: dict[int, _Life] = {}
-    root: dict[int, int] = {}
-    clock = 0
-    end = sum(len(g.nodes) for g in graphs.values()) if keep else 0
-    for graph in graphs.values():
-        last_use = {tensor.id: index for index, node in enumerate(graph.nodes) for tensor in node.inputs.values()}
-        for index, node in enumerate(graph.nodes):
-            now = clock + index
-            op = OPS[node.op]
-            node.workspace = tuple(
-                Tensor(graph, f"{node.label()}.workspace{i}", tuple(shape), dtype, "temp", node)
-                for i, (shape, dtype) in enumerate(op.workspace(node, target))
-            )
-            shared = {out: node.inputs[source] for out, source in op.inplace(node)}
-            for out_index, tensor in enumerate(node.outputs):
-                source = shared.get(out_index)
-                if tensor.updates is not None:
-                    place = plan.slices[tensor.updates.id]
-                    readers = [t for t in node.inputs.values() if t.persistent and plan.slices[t.id] == place]
-                    if readers and source not in readers:
-                        raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
-                    plan.slices[tensor.id] = place
-                    continue
-                if (
-                    source is not None
-                    and not keep
-                    and _may_take(source, node, tensor, last_use, index, root, lives, now)
-                ):
-                    root[tensor.id] = root.get(source.id, source.id)
-                    lives[root[tensor.id]].last = max(now, clock + last_use.get(tensor.id, index))
-                    continue
-                last = max(end, clock + last_use.get(tensor.id, index))
-                lives[tensor.id] = _Life(tensor, now, last, tensor.nbytes)
-            for tensor in node.workspace:
-                lives[tensor.id] = _Life(tensor, now, now, tensor.nbytes)
-        clock += len(graph.nodes)
-    _assign(plan, list(lives.values()))
-    for tensor_id, owner in root.items():
+def _place_temporaries(plan: Plan) -> None:
+    lifetimes = Lifetimes(plan.options.keep)
+    for steps in plan.steps.values():
+        for step in steps:
+            _place_updates(plan, step.node)
+        lifetimes.add([(step.node, step.workspace) for step in steps])
+    _assign(plan, lifetimes.lives())
+    for tensor_id, owner in lifetimes.taken_over().items():
         plan.slices[tensor_id] = plan.slices[owner]
 
 
-def _may_take(
-    source: Tensor,
-    node: Node,
-    out: Tensor,
-    last_use: dict[int, int],
-    index: int,
-    root: dict[int, int],
-    lives: dict[int, _Life],
-    now: int,
-) -> bool:
-    """Whether `out` may overwrite `source`: a temporary of the same size that nobody reads afterwards."""
-    if source.role != "temp" or source.updates is not None or source.nbytes != out.nbytes:
-        return False
-    owner = root.get(source.id, source.id)
-    if owner not in lives or lives[owner].last > now:
-        return False
-    taken_twice = sum(t is source for t in node.inputs.values()) > 1 or any(
-        root.get(t.id) == owner for t in node.outputs
-    )
-    return last_use[source.id] == index and not taken_twice
+def _place_updates(plan: Plan, node: Node) -> None:
+    """Outputs that overwrite a persistent tensor lie where it does."""
+    for index, tensor in enumerate(node.outputs):
+        if tensor.updates is None:
+            continue
+        place = plan.slices[tensor.updates.id]
+        allowed = [node.inputs[name] for output, name in OPS[node.op].inplace(node) if output == index]
+        readers = [t for t in node.inputs.values() if t.persistent and plan.slices[t.id] == place]
+        if readers and not any(t in readers for t in allowed):
+            raise ValueError(f"{node.label()} cannot update {tensor.updates!r} in place")
+        plan.slices[tensor.id] = place
 
 
-def _assign(plan: Plan, lives: list[_Life]) -> None:
+def _assign(plan: Plan, lives: list[Life]) -> None:
     """Greedy by size: the largest first, each into the tightest buffer that is free for all of its life.
 
     Buffers take the size of their first tensor, so nothing is rounded up (Pisarchyk & Lee, arXiv 2001.03288).
     """
     slots: list[tuple[int, list[int], list[int]]] = []  # bytes, starts and ends of the lives within, sorted
-    for life in sorted(lives, key=lambda x: (-x.nbytes, x.first, x.tensor.id)):
+    for life in sorted(lives, key=lambda x: (-x.tensor.nbytes, x.first, x.tensor.id)):
         check_bindable(life.tensor, plan.caps)
         choice = -1
         for number in range(len(slots) - 1, -1, -1):  # from the smallest: they were made in order of size
@@ -245,14 +209,14 @@ def _assign(plan: Plan, lives: list[_Life]) -> None:
                 break
         if choice < 0:
             choice = len(slots)
-            slots.append((max(life.nbytes, 4), [], []))
+            slots.append((max(life.tensor.nbytes, 4), [], []))
             if _is_scratch(life.tensor):
                 plan.scratch.add(f"pool.{choice}")
         _, starts, ends = slots[choice]
         at = bisect.bisect_left(starts, life.first)
         starts.insert(at, life.first)
         ends.insert(at, life.last)
-        plan.slices[life.tensor.id] = Slice(f"pool.{choice}", 0, life.nbytes)
+        plan.slices[life.tensor.id] = Slice(f"pool.{choice}", 0, life.tensor.nbytes)
     for number, (nbytes, _, _) in enumerate(slots):
         plan.buffers[f"pool.{number}"] = nbytes
 
@@ -262,13 +226,14 @@ def _is_scratch(tensor: Tensor) -> bool:
     return node is not None and (OPS[node.op].transient or tensor not in node.outputs)
 
 
-def _launches(plan: Plan, node: Node, target: Target) -> tuple[Launch, ...]:
+def _launches(plan: Plan, step: Step, target: Target) -> tuple[Launch, ...]:
     def aliased(output: Tensor, source: Tensor) -> bool:
         return plan.slices[output.id] == plan.slices[(source.updates or source).id]
 
-    launches = tuple(OPS[node.op].launch(node, target, aliased))
+    placed = Placement(step.workspace, aliased)
+    launches = tuple(OPS[step.node.op].launch(step.node, target, placed))
     for launch in launches:
-        _check_launch(plan, node, launch)
+        _check_launch(plan, step.node, launch)
     return launches
 
 

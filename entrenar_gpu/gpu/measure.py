@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def _repeat(plan: Plan, step: Step, repeats: int) -> None:
     plan.steps["gemm"] = [step] * repeats
     alone = tuple(launch for launch in step.launches if launch.shader.startswith("matmul"))
     if len(alone) < len(step.launches):
-        plan.steps["product"] = [Step(step.node, alone)] * repeats
+        plan.steps["product"] = [replace(step, launches=alone)] * repeats
 
 
 def time_run(replay: Replay, name: str) -> float:

@@ -143,7 +143,6 @@ class Node:
     inputs: Mapping[str, Tensor]
     attrs: Mapping[str, Any]
     outputs: tuple[Tensor, ...] = ()
-    workspace: tuple[Tensor, ...] = ()  # scratch that lives only while this node runs
     scope: str = ""
     layer: int | None = None
     phase: str = "forward"

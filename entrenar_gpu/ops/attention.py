@@ -11,7 +11,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal, reads, writes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
 
 def attention(
@@ -160,7 +160,7 @@ def _blocking(node: Node, caps: Caps) -> dict[str, int]:
     return next(x for x in every if _elements(e, x) * itemsize <= caps.max_workgroup_bytes)
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     s, width, blocking = shape_of(node), vector_of(node), _blocking(node, caps)
     bindings = [reads(name, node.inputs[name], width) for name in ("q", "k", "v")]
     bindings += [reads("segment_start", node.inputs["segment_start"])]

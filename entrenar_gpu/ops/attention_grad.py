@@ -25,7 +25,7 @@ from entrenar_gpu.ops.attention import (
     split,
     vector_of,
 )
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, register, same_as
+from entrenar_gpu.ops.registry import Op, Placement, Spec, register, same_as
 
 BLOCK = 64  # tokens of a block of P and dS each way
 SCRATCH_BYTES = 144 << 20  # for P and dS of a part: enough for a device's workgroups (docs/attention.md)
@@ -43,7 +43,7 @@ def _statistics_reference(node: Node, out: np.ndarray, dout: np.ndarray, lse: np
     return [both.reshape(2, node.attrs["rows"], -1, heads).swapaxes(2, 3)]
 
 
-def _statistics_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _statistics_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     out, dout, lse = node.inputs.values()
     _, rows, heads, length = node.output.shape
     e = out.size // lse.size
@@ -177,12 +177,12 @@ class _Bindings:
         return [*vectors, self("segment_start", segment_start, self._part.rows.start * self._s["S"])]
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     blocks, launches = -(-shape_of(node)["S"] // BLOCK), []
     for part in _parts(node, caps):
-        launches += [_dscores(node, caps, part), _products(node, caps, part)]
-        if len(node.workspace) > 1 and part.blocks.stop == blocks:
-            launches.append(_group_sum(node, caps, part))
+        launches += [_dscores(node, caps, part, placed.workspace), _products(node, caps, part, placed.workspace)]
+        if len(placed.workspace) > 1 and part.blocks.stop == blocks:
+            launches.append(_group_sum(node, caps, part, placed.workspace))
     return launches
 
 
@@ -194,19 +194,19 @@ def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
     return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0, "TY": 8}
 
 
-def _dscores(node: Node, caps: Caps, part: Part) -> Launch:
+def _dscores(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
     bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
     bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs["v"])]
     bindings.append(bind.statistics(node.inputs["statistics"]))
-    bindings.append(writes("dscores", node.workspace[0], 4))
+    bindings.append(writes("dscores", workspace[0], 4))
     constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
     grid = (blocks.start + blocks.stop + 1, -(-len(blocks) // 2), len(part.rows) * constants["HEADS"])
     return Launch("attention_dscores", tuple(bindings), constants, grid, trusted=True)
 
 
-def _products(node: Node, caps: Caps, part: Part) -> Launch:
+def _products(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
     bind, constants = _Bindings(node, part), _constants(node, caps, part)
-    dscores, *partial = node.workspace
+    dscores, *partial = workspace
     bindings = [*bind.inputs(node), reads("dscores", dscores, 4), bind.by_query_head("dq", node.outputs[0], write=True)]
     if partial:
         bindings += [bind.whole(n, t) for n, t in zip(("dk", "dv"), partial, strict=True)]
@@ -226,9 +226,9 @@ def _steps(e: int, f16: bool) -> int:
     return next(c for c in (most, most // 2) if c * (BLOCK + padded(e)) * itemsize <= Caps().max_workgroup_bytes)
 
 
-def _group_sum(node: Node, caps: Caps, part: Part) -> Launch:
+def _group_sum(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
     s, heads, bind = shape_of(node), len(part.kv_heads), _Bindings(node, part)
-    partial = zip(("partial_k", "partial_v"), node.workspace[1:], strict=True)
+    partial = zip(("partial_k", "partial_v"), workspace[1:], strict=True)
     start = (part.rows.start * s["S"] * s["K"] + part.kv_heads.start) * s["E"]
     results = zip(("dk", "dv"), node.outputs[1:], strict=True)
     bindings = [reads(n, t) for n, t in partial] + [bind(n, t, start, write=True) for n, t in results]

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal
 from entrenar_gpu.ops.elementwise import elementwise_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, record, register, same_as
 
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3: Philox4x32-10.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -74,11 +74,11 @@ fn philox(start: vec4<u32>, seed: u32) -> u32 {{
 """
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     p = node.attrs["probability"]
     word = f"philox(vec4<u32>(i, {node.attrs['key']}u, in_rng[1], in_rng[2]), in_rng[0])"
     kept = f"select(0.0, x * {literal(1 / (1 - p))}, {word} >= {_threshold(p)}u)"
-    return elementwise_launch(node, caps, aliased, [kept], _source())
+    return elementwise_launch(node, caps, placed, [kept], _source())
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:

@@ -15,10 +15,10 @@ import numpy as np
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.reduce import sum_all, sum_rows
 from entrenar_gpu.ops.registry import (
-    Aliased,
     GradientContext,
     Gradients,
     Op,
+    Placement,
     Spec,
     not_differentiable,
     record,
@@ -32,7 +32,7 @@ WORKGROUP = 256
 def elementwise_launch(
     node: Node,
     caps: Caps,
-    aliased: Aliased,
+    placed: Placement,
     expressions: Sequence[str],
     functions: str = "",
     names: Sequence[str] | None = None,
@@ -49,7 +49,7 @@ def elementwise_launch(
     loads = []
     outs = [f"out{k}" for k in range(len(expressions))]
     for name, tensor in zip(names or node.inputs, node.inputs.values(), strict=True):
-        shared = [out for out, made in zip(outs, node.outputs, strict=True) if aliased(made, tensor)]
+        shared = [out for out, made in zip(outs, node.outputs, strict=True) if placed.aliased(made, tensor)]
         source = shared[0] if shared else f"in_{name}"
         if not shared and all(b.name != source for b in bindings):
             bindings.append(reads(source, tensor, width))
@@ -82,8 +82,8 @@ def _binary(name: str, expression: str, function: Any, gradient: Any) -> None:
     def reference(node: Node, a: np.ndarray, b: np.ndarray) -> Sequence[np.ndarray]:
         return [function(a, b.reshape(()) if b.size == 1 else b).astype(a.dtype, copy=False)]
 
-    def launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        return elementwise_launch(node, caps, aliased, [expression])
+    def launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, placed, [expression])
 
     register(Op(name, infer, reference, launch, gradient, inplace=_inplace))
 
@@ -148,7 +148,7 @@ register(
         "scale",
         same_as("a"),
         lambda node, a: [a * a.dtype.type(node.attrs["factor"])],
-        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, [f"a * {literal(node.attrs['factor'])}"]),
+        lambda node, caps, placed: elementwise_launch(node, caps, placed, [f"a * {literal(node.attrs['factor'])}"]),
         lambda node, upstream, context: {"a": scale(upstream[0], node.attrs["factor"])},
         inplace=_inplace,
     )
@@ -175,7 +175,7 @@ def ones(like: Tensor) -> Tensor:
     return fill(like, 1.0)
 
 
-def _fill_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _fill_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     size = node.output.size
     constants = {"size": size, "loads": [], "stores": [("out0", literal(node.attrs["value"]))], "functions": ""}
     bindings = (writes("out0", node.output),)
@@ -258,11 +258,11 @@ def _activation(
 ) -> Callable[[Tensor], Tensor]:
     """Register y = f(x) and its gradient dx = dy f'(x) as two ops; returns the function that records the first."""
 
-    def forward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        return elementwise_launch(node, caps, aliased, [value], functions)
+    def forward(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, placed, [value], functions)
 
-    def backward(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
-        return elementwise_launch(node, caps, aliased, [f"dy * ({slope})"], functions)
+    def backward(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, placed, [f"dy * ({slope})"], functions)
 
     def gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
         return {"x": record(f"{name}_grad", x=node.inputs["x"], dy=upstream[0])[0]}
@@ -332,7 +332,7 @@ register(
         "swiglu",
         same_as("gate"),
         lambda node, gate, up: [gate * np_sigmoid(gate) * up],
-        lambda node, caps, aliased: elementwise_launch(node, caps, aliased, ["a * sigmoid(a) * b"], _SIGMOID, "ab"),
+        lambda node, caps, placed: elementwise_launch(node, caps, placed, ["a * sigmoid(a) * b"], _SIGMOID, "ab"),
         _swiglu_gradient,
         inplace=_inplace,
     )
@@ -342,10 +342,10 @@ register(
         "swiglu_grad",
         same_as("gate", "up"),
         _np_swiglu_grad,
-        lambda node, caps, aliased: elementwise_launch(
+        lambda node, caps, placed: elementwise_launch(
             node,
             caps,
-            aliased,
+            placed,
             ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"],
             _SIGMOID,
             "abc",

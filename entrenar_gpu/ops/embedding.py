@@ -9,7 +9,17 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
 from entrenar_gpu.ops.elementwise import copy_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, in_place, record, register, same_as
+from entrenar_gpu.ops.registry import (
+    GradientContext,
+    Gradients,
+    Op,
+    Placement,
+    Spec,
+    in_place,
+    record,
+    register,
+    same_as,
+)
 
 
 def embedding(ids: Tensor, shards: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
@@ -39,7 +49,7 @@ def shard_starts(shards: Sequence[Tensor]) -> list[int]:
     return [sum(p.shape[0] for p in shards[:i]) for i in range(len(shards))]
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     ids, shards, launches = node.inputs["ids"], node.group("shards"), []
     for shard, start in zip(shards, shard_starts(shards), strict=True):
         constants = {
@@ -80,9 +90,9 @@ def _grad_reference(
     return [total]
 
 
-def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     held, dy, ids, order = node.inputs.values()
-    copies = [] if aliased(node.output, held) else [copy_launch(held, node.output, caps)]
+    copies = [] if placed.aliased(node.output, held) else [copy_launch(held, node.output, caps)]
     constants = {"mode": "scatter", "T": ids.size, "D": held.columns, "first": node.attrs["first"]}
     constants |= {"rows": held.shape[0], "format": "f32"}
     bindings = (reads("ids", ids), reads("order", order), reads("dy", dy), writes("out", node.output))

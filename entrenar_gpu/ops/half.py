@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 
 TOP = 14  # exponent that a row's largest element is brought to
 
@@ -62,7 +62,7 @@ def _width(rows: Tensor) -> int:
     return 4 if rows.columns % 4 == 0 else 2
 
 
-def _to_half_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _to_half_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, (codes, scales) = node.inputs["x"], node.outputs
     width = _width(x)
     constants = {"mode": "to", "ROWS": x.rows, "N": x.columns // width, "width": width, "top": TOP}
@@ -70,7 +70,7 @@ def _to_half_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch
     return [Launch("half", bindings, constants, grid_of(x.rows, caps))]
 
 
-def _from_half_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _from_half_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     codes, scales, y = node.inputs["codes"], node.inputs["scales"], node.output
     width = _width(codes)
     constants = {"mode": "from", "SIZE": y.size // width, "N": y.columns // width, "width": width}

@@ -25,7 +25,7 @@ from entrenar_gpu.ops.gemm.vocabulary import (
     vocabulary_of,
 )
 from entrenar_gpu.ops.reduce import rows_launch
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, in_place, record, register
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, in_place, record, register
 
 IGNORE = -100  # the label of a position without loss, as PyTorch's cross-entropy and transformers have it
 LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
@@ -146,10 +146,10 @@ def _vector(logits: Tensor) -> int:
     return 4 if logits.columns % 4 == 0 else 1
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
     loss, lse = node.outputs[:2]
-    logits, losses, *scratch = node.workspace
+    logits, losses, *scratch = placed.workspace
     low_precision = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
     partial = scratch[0] if scratch else None
     launches = []
@@ -214,13 +214,13 @@ def _grad_reference(
     ]
 
 
-def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, targets, lse, upstream = (node.inputs[name] for name in ("x", "targets", "lse", "upstream"))
     shards, held = node.group("shards"), node.group("held")
     dx, *totals = node.outputs
-    logits, *partial = node.workspace
+    logits, *partial = placed.workspace
     depth, vocabulary = x.columns, logits.columns
-    launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not aliased(t, h)]
+    launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not placed.aliased(t, h)]
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += logits_launches(x, None, shards, logits, at, count, caps)
         offset, first = split_offset(at, lse)
@@ -278,7 +278,7 @@ def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
     return record("project", x=x, shards=list(shards))[0]
 
 
-def _project_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _project_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, shards = node.inputs["x"], node.group("shards")
     return logits_launches(x, None, shards, node.output, 0, x.rows, caps)
 

@@ -10,7 +10,7 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register, same_as
 
 WORKGROUP = 256
 _STATISTICS = ("rstd", "average")  # what a norm leaves for its gradient; RMS norms have no average
@@ -71,7 +71,7 @@ def lanes(steps: int) -> int:
     return min(1 << (steps - 1).bit_length(), WORKGROUP)
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     constants: dict[str, Any] = {**_blocking(node), "mode": node.op, "eps": literal(node.attrs["eps"])}
     width = constants["VEC"]
     bindings = [reads(name, tensor, width) for name, tensor in node.inputs.items()]
@@ -119,13 +119,13 @@ def _grad_reference(
     return [dx if residual is None else dx + residual]
 
 
-def _grad_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     """With a residual, which is added to where it lies if it is not read again."""
     constants: dict[str, Any] = {**_blocking(node), "eps": "", "residual": ""}
     width, residual = constants["VEC"], node.inputs.get("residual")
     bindings = [reads(name, node.inputs[name], width) for name in ("x", "weight", "dy")]
     if residual is not None:
-        constants["residual"] = "dx" if aliased(node.output, residual) else "residual"
+        constants["residual"] = "dx" if placed.aliased(node.output, residual) else "residual"
         bindings += [] if constants["residual"] == "dx" else [reads("residual", residual, width)]
     bindings += [reads(name, node.inputs[name]) for name in _STATISTICS if name in node.inputs]
     constants["mode"] = "layer_norm_grad" if "average" in node.inputs else "rms_norm_grad"
@@ -139,7 +139,7 @@ def _hat_reference(
     return [_hat(x, node.attrs["length"], rstd, average).reshape(x.shape)]
 
 
-def _hat_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _hat_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, average = node.inputs["x"], "average" in node.inputs
     row = f"i / {node.attrs['length']}u"
     loads = [("a", "x[i]"), ("r", f"rstd[{row}]"), ("m", f"average[{row}]" if average else "0.0")]

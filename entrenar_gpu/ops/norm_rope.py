@@ -11,7 +11,7 @@ from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, rea
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.norm import WORKGROUP, lanes
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import OPS, Aliased, GradientContext, Gradients, Op, Spec, record, register
+from entrenar_gpu.ops.registry import OPS, GradientContext, Gradients, Op, Placement, Spec, record, register
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, table: Tensor, positions: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _grad_reference(
     return OPS["norm_grad"].reference(node, x, weight, rotated, rstd)
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, weight, table, positions, *given = node.inputs.values()
     half = weight.size // 2
     width = 4 if half % 4 == 0 else 1

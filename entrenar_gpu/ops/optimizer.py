@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
-from entrenar_gpu.ops.registry import Aliased, Op, in_place, record, register, same_as
+from entrenar_gpu.ops.registry import Op, Placement, in_place, record, register, same_as
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
 # correction1/2: 1 - beta^taken, kept as a running average of ones, since 1 - beta^t cancels in f32 for small t.
@@ -58,7 +58,7 @@ def _squares_reference(node: Node, page: np.ndarray) -> Sequence[np.ndarray]:
         return [(chunks * chunks).sum(axis=1)]
 
 
-def _squares_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _squares_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     page, out = node.inputs["page"], node.output
     constants = {"N": page.size, "CHUNK": NORM_CHUNK, "PARTS": out.size, "WIDTH": 256}
     return [Launch("sum_of_squares", (reads("page", page), writes("out", out)), constants, grid_of(out.size, caps))]
@@ -127,7 +127,7 @@ def _decide_reference(
     return [new, np.zeros_like(loss), new_scale]
 
 
-def _decide_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _decide_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     partials = node.group("partials")
     beta1, beta2 = node.attrs["betas"]
     constants: dict[str, Any] = {
@@ -242,7 +242,7 @@ def _sgd_reference(
     return [page - lr[0] * step, np.zeros_like(grad), *([] if v is None else [step])]
 
 
-def _update_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _update_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     held, attrs = _held(node), node.attrs
     constants: dict[str, Any] = {
         "mode": node.op if node.op == "adam" else "momentum" if len(held) == 3 else "sgd",

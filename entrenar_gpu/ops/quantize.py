@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, literal, reads, writes
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK, SCALE_BLOCK, Nf4Weight, nf4
 
 TABLE = nf4.SCALE_CODE.size + 2
@@ -91,7 +91,7 @@ def scale_bindings(parts: Sequence[Tensor]) -> list[Binding]:
     return [reads(n, t) for n, t in zip(names, parts, strict=True)]
 
 
-def _dequantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _dequantize_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     parts = node.group("weight")
     size = node.output.size
     vector = size % 8 == 0
@@ -141,7 +141,7 @@ def _quantize_reference(node: Node, weight: np.ndarray) -> Sequence[np.ndarray]:
     return list(nf4.quantize(weight))
 
 
-def _quantize_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _quantize_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     weight = node.inputs["weight"]
     codes, absmax = node.outputs
     constants = {
@@ -170,10 +170,10 @@ def _scales_workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return [((1,), "f32")]
 
 
-def _scales_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _scales_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     absmax, code, steps = node.inputs.values()
     codes, nested, table = node.outputs
-    (mean,) = node.workspace
+    (mean,) = placed.workspace
     average = {"blocks": absmax.size, "zero": int(np.flatnonzero(nf4.SCALE_CODE == 0)[0])}
     bindings = (
         reads("absmax", absmax),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register, same_as
 
 CHUNK = 4096  # elements a workgroup sums in the first of two passes
 ROWS_CHUNK = 128  # rows an invocation sums in the first of two passes
@@ -76,20 +76,20 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return ()
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, out = node.inputs["x"], node.output
     if node.attrs["axis"] == "last":
         return [rows_launch(x, out, out.size, x.columns, caps, node.attrs["factor"])]
     if node.attrs["axis"] == "all":
-        if not node.workspace:
+        if not placed.workspace:
             return [rows_launch(x, out, 1, x.size, caps, node.attrs["factor"])]
-        (partial,) = node.workspace
+        (partial,) = placed.workspace
         first = rows_launch(x, partial, partial.size, CHUNK, caps)
         return [first, rows_launch(partial, out, 1, partial.size, caps, node.attrs["factor"])]
     rows = x.size // out.size
-    if not node.workspace:
+    if not placed.workspace:
         return [columns_launch(x, out, 1, rows, rows, out.size, caps)]
-    (partial,) = node.workspace
+    (partial,) = placed.workspace
     parts = partial.shape[0]
     return [
         columns_launch(x, partial, parts, ROWS_CHUNK, rows, out.size, caps),
@@ -121,7 +121,7 @@ def _expand_reference(node: Node, dy: np.ndarray) -> Sequence[np.ndarray]:
     return [np.broadcast_to(dy * dy.dtype.type(node.attrs["factor"]), shape).copy()]
 
 
-def _expand_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _expand_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     dy, out = node.inputs["dy"], node.output
     index = {"last": f"i / {out.columns}u", "all": "0", "leading": f"i % {dy.size}u"}[node.attrs["axis"]]
     constants = {
@@ -168,8 +168,8 @@ def _softmax_grad_reference(node: Node, y: np.ndarray, dy: np.ndarray) -> Sequen
     return [y * (dy - (y * dy).sum(axis=-1, keepdims=True))]
 
 
-def _per_row(mode: str) -> Callable[[Node, Caps, Aliased], Sequence[Launch]]:
-    def launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _per_row(mode: str) -> Callable[[Node, Caps, Placement], Sequence[Launch]]:
+    def launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         bindings = [reads(name, tensor) for name, tensor in node.inputs.items()]
         constants = {"mode": mode, "ROWS": node.output.rows, "N": node.output.columns}
         grid = grid_of(node.output.rows, caps)

@@ -17,7 +17,6 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, flat
 
 Spec = tuple[tuple[int, ...], str]  # shape, dtype
-Aliased = Callable[[Tensor, Tensor], bool]  # whether an output and an input of a node share storage
 Gradients = Mapping[str, Tensor | Sequence[Tensor | None] | None]  # by the names of inputs
 
 
@@ -34,12 +33,21 @@ class GradientContext(Protocol):
 
 
 @dataclass(frozen=True)
+class Placement:
+    """What launches depend on besides their node: its scratch tensors, as `Op.workspace` asked for them, and whether an
+    output shares storage with an input (`aliased(output, input)`)."""
+
+    workspace: tuple[Tensor, ...]
+    aliased: Callable[[Tensor, Tensor], bool]
+
+
+@dataclass(frozen=True)
 class Op:
     """One op.
 
     infer(node) -> specs of the outputs.
     reference(node, **arrays) -> output arrays in any float dtype, from the inputs by name, groups as lists.
-    launch(node, caps, aliased) -> launches.
+    launch(node, caps, placed) -> launches.
     gradient: see above; None for ops that are never differentiated.
     workspace(node, caps) -> specs of scratch tensors.   flops(node) -> arithmetic operations, for traces and submits.
     inplace(node) -> (output index, input name) pairs that may share storage, because each element of the input is read
@@ -50,7 +58,7 @@ class Op:
     name: str
     infer: Callable[[Node], Sequence[Spec]]
     reference: Callable[..., Sequence[np.ndarray]]
-    launch: Callable[[Node, Caps, Aliased], Sequence[Launch]]
+    launch: Callable[[Node, Caps, Placement], Sequence[Launch]]
     gradient: Callable[[Node, Sequence[Any], GradientContext], Gradients] | None = None
     workspace: Callable[[Node, Caps], Sequence[Spec]] = lambda node, caps: ()
     flops: Callable[[Node], int] = lambda node: sum(t.size for t in node.outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, record, register, same_as
 
 
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ def _reference(node: Node, x: np.ndarray, table: np.ndarray, positions: np.ndarr
     return [np.stack([first * cos - second * sin, second * cos + first * sin], axis=2).reshape(x.shape)]
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, table, positions = node.inputs.values()
     pairs = x.size // 2
-    shared = aliased(node.output, x)
+    shared = placed.aliased(node.output, x)
     constants = {
         "PAIRS": pairs,
         "HALF": table.columns // 2,

@@ -30,13 +30,14 @@ def overlap(a: Slice, b: Slice) -> bool:
 def check_storage(plan: Plan, graphs: dict[str, Graph]) -> None:
     """Follows, node by node, which tensor each stretch of each buffer holds, and that every read finds its tensor."""
     held: list[tuple[Slice, int]] = []
-    for graph in graphs.values():
+    for name, graph in graphs.items():
         held = [(plan.slices[t.id], t.id) for t in graph.persistents.values()]
-        for node in graph.nodes:
+        for step in plan.steps[name]:
+            node = step.node
             for tensor in node.inputs.values():
                 assert (plan.slices[tensor.id], tensor.id) in held, f"{node.label()} reads {tensor!r}, overwritten"
             allowed = {(node.outputs[out].id, node.inputs[source].id) for out, source in OPS[node.op].inplace(node)}
-            for made in (*node.outputs, *node.workspace):
+            for made in (*node.outputs, *step.workspace):
                 place = plan.slices[made.id]
                 assert place.nbytes == made.nbytes
                 for tensor in node.inputs.values():
@@ -260,7 +261,7 @@ def test_the_plan_of_a_small_graph_reads_as_recorded():
 
 
 def test_a_launch_that_reads_what_it_writes_is_refused(monkeypatch):
-    def launch(node: Node, caps: Caps, aliased) -> list[Launch]:
+    def launch(node: Node, caps: Caps, placed) -> list[Launch]:
         return [Launch("elementwise", (reads("a", node.output), writes("b", node.output)), {}, (1, 1, 1))]
 
     monkeypatch.setitem(OPS, "both", Op("both", same_as("x"), lambda node, x: [x], launch))

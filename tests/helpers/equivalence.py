@@ -121,8 +121,8 @@ def run_device(program: Program, device: Any, kernels: Any, plan: Plan) -> dict[
 def intact(graph: Graph, plan: Plan) -> list[Tensor]:
     """Tensors that lie undisturbed in their storage when the graph has run."""
     owner: dict[Any, Tensor] = {plan.slices[t.id]: t for t in graph.persistents.values()}
-    for node in graph.nodes:
-        for tensor in (*node.workspace, *node.outputs):
+    for step in plan.steps[graph.name]:
+        for tensor in (*step.workspace, *step.node.outputs):
             place = plan.slices[tensor.id]
             for other in [p for p in owner if p.buffer == place.buffer and _overlap(p, place)]:
                 del owner[other]

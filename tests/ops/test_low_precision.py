@@ -204,13 +204,15 @@ def test_codes_and_scales_have_the_references_bits(turn, device, kernels):
     values = rng.standard_normal(x.shape) * 2.0 ** rng.integers(-118, 110, (64, 1))
     node = (transposed(x, frozen, "int8") if turn else ops.linear(x, frozen, precision="int8")).node
     assert node is not None
-    replay = Replay(device, make_plan({"codes": graph}, device.caps), kernels)
+    plan = make_plan({"codes": graph}, device.caps)
+    operands = low_precision_operands(node, next(s.workspace for s in plan.steps["codes"] if s.node is node))
+    replay = Replay(device, plan, kernels)
     try:
         replay.write("x", values.astype(np.float32))
         for part, array in zip(frozen.parts, host_parts(weight), strict=True):
             replay.write(part.name, array)
         replay.run("codes")
-        a, a_scale, b, b_scale = (replay.read_temporary(t) for pair in low_precision_operands(node) for t in pair)
+        a, a_scale, b, b_scale = (replay.read_temporary(t) for pair in operands for t in pair)
     finally:
         replay.close()
     narrowed = [(a, a_scale, values.astype(np.float32)), *([(b, b_scale, weight.dequantize().T)] if turn else [])]

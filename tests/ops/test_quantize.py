@@ -171,8 +171,8 @@ def test_division_is_rounded_to_nearest(device, kernels, rng, monkeypatch):
 def divided(device, kernels, monkeypatch, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     source = (SHADER_FOLDER / "lib" / "divide.wgsl").read_text()
 
-    def launch(node, caps, aliased):
-        return elementwise_launch(node, caps, aliased, ["divide(a, b)"], functions=source)
+    def launch(node, caps, placed):
+        return elementwise_launch(node, caps, placed, ["divide(a, b)"], functions=source)
 
     monkeypatch.setitem(OPS, "divide", Op("divide", same_as("a"), lambda node, a, b: [a / b], launch))
     graph = Graph()

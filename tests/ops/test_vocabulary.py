@@ -126,8 +126,8 @@ def test_chunks_of_tokens_and_slices_of_pages(device, kernels, monkeypatch):
 
 
 def workspace(head: Head, device: Any, chosen: Any) -> tuple[Tensor, ...]:
-    make_plan({"head": head.graph}, device.caps, PlanOptions(tiles=chosen))
-    return head.node.workspace
+    plan = make_plan({"head": head.graph}, device.caps, PlanOptions(tiles=chosen))
+    return next(step.workspace for step in plan.steps["head"] if step.node is head.node)
 
 
 def test_no_further_from_the_exact_loss_than_bf16_logits_are():

@@ -37,7 +37,7 @@ from entrenar_gpu.ops.gemm.matmul import (
 )
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK
 
 _MOST_BINDINGS = Caps().max_storage_buffers  # those of every device, so that all sum in one order
@@ -227,22 +227,23 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
-def low_precision_operands(node: Node) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+def low_precision_operands(
+    node: Node, workspace: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """What the product multiplies, x and the weight: each its low-precision copy and, in int8, its scales."""
     has_scales = node.attrs["arithmetic"] == "int8"
 
     def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return by[0], by[1] if has_scales else None
 
-    weight = node.group("copy") or node.workspace[2 if has_scales else 1 :]
-    return held(node.workspace), held(weight)
+    return held(workspace), held(node.group("copy") or workspace[2 if has_scales else 1 :])
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     m, n, k, r = product_sizes(node)
     (p, q), residual, slices = low_rank_of(node), node.inputs.get("residual"), _slices(node, caps)
-    partial = node.workspace[-1] if slices else None
-    (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node)
+    partial = placed.workspace[-1] if slices else None
+    (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node, placed.workspace)
     multiplied = Matmul(
         (m, n, k),
         whole(low_x),
@@ -253,7 +254,7 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         low_rank_transposed=node.attrs.get("low_rank_transposed", False),
         bias=node.inputs.get("bias"),
         residual=residual,
-        accumulate=residual is not None and aliased(node.output, residual),
+        accumulate=residual is not None and placed.aliased(node.output, residual),
         scales=(x_scales, w_scales) if x_scales is not None and w_scales is not None else None,
     )
     lora_a = node.inputs.get("lora_a")

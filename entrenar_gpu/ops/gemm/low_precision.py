@@ -16,7 +16,7 @@ from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
-from entrenar_gpu.ops.registry import Aliased, Op, Spec, record, register
+from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK, nf4
 
 # Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
@@ -141,7 +141,7 @@ def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
     return low_precision_specs(node.attrs["arithmetic"], n, k)
 
 
-def _low_precision_weight_launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _low_precision_weight_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
     return [low_precision_weight_launch(node.attrs, node.group("weight"), codes, scales, caps)]
 
@@ -166,7 +166,7 @@ register(
         "nf4_dequantize_transposed",
         lambda node: [(node.attrs["shape"][::-1], "f32")],
         lambda node, weight: [np.ascontiguousarray(dequantized(node.attrs, weight).T)],
-        lambda node, caps, aliased: [
+        lambda node, caps, placed: [
             low_precision_weight_launch(
                 {**node.attrs, "transposed": True}, node.group("weight"), node.output, None, caps
             )

@@ -12,7 +12,7 @@ from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, layout_of, matmul_launches, partial_shapes, whole
 from entrenar_gpu.ops.gemm.tiles import Choice, choose
 from entrenar_gpu.ops.reduce import sum_rows
-from entrenar_gpu.ops.registry import Aliased, GradientContext, Gradients, Op, Spec, record, register
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
 
 def matmul(
@@ -190,7 +190,7 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return partial_shapes(matmul_sizes(node)[:3], _choice(node, caps))
 
 
-def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
+def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     m, n, k, r = matmul_sizes(node)
     a, b, residual = node.inputs["a"], node.inputs["b"], node.inputs.get("residual")
     (p, q), attrs = low_rank_of(node), node.attrs
@@ -209,9 +209,9 @@ def _launch(node: Node, caps: Caps, aliased: Aliased) -> Sequence[Launch]:
         attrs.get("low_rank_transposed", False),
         node.inputs.get("bias"),
         residual,
-        accumulate=residual is not None and aliased(node.output, residual),
+        accumulate=residual is not None and placed.aliased(node.output, residual),
     )
-    return matmul_launches(launched, _choice(node, caps), next(iter(node.workspace), None), caps)
+    return matmul_launches(launched, _choice(node, caps), next(iter(placed.workspace), None), caps)
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, str]]:
