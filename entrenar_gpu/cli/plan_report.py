@@ -63,7 +63,7 @@ class PlanReport:
                 result[buffer] = "adapter_bytes" if tensor.role == "param" else "gradient_bytes"
             elif tensor.role == "weight":
                 result[buffer] = _weight_purpose(name)
-            elif tensor.role == "state":
+            elif tensor.role in ("state", "moment"):
                 result[buffer] = "copy_bytes" if name.endswith(weight_copies.PARTS) else "optimizer_bytes"
         for buffer in self.plan.buffers:
             if buffer.startswith("pool."):

@@ -2,7 +2,7 @@
 
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.memory import FittedPlan, fit
-from entrenar_gpu.compiler.pages import PAGED_ROLES, page_layout, page_sizes
+from entrenar_gpu.compiler.pages import PAGED_ROLES, ParameterPage, page_layout, page_sizes, parameter_pages
 from entrenar_gpu.compiler.plan import RING, Plan, PlanOptions, Step, make_plan, queries_of
 from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.compiler.trace_groups import TraceGroup
@@ -11,6 +11,7 @@ __all__ = [
     "PAGED_ROLES",
     "RING",
     "FittedPlan",
+    "ParameterPage",
     "Plan",
     "PlanOptions",
     "Recompute",
@@ -21,5 +22,6 @@ __all__ = [
     "make_plan",
     "page_layout",
     "page_sizes",
+    "parameter_pages",
     "queries_of",
 ]

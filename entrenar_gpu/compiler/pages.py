@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entrenar_gpu.graph import OFFSET_ALIGNMENT, Tensor
+from entrenar_gpu.graph import OFFSET_ALIGNMENT, Graph, Tensor
 
 # A trainable tensor is a slice of a page, and is bound by its offset there.
 ALIGNMENT = OFFSET_ALIGNMENT
+PAGE_BYTES = 128 << 20
 PAGED_ROLES = ("param", "grad")
 
 
@@ -21,24 +22,69 @@ class Slice:
     nbytes: int
 
 
-def page_layout(tensors: Sequence[Tensor], role: str, page_bytes: int = 128 << 20) -> list[Slice]:
+@dataclass(frozen=True)
+class ParameterPage:
+    """What one launch of an update reads and overwrites: flat tensors of one length, by the same offsets.
+
+    `decays` is False for vectors (norms, biases): weight decay leaves them out where they are trained.
+    """
+
+    param: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, ...]
+    decays: bool
+
+
+def parameter_pages(graph: Graph, parameters: Sequence[Tensor], moments: int) -> list[ParameterPage]:
+    """The pages that `parameters` are slices of, declared in `graph`, with so many moments of each."""
+    sizes: dict[_Page, int] = {}
+    for tensor, (page, offset) in _places(parameters, PAGE_BYTES).items():
+        sizes[page] = max(sizes.get(page, 0), offset + tensor.nbytes)
+    pages = []
+    for page, nbytes in sizes.items():
+        shape = (nbytes // 4,)
+        param, grad = (graph.tensor(page.name(role), shape, role="page") for role in PAGED_ROLES)
+        names = [page.name(f"moment{number}") for number in range(1, moments + 1)]
+        held = tuple(graph.tensor(name, shape, role="moment") for name in names)
+        pages.append(ParameterPage(param, grad, held, decays=page.matrices))
+    return pages
+
+
+def page_layout(tensors: Sequence[Tensor], role: str, page_bytes: int = PAGE_BYTES) -> list[Slice]:
     """Slices of pages of at most `page_bytes`, in the order given; tensors of one name share a slice.
 
     A parameter, its gradient and its moments get the same offsets in pages of their own, so that one launch over a
     page updates many tensors. Vectors (norms, biases) have pages apart: weight decay leaves them out.
     """
-    seen: dict[str, Slice] = {}
-    cursors = {"matrix": (0, 0), "vector": (0, 0)}
+    places = {t.name: (page, offset) for t, (page, offset) in _places(tensors, page_bytes).items()}
+    return [Slice(places[t.name][0].name(role), places[t.name][1], t.nbytes) for t in tensors]
+
+
+@dataclass(frozen=True)
+class _Page:
+    matrices: bool
+    number: int
+
+    def name(self, role: str) -> str:
+        return f"{role}.{'matrix' if self.matrices else 'vector'}.{self.number}"
+
+
+def _places(tensors: Sequence[Tensor], page_bytes: int) -> dict[Tensor, tuple[_Page, int]]:
+    """The page and the offset of each tensor, of several with one name the first."""
+    placed: dict[Tensor, tuple[_Page, int]] = {}
+    seen: set[str] = set()
+    ends = {True: (0, 0), False: (0, 0)}  # of the last page of matrices and of vectors: its number, and where it ends
     for tensor in tensors:
         if tensor.name in seen:
             continue
-        kind = "matrix" if len(tensor.shape) > 1 else "vector"
-        page, offset = cursors[kind]
+        seen.add(tensor.name)
+        matrices = len(tensor.shape) > 1
+        number, offset = ends[matrices]
         if offset and offset + tensor.nbytes > page_bytes:
-            page, offset = page + 1, 0
-        seen[tensor.name] = Slice(f"{role}.{kind}.{page}", offset, tensor.nbytes)
-        cursors[kind] = (page, offset + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
-    return [seen[t.name] for t in tensors]
+            number, offset = number + 1, 0
+        placed[tensor] = (_Page(matrices, number), offset)
+        ends[matrices] = (number, offset + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
+    return placed
 
 
 def page_sizes(slices: Sequence[Slice]) -> dict[str, int]:

@@ -20,8 +20,8 @@ from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
 
 # input: written by the host before a run        weight: frozen, written once at loading
 # param, grad, state: kept on the device between runs and updated there        temp: lives inside one run
-# page: the flat buffer that a run of params, or of their grads, are slices of
-Role = Literal["input", "weight", "param", "grad", "state", "page", "temp"]
+# page: the flat buffer that a run of params, or of their grads, are slices of; moment: what an optimizer keeps of one
+Role = Literal["input", "weight", "param", "grad", "state", "page", "moment", "temp"]
 
 # What `Tensor`'s operators and methods call, by name: filled by ops/ and, for eager use, by eager.py.
 OPERATORS: dict[str, Callable[..., Any]] = {}

@@ -5,11 +5,13 @@ What must survive from step to step without the host lives in one `state` tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.ops.registry import Op, Placement, in_place, record, register, same_as
 
@@ -281,3 +283,34 @@ for _name, _ref in (("adam", _adam_reference), ("sgd", _sgd_reference)):
             inplace=lambda node: list(enumerate(_held(node))),
         )
     )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How many moments it keeps of a page of parameters, and what records its step over one, in place.
+
+    step(page, grad, moments, state, lr, decay, options): the options are those of the run.
+    """
+
+    moments: int
+    step: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor, Tensor, float, TrainConfig], None]
+
+
+def _adam_step(decoupled: bool) -> Optimizer:
+    def step(
+        page: Tensor, grad: Tensor, moments: Sequence[Tensor], state: Tensor, lr: Tensor, decay: float, c: TrainConfig
+    ) -> None:
+        m, v = moments
+        adam(page, grad, m, v, state, lr, (c.beta1, c.beta2), c.eps, decay, decoupled)
+
+    return Optimizer(2, step)
+
+
+def _sgd_step(
+    page: Tensor, grad: Tensor, moments: Sequence[Tensor], state: Tensor, lr: Tensor, decay: float, c: TrainConfig
+) -> None:
+    sgd(page, grad, moments[0] if c.momentum else None, state, lr, c.momentum, decay)
+
+
+# By the names that --optimizer takes (config/train_config.py).
+OPTIMIZERS = {"adamw": _adam_step(True), "adam": _adam_step(False), "sgd": Optimizer(1, _sgd_step)}

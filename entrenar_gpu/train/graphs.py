@@ -15,8 +15,7 @@ from entrenar_gpu.compiler import (
     PlanOptions,
     autodiff,
     fit,
-    page_layout,
-    page_sizes,
+    parameter_pages,
     weight_copies,
 )
 from entrenar_gpu.config import TrainConfig
@@ -24,7 +23,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph
 from entrenar_gpu.model import ModelConfig, Storage, Transformer
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
-from entrenar_gpu.ops.optimizer import FIRST_SCALE, STATE
+from entrenar_gpu.ops.optimizer import FIRST_SCALE, OPTIMIZERS, STATE
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
 LOSS_SCALE_NAME = "loss_scale"
@@ -105,28 +104,21 @@ def update_graph(shape: RunShape, micro: Graph, caps: Caps) -> Graph:
     """The optimizer step over the pages of the parameters of `micro`."""
     graph, c = Graph("update", report=STATE_NAME, traced=True), shape.train
     parameters = [t for t in micro.persistents.values() if t.role == "param"]
-    pages = page_sizes(page_layout(parameters, "param"))
+    optimizer = OPTIMIZERS[c.optimizer]
+    pages = parameter_pages(graph, parameters, optimizer.moments)
     state = graph.tensor(STATE_NAME, (STATE,), role="state")
     loss = graph.tensor(LOSS_NAME, (1,), role="state")
     lr = graph.tensor("lr", (1,))
     with graph.within("clip", phase="optimizer"):
-        grads = {name: graph.tensor(f"grad{name[5:]}", (size // 4,), role="page") for name, size in pages.items()}
-        partials = [ops.sum_of_squares(g) for g in grads.values()]
+        partials = [ops.sum_of_squares(page.grad) for page in pages]
         scale = graph.tensor(LOSS_SCALE_NAME, (1,), role="state")
         # Gradients that pass through low precision are scaled, and the scale adapts; f32 needs none.
         low_precision = shape.precision(caps) != "f32"
         state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=low_precision)
     with graph.within("step", phase="optimizer"):
-        for name, size in pages.items():
-            page = graph.tensor(name, (size // 4,), role="page")
-            decay = 0.0 if ".vector." in name and shape.storage.method == "full" else c.weight_decay
-            first = graph.tensor(f"moment1{name[5:]}", page.shape, role="state")
-            if c.optimizer == "sgd":
-                ops.sgd(page, grads[name], first if c.momentum else None, state, lr, c.momentum, decay)
-                continue
-            second = graph.tensor(f"moment2{name[5:]}", page.shape, role="state")
-            betas, decoupled = (c.beta1, c.beta2), c.optimizer == "adamw"
-            ops.adam(page, grads[name], first, second, state, lr, betas, c.eps, decay, decoupled)
+        for page in pages:
+            decay = c.weight_decay if page.decays or shape.storage.method != "full" else 0.0
+            optimizer.step(page.param, page.grad, page.moments, state, lr, decay, c)
     return graph
 
 

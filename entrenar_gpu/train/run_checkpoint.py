@@ -108,8 +108,8 @@ def save_run(
 
 def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
     """Moments and counters of a run, and the scale of its loss, by name; all are f32."""
-    moments, counters = ("moment1.", "moment2."), (STATE_NAME, LOSS_SCALE_NAME)
-    return {n: t for n, t in session.executor.tensors.items() if n.startswith(moments) or n in counters}
+    counters = (STATE_NAME, LOSS_SCALE_NAME)
+    return {n: t for n, t in session.executor.tensors.items() if t.role == "moment" or n in counters}
 
 
 def _remove(checkpoint: Path) -> None:
