@@ -127,7 +127,7 @@ is_sound() {
 # --- GPU adapter -------------------------------------------------------------------------------------------------
 
 # Exit status 3 is "none", so that a trainer or wgpu that cannot be loaded at all shows its own error.
-probe_adapters='import sys; from entrenar_gpu.device import adapters; sys.exit(0 if adapters() else 3)'
+probe_adapters='import sys; from entrenar_gpu.gpu import gpus; sys.exit(0 if gpus("wgpu") else 3)'
 
 has_adapter() {
     local status=0

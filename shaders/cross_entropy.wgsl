@@ -21,7 +21,7 @@ fn main(
   let start = row * {{ V // VECTOR }}u;
   let token = {{ first }}u + row;
   var goal = -1;
-  if (end > 0u) { goal = targets[token]; }
+  if (end > 0u) { goal = min(targets[token], {{ V - 1 }}); }
 {% if mode == "dscores" %}
   var top = 0.0;
   if (end > 0u) { top = lse[token]; }

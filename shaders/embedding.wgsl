@@ -29,13 +29,13 @@ fn main(
 {% endif %}
   }
 {% else %}
-  let id = ids[order[t]];
+  let id = ids[min(order[t], {{ T - 1 }}u)];
   let row = id - {{ first }}u;
-  if (row >= {{ rows }}u || (t > 0u && ids[order[t - 1u]] == id)) { return; }
+  if (row >= {{ rows }}u || (t > 0u && ids[min(order[t - 1u], {{ T - 1 }}u)] == id)) { return; }
   for (var d = thread; d < {{ D }}u; d += 64u) {
     var total = out[row * {{ D }}u + d];
     for (var i = t; i < {{ T }}u; i++) {
-      let token = order[i];
+      let token = min(order[i], {{ T - 1 }}u);
       if (ids[token] != id) { break; }
       total += dy[token * {{ D }}u + d];
     }

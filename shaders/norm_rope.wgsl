@@ -19,7 +19,8 @@ fn main(
   let end = select(0u, {{ HALF }}u, row < {{ ROWS }}u);
   let start = row * {{ 2 * HALF }}u;
   var angle = 0u;
-  if (end > 0u) { angle = positions[row / {{ HEADS }}u] * {{ 2 * HALF }}u; }
+  let last = arrayLength(&table) / {{ 2 * HALF }}u - 1u;
+  if (end > 0u) { angle = min(positions[row / {{ HEADS }}u], last) * {{ 2 * HALF }}u; }
   var part = {{ floats }}();
 {% if mode == "norm_rope" %}
   for (var i = lane; i < end; i += {{ SUMMED }}u) {

@@ -13,7 +13,7 @@ fn main(
   let i = pair % {{ HALF }}u;
   let at = (pair / {{ HALF }}u) * {{ 2 * HALF }}u + i;
   let row = at / {{ WIDTH }}u;
-  let angle = positions[row] * {{ 2 * HALF }}u + i;
+  let angle = min(positions[row], arrayLength(&table) / {{ 2 * HALF }}u - 1u) * {{ 2 * HALF }}u + i;
   let cosine = table[angle];
   let sine = {{ sign }}table[angle + {{ HALF }}u];
   let first = {{ source }}[at];

@@ -1,4 +1,4 @@
-"""What `entrenar-gpu info` tells: the adapters, and what the trainer would use of each."""
+"""What `entrenar-gpu info` tells: engines and GPUs, and what the trainer would use of each."""
 
 from __future__ import annotations
 
@@ -6,63 +6,86 @@ import dataclasses
 import platform
 from typing import Any
 
-import wgpu
 from rich.console import Console
 from rich.text import Text
 
 from entrenar_gpu import __version__
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu import NO_GPU, REFUSED_FEATURES, choose_gpu, gpu_caps, gpus
+from entrenar_gpu.gpu import ENGINES, NO_GPU, Gpu, choose_gpu, engine, gpu_caps, gpus
 
 
 def describe() -> dict[str, Any]:
-    """Adapters in order of preference, with features, limits and abilities in use; `chosen` is the index used."""
-    found = gpus()
-    if not found:
+    """GPUs of every engine in order of preference, with features, limits and abilities in use.
+
+    `chosen` is the index of the one used among `adapters`, those of the `engine` that is used.
+    """
+    engines: dict[str, Any] = {}
+    for name in ENGINES:
+        try:
+            engines[name] = {"version": engine(name).version, "adapters": [g.info["device"] for g in gpus(name)]}
+        except UserError as error:
+            engines[name] = {"version": None, "off": str(error), "adapters": []}
+    if not any(told["adapters"] for told in engines.values()):
         raise UserError(NO_GPU)
-    chosen = choose_gpu()
+    choice = choose_gpu()
+    used = choice.gpu.engine
     return {
         "version": __version__,
-        "wgpu": wgpu.__version__,
+        "wgpu": engines["wgpu"]["version"],
         "python": platform.python_version(),
-        "chosen": found.index(chosen),
-        "adapters": [
-            {
-                "index": index,
-                **{
-                    key: adapter.info[key]
-                    for key in ("device", "vendor", "description", "adapter_type", "backend_type")
-                },
-                "uses": dataclasses.asdict(gpu_caps(adapter)),
-                "features": sorted(set(adapter.features) - REFUSED_FEATURES),
-                "limits": dict(adapter.limits),
-            }
-            for index, adapter in enumerate(found)
-        ],
+        "engine": used.name,
+        "engine_why": choice.why,
+        "engines": engines,
+        "chosen": gpus(used.name).index(choice.gpu),
+        "adapters": [{"index": index, **_described(gpu)} for index, gpu in enumerate(gpus(used.name))],
+    }
+
+
+def _described(gpu: Gpu) -> dict[str, Any]:
+    facts = {key: gpu.info[key] for key in ("device", "vendor", "description", "adapter_type", "backend_type")}
+    offered = [dataclasses.asdict(config) for config in gpu.engine.matrix_configs(gpu.adapter)]
+    return {
+        **facts,
+        "uses": dataclasses.asdict(gpu_caps(gpu)),
+        "matrix_configs": offered,
+        "features": sorted(set(gpu.adapter.features) - gpu.engine.refused),
+        "limits": dict(gpu.adapter.limits),
     }
 
 
 def show(found: dict[str, Any]) -> None:
     """The same for a person."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"entrenar-gpu {found['version']}, wgpu {found['wgpu']}, Python {found['python']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(Text(f"entrenar-gpu {found['version']}, wgpu {found['wgpu']}, Python {found['python']}"))
+    console.print(Text(f"engine {found['engine']}: {found['engine_why']}"))
+    for name, told in found["engines"].items():
+        if name != found["engine"]:
+            there = f"{told['version']}, {len(told['adapters'])} GPU(s)" if told["version"] else f"off: {told['off']}"
+            console.print(Text(f"  {name} {there}", "dim"))
     for adapter in found["adapters"]:
-        uses, chosen = adapter["uses"], adapter["index"] == found["chosen"]
-        console.print(
-            Text(f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}", "bold" if chosen else "")
-        )
-        memory = uses["memory_bytes"]
-        known = "memory not told" if memory is None else f"{memory / 2**30:.1f} GiB"
-        has = [name for name in ("f16", "subgroups", "timestamps") if uses[name]]
-        facts = [adapter["adapter_type"], adapter["backend_type"], adapter["description"], known]
-        facts.append(f"binds {uses['max_binding_bytes'] / 2**20:.0f} MiB")
-        facts.append(f"{uses['max_workgroup_bytes'] >> 10} KiB a workgroup")
-        console.print(Text("     " + ", ".join(facts)))
-        console.print(Text("     uses " + (", ".join(has) or "no optional feature")))
-    console.print(
-        "→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE", style="dim", highlight=False, soft_wrap=True
-    )
+        _show_adapter(console, adapter, adapter["index"] == found["chosen"])
+    console.print(Text("→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE, and --engine", "dim"))
+
+
+def _show_adapter(console: Console, adapter: dict[str, Any], chosen: bool) -> None:
+    uses = adapter["uses"]
+    console.print(Text(f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}", "bold" if chosen else ""))
+    memory = uses["memory_bytes"]
+    known = "memory not told" if memory is None else f"{memory / 2**30:.1f} GiB"
+    optional = ("f16", "subgroups", "timestamps", "timestamps_inside_passes", "matrices")
+    has = [name for name in optional if uses[name]]
+    off = [name for name in optional if not uses[name]]
+    facts = [adapter["adapter_type"], adapter["backend_type"], adapter["description"], known]
+    facts.append(f"binds {uses['max_binding_bytes'] / 2**20:.0f} MiB")
+    facts.append(f"{uses['max_workgroup_bytes'] >> 10} KiB a workgroup")
+    console.print(Text("     " + ", ".join(facts)))
+    console.print(Text("     uses " + (", ".join(has) or "no optional feature")))
+    if off:
+        console.print(Text("     off: " + ", ".join(off), "dim"))
+    useful = {tuple(config.values()) for config in uses["matrices"]}
+    for config in adapter["matrix_configs"]:
+        kind = f"{config['component']} to {config['result']}"
+        size = f"{config['m']}x{config['n']}x{config['k']}"
+        groups = f"subgroups of {config['min_subgroup']} to {config['max_subgroup']}"
+        used = "" if tuple(config.values()) in useful else " (not used)"
+        console.print(Text(f"     matrices {kind} {size}, {groups}{used}"))

@@ -66,7 +66,7 @@ def info(as_json: Json = False) -> None:
 @app.command()
 @options.with_options(
     "model", "method", "rank", "target", "batch", "seq", "accumulate", "optimizer", "momentum", "dropout",
-    "double_quant", "precision", "trace_level", "memory_budget", "device",
+    "double_quant", "precision", "trace_level", "memory_budget", "device", "engine",
 )  # fmt: skip
 def plan(
     given: Mapping[str, Any],
@@ -83,7 +83,7 @@ def plan(
 
     # One row unless told otherwise: the question is usually whether a model fits at all.
     config = options.make_config(given, batch=1)
-    caps = _caps(config.device, profile)
+    caps = _caps(config.device, config.engine, profile)
     report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
     if as_json:
         _print_json(report.to_mapping())
@@ -95,7 +95,7 @@ def plan(
     show_plan(report.to_mapping())
 
 
-def _caps(device: str | None, profile: str | None) -> Any:
+def _caps(device: str | None, engine: str | None, profile: str | None) -> Any:
     """Abilities to plan for: of --profile, of --device, or of a common desktop driver."""
     from entrenar_gpu.cli.plan_report import PROFILES
 
@@ -104,7 +104,7 @@ def _caps(device: str | None, profile: str | None) -> Any:
     if device is not None:
         from entrenar_gpu.gpu import choose_gpu, gpu_caps
 
-        return gpu_caps(choose_gpu(device))
+        return gpu_caps(choose_gpu(device, engine).gpu)
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
     return PROFILES[profile or "desktop"]
@@ -233,7 +233,7 @@ app.add_typer(bench, name="bench")
 @bench.command("train")
 @options.with_options(
     "method", "rank", "target", "batch", "seq", "accumulate", "precision", "trace_level", "double_quant",
-    "memory_budget", "tune", "device",
+    "memory_budget", "tune", "device", "engine",
 )  # fmt: skip
 def bench_train(
     given: Mapping[str, Any],

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
 
-from entrenar_gpu.config import TrainConfig, flag, known_keys, load_yaml
+from entrenar_gpu.config import TrainConfig, flag, is_union, known_keys, load_yaml
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 
 # What a command that only runs a model, and trains nothing, needs to know.
-RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device")
+RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device", "engine")
 
 
 def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
     """(type that the command line parses, choices) of a field."""
     hint = _HINTS[name]
-    if isinstance(hint, types.UnionType):
+    if is_union(hint):
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         return str, typing.get_args(hint)

@@ -134,6 +134,11 @@ class TrainConfig:
     )
     otlp: str | None = option(None, "also send traces and metrics to this OTLP endpoint, http://... or grpc://...")
     device: str | None = option(None, "GPU by index or name as listed by `info`, or numpy (default: the best)")
+    engine: Literal["auto", "wgpu", "dawn"] | None = option(
+        None,
+        "WebGPU library; auto: dawn where it is installed and grants matrix units or wgpu finds no GPU, else wgpu"
+        " (default: ENTRENAR_ENGINE, else auto)",
+    )
 
     @property
     def lora_alpha(self) -> float:
@@ -209,9 +214,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def is_union(hint: Any) -> bool:
+    """Whether a type hint is `A | B`, which Python 3.11 spells in two ways."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` as the field's type, within its bounds; a UserError naming the flag otherwise."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if is_union(hint) else (hint,)
     if value is None and type(None) in options:
         return None
     (kind,) = [o for o in options if o is not type(None)]

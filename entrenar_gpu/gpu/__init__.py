@@ -1,8 +1,10 @@
 """The device, its kernels, replay: the only room that touches WebGPU."""
 
 from entrenar_gpu.gpu.autotune import sweep, tuned
+from entrenar_gpu.gpu.choice import NO_GPU, Choice, Gpu, choose_gpu, gpu_caps, gpus
 from entrenar_gpu.gpu.clock import GpuClock, step_spans
-from entrenar_gpu.gpu.device import NO_GPU, REFUSED_FEATURES, Device, choose_gpu, gpu_caps, gpus
+from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.engines import ENGINES, engine
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, choice_of, measure, time_run
 from entrenar_gpu.gpu.memory_info import driver_bytes
@@ -10,11 +12,13 @@ from entrenar_gpu.gpu.replay import Replay, Report
 from entrenar_gpu.gpu.upload import THREADS, Uploader, pieces
 
 __all__ = [
+    "ENGINES",
     "NO_GPU",
-    "REFUSED_FEATURES",
     "THREADS",
     "TOLERANCES",
+    "Choice",
     "Device",
+    "Gpu",
     "GpuClock",
     "KernelCache",
     "Product",
@@ -24,6 +28,7 @@ __all__ = [
     "choice_of",
     "choose_gpu",
     "driver_bytes",
+    "engine",
     "gpu_caps",
     "gpus",
     "measure",

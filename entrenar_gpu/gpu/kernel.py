@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import wgpu
 
-from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.graph import WGSL_TYPES, Launch
 
@@ -65,18 +63,18 @@ class KernelCache:
 
     def pipeline(self, launch: Launch) -> tuple[Any, Any]:
         """(compute pipeline, bind group layout) of a launch. A compile error shows the numbered source."""
-        code = render(launch)
+        code = self.device.engine.complete(render(launch))
         if code not in self._pipelines:
             layout = self._layout(tuple(b.write for b in launch.bindings))
             handle = self.device.handle
             try:
-                module = native.shader_module(handle, launch.shader, code, launch.trusted)
+                module = self.device.engine.shader_module(handle, launch.shader, code, launch.trusted)
                 pipeline = handle.create_compute_pipeline(
                     label=launch.shader,
                     layout=handle.create_pipeline_layout(bind_group_layouts=[layout]),
                     compute={"module": module, "entry_point": "main"},
                 )
-            except wgpu.GPUError as error:
+            except self.device.engine.api.GPUError as error:
                 numbered = "\n".join(f"{n:4} {line}" for n, line in enumerate(code.splitlines(), 1))
                 raise RuntimeError(f"shader {launch.shader} does not compile: {error}\n{numbered}") from error
             self._pipelines[code] = (pipeline, layout)
@@ -84,12 +82,13 @@ class KernelCache:
 
     def _layout(self, writes: tuple[bool, ...]) -> Any:
         if writes not in self._layouts:
-            kinds = wgpu.BufferBindingType
+            api = self.device.engine.api
+            kinds = api.BufferBindingType
             self._layouts[writes] = self.device.handle.create_bind_group_layout(
                 entries=[
                     {
                         "binding": index,
-                        "visibility": wgpu.ShaderStage.COMPUTE,
+                        "visibility": api.ShaderStage.COMPUTE,
                         "buffer": {"type": kinds.storage if write else kinds.read_only_storage},
                     }
                     for index, write in enumerate(writes)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import wgpu
-from wgpu.backends.wgpu_native.extras import write_timestamp
 
 from entrenar_gpu.compiler import RING, Plan, Step, queries_of
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
+from entrenar_gpu.gpu.engines import Command
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.graph import NUMPY_TYPES, Launch, Tensor
 from entrenar_gpu.ops.registry import OPS
@@ -42,7 +41,7 @@ class Dispatch:
 class Pass:
     """A compute pass as it is recorded every step: timed at its ends, or at some of its commands and its end."""
 
-    commands: list[native.Command]
+    commands: list[Command]
     timestamps: dict[str, Any] | None = None
     closing: tuple[Any, int] | None = None
 
@@ -67,7 +66,7 @@ class Report:
         plan, device = self._replay.plan, self._replay.device
         tensor = plan.persistents[plan.reports[self._name]]
         with device.watched():
-            raw = native.read_after(device.handle, self._staging, self._submission)
+            raw = device.engine.read_after(device.handle, self._staging, self._submission)
         self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
         return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
 
@@ -89,7 +88,7 @@ class Replay:
         self.kernels = KernelCache(device) if kernels is None else kernels
         self.tensors = plan.persistents
         # While one part of a step is finished and queued, outside Python's lock, the next is recorded.
-        self._submitter = ThreadPoolExecutor(1)
+        self._submitter = ThreadPoolExecutor(1) if device.engine.concurrent else None
         self._buffers: dict[str, Any] = {}
         try:
             for name, size in plan.buffers.items():
@@ -106,7 +105,8 @@ class Replay:
 
     def close(self) -> None:
         """Release every buffer."""
-        self._submitter.shutdown()
+        if self._submitter is not None:
+            self._submitter.shutdown()
         for buffer in self._buffers.values():
             self.device.release(buffer)
         self._buffers = {}
@@ -156,26 +156,33 @@ class Replay:
                 encoder = self.device.handle.create_command_encoder()
                 for made in passes:
                     compute = encoder.begin_compute_pass(timestamp_writes=made.timestamps)
-                    native.record(compute, made.commands)
+                    self.device.engine.record(compute, made.commands)
                     if made.closing is not None:
-                        write_timestamp(compute, *made.closing)
+                        self.device.engine.write_timestamp(compute, *made.closing)
                     compute.end()
                 if index == len(submits) - 1:
                     staging = self._finish(encoder, name, repeat)
-                jobs.append(self._submitter.submit(self._submit, encoder))
+                jobs.append(self._hand_over(encoder))
             submission = [job.result() for job in jobs][-1]
         return Report(self, name, staging, submission) if staging is not None else None
 
+    def _hand_over(self, encoder: Any) -> Future[int]:
+        if self._submitter is not None:
+            return self._submitter.submit(self._submit, encoder)
+        done: Future[int] = Future()
+        done.set_result(self._submit(encoder))
+        return done
+
     def _submit(self, encoder: Any) -> int:
-        """Finish an encoder, where wgpu works out every barrier, and queue it; returns the submission's index."""
-        return native.submit(self.device.handle, [encoder.finish()])
+        """Finish an encoder, where every barrier is worked out, and queue it; returns the submission's index."""
+        return self.device.engine.submit(self.device.handle, [encoder.finish()])
 
     def launch(self, launch: Launch) -> None:
         """Run one launch over the plan's tensors, once."""
         dispatch = self._dispatch(launch, -1)
         encoder = self.device.handle.create_command_encoder()
         compute = encoder.begin_compute_pass()
-        native.record(compute, _commands([dispatch]))
+        self.device.engine.record(compute, _commands([dispatch]))
         compute.end()
         self.device.handle.queue.submit([encoder.finish()])
 
@@ -291,13 +298,13 @@ def _passes_by_group(sets: list[Any], batches: list[list[Dispatch]]) -> list[lis
     return submits
 
 
-def _commands(batch: list[Dispatch], sets: Sequence[Any] = ()) -> list[native.Command]:
+def _commands(batch: list[Dispatch], sets: Sequence[Any] = ()) -> list[Command]:
     """Dispatches by their handles, a pipeline set once for a run of them; timed where there are query sets."""
     commands, pipeline = [], None
     for dispatch in batch:
         handle = dispatch.pipeline._internal if dispatch.pipeline is not pipeline else None
         pipeline = dispatch.pipeline
-        command = native.Command(handle, dispatch.bind_group._internal, dispatch.grid)
+        command = Command(handle, dispatch.bind_group._internal, dispatch.grid)
         if sets and dispatch.group >= 0:
             queries, query = sets[dispatch.group // QUERY_SET]._internal, dispatch.group % QUERY_SET
             command = command._replace(queries=queries, query=query)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.files import StoredArray
-from entrenar_gpu.gpu import native
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.replay import Replay
 
@@ -67,14 +66,15 @@ class Uploader:
 
     def _send(self, piece: Values, buffer: Any, offset: int) -> None:
         """Copy at most SLOT_BYTES to an offset of a buffer, padded to whole words."""
-        slot, handle, padded = self._turn(), self._device.handle, -(-piece.size // 4) * 4
-        memory = np.frombuffer(native.map_after(handle, slot.buffer, slot.submission), np.uint8)
+        slot, padded = self._turn(), -(-piece.size // 4) * 4
+        engine, handle = self._device.engine, self._device.handle
+        memory = np.frombuffer(engine.map_after(handle, slot.buffer, slot.submission), np.uint8)
         self._fill(memory[: piece.size], piece)
         memory[piece.size : padded] = 0
-        native.unmap(slot.buffer)
+        engine.unmap(slot.buffer)
         encoder = handle.create_command_encoder()
         encoder.copy_buffer_to_buffer(slot.buffer, 0, buffer, offset, padded)
-        slot.submission = native.submit(handle, [encoder.finish()])
+        slot.submission = engine.submit(handle, [encoder.finish()])
 
     def _turn(self) -> _Slot:
         """A new slot while there are fewer than SLOTS, then the one that was sent longest ago."""

@@ -1,6 +1,6 @@
 """The traced program as data: tensors, nodes, graphs, what a device can do, and what a node turns into."""
 
-from entrenar_gpu.graph.caps import Caps, Target
+from entrenar_gpu.graph.caps import Caps, MatrixConfig, Target
 from entrenar_gpu.graph.dtypes import ELEMENT_BYTES, NUMPY_TYPES, WGSL_TYPES
 from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT, Binding, Launch, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor, flat, grouped
@@ -15,6 +15,7 @@ __all__ = [
     "Caps",
     "Graph",
     "Launch",
+    "MatrixConfig",
     "Node",
     "Target",
     "Tensor",

@@ -7,6 +7,20 @@ from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
+class MatrixConfig:
+    """Matrices that a subgroup multiplies: result [m, n] += left [m, k] right [k, n]. Types are WGSL's; a subgroup has
+    between `min_subgroup` and `max_subgroup` invocations."""
+
+    component: str
+    result: str
+    m: int
+    n: int
+    k: int
+    min_subgroup: int
+    max_subgroup: int
+
+
+@dataclass(frozen=True)
 class Caps:
     """What a device can do, as far as launches and plans depend on it. The defaults are WebGPU's guaranteed limits."""
 
@@ -21,6 +35,7 @@ class Caps:
     subgroups: bool = False
     timestamps: bool = False
     timestamps_inside_passes: bool = False
+    matrices: tuple[MatrixConfig, ...] = ()  # what the device's matrix units multiply, where the engine reaches them
     software: bool = False
     memory_bytes: int | None = None  # what the adapter has, where the system tells
     free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells

@@ -92,6 +92,7 @@ def save_run(
             "model": _model_identity(session.checkpoint),
             "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
             "budget": None if session.budget is None else session.budget.nbytes,
+            "engine": session.engine,
         }
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
         _remove(target)
@@ -178,7 +179,8 @@ def _resolve_resume(resume: str, output: Path) -> Path:
 class SavedRun:
     """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
     state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
-    `budget` the bytes of device memory that it planned for, where it did, `run_id` the run itself, where it is told."""
+    `budget` the bytes of device memory that it planned for, where it did, `engine` what ran its graphs, `run_id` the
+    run itself, where it is told."""
 
     path: Path
     step: int
@@ -188,6 +190,7 @@ class SavedRun:
     model: dict[str, Any]
     tiles: dict[str, tuple[int, ...]]
     budget: int | None
+    engine: str
     run_id: str | None
 
     def lies_in(self, output: Path) -> bool:
@@ -214,6 +217,7 @@ def read_state(folder: Path) -> SavedRun:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         step, budget, run_id = state["step"], state["budget"], state.get("run_id")
+        engine = str(state.get("engine", "wgpu"))  # the only one that the first release had
         started = datetime.fromisoformat(state["started"])
         tiles = {name: tuple(map(int, numbers)) for name, numbers in state["tiles"].items()}
         data, config, model = state["data"], state["config"], state["model"]
@@ -222,7 +226,7 @@ def read_state(folder: Path) -> SavedRun:
         if not (counts and objects and all(is_choice(*item) for item in tiles.items())):
             raise ValueError
         told = None if run_id is None else str(run_id)
-        return SavedRun(path, step, started, data, config, model, tiles, budget, told)
+        return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path}: not the state of a training run") from None
 

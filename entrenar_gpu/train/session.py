@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.gpu import Device, KernelCache, Replay, tuned
+from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, tuned
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
@@ -69,14 +72,16 @@ class Session:
         began: PlanOptions | None = None,
         with_adapter: bool = True,
         kernels: KernelCache | None = None,
+        engine: str | None = None,
     ) -> Session:
         """Open the model of `config`, plan the graphs that `trace` makes, allocate, and load weights and adapter.
 
         Everything that can be wrong with the files, the device or the budget is said before memory is allocated.
         `began` is what the checkpoint that a run goes on from was planned with: its tiles stand in for measuring with
         `config.tune`, and its budget, where the GPU has as much, for what that has, since what a plan rounds or sums
-        in another order follows from both. `kernels` is given by whoever has opened a device and goes on using it; it
-        wins over `config.device`.
+        in another order follows from both. So it does from the `engine` that the run began with, which is taken where
+        it is there and no other is asked for. `kernels` is given by whoever has opened a device and goes on using it;
+        it wins over `config.device`.
         """
         if config.cache and config.cache_dir == "":
             raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
@@ -89,7 +94,9 @@ class Session:
             fitted = fit_run(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
             executor = NumpyExecutor(fitted.graphs)
         else:
-            kernels = kernels if kernels is not None else KernelCache(Device.open(config.device))
+            kernels = kernels if kernels is not None else KernelCache(_opened(config, engine))
+            if engine not in (None, kernels.device.engine.name):
+                _say_other_engine(engine, kernels.device.engine.name)
             budget = _budget(config, kernels.device.caps, began)
             fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles)
             executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
@@ -134,6 +141,11 @@ class Session:
     def allocated_bytes(self) -> int:
         return self.executor.device.allocated_bytes if isinstance(self.executor, Replay) else 0
 
+    @property
+    def engine(self) -> str:
+        """What runs the graphs: an engine's name, or numpy."""
+        return self.executor.device.engine.name if isinstance(self.executor, Replay) else "numpy"
+
     def trainable(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what is trained."""
         return {t.name: t.shape for t in self.executor.tensors.values() if t.role == "param"}
@@ -154,6 +166,20 @@ class Session:
 
     def close(self) -> None:
         self.executor.close()
+
+
+def _opened(config: TrainConfig, began_with: str | None) -> Device:
+    """The device of a run, through the engine that it began with where that is there and no other is asked for."""
+    free = (config.engine or os.environ.get("ENTRENAR_ENGINE") or "auto") == "auto"
+    if free and began_with in ENGINES:
+        with contextlib.suppress(UserError):
+            return Device.open(config.device, engine=began_with)
+    return Device.open(config.device, engine=config.engine)
+
+
+def _say_other_engine(began_with: str | None, now: str) -> None:
+    text = f"the run began on {began_with} and goes on on {now}: sums round differently from here on"
+    print(text, file=sys.stderr)
 
 
 def _budget(config: TrainConfig, caps: Caps, began: PlanOptions | None) -> Budget:

@@ -86,7 +86,8 @@ class Trainer:
         self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
-        self.session = Session.open(config, trace, began, kernels=kernels)
+        engine = None if saved is None else saved.engine
+        self.session = Session.open(config, trace, began, kernels=kernels, engine=engine)
         self._loss = math.nan
         try:
             self.first_step = 1 if saved is None else self._go_on(saved)

@@ -14,7 +14,7 @@ from entrenar_gpu.cli.bench.train import bench_train
 from entrenar_gpu.cli.plan_report import plan_run
 from entrenar_gpu.config import presets
 from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.gpu.device import choose_gpu, gpu_caps
+from entrenar_gpu.gpu import choose_gpu, gpu_caps
 from entrenar_gpu.gpu.measure import TOLERANCES
 from entrenar_gpu.model.config import model_shape
 
@@ -84,6 +84,6 @@ def test_what_is_measured_is_what_a_run_would_train(method, monkeypatch, tmp_pat
     path.write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
     config = TrainConfig(model=str(path), batch=1, seq=16, rank=4, method=method)
     result = bench_train("tiny", config, 1)
-    caps = gpu_caps(choose_gpu())
+    caps = gpu_caps(choose_gpu().gpu)
     assert result["planned_bytes"] == plan_run(config, caps, 1 << 40, False).plan.peak_bytes
     assert 0 < result["loss"] < 20

@@ -6,7 +6,9 @@ import pytest
 
 from entrenar_gpu.cli import info
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu import device
+from entrenar_gpu.gpu import choice, device
+from entrenar_gpu.gpu.choice import Gpu
+from entrenar_gpu.gpu.engines import engine
 
 LIMITS = {
     "max-storage-buffer-binding-size": 2**31 - 1,
@@ -38,10 +40,12 @@ class Adapter:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretends that these GPUs are there."""
     monkeypatch.delenv("ENTRENAR_DEVICE", raising=False)
+    monkeypatch.setenv("ENTRENAR_ENGINE", "wgpu")
 
     def install(*found: Adapter) -> None:
-        ordered = tuple(sorted(found, key=lambda a: device._RANKS[a.info["adapter_type"]]))
-        monkeypatch.setattr(device, "gpus", lambda: ordered)
+        ordered = sorted(found, key=lambda a: choice._RANKS[a.info["adapter_type"]])
+        listed = tuple(Gpu(engine("wgpu"), adapter) for adapter in ordered)
+        monkeypatch.setattr(choice, "gpus", lambda name: listed if name == "wgpu" else ())
 
     return install
 
@@ -53,26 +57,26 @@ SOFT = ("llvmpipe", "CPU")
 
 def test_discrete_before_integrated_before_software(machine: Any) -> None:
     machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
-    assert device.choose_gpu().info["device"] == "Radeon RX 7800"
+    assert choice.choose_gpu().gpu.info["device"] == "Radeon RX 7800"
     machine(Adapter(*SOFT), Adapter(*IGPU))
-    assert device.choose_gpu().info["device"] == "Intel Arc"
+    assert choice.choose_gpu().gpu.info["device"] == "Intel Arc"
 
 
 def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(Adapter(*SOFT), Adapter(*IGPU), Adapter(*CARD))
-    assert device.choose_gpu("2").info["device"] == "llvmpipe"
-    assert device.choose_gpu("intel").info["device"] == "Intel Arc"
+    assert choice.choose_gpu("2").gpu.info["device"] == "llvmpipe"
+    assert choice.choose_gpu("intel").gpu.info["device"] == "Intel Arc"
     monkeypatch.setenv("ENTRENAR_DEVICE", "llvm")
-    assert device.choose_gpu().info["device"] == "llvmpipe"
-    assert device.choose_gpu("0").info["device"] == "Radeon RX 7800"
+    assert choice.choose_gpu().gpu.info["device"] == "llvmpipe"
+    assert choice.choose_gpu("0").gpu.info["device"] == "Radeon RX 7800"
     with pytest.raises(UserError, match="--device 'voodoo' matches no GPU of 0: Radeon"):
-        device.choose_gpu("voodoo")
+        choice.choose_gpu("voodoo")
 
 
 def test_no_adapter_names_the_packages(machine: Any) -> None:
     machine()
     with pytest.raises(UserError) as caught:
-        device.choose_gpu()
+        choice.choose_gpu()
     for name in ("mesa-vulkan-drivers", "Fedora", "macOS", "Windows"):
         assert name in str(caught.value)
 
@@ -90,10 +94,10 @@ def test_only_features_in_use_are_requested(machine: Any) -> None:
 def test_info_lists_no_feature_that_a_device_is_refused(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Adapter(*CARD, features=("shader-f16", "cooperative-matrix"))
     machine(card)
-    monkeypatch.setattr(info, "gpus", device.gpus)
+    monkeypatch.setattr(info, "gpus", choice.gpus)
     (row,) = info.describe()["adapters"]
     assert row["features"] == ["shader-f16"]
-    assert not [name for name in row["uses"] if "matrix" in name]
+    assert not row["uses"]["matrices"]
 
 
 def test_limited_device_asks_for_nothing(machine: Any) -> None:
@@ -108,7 +112,7 @@ def test_limited_device_asks_for_nothing(machine: Any) -> None:
 
 @pytest.mark.gpu
 def test_opengl_twins_are_not_listed() -> None:
-    assert all(a.info["backend_type"] != "OpenGL" for a in device.gpus())
+    assert all(gpu.info["backend_type"] != "OpenGL" for gpu in choice.gpus("wgpu"))
 
 
 @pytest.mark.gpu
@@ -120,7 +124,7 @@ def test_info_tells_what_would_be_used(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.run(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     chosen = told["adapters"][told["chosen"]]
-    assert chosen["uses"]["name"] == device.choose_gpu().info["device"]
+    assert chosen["uses"]["name"] == choice.choose_gpu().gpu.info["device"]
     assert chosen["uses"]["max_binding_bytes"] <= chosen["limits"]["max-storage-buffer-binding-size"]
     assert cli.run(["info"]) == 0
     assert chosen["device"] in capsys.readouterr().out

@@ -38,7 +38,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
     wall time in which the GPU ran nothing of it.
     """
-    model, device = model_shape(shape_name), Device.open(config.device)
+    model, device = model_shape(shape_name), Device.open(config.device, engine=config.engine)
     spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
     modules = spec.modules if spec is not None else {}
     storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
@@ -60,6 +60,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         "precision": config.precision,
         "adapter": device.caps.name,
         "driver": device.info["description"],
+        "engine": device.engine.name,
         **_speeds(timings, config, flops, ceiling),
         "planned_bytes": fitted.plan.peak_bytes,
         **held,
