@@ -83,8 +83,10 @@ class StepRecord:
     """One optimizer step.
 
     `loss` is the mean over the step's unmasked tokens; `grad_norm` the global norm before clipping; both are NaN or
-    infinite as computed when the step was skipped. `tokens` counts the unmasked (trained) tokens and `row_tokens`
-    all positions computed, padding included. `flops` are those of the plan, for all micro-steps of the step.
+    infinite as computed when the step was skipped. `tokens` counts the tokens trained on (with a target), `positions`
+    all tokens of the data that went through the model, prompts included, and `row_tokens` all positions computed,
+    padding included. `tokens_per_second` is positions per second, `trained_tokens_per_second` tokens per second.
+    `flops` are those of the plan, for all micro-batches of the step.
     """
 
     step: int
@@ -103,6 +105,8 @@ class StepRecord:
     flops: int = 0
     spans: tuple[Span, ...] = ()
     host: HostStats | None = None
+    positions: int = 0
+    trained_tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,9 @@ class StepObserver(Protocol):
     def checkpoint_saved(self, record: CheckpointRecord) -> None: ...
     def run_finished(self, summary: RunSummary) -> None: ...
 
+    def flush(self) -> None:
+        """Called before a checkpoint is written: what was told so far has to outlive the process with it."""
+
 
 def notify(observers: Sequence[Any], method: str, record: object) -> None:
     """Call `method` on every observer that has it."""
@@ -153,3 +160,11 @@ def notify(observers: Sequence[Any], method: str, record: object) -> None:
         handler = getattr(observer, method, None)
         if handler is not None:
             handler(record)
+
+
+def flush(observers: Sequence[Any]) -> None:
+    """Let every observer that holds anything back write it."""
+    for observer in observers:
+        handler = getattr(observer, "flush", None)
+        if handler is not None:
+            handler()

@@ -105,7 +105,9 @@ LEARNING_RATE = _attribute("entrenar.step.learning_rate", "double", "step", "lea
 GRAD_NORM = _attribute("entrenar.step.grad_norm", "double", "step", "global gradient norm before clipping")
 TOKENS = _attribute("entrenar.step.tokens", "int", "step", "trained (unmasked) tokens")
 ROW_TOKENS = _attribute("entrenar.step.row_tokens", "int", "step", "all positions computed, padding included")
-TOKENS_PER_SECOND = _attribute("entrenar.step.tokens_per_second", "double", "step", "trained tokens a second")
+TOKENS_PER_SECOND = _attribute(
+    "entrenar.step.tokens_per_second", "double", "step", "positions, less padding, per second"
+)
 SKIPPED = _attribute("entrenar.step.skipped", "bool", "step", "no update: loss or gradient was not finite")
 ALLOCATED_BYTES = _attribute("entrenar.step.allocated_bytes", "int", "step", "GPU memory held by the run, bytes")
 STEP_FLOPS = _attribute("entrenar.step.flops", "int", "step", "floating-point operations of the step's plan")

@@ -86,12 +86,13 @@ def eval_batches(samples: Samples, *, batch: int, seq: int, pack: bool = True) -
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step trains on: micro-batches, how many positions of them have a target, and the passes over
-    the data made when it is done."""
+    """What one optimizer step trains on: micro-batches, how many positions of them have a target, the passes over the
+    data made when it is done, and how many positions hold data, prompts included and padding not."""
 
     micro_batches: list[Batch]
     tokens: int
     epoch: float
+    positions: int
 
 
 class TrainBatches:
@@ -130,12 +131,11 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Step:
-        micro_batches = [
-            collate(self.samples, [self._next_row() for _ in range(self.batch)], self.batch, self.seq)
-            for _ in range(self.accumulate)
-        ]
+        rows = [[self._next_row() for _ in range(self.batch)] for _ in range(self.accumulate)]
+        micro_batches = [collate(self.samples, some, self.batch, self.seq) for some in rows]
+        positions = sum(int(self.samples.lengths[row].sum()) for some in rows for row in some)
         tokens = sum(int(np.count_nonzero(m["targets"] != IGNORE)) for m in micro_batches)
-        return Step(micro_batches, tokens, self._epoch + self._next / len(self._rows))
+        return Step(micro_batches, tokens, self._epoch + self._next / len(self._rows), positions)
 
     def state(self) -> dict[str, Any]:
         """Where the iterator stands: the epoch, the row that comes next in it, and which data and order these count."""

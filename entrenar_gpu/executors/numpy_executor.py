@@ -29,7 +29,7 @@ class Report:
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
-        self.done_ns = time.time_ns()
+        self.done_ns = time.monotonic_ns()
 
     def result(self) -> np.ndarray:
         return self._values

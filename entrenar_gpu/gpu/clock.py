@@ -1,4 +1,4 @@
-"""GPU ticks to host time, and to the spans of a step."""
+"""GPU ticks to host time, and to the spans of a step. Host times are those of the monotonic clock, in nanoseconds."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def step_spans(
 ) -> tuple[list[Span], int]:
     """(GPU spans of a step, host time of its end) from a report that has just arrived; ([], now) if nothing was timed.
 
-    `repeats` micro-steps, then the update. Parents count from the first span returned.
+    `repeats` micro-batches, then the update. Parents count from the first span returned.
     """
-    now = report.done_ns or time.time_ns()
+    now = report.done_ns or time.monotonic_ns()
     runs = [("micro", r) for r in range(repeats)] + [("update", 0)]
     timed = [(groups[name], ticks) for name, r in runs if (ticks := report.ticks(name, r)) is not None]
     if not timed:

@@ -238,10 +238,10 @@ class Replay:
             encoder = self.device.handle.create_command_encoder()
             encoder.begin_compute_pass(timestamp_writes=writes).end()
             encoder.resolve_query_set(self._clock_queries, 0, 2, self._buffers["clock"], 0)
-            before = time.time_ns()
+            before = time.monotonic_ns()
             self.device.handle.queue.submit([encoder.finish()])
             tick = int(self.device.read(self._buffers["clock"], 0, 8).view(np.uint64)[0])
-            after = time.time_ns()
+            after = time.monotonic_ns()
             if best is None or after - before < best[2] - best[1]:
                 best = (tick, before, after)
         return best

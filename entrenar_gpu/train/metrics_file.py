@@ -14,9 +14,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Observer that appends one JSON line a step to metrics.jsonl; numbers that are not finite become null."""
+    """Observer that appends one JSON line per step to metrics.jsonl; numbers that are not finite become null."""
 
-    FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
+    FIELDS = (
+        *("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds"),
+        *("positions", "trained_tokens_per_second"),
+    )
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS_FILE

@@ -1,7 +1,9 @@
 """The training loop: batches in, losses out, checkpoints and records on the way.
 
-The host is one step ahead of the device: while the device runs step n, the host prepares step n+1, and then reads the
-few numbers that step n left behind. Nothing else is read back between evaluations and checkpoints.
+In `run` the host is one step ahead of the device: while the device runs step n, the host prepares and hands over step
+n+1, and then reads the few numbers that step n left behind. In `for step in trainer.steps()` the device waits for the
+body of the loop, which finds everything as step n left it. Nothing else is read back between evaluations and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -25,12 +27,11 @@ import numpy as np
 import entrenar_gpu
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.data import Samples, Tokenizer, TrainBatches, data_files, load_samples
+from entrenar_gpu.data import Step
 from entrenar_gpu.errors import TrainingDiverged, UserError
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord, notify
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, flush, notify
 from entrenar_gpu.files import new_folder, write_text
-from entrenar_gpu.gpu import GpuClock, KernelCache, step_spans
-from entrenar_gpu.model import load_model_config, resolve_model
+from entrenar_gpu.gpu import KernelCache
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
@@ -38,23 +39,32 @@ from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile
+from entrenar_gpu.train.run_data import load_data, train_batches
 from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
+from entrenar_gpu.train.step_timer import StepTimer
 
 MAX_SKIPPED_IN_A_ROW = 10
 CONFIG_FILE = "run.json"
 DEFAULT_EPOCHS = 3.0
 
 
-@dataclass
-class _Flying:
-    """A step the device is still at: what its record needs besides what the device will report."""
+@dataclass(frozen=True)
+class _Drawn:
+    """A step's batches, the place in the data behind them, and when the host began and ended to make them."""
 
     number: int
-    epoch: float
+    batches: Step
+    data_state: dict[str, Any]
+    drawn_ns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Flying:
+    """A step the device is still at, and what it will report."""
+
+    drawn: _Drawn
     lr: float
-    tokens: int
-    data_ns: tuple[int, int]  # when the host began and ended to make its batches
     report: Any
 
 
@@ -81,7 +91,7 @@ class Trainer:
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
         self.train_samples, self.eval_samples = load_data(config, self.started)
-        self.batches = _batches(config, self.train_samples)
+        self.batches = train_batches(config, self.train_samples)
         epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
         self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
@@ -94,11 +104,12 @@ class Trainer:
         except BaseException:
             self.session.close()
             raise
-        self._done = self.first_step - 1
-        self._last_end = 0
-        self._clock = GpuClock()
+        self._done = self._launched = self.first_step - 1  # the last step that was told of, and handed over
+        self._data_state = self.batches.state()  # behind the last step that was handed over
+        plan = self.session.plan
+        self._timer = StepTimer(self.executor, {} if plan is None else plan.groups, config.accumulate)
         self._skipped = 0
-        self._stopping = False
+        self._stopping = self._begun = self._ran = self._finished = False
 
     def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
         """Put a checkpoint onto the device; returns the first step to take."""
@@ -119,15 +130,18 @@ class Trainer:
         return self.session.executor
 
     def run(self) -> RunSummary:
-        """Train to the last step, evaluate, save, and return how it went.
+        """Train to the last step, evaluate, save, and return how it went; once.
 
         An interrupt lets the step under way finish and saves a checkpoint; a second one stops at once. Raises
         TrainingDiverged after ten steps in a row whose loss or gradient was not finite, DeviceLost when the device
         went away; the checkpoints written before stand.
         """
-        start = time.time_ns()
-        steps = self.steps()
-        self._tell("run_started", self._run_info(start))
+        if self._ran:
+            raise UserError('this Trainer has run; make another to go on, with resume="latest"')
+        began, first = time.monotonic(), self._done + 1
+        steps = self._opened(ahead=True)
+        self._ran = True
+        self._tell("run_started", self._run_info(first))
         status = "failed"
         try:
             with self._interruptible():
@@ -141,60 +155,94 @@ class Trainer:
             status = f"failed: {error}"
             raise
         finally:
-            taken = self._done - self.first_step + 1
-            seconds = (time.time_ns() - start) / 1e9
+            taken, seconds = self._done - first + 1, time.monotonic() - began
             summary = RunSummary(taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns())
             self._tell("run_finished", summary)
         return summary
 
     def steps(self) -> Iterator[StepRecord]:
-        """Train step by step; each record comes when its step is done on the device, one step late.
+        """Train step by step: each record comes when its step is done on the device, and the next step begins when
+        the loop's body is through. What the body reads, evaluates or saves is the state after that step.
 
-        Nothing is written before this is called, which makes the run folder; with the first step a run that goes on
-        there drops the checkpoints and metrics of later ones.
+        The device waits for the body, and for the host to hand over the next step; `run`, which nobody asks anything
+        between steps, keeps it busy. Another call goes on behind the last step, `run` as well. Nothing is written
+        before this is called, which makes the run folder; with the first step a run that goes on there drops the
+        checkpoints and metrics of later ones. Raises UserError where no step is left to take, or one was broken off.
         """
-        self._make_output()
-        return self._watched_steps()
+        return self._opened(ahead=False)
 
-    def _watched_steps(self) -> Iterator[StepRecord]:
+    def _opened(self, ahead: bool) -> Iterator[StepRecord]:
+        if self._finished:
+            raise UserError(f"this Trainer is at its last step, {self.total_steps}; make another to train on")
+        if self._launched != self._done:
+            raise UserError(f'step {self._launched} was broken off; make another Trainer, with resume="latest"')
+        self._make_output()
+        return self._watched_steps(ahead)
+
+    def _watched_steps(self, ahead: bool) -> Iterator[StepRecord]:
         """The steps, with what the host does meanwhile."""
         with HostSampler(str(self.session.gpu_info["adapter"])) as self._host:
-            yield from self._steps()
+            yield from self._steps(ahead)
 
-    def _steps(self) -> Iterator[StepRecord]:
-        c = self.config
+    def _steps(self, ahead: bool) -> Iterator[StepRecord]:
+        """`ahead`: the device gets the next step before the record of one is handed out."""
+        self._begin()
         flying: _Flying | None = None
-        if self._saved is not None:  # only now: a run that an observer refuses to begin has lost nothing
-            run_checkpoint.forget_after(self._saved, self.output)
-        self._calibrate()
-        if self.eval_samples is not None and self._saved is None:
-            self.evaluate(0)
-        for number in range(self.first_step, self.total_steps + 1):
+        for number in range(self._done + 1, self.total_steps + 1):
+            drawn = self._draw(number)  # while the device is at the step before
+            if flying is not None and not ahead:
+                yield self._land(flying)
+                flying = None
+                self._timer.resume()
             if self._stopping:
                 break
-            launched = self._launch(number)
+            launched = self._launch(drawn)
             if flying is not None:
                 yield self._land(flying)
             flying = launched
-            evaluates = self.eval_samples is not None and c.eval_every and number % c.eval_every == 0
-            saves = c.save_every and number % c.save_every == 0
-            if number < self.total_steps and (evaluates or saves):
+            if self._evaluates_after(number) or self._saves_after(number):
                 yield self._land(flying)
                 flying = None
-                if evaluates:
-                    self.evaluate(number)
-                if saves:
-                    self.save(number)
+                if self._evaluates_after(number):
+                    self.evaluate()
+                if self._saves_after(number):
+                    self.save()
         if flying is not None:
             yield self._land(flying)
+        self._end()
+
+    def _begin(self) -> None:
+        """What comes before the first step, or before those of another loop over them."""
+        if self._begun:
+            self.batches.restore(self._data_state)  # one may have been drawn that was never handed over
+            self._timer.resume()
+            return
+        self._begun = True
+        if self._saved is not None:  # only now: a run that an observer refuses to begin has lost nothing
+            run_checkpoint.forget_after(self._saved, self.output)
+        self._timer.calibrate()
+        if self.eval_samples is not None and self._saved is None:
+            self.evaluate()
+
+    def _end(self) -> None:
+        """What comes after the last step, or after that in which the run was asked to stop."""
         if self._done < self.total_steps:
-            self.save(self._done)
+            self.save()
             return
         evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
         if self.eval_samples is not None and not evaluated:
-            self.evaluate(self.total_steps)
-        self.save(self.total_steps)
+            self.evaluate()
+        self.save()
         run_checkpoint.save_result(self.session, self.output)
+        self._finished = True
+
+    def _evaluates_after(self, number: int) -> bool:
+        every = self.config.eval_every if self.eval_samples is not None else None
+        return every is not None and number % every == 0 and number < self.total_steps
+
+    def _saves_after(self, number: int) -> bool:
+        every = self.config.save_every
+        return every is not None and number % every == 0 and number < self.total_steps
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -213,92 +261,106 @@ class Trainer:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _launch(self, number: int) -> _Flying:
-        """Make a step's batches and hand it to the device."""
-        start = time.time_ns()
-        step = next(self.batches)
-        made = time.time_ns()
-        lr = learning_rate(self.config, number, self.total_steps)
+    def _draw(self, number: int) -> _Drawn:
+        """Make a step's batches."""
+        begin = self._timer.now()
+        batches = next(self.batches)
+        return _Drawn(number, batches, self.batches.state(), (begin, self._timer.now()))
+
+    def _launch(self, drawn: _Drawn) -> _Flying:
+        """Hand a step to the device."""
+        self._launched, self._data_state = drawn.number, drawn.data_state
+        lr = learning_rate(self.config, drawn.number, self.total_steps)
         write = self.executor.write
-        write("inv_tokens", np.array([1 / step.tokens]))
+        write("inv_tokens", np.array([1 / drawn.batches.tokens]))
         write("lr", np.array([lr]))
-        for micro, batch in enumerate(step.micro_batches):
+        for number, batch in enumerate(drawn.batches.micro_batches):
             self.session.write_batch(batch)
             if "rng" in self.executor.tensors:
-                write("rng", np.array([self.config.seed, number, micro]))
-            self.executor.run("micro", micro)
-        report = self.executor.run("update")
-        return _Flying(number, step.epoch, lr, step.tokens, (start, made), report)
+                write("rng", np.array([self.config.seed, drawn.number, number]))
+            self.executor.run("micro", number)
+        return _Flying(drawn, lr, self.executor.run("update"))
 
     def _land(self, flying: _Flying) -> StepRecord:
         """Wait for a step and tell of it."""
-        state = flying.report.result()
-        groups = self.session.plan.groups if self.session.plan is not None else {}
-        spans, end = step_spans(flying.report, groups, self.config.accumulate, self._clock, flying.data_ns[1])
-        start = min(max(flying.data_ns[0], self._last_end), end)
-        data = Span("data", "phase", max(flying.data_ns[0], start), max(flying.data_ns[1], start))
-        self._last_end = end
-        self._done = flying.number
-        seconds = max((end - start) / 1e9, 1e-9)
+        state, batches = flying.report.result(), flying.drawn.batches
+        times = self._timer.step(flying.report, flying.drawn.drawn_ns)
+        self._done = flying.drawn.number
         skipped = not field(state, "apply")
         self._skipped += skipped
         self._loss = field(state, "loss")
         record = StepRecord(
-            step=flying.number,
-            epoch=flying.epoch,
+            step=self._done,
+            epoch=batches.epoch,
             loss=self._loss,
             lr=flying.lr,
             grad_norm=field(state, "grad_norm"),
-            tokens=flying.tokens,
+            tokens=batches.tokens,
             row_tokens=self.config.batch * self.config.seq * self.config.accumulate,
-            step_seconds=seconds,
-            tokens_per_second=flying.tokens / seconds,
-            start_ns=start,
-            end_ns=end,
+            step_seconds=times.seconds,
+            tokens_per_second=batches.positions / times.seconds,
+            start_ns=times.start_ns,
+            end_ns=times.end_ns,
             skipped=skipped,
             allocated_bytes=self.session.allocated_bytes,
             flops=self._flops,
-            spans=(*spans, data),
+            spans=times.spans,
             host=self._host.sample(),
+            positions=batches.positions,
+            trained_tokens_per_second=batches.tokens / times.seconds,
         )
         self._tell("step_finished", record)
         if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
-                f"step {flying.number}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
+                f"step {self._done}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
                 f" lower --lr; {self._last_checkpoint()}"
             )
         return record
 
-    def evaluate(self, step: int) -> EvalRecord:
-        """Mean loss over all unmasked tokens of the evaluation data, as the weights stand."""
+    def evaluate(self, step: int | None = None) -> EvalRecord:
+        """Mean loss over all unmasked tokens of the evaluation data, after the last step that was told of.
+
+        `step`, where given, must be that step's number.
+        """
         assert self.eval_samples is not None
-        start = time.time_ns()
+        self._settled(step)
+        begin = self._timer.now()
         loss, tokens = evaluate(self.session, self.eval_samples)
-        record = EvalRecord(step, loss, math.exp(min(loss, 700.0)), tokens, start, time.time_ns())
-        self._calibrate()
-        self._last_end = time.time_ns()
+        dates = self._timer.between_steps(begin)
+        record = EvalRecord(self._done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
         self._tell("eval_finished", record)
         return record
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint of the run as it stands after `step`."""
-        start = time.time_ns()
-        c = self.config
+    def save(self, step: int | None = None) -> Path:
+        """Write a checkpoint of the run as it stands after the last step that was told of.
+
+        `step`, where given, must be that step's number.
+        """
+        self._settled(step)
+        begin = self._timer.now()
+        flush(self._observers)  # what goes on from a checkpoint finds every record before it
         path = run_checkpoint.save_run(
-            self.session, self.output, step, self.batches.state(), self.started, self.run_id, c.save_total_limit
+            self.session,
+            self.output,
+            self._done,
+            self._data_state,
+            self.started,
+            self.run_id,
+            self.config.save_total_limit,
         )
         nbytes = sum(f.stat().st_size for f in path.iterdir())
-        record = CheckpointRecord(step, str(path), nbytes, start, time.time_ns())
-        self._calibrate()
-        self._last_end = time.time_ns()
+        record = CheckpointRecord(self._done, str(path), nbytes, *self._timer.between_steps(begin))
         self._tell("checkpoint_saved", record)
         return path
 
-    def _calibrate(self) -> None:
-        """Line up the device's clock with the host's, while the device is idle."""
-        reading = self.executor.read_clock()
-        if reading is not None:
-            self._clock.calibrate(*reading)
+    def _settled(self, step: int | None) -> None:
+        """Raise unless the device is as the last record left it: in `run` the next step is under way."""
+        if step not in (None, self._done):
+            raise ValueError(f"step {step}: the run stands after step {self._done}")
+        if self._launched != self._done:
+            raise RuntimeError(
+                f"step {self._launched} is under way: save and evaluate in the body of `for step in trainer.steps()`"
+            )
 
     def _tell(self, method: str, record: object) -> None:
         notify(self._observers, method, record)
@@ -316,7 +378,7 @@ class Trainer:
             self._flops_cache = micro * self.config.accumulate + update
         return self._flops_cache
 
-    def _run_info(self, start: int) -> RunInfo:
+    def _run_info(self, first_step: int) -> RunInfo:
         shapes = self.session.shape.model.parameter_shapes()
         return RunInfo(
             run_id=self.run_id,
@@ -327,50 +389,16 @@ class Trainer:
             method=self.config.method,
             precision=self.config.precision,
             total_steps=self.total_steps,
-            first_step=self.first_step,
+            first_step=first_step,
             resumes=self._saved.run_id if self._saved is not None else None,
             parameters=sum(math.prod(s) for s in shapes.values()),
             trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
             planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,
             config=self.config.to_mapping(),
-            start_ns=start,
+            start_ns=time.time_ns(),
         )
 
     def _make_output(self) -> None:
         new_folder(self.output)
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
         write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
-
-
-def _batches(config: TrainConfig, samples: Samples) -> TrainBatches:
-    return TrainBatches(
-        samples,
-        batch=config.batch,
-        seq=config.seq,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        pack=config.pack,
-    )
-
-
-def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples | None]:
-    """Tokenised training and evaluation data of a run that began at `started`."""
-    folder = resolve_model(config.model)
-    model = load_model_config(folder)
-    tokenizer = Tokenizer.load(folder, started) if (folder / "tokenizer.json").is_file() else None
-    train, held_out = data_files(config.data, config.eval_data)
-    if config.eval_every is not None and held_out is None:
-        raise UserError("--eval-every: no evaluation data; give --eval-data, or valid.jsonl in a --data folder")
-
-    def read(path: Path) -> Samples:
-        return load_samples(
-            path,
-            tokenizer,
-            vocab_size=model.vocab_size,
-            seq=config.seq,
-            loss_on=config.loss_on,
-            completions=config.completions,
-        )
-
-    return read(train), read(held_out) if held_out is not None else None

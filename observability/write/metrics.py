@@ -36,7 +36,7 @@ class Metric:
 
 STEP_DURATION: Final = Metric("entrenar.step.duration", "histogram", "s", "wall time of an optimizer step")
 LOSS: Final = Metric("entrenar.step.loss", "gauge", "{nat}", "mean loss over the step's trained tokens")
-THROUGHPUT: Final = Metric("entrenar.step.throughput", "gauge", "{token}/s", "trained tokens a second")
+THROUGHPUT: Final = Metric("entrenar.step.throughput", "gauge", "{token}/s", "positions, less padding, per second")
 LEARNING_RATE: Final = Metric("entrenar.step.learning_rate", "gauge", "{ratio}", "learning rate")
 GRAD_NORM: Final = Metric("entrenar.step.grad_norm", "gauge", "{norm}", "gradient norm before clipping")
 GPU_MEMORY: Final = Metric("entrenar.gpu.memory", "gauge", "By", "GPU memory that the run holds")

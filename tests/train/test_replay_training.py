@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,29 @@ def test_the_plan_counts_every_byte_that_is_allocated(folder, tmp_path, kernels,
     assert kernels.device.allocated_bytes == before
 
 
-def test_losses_arrive_one_step_late(folder, tmp_path, kernels, monkeypatch):
-    """While the device is at a step, the host prepares the next: its batch is made before the loss is waited for."""
-    trainer = Trainer(config_of(folder, str(tmp_path / "run"), steps=4), kernels=kernels)
+def order_of(trainer: Trainer, monkeypatch: Any, go: Callable[[], Any]) -> list[str]:
+    """What was done to each step, by number."""
     order: list[str] = []
-    launch, land = trainer._launch, trainer._land
-    monkeypatch.setattr(trainer, "_launch", lambda n: (order.append(f"launch {n}"), launch(n))[1])
-    monkeypatch.setattr(trainer, "_land", lambda f: (order.append(f"land {f.number}"), land(f))[1])
-    list(trainer.steps())
+    draw, launch, land = trainer._draw, trainer._launch, trainer._land
+    monkeypatch.setattr(trainer, "_draw", lambda n: (order.append(f"draw {n}"), draw(n))[1])
+    monkeypatch.setattr(trainer, "_launch", lambda d: (order.append(f"launch {d.number}"), launch(d))[1])
+    monkeypatch.setattr(trainer, "_land", lambda f: (order.append(f"land {f.drawn.number}"), land(f))[1])
+    go()
     trainer.session.close()
-    assert order == ["launch 1", "launch 2", "land 1", "launch 3", "land 2", "launch 4", "land 3", "land 4"]
+    return order
+
+
+def test_in_a_run_the_host_is_one_step_ahead(folder, tmp_path, kernels, monkeypatch):
+    """While the device is at a step it has the next one already: a loss arrives one step late."""
+    trainer = Trainer(config_of(folder, str(tmp_path / "run"), steps=3), kernels=kernels)
+    order = order_of(trainer, monkeypatch, trainer.run)
+    assert order == ["draw 1", "launch 1", "draw 2", "launch 2", "land 1", "draw 3", "launch 3", "land 2", "land 3"]
+
+
+def test_in_a_loop_a_step_waits_for_the_body_and_its_batches_do_not(folder, tmp_path, kernels, monkeypatch):
+    trainer = Trainer(config_of(folder, str(tmp_path / "run"), steps=3), kernels=kernels)
+    order = order_of(trainer, monkeypatch, lambda: list(trainer.steps()))
+    assert order == ["draw 1", "launch 1", "draw 2", "land 1", "launch 2", "draw 3", "land 2", "launch 3", "land 3"]
 
 
 def test_a_step_leaves_its_gradients_at_zero(folder, tmp_path, kernels):
