@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Samples:
         """A hash of everything that training sees of the data: equal data, equal text."""
         digest = hashlib.sha256()
         for values, kind in ((self.tokens, "<u4"), (self.targets, "<i4"), (self.starts, "<i8")):
-            digest.update(values.astype(kind, copy=False).tobytes())
+            digest.update(np.ascontiguousarray(values.astype(kind, copy=False)))
         return digest.hexdigest()
 
 
@@ -77,10 +78,15 @@ class SampleBuilder:
     def samples(self, notes: tuple[str, ...] = ()) -> Samples:
         """What was added so far."""
         return Samples(
-            np.array(self.tokens, np.uint32),
-            np.array(self.targets, np.int32),
-            np.array(self.starts, np.int64),
+            _view(self.tokens, np.uint32),
+            _view(self.targets, np.int32),
+            _view(self.starts, np.int64),
             self.skipped,
             self.cut,
             notes,
         )
+
+
+def _view(values: array[int], kind: type) -> NDArray[Any]:
+    """An array over the same memory: a copy would double it."""
+    return np.frombuffer(values, kind) if values else np.zeros(0, kind)

@@ -1,8 +1,7 @@
-"""The tokenizer of a model folder: `tokenizer.json`, its special tokens, and the chat template beside it."""
+"""The tokenizer of a model folder: `tokenizer.json`, its special tokens, and the chat templates beside it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +9,17 @@ from typing import Any
 
 import tokenizers
 
-from entrenar_gpu.data.chat import ChatTemplate, Message, Rendered, Span
+from entrenar_gpu.chat import ChatTemplate, Conversation, Message, Rendered, Span
+from entrenar_gpu.data.prefix import PrefixEncoder
+from entrenar_gpu.data.tokenizer_files import (
+    DEFAULT,
+    TOOL_USE,
+    load_backend,
+    named_tokens,
+    read_optional_json,
+    stop_ids,
+    template_sources,
+)
 from entrenar_gpu.errors import UserError
 
 
@@ -18,7 +27,10 @@ class Tokenizer:
     """Text to token ids and back, as the model's own `tokenizer.json` says, and its chat templates.
 
     `vocab_size` counts the tokenizer's entries (a model may hold more rows than that). `eos_id` ends a text in
-    training, or is None; generation stops at any of `eos_ids`. `bos_id` is None where the model has none.
+    training, or is None. Generation stops at any of `eos_ids`: those that the model's files name, and `end_ids`: EOS,
+    what tokenizer.json itself puts after a text, and what closes a turn in the chat templates; and at any of
+    `stop_texts`, where a template closes turns with words. `bos_id` is None where the model has none. `opening` and
+    `ending` are the ids that tokenizer.json itself puts around a text.
     """
 
     def __init__(
@@ -35,13 +47,21 @@ class Tokenizer:
         self.backend = backend
         self.folder = folder
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        named, stop_ids = named or {}, list(stop_ids)
+        named, stops = named or {}, list(stop_ids)
         self.bos_id: int | None = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         eos: int | None = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
-        self.eos_id = stop_ids[0] if eos is None and stop_ids else eos
-        self.eos_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
-        self._special_texts = tuple({*_special_tokens(backend).values(), *named.values()})
+        self.eos_id = stops[0] if eos is None and stops else eos
+        self.opening, self.ending = _added_around(backend)
         self._templates = dict(templates or {})
+        closings = dict.fromkeys(text for template in self._templates.values() for text in template.closings)
+        closing_ids = {text: backend.token_to_id(text) for text in closings}
+        turn_ends = [i for i in closing_ids.values() if i is not None]
+        self.stop_texts = tuple(text for text, i in closing_ids.items() if i is None)
+        # what training teaches to end with: EOS, what stands behind every text, what closes a turn
+        self.end_ids = (*([] if self.eos_id is None else [self.eos_id]), *self.ending[:1], *turn_ends)
+        self.eos_ids = frozenset([*stops, *self.end_ids])
+        self._special_texts = tuple({*_special_tokens(backend).values(), *named.values()})
+        self._encoder = PrefixEncoder(backend)
 
     @classmethod
     def load(cls, folder: str | Path, now: datetime | None = None) -> Tokenizer:
@@ -51,20 +71,14 @@ class Tokenizer:
         began with, so that its data stay the same. Raises UserError naming the file at fault.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{path}: not found; the model folder needs its tokenizer")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
-        config = _read_json(folder / "tokenizer_config.json")
-        named = _named_tokens(config) | _named_tokens(_read_json(folder / "special_tokens_map.json"))
-        stops = [i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)]
+        backend = load_backend(folder / "tokenizer.json")
+        config = read_optional_json(folder / "tokenizer_config.json")
+        named = named_tokens(config) | named_tokens(read_optional_json(folder / "special_tokens_map.json"))
+        stops = [i for name in ("generation_config.json", "config.json") for i in stop_ids(folder / name)]
         special = set(_special_tokens(backend).values()) | set(named.values())
         templates = {
             name: ChatTemplate(source, origin, named, special, now or datetime.now())
-            for name, (source, origin) in _template_sources(folder, config).items()
+            for name, (source, origin) in template_sources(folder, config).items()
         }
         return cls(backend, str(folder), named, stops, templates)
 
@@ -73,23 +87,36 @@ class Tokenizer:
         return bool(self._templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what tokenizer.json itself adds around it (Llama: BOS) unless told not to.
+        """Token ids of `text`, with what tokenizer.json itself puts around it (Llama: BOS) unless told not to.
 
-        A text that already begins with BOS, as chat templates write it, does not get a second one.
+        What a text already begins or ends with, as chat templates write BOS, is not put there a second time.
         """
-        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0][0]
+        ids = self.encode_batch([text])[0][0]
+        return self.framed(ids)[1] if add_special_tokens else ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to be continued: with what tokenizer.json puts before it, without what ends it."""
+        ids = self.encode_batch([text])[0][0]
+        return [*self._missing_opening(ids), *ids]
 
     def encode_batch(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True
+        self, texts: Sequence[str], limit: int | None = None, offsets: bool = True
     ) -> list[tuple[list[int], list[Span]]]:
-        """For each text its token ids, and the characters [start, end) each token stands for."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        result = []
-        for encoding in encodings:
-            ids, offsets = encoding.ids, encoding.offsets
-            doubled = self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]
-            result.append((ids[1:], offsets[1:]) if doubled else (ids, offsets))
-        return result
+        """For each text its token ids, and the characters [start, end) each token stands for, unless not asked for.
+
+        With a `limit`, at least the first `limit` tokens of each text, and no fewer than that where there are more.
+        """
+        return self._encoder.encode(texts, limit, offsets)
+
+    def framed(self, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """(how many ids were put before, ids with what tokenizer.json puts around them where it is not there yet)."""
+        opening = self._missing_opening(ids)
+        there = bool(self.ending) and list(ids[-len(self.ending) :]) == self.ending
+        return len(opening), [*opening, *ids, *([] if there else self.ending)]
+
+    def _missing_opening(self, ids: Sequence[int]) -> list[int]:
+        there = bool(self.opening) and list(ids[:1]) == self.opening[:1]
+        return [] if there else self.opening
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -102,16 +129,16 @@ class Tokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> str:
         """The conversation as the model reads it; encode it with `add_special_tokens=False`, it holds its own."""
-        template = self._template(tools)
-        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self.template(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def render_turns(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
-        """The same, with the character spans of what the assistant says (see chat.py)."""
-        return self._template(tools).render_turns(messages, tools)
+        """The same, with the character spans of what the assistant says (see chat/turns.py)."""
+        (rendered,) = self.template(tools).render_all([Conversation(messages, tools)], "turns")
+        return rendered
 
-    def _template(self, tools: Sequence[Any] | None) -> ChatTemplate:
+    def template(self, tools: Sequence[Any] | None) -> ChatTemplate:
         """As transformers chooses: the template named tool_use for conversations with tools, else the default."""
-        for name in ("tool_use", "default") if tools else ("default",):
+        for name in (TOOL_USE, DEFAULT) if tools is not None else (DEFAULT,):
             if name in self._templates:
                 return self._templates[name]
         raise UserError(f"{self.folder}: the model has no {'default ' * self.has_chat_template}chat template")
@@ -121,53 +148,15 @@ def _special_tokens(backend: tokenizers.Tokenizer) -> dict[int, str]:
     return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in an optional JSON file; empty where there is no such file."""
+def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts before and after a text, seen on a short one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
-def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token`, `eos_token`, ...: written as text, or as an object with its `content`."""
-    named = {}
-    for key, value in values.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            named[key] = content
-    return named
-
-
-def _stop_ids(path: Path) -> list[int]:
-    value = _read_json(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
-    return ids
-
-
-def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Each chat template's text and the file it is in, by name. A file of its own wins over tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return {"default": (path.read_text(encoding="utf-8"), str(path))}
-        except (OSError, UnicodeDecodeError):
-            raise UserError(f"{path}: cannot be read as UTF-8 text") from None
-    value, origin = config.get("chat_template"), str(folder / "tokenizer_config.json")
-    named = [{"name": "default", "template": value}] if isinstance(value, str) else value or []
-    try:
-        sources = {entry["name"]: (entry["template"], origin) for entry in named}
-    except (TypeError, KeyError):
-        sources = {None: (None, origin)}
-    if not all(isinstance(name, str) and isinstance(source, str) for name, (source, _) in sources.items()):
-        raise UserError(f"{origin}: chat_template must be text, or a list of objects with name and template")
-    return sources
+        encoding = backend.encode("a", add_special_tokens=True)
+    except Exception:  # a vocabulary of words, without one for the unknown
+        return [], []
+    ids, added = list(encoding.ids), list(encoding.special_tokens_mask)
+    first = next((i for i, special in enumerate(added) if not special), len(ids))
+    last = next((i for i, special in enumerate(reversed(added)) if not special), 0)
+    if first == len(ids):  # "a" itself is no token here
+        return ids, []
+    return ids[:first], ids[len(ids) - last :]

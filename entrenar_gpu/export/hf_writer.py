@@ -7,16 +7,20 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import TensorSource, new_file, new_folder, read_json_object, write_tensors, write_text
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 4 << 30
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes from config.json without one
 # What makes a folder usable beside its weights.
+NAMED_TEMPLATES = "additional_chat_templates"
 COMPANIONS = (
     "config.json",
-    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -74,17 +78,46 @@ def _split(sources: Sequence[TensorSource], shard_bytes: int) -> list[list[Tenso
 
 
 def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None:
-    """Copy what a model folder holds beside its weights: configuration, tokenizer, chat template.
+    """Copy what a model folder holds beside its weights: configuration, tokenizer, chat templates.
 
-    `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised.
+    `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised, and
+    `generation_config.json` to stop at what closes a turn in the chat template, beside what it stops at already.
     """
     source, target = Path(source), Path(target)
     config = read_json_object(source / "config.json")
     config.pop("quantization_config", None)
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     new_folder(target)
-    for name in COMPANIONS:
-        if (source / name).exists() and name != "config.json":
-            with new_file(target / name) as copy, open(source / name, "rb") as original:
-                shutil.copyfileobj(original, copy)
+    named = sorted((source / NAMED_TEMPLATES).glob("*.jinja"))
+    if named:
+        new_folder(target / NAMED_TEMPLATES)
+    for path in [*(source / name for name in COMPANIONS), *named]:
+        if path.exists() and path.name != "config.json":
+            _copy(path, target / path.relative_to(source))
+    _write_generation_config(source, target, config)
     write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with new_file(target) as copy, open(source, "rb") as original:
+        shutil.copyfileobj(original, copy)
+
+
+def _write_generation_config(source: Path, target: Path, config: dict[str, Any]) -> None:
+    """generation_config.json with everything that ends what the model says; as it is where that adds nothing."""
+    path = source / GENERATION_CONFIG
+    try:
+        tokenizer = Tokenizer.load(source)
+        values = read_json_object(path) if path.exists() else {k: config[k] for k in _TOKEN_KEYS if k in config}
+        stops = values.get("eos_token_id")
+        there = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        added = [i for i in dict.fromkeys(tokenizer.end_ids) if i not in there]
+    except UserError:  # without a tokenizer, or with a broken one, nothing is known of what it would add
+        added = []
+    if not added:
+        if path.exists():
+            _copy(path, target / GENERATION_CONFIG)
+        return
+    ends = [*there, *added]
+    values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    write_text(target / GENERATION_CONFIG, json.dumps(values, indent=2) + "\n")

@@ -34,25 +34,35 @@ class Generator:
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line
             raise UserError("--prompt: not UTF-8 text")
         if self.config.completions == "raw" or not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode_prompt(prompt)
         text = self.tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-        """The continuation of a prompt, without special tokens."""
-        ids = list(self.tokens(self.encode(prompt), max_tokens, temperature, seed))
-        return self.tokenizer.decode(ids)
+        """The continuation of a prompt, without special tokens, up to a text that closes the model's turns."""
+        return "".join(self.pieces(prompt, max_tokens, temperature, seed))
 
     def pieces(self, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """The same, piece by piece as it is made; bytes that do not yet make a character wait for the next."""
+        """The same, piece by piece as it is made.
+
+        What may yet change waits for the next token or the end: bytes that do not make a character so far, and the
+        beginning of a closing text.
+        """
         ids: list[int] = []
-        shown = ""
+        shown, text = 0, ""
         for token in self.tokens(self.encode(prompt), max_tokens, temperature, seed):
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+            closed = [at for stop in self.tokenizer.stop_texts if (at := text.find(stop, shown)) >= 0]
+            if closed:
+                text = text[: min(closed)]
+                break
+            sure = len(text.rstrip("\ufffd")) - _beginning(text, self.tokenizer.stop_texts)
+            if sure > shown:
+                yield text[shown:sure]
+                shown = sure
+        if len(text) > shown:
+            yield text[shown:]
 
     def tokens(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
         """Token ids until an end of turn or text, or `max_tokens`; `temperature` 0 takes the likeliest each time."""
@@ -61,6 +71,12 @@ class Generator:
             raise UserError("--prompt: empty; the model needs a token to continue")
         if len(ids) + max_tokens > self.config.seq:
             raise UserError(f"--prompt: {len(ids)} tokens and --max-tokens {max_tokens} exceed --seq {self.config.seq}")
+        vocabulary = self.session.checkpoint.config.vocab_size
+        if max(ids) >= vocabulary:
+            word = self.tokenizer.decode([max(ids)], skip_special_tokens=False)[:40]
+            raise UserError(
+                f"--prompt: token id {max(ids)} ({word!r}) is outside the model's vocabulary of {vocabulary}"
+            )
         rng = np.random.default_rng(seed)
         for _ in range(max_tokens):
             token = _draw(next_logits(self.session, ids), temperature, rng)
@@ -84,6 +100,12 @@ def next_logits(session: Session, ids: Sequence[int]) -> np.ndarray:
     session.executor.write("logits_at", np.array([len(ids) - 1], np.uint32))
     session.executor.run("logits")
     return session.executor.read("logits")[0]
+
+
+def _beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop may begin with."""
+    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
 
 
 def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:

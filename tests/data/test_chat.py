@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from entrenar_gpu.data.chat import ChatTemplate
+from entrenar_gpu.chat import ChatTemplate
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from tests.helpers import chat_templates

@@ -217,7 +217,7 @@ BAD_LINES = {
     "not an object": ([1], "expected a JSON object, not a list"),
     "unknown shape": ({"question": "a"}, "expected one of messages; .*found keys 'question'"),
     "empty object": ({}, "found keys none"),
-    "two shapes": ({"text": "a", "messages": []}, "expected one of .*found messages; text"),
+    "two shapes": ({"text": "a", "messages": []}, "messages must be a list of messages, not an empty list"),
     "prompt alone": ({"prompt": "a"}, "'completion' is missing"),
     "completion alone": ({"completion": "a"}, "'prompt' is missing"),
     "text is a number": ({"text": 3}, "text must be text, not a number"),
@@ -240,7 +240,15 @@ BAD_LINES = {
     "label neither ignored nor a token": ({"input_ids": [1, 2], "labels": [1, -1]}, "labels: -1 is neither -100 nor"),
     "label beyond the vocabulary": ({"input_ids": [1, 2], "labels": [1, 300]}, "labels: 300 is neither -100 nor"),
     "labels alone": ({"labels": [1]}, "expected one of"),
-    "refused by the template": ({"messages": [{"role": "user", "content": [1]}]}, "chat template: "),
+    "a part that is a number": ({"messages": [{"role": "user", "content": [1]}]}, "message 1 holds a part that is"),
+    "refused by the template": (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]},
+        "chat template: ",
+    ),
+    "a name the template is called with": (
+        {"messages": [USER], "chat_template_kwargs": {"tools": 1}},
+        "chat_template_kwargs: tools cannot be set",
+    ),
 }
 
 

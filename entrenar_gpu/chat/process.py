@@ -1,0 +1,125 @@
+"""The asking side of worker.py: one process for all templates, started when first needed and kept."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from entrenar_gpu.chat.worker import CPU_SECONDS, Service, TemplateSource
+
+WALL_SECONDS = 60.0  # without an answer; the machine may be busy with other things
+_START = "import sys; sys.path[:] = sys.argv[2:]; from entrenar_gpu.chat.worker import main; main(float(sys.argv[1]))"
+
+
+class _Ended(Exception):
+    """The process is gone, and why."""
+
+
+class TemplateProcess:
+    """Asks a process of its own where the platform can bound one, else this process."""
+
+    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._pending = b""
+        self._here = Service() if sys.platform == "win32" or not sys.executable else None
+
+    def ask(self, ask: str, template: TemplateSource, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """An answer for each row, up to and with the first that ended the process."""
+        with self._lock:
+            if self._here is None and not self._running():
+                self._start()
+            request = {"ask": ask, "template": asdict(template), "rows": len(rows)}
+            if self._here is not None:
+                return list(self._here.answers(request, rows))
+            try:
+                return self._exchange(request, rows)
+            except BaseException:
+                self.stop()  # in the middle of an exchange nothing can follow
+                raise
+
+    def stop(self) -> None:
+        """End the process, if there is one; the next question starts another."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+    def _running(self) -> bool:
+        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
+
+    def _start(self) -> None:
+        self.stop()
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            _START,
+            str(self._cpu_seconds),
+            *(path or os.getcwd() for path in sys.path),
+        ]
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
+        except OSError:  # no process to be had: today's limits of the machine
+            self._here = Service()
+        self._owner, self._pending = os.getpid(), b""
+
+    def _exchange(self, request: dict[str, Any], rows: Sequence[Any]) -> list[dict[str, Any]]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        answers: list[dict[str, Any]] = []
+        try:
+            lines = [json.dumps(value).encode() + b"\n" for value in (request, *rows)]
+            process.stdin.write(b"".join(lines))
+            process.stdin.flush()
+            while len(answers) < len(rows):
+                answers.append(json.loads(self._line()))
+        except (_Ended, BrokenPipeError) as error:
+            reason = str(error) if isinstance(error, _Ended) else self._why()
+            self.stop()
+            answers.append({"error": f"chat template: {reason}", "at_fault": True})
+        return answers
+
+    def _line(self) -> bytes:
+        """The next line that the process writes."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        stream, parts, until = self._process.stdout.fileno(), [self._pending], time.monotonic() + WALL_SECONDS
+        while b"\n" not in parts[-1]:
+            if not select.select([stream], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise _Ended(f"no answer within {WALL_SECONDS:.0f} s")
+            part = os.read(stream, 1 << 20)
+            if not part:
+                raise _Ended(self._why())
+            parts.append(part)
+        line, _, self._pending = b"".join(parts).partition(b"\n")
+        return line
+
+    def _why(self) -> str:
+        """What ended the process."""
+        assert self._process is not None
+        status = self._process.wait()
+        if sys.platform != "win32" and status == -signal.SIGPROF:
+            return "takes too long"
+        return f"ended its process ({signal.Signals(-status).name if status < 0 else f'status {status}'})"
+
+
+TEMPLATES = TemplateProcess()
+atexit.register(TEMPLATES.stop)

@@ -1,0 +1,125 @@
+"""What the messages of a row mean: nulls that exports leave behind, contents as parts, and marks of what to learn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from entrenar_gpu.chat import Message
+from entrenar_gpu.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_SWITCHES = ("train", "training")  # axolotl's; OpenAI has a weight of 0 or 1
+_DETAILS = ("train_detail", "training_detail")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def read_messages(value: Any, key: str) -> list[Message]:
+    """A conversation: objects with a role and a content (text, a list of text parts, or null beside tool calls).
+
+    Keys that are null are left out, as are empty lists of tool calls. Raises UserError naming `key` and the message.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{key} must be a list of messages, not {kind_of(value)}")
+    return [_message(message, f"{key}: message {i}") for i, message in enumerate(value, 1)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{where} must be an object with a role and a content")
+    if message["role"] not in ROLES:
+        raise UserError(f"{where} has role {message['role']!r}; known: {', '.join(ROLES)}")
+    result = without_nulls(message)
+    if result.get("tool_calls") == []:
+        del result["tool_calls"]
+    content = message.get("content")
+    if isinstance(content, list):
+        result["content"] = [_part(part, where) for part in content]
+    elif content is None and result.get("tool_calls"):
+        if "content" in message:
+            result["content"] = None
+    elif content is None and any(result.get(name) for name in _REASONING):
+        result["content"] = ""
+    elif not isinstance(content, str):
+        raise UserError(f"{where} must have a content that is text, not {kind_of(content)}")
+    return result
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """A part of a content as an object of type text; everything else is refused by its type."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise UserError(f"{where} holds a part that is {kind_of(part)}")
+    part = without_nulls(part)
+    kind = part.get("type", "text" if "text" in part else next(iter(part), "none"))
+    if kind not in _TEXT_PARTS:
+        raise UserError(f"{where} holds a part of type {str(kind)[:40]!r}; only text can be trained")
+    if not isinstance(part.get("text"), str):
+        raise UserError(f"{where} holds a part whose text is {kind_of(part.get('text'))}")
+    return {**part, "type": "text"}
+
+
+def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
+    """A JSON value without the keys that are null: tables give every row the keys of all. `kept` ones stay."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v, kept) for k, v in value.items() if v is not None or k in kept}
+    return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value
+
+
+def trained_turns(messages: list[Message], key: str) -> list[bool]:
+    """For each turn of the assistant whether it is to be learned: all that is not marked otherwise."""
+    marks = []
+    for i, message in enumerate(messages, 1):
+        mark = _mark(message, f"{key}: message {i}")
+        if message["role"] == "assistant":
+            marks.append(mark)
+    return marks
+
+
+def _mark(message: Message, where: str) -> bool:
+    """Whether a message's own marks let it be trained. Marks that cannot be followed are refused."""
+    for name in _DETAILS:
+        if message.get(name):
+            raise UserError(f"{where} has {name}: parts of a turn cannot be marked, only the turn (train, weight)")
+    switches = {name: message[name] for name in _SWITCHES if name in message}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {name} must be true or false, not {kind_of(value)}")
+        if value and message["role"] != "assistant":
+            raise UserError(f"{where}: {name} is true, but only turns of the assistant are trained")
+    weight = message.get("weight", 1)
+    if weight not in (0, 1) or isinstance(weight, str):
+        raise UserError(f"{where}: weight must be 0 or 1, not {json.dumps(weight)[:40]}")
+    return bool(weight) and all(switches.values())
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """The tools of a row: a list, or the JSON text of one."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif value is not None:
+        value = without_nulls(value, kept=("default", "const"))
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"tools must be a list, not {kind_of(value)}")
+    return value
+
+
+def read_variables(value: Any) -> Mapping[str, Any]:
+    """What a row's `chat_template_kwargs` sets for its template."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"chat_template_kwargs must be an object, not {kind_of(value)}")
+    return without_nulls(value or {})
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's kind, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    if value == []:
+        return "an empty list"
+    return names.get(type(value), "a number")

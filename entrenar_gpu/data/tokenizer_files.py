@@ -1,0 +1,111 @@
+"""What stands beside tokenizer.json in a model folder: named special tokens, ids that stop, and chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from entrenar_gpu.errors import UserError
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+
+# Far above what real models have (Gemma's tokenizer: 33 MB), low enough to be refused at once.
+_MOST_BYTES = {"tokenizer.json": 512 << 20, "chat template": 4 << 20, "JSON": 64 << 20}
+
+
+def load_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: not found; the model folder needs its tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_str(_text(path, "tokenizer.json"))
+    except UserError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more precise, and panics beside Exception
+        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in an optional JSON file; empty where there is no such file. Raises UserError naming the file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_text(path, "JSON"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _text(path: Path, kind: str) -> str:
+    most = _MOST_BYTES[kind]
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: not a file")
+        if path.stat().st_size > most:
+            raise UserError(f"{path}: too large; at most {most >> 20} MiB of {kind} are read")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        reason = f"cannot be read as UTF-8 text (byte {error.start + 1})"
+        raise UserError(f"{path}: {reason if kind != 'JSON' else f'not valid JSON: {reason}'}") from None
+
+
+def named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token`, ...: written as text, or as an object with its `content`."""
+    named = {}
+    for key, value in values.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            named[key] = content
+    return named
+
+
+def stop_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a generation_config.json or config.json: one id, a list of them, or none."""
+    value = read_optional_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        shown = json.dumps(value)
+        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, not {shown[:80]}")
+    return ids
+
+
+def template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Each chat template's text and the file it is in, by name.
+
+    As transformers reads them: chat_template.jinja and additional_chat_templates/NAME.jinja where there is any of
+    them, else tokenizer_config.json; and last chat_template.json, in which processors kept theirs.
+    """
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files[DEFAULT] = folder / "chat_template.jinja"
+    if files:
+        return {name: (_text(path, "chat template"), str(path)) for name, path in files.items()}
+    origin, value = folder / "tokenizer_config.json", config.get("chat_template")
+    if not value:
+        origin = folder / "chat_template.json"
+        value = read_optional_json(origin).get("chat_template")
+    return _declared(value, str(origin))
+
+
+def _declared(value: Any, origin: str) -> dict[str, tuple[str, str]]:
+    """The templates of a `chat_template` key: one text, or several with their names."""
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        value = {DEFAULT: value}
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    texts = isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    if not texts:
+        raise UserError(f"{origin}: chat_template must be text, or a list of objects with name and template")
+    return {name: (source, origin) for name, source in value.items()}
