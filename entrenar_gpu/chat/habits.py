@@ -83,7 +83,7 @@ class Habits:
         """Whether the template takes a list of parts as the content of such a message and writes its texts."""
         shown = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
         question = {"role": "user", "content": "a"}
-        contexts = {
+        contexts: dict[str, list[list[Message]]] = {
             "system": [[shown, question]],
             "developer": [[shown, question]],
             "user": [[shown]],

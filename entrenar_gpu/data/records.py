@@ -139,7 +139,7 @@ class Reader:
         if not self._as_chat:
             spans = None if self.train_all else [(len(asked), len(asked) + len(said))]
             return Draft(number, asked + said, spans, eos=True, rendered=False)
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        messages: list[Message] = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         return self._conversation(number, messages, [True], record, completion=True)
 
     def _conversation(
@@ -197,8 +197,8 @@ class Reader:
                 except UserError as error:
                     failed.append((chat.line, error))
         if failed:
-            line, error = min(failed, key=lambda pair: pair[0])
-            raise UserError(f"{self.path}:{line}: {error}") from None
+            line, reason = min(failed, key=lambda pair: pair[0])
+            raise UserError(f"{self.path}:{line}: {reason}") from None
         return [done[line.line] if isinstance(line, _Chat) else line for line in chunk]
 
     def _drafted(self, chat: _Chat, text: str, spans: list[Span] | None) -> Draft:

@@ -18,7 +18,21 @@ from entrenar_gpu.data.prefix import PrefixEncoder
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 
-WORDS = "the cat sat on a mat, and 12345 dogs\n\n  were   running éàü 中文字符 <|im_end|> aaaaaaa".split(" ")
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "mat,",
+    "12345",
+    "dogs\n\n",
+    "",
+    "",
+    "running",
+    "éàü",
+    "中文字符",
+    "<|im_end|>",
+    "aaaaaaa",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +40,11 @@ def backends() -> dict[str, tokenizers.Tokenizer]:
     """Byte-level BPE as shipped, and two without any split into words: BPE and Unigram over whole texts."""
     found = {"bytes": Tokenizer.load(MODEL).backend}
     corpus = [" ".join(WORDS)] * 20 + ["aaaa bbbb aaaaaa bbb aa"] * 5
+    options = {"special_tokens": ["?"], "show_progress": False}
     for name, model, trainer in (
-        ("bpe", models.BPE(unk_token="?"), trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)),
-        ("unigram", models.Unigram(), trainers.UnigramTrainer(vocab_size=120, unk_token="?", special_tokens=["?"], show_progress=False)),
-    ):  # fmt: skip
+        ("bpe", models.BPE(unk_token="?"), trainers.BpeTrainer(vocab_size=200, **options)),
+        ("unigram", models.Unigram(), trainers.UnigramTrainer(vocab_size=120, unk_token="?", **options)),
+    ):
         backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
         backend.train_from_iterator(corpus, trainer)
