@@ -25,8 +25,7 @@ from benchmarks.random_checkpoint import make_checkpoint
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import SHAPES, TrainConfig
 from entrenar_gpu.gpu import Device, Replay
-from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.model import HFCheckpoint, ModelConfig, Parameters, Storage, is_projection
+from entrenar_gpu.model import HFCheckpoint, declared_weights
 from entrenar_gpu.train import WeightCache, load_weights, storage_of
 
 BLOCK_BYTES = 16 << 20
@@ -82,11 +81,13 @@ def measure(what: str, folder: Path, device: str | None) -> dict[str, Any]:
         return {"seconds": _read(checkpoint.files())}
     config = TrainConfig(model=str(folder), method="qlora")
     storage, opened = storage_of(checkpoint, config, None), Device.open(device)
-    replay = Replay(opened, make_plan({"weights": _declared(checkpoint.config, storage, opened.caps)}, opened.caps))
+    weights = declared_weights(checkpoint.config.weights, storage, opened.caps)
+    graph = weights[0].tensors[0].graph  # holds them and nothing else
+    replay = Replay(opened, make_plan({"weights": graph}, opened.caps))
     cache = WeightCache(checkpoint, config.double_quant, _kept(folder)) if what == "cache" else None
     with PeakMemory(opened) as peak:
         begin = time.perf_counter()
-        source = load_weights(replay, checkpoint, storage, cache)
+        source = load_weights(replay, checkpoint, weights, cache)
         seconds = time.perf_counter() - begin
     return {"seconds": seconds, "peak_bytes": peak.nbytes, "source": source}
 
@@ -120,20 +121,6 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join()
-
-
-def _declared(model: ModelConfig, storage: Storage, caps: Caps) -> Graph:
-    """A graph of a model's weights and nothing else."""
-    graph = Graph("weights")
-    parameters = Parameters(graph, model, storage, caps)
-    for name, shape in model.parameter_shapes().items():
-        if is_projection(name):
-            parameters.quantised(name)
-        elif len(shape) == 2:
-            parameters.table(name)
-        else:
-            parameters.vector(name)
-    return graph
 
 
 def _kept(folder: Path) -> Path:

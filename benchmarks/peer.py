@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from entrenar_gpu.config import PROJECTIONS, SHAPES
+from entrenar_gpu.config import SHAPES, TrainConfig
 
 SHAPE = SHAPES["qwen3-4b"]
 RANK = 16
@@ -71,7 +71,7 @@ def make_model(recompute: bool) -> Any:
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if recompute else {}
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute, **options)
     adapters = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=list(PROJECTIONS), bias="none", task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=2 * RANK, target_modules=TrainConfig().target.split(","), bias="none", task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, adapters)
     model.train()

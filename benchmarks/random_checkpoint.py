@@ -28,8 +28,8 @@ SPREAD = 0.02  # standard deviation, as models are initialised
 def make_checkpoint(raw: dict[str, Any], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write a checkpoint of a config.json's shape; returns its files. Memory stays at the largest tensor."""
     sources = [
-        TensorSource(name, shape, "BF16", partial(_values, shape, name.endswith("norm.weight")))
-        for name, shape in parse_model_config(raw).parameter_shapes().items()
+        TensorSource(spec.name, spec.shape, "BF16", partial(_values, spec.shape, spec.kind == "norm"))
+        for spec in parse_model_config(raw).weights
     ]
     written = save_checkpoint(folder, sources, shard_bytes)
     write_text(folder / "config.json", json.dumps({**raw, "torch_dtype": "bfloat16"}, indent=2) + "\n")

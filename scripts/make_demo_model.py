@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.events import EvalRecord, StepRecord
 from entrenar_gpu.export import copy_model_files, save_checkpoint
 from entrenar_gpu.files import TensorSource, save_safetensors, write_text
-from entrenar_gpu.model import SINGLE_FILE, HFCheckpoint, ModelConfig, parse_model_config
+from entrenar_gpu.model import SINGLE_FILE, HFCheckpoint, ModelConfig, WeightSpec, parse_model_config
 from entrenar_gpu.train import Trainer
 
 SEED = 0
@@ -100,25 +101,25 @@ def write_random_model(folder: Path, texts: list[str]) -> None:
     write_text(folder / "generation_config.json", json.dumps(endings, indent=2) + "\n")
     config = parse_model_config(CONFIG)
     rng = np.random.default_rng(SEED)
-    weights = {name: _initial(rng, name, shape, config) for name, shape in config.parameter_shapes().items()}
+    weights = {spec.name: _initial(rng, spec, config) for spec in config.weights}
     save_safetensors(folder / SINGLE_FILE, weights, {"format": "pt"})
 
 
-def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
+def _initial(rng: np.random.Generator, spec: WeightSpec, config: ModelConfig) -> np.ndarray:
+    if spec.kind == "norm":
+        return np.ones(spec.shape, np.float32)
     deviation = CONFIG["initializer_range"]
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        deviation /= np.sqrt(2 * config.num_layers)
-    return (deviation * rng.standard_normal(shape)).astype(np.float32)
+    if spec.name.endswith(("o_proj.weight", "down_proj.weight")):
+        deviation /= np.sqrt(2 * len(config.layers))
+    return (deviation * rng.standard_normal(spec.shape)).astype(np.float32)
 
 
 def store_bf16(trained: Path, target: Path) -> None:
     """Write the trained model with weights rounded to BF16."""
     checkpoint = HFCheckpoint.open(trained)
     copy_model_files(trained, target, "bfloat16")
-    shapes = checkpoint.config.parameter_shapes()
-    save_checkpoint(target, [TensorSource(n, s, "BF16", lambda n=n: checkpoint.f32(n)) for n, s in shapes.items()])
+    weights = checkpoint.config.weights
+    save_checkpoint(target, [TensorSource(w.name, w.shape, "BF16", partial(checkpoint.f32, w.name)) for w in weights])
 
 
 def main() -> None:

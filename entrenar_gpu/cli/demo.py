@@ -125,9 +125,10 @@ def _answer(config: TrainConfig, prompt: str, adapter: Path | None, kernels: Ker
 
 def _show_start(console: Console, trainer: Trainer, found: docstrings.Corpus) -> None:
     session, config = trainer.session, trainer.config
-    parameters = sum(math.prod(shape) for shape in session.shape.model.parameter_shapes().values())
+    parameters = session.shape.model.parameters
     trained = sum(math.prod(shape) for shape in session.trainable().values())
-    targets = ", ".join(name.removesuffix("_proj") for name in config.targets)
+    paths = session.adapters.modules if session.adapters is not None else ()
+    targets = ", ".join(dict.fromkeys(path.rpartition(".")[2].removesuffix("_proj") for path in paths))
     python = f"{platform.python_implementation()} {platform.python_version()}"
     _line(console, "model", f"Qwen3 architecture, {parameters:,} parameters, pretrained on docstrings; base in NF4")
     _line(console, "adapter", f"rank {config.rank} on {targets}: {trained:,} parameters")

@@ -92,7 +92,7 @@ def show_start(trainer: Any) -> None:
 
     shapes = session.trainable().values()
     trainable = sum(math.prod(shape) for shape in shapes)
-    total = sum(math.prod(shape) for shape in session.shape.model.parameter_shapes().values())
+    total = session.shape.model.parameters
     line("model", f"{trainer.config.model}  {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained")
     if trainer.config.cache:
         line("weights", session.weights_from)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.adapters import AdapterSpec
+from entrenar_gpu.adapters import spec_of
 from entrenar_gpu.compiler import Plan, Recompute, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
-from entrenar_gpu.graph import Caps
-from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, Storage, load_model_config, resolve_model
+from entrenar_gpu.graph import Caps, Graph, Tensor
+from entrenar_gpu.model import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    HFCheckpoint,
+    Storage,
+    WeightTensors,
+    declared_weights,
+    load_model_config,
+    resolve_model,
+)
 from entrenar_gpu.train import RunShape, fit_run, storage_of, training_graphs
 
 # Capability profiles to plan for without a device. Limits as common drivers offer them, or as WebGPU guarantees.
@@ -26,15 +36,16 @@ PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
     *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
 )
-SCALE_PARTS = (".absmax", ".absmax_codes", ".nested", ".table")
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan by purpose, in bytes; the parts sum to `peak_bytes`."""
+    """A plan by purpose, in bytes; the parts sum to `peak_bytes`. `weights` and `graphs` tell what buffers are for."""
 
     plan: Plan
     recompute: Recompute
+    weights: Sequence[WeightTensors]
+    graphs: Mapping[str, Graph]
     profile: str
     budget_bytes: int
 
@@ -57,26 +68,31 @@ class PlanReport:
     def _purposes(self) -> dict[str, str]:
         """The key that each buffer counts under; reports, ticks and inputs are transfers."""
         result: dict[str, str] = {}
+        of_weights = {tensor.name: key for weight in self.weights for tensor, key in _weight_purposes(weight)}
+        copies = self.graphs[weight_copies.GRAPH].persistents if weight_copies.GRAPH in self.graphs else {}
         for name, tensor in self.plan.persistents.items():
             buffer = self.plan.slices[tensor.id].buffer
             if tensor.role in ("param", "grad"):
                 result[buffer] = "adapter_bytes" if tensor.role == "param" else "gradient_bytes"
             elif tensor.role == "weight":
-                result[buffer] = _weight_purpose(name)
+                result[buffer] = of_weights.get(name, "dense_bytes")
             elif tensor.role in ("state", "moment"):
-                result[buffer] = "copy_bytes" if name.endswith(weight_copies.PARTS) else "optimizer_bytes"
+                result[buffer] = "copy_bytes" if name in copies else "optimizer_bytes"
         for buffer in self.plan.buffers:
             if buffer.startswith("pool."):
                 result[buffer] = "scratch_bytes" if buffer in self.plan.scratch else "activation_bytes"
         return result
 
 
-def _weight_purpose(name: str) -> str:
-    if name.endswith(".codes"):
-        return "nf4_bytes"
-    if name.endswith(SCALE_PARTS):
-        return "scale_bytes"
-    return "embedding_bytes" if ".shard" in name else "dense_bytes"
+def _weight_purposes(weight: WeightTensors) -> Iterator[tuple[Tensor, str]]:
+    """The key that each tensor of a weight counts under."""
+    if weight.nf4 is not None:
+        codes, *scales = weight.tensors
+        yield codes, "nf4_bytes"
+        yield from ((tensor, "scale_bytes") for tensor in scales)
+        return
+    for tensor in weight.tensors:
+        yield tensor, "embedding_bytes" if weight.spec.is_table else "dense_bytes"
 
 
 def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool) -> PlanReport:
@@ -84,7 +100,7 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     path = Path(config.model)
     path = path if path.is_file() else resolve_model(config.model, weights=False)
     model = load_model_config(path)
-    spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
+    spec = spec_of(config, model)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         storage = storage_of(HFCheckpoint.open(folder), config, spec)
@@ -98,4 +114,5 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     shape = RunShape(model, storage, config)
     trace = functools.partial(training_graphs, evaluates=evaluates)
     fitted = fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))
-    return PlanReport(fitted.plan, fitted.recompute, caps.name, budget_bytes)
+    weights = declared_weights(model.weights, storage, caps)
+    return PlanReport(fitted.plan, fitted.recompute, weights, fitted.graphs, caps.name, budget_bytes)

@@ -1,10 +1,9 @@
 """Every option of a run, declared once, and the shapes of well-known models."""
 
 from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.config.train_config import PROJECTIONS, TrainConfig, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.config.train_config import TrainConfig, flag, is_union, known_keys, load_yaml
 
 __all__ = [
-    "PROJECTIONS",
     "SHAPES",
     "TrainConfig",
     "flag",

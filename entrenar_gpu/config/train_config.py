@@ -19,17 +19,6 @@ import yaml
 
 from entrenar_gpu.errors import UserError
 
-# The seven linear projections of a layer, in the order they run, and where each lives in the checkpoint.
-PROJECTIONS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
-
 Method = Literal["qlora", "lora", "full"]
 Schedule = Literal["constant", "linear", "cosine", "warmup-cosine", "step", "exponential"]
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -55,7 +44,8 @@ class TrainConfig:
     rank: int = option(16, "adapter rank R", low=1, high=MOST)
     alpha: float | None = option(None, "adapter scale numerator; update = alpha/R * B A (default 2*rank)", low=0)
     target: str = option(
-        ",".join(PROJECTIONS), "projections that get adapters: any of q,k,v,o,gate,up,down (or their full names)"
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "projections that get adapters: any of q,k,v,o,gate,up,down (or their full names)",
     )
     rslora: bool = option(False, "scale by alpha/sqrt(R) instead of alpha/R (arXiv 2312.03732)")
     dropout: float = option(0.0, "dropout on the input of each adapter", "probability", 0, 0.99)
@@ -144,24 +134,11 @@ class TrainConfig:
     def lora_alpha(self) -> float:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The projections of --target by their full names, in the order they run."""
-        names = {part.strip() for part in self.target.split(",") if part.strip()}
-        if names == {"all"} or names == {"all-linear"}:
-            return tuple(PROJECTIONS)
-        full = {n if n.endswith("_proj") else f"{n}_proj" for n in names}
-        unknown = sorted(full - set(PROJECTIONS))
-        if unknown or not full:
-            raise UserError(f"--target: {', '.join(unknown) or 'empty'}; choose from {', '.join(PROJECTIONS)}")
-        return tuple(name for name in PROJECTIONS if name in full)
-
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value = _checked(f, hints[f.name], getattr(self, f.name))
             object.__setattr__(self, f.name, value)
-        _ = self.targets
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> TrainConfig:

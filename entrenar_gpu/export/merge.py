@@ -10,7 +10,7 @@ from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files import TensorSource
-from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, is_projection
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
 
 Floats = np.ndarray
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -24,21 +24,22 @@ def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path) -> None
     spec, values = load_adapter(adapter, checkpoint.config)
     if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise UserError(f"--output: {output} already holds a model; choose another folder")
-    names = checkpoint.config.parameter_shapes()
-    quantised = any(map(checkpoint.is_nf4, names))
-    dtypes = {name: "F32" if quantised else checkpoint.info(name).dtype for name in names}
-    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes["model.embed_tokens.weight"]])
-    save_checkpoint(output, [_source(checkpoint, spec, values, name, dtype) for name, dtype in dtypes.items()])
+    weights = checkpoint.config.weights
+    quantised = any(checkpoint.is_nf4(weight.name) for weight in weights)
+    dtypes = ["F32" if quantised else checkpoint.info(weight.name).dtype for weight in weights]
+    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]])  # the embedding's
+    sources = [_source(checkpoint, spec, values, *each) for each in zip(weights, dtypes, strict=True)]
+    save_checkpoint(output, sources)
 
 
 def _source(
-    checkpoint: HFCheckpoint, spec: AdapterSpec, values: dict[str, Floats], name: str, dtype: str
+    checkpoint: HFCheckpoint, adapters: AdapterSpec, values: dict[str, Floats], spec: WeightSpec, dtype: str
 ) -> TensorSource:
     def produce() -> Floats:
-        weight = checkpoint.f32(name)
-        lora = spec.modules.get(name.removesuffix(".weight")) if is_projection(name) else None
-        if lora is not None:
-            weight += np.float32(lora.scale) * (values[lora.b_name] @ values[lora.a_name])
+        weight = checkpoint.f32(spec.name)
+        adapter = adapters.modules.get(spec.module) if spec.adaptable else None
+        if adapter is not None:
+            adapter.merge(weight, values)
         return weight
 
-    return TensorSource(name, checkpoint.config.parameter_shapes()[name], dtype, produce)
+    return TensorSource(spec.name, spec.shape, dtype, produce)

@@ -1,21 +1,26 @@
 """A model's configuration, weights and traced decoder; where its folder lies and how its files are read."""
 
-from entrenar_gpu.model.config import ModelConfig, is_projection, load_model_config, model_shape, parse_model_config
+from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
-from entrenar_gpu.model.parameters import LoraModule, Parameters, Storage
+from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
+from entrenar_gpu.model.projection import ModuleAdapter, Product
+from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
+from entrenar_gpu.model.weight_spec import WeightSpec
 
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "HFCheckpoint",
-    "LoraModule",
     "ModelConfig",
-    "Parameters",
+    "ModuleAdapter",
+    "Product",
     "Storage",
     "Transformer",
-    "is_projection",
+    "WeightSpec",
+    "WeightTensors",
+    "declared_weights",
     "load_model_config",
     "model_shape",
     "parse_model_config",

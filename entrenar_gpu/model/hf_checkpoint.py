@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from entrenar_gpu.config import PROJECTIONS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
-from entrenar_gpu.model.config import ModelConfig, load_model_config
+from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.model.registry import load_model_config
+from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
 
 SINGLE_FILE = "model.safetensors"
@@ -34,6 +35,7 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path, config: ModelConfig, files: dict[str, SafetensorsFile]) -> None:
         self.folder, self.config, self._files = folder, config, files
+        self._specs = {spec.name: spec for spec in config.weights}
 
     @property
     def main_file(self) -> Path:
@@ -47,8 +49,8 @@ class HFCheckpoint:
         config = load_model_config(folder)
         _check_quantization(folder / "config.json")
         checkpoint = cls(folder, config, _open_files(folder))
-        for name, shape in config.parameter_shapes().items():
-            checkpoint._check_parameter(name, shape)
+        for spec in config.weights:
+            checkpoint._check(spec)
         return checkpoint
 
     def names(self) -> list[str]:
@@ -88,7 +90,8 @@ class HFCheckpoint:
         """A parameter stored as bitsandbytes' NF4; None when stored otherwise."""
         return self._nf4(name) if self.is_nf4(name) else None
 
-    def _check_parameter(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, spec: WeightSpec) -> None:
+        name, shape = spec.name, spec.shape
         if name not in self._files:
             raise UserError(f"{self.main_file}: tensor {name!r} is missing; config.json calls for it")
         info = self.info(name)
@@ -110,7 +113,7 @@ class HFCheckpoint:
             if not holds:
                 raise UserError(f"{file}: tensor {name!r}: {what}")
 
-        need(name.split(".")[-2] in PROJECTIONS, "quantised by bitsandbytes; only the seven projections may be")
+        need(self._specs[name].kind == "projection", "quantised by bitsandbytes; only projections may be")
         need(self.is_nf4(name), "quantised by bitsandbytes to fp4; only nf4 is supported")
         state = self._quant_state(name)
         shape = tuple(state["shape"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from entrenar_gpu.graph import Caps, Graph, Tensor
-from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.model.projection import ModuleAdapter
+from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.ops import Nf4Tensors
 
 TABLE_SHARD_BYTES = 128 << 20
@@ -26,10 +27,74 @@ class Storage:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     double_quant: bool = True
     nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
-    adapters: Mapping[str, LoraModule] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
+    adapters: Mapping[str, ModuleAdapter] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
+
+    def is_nf4(self, spec: WeightSpec) -> bool:
+        return self.method == "qlora" and spec.kind == "projection"
 
     def nf4_state(self, name: str) -> tuple[bool, str]:
         return self.nf4_states.get(name, (self.double_quant, "float32"))
+
+    def dtype(self, spec: WeightSpec) -> str:
+        """Of a weight that is not NF4."""
+        if self.method == "full" or not (spec.is_table or spec.kind == "projection"):
+            return "f32"
+        return self.dtypes.get(spec.name, self.dense)
+
+
+@dataclass(frozen=True)
+class WeightTensors:
+    """How one weight lies on the device: whole, as shards of rows, or as the parts of NF4, codes first."""
+
+    spec: WeightSpec
+    tensors: tuple[Tensor, ...]
+    nf4: Nf4Tensors | None = None
+
+
+class Parameters:
+    """Declares the weights of a model in a graph, as its `Storage` keeps them."""
+
+    def __init__(self, graph: Graph, weights: Iterable[WeightSpec], storage: Storage, caps: Caps) -> None:
+        self._graph, self._storage, self._caps = graph, storage, caps
+        self._specs = {spec.name: spec for spec in weights}
+
+    def declared(self, name: str) -> WeightTensors:
+        """A weight's tensors in the graph: the first call makes them."""
+        spec, storage = self._specs[name], self._storage
+        if storage.is_nf4(spec):
+            (n, k), (double, rounded) = spec.shape, storage.nf4_state(name)
+            nf4 = Nf4Tensors.declare(self._graph, name, (n, k), double, rounded)
+            return WeightTensors(spec, nf4.parts, nf4)
+        dtype = storage.dtype(spec)
+        if not spec.is_table:
+            return WeightTensors(spec, (self._dense(name, spec.shape, dtype),))
+        rows, columns = spec.shape
+        counts = shard_rows(rows, columns, 4 if dtype == "f32" else 2, self._caps)
+        shards = [self._dense(f"{name}.shard{i}", (count, columns), dtype) for i, count in enumerate(counts)]
+        return WeightTensors(spec, tuple(shards))
+
+    def _dense(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        if self._storage.method == "full":
+            return self._graph.parameter(name, shape)
+        return self._graph.tensor(name, shape, dtype, "weight")
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias, f32."""
+        (tensor,) = self.declared(name).tensors
+        return tensor
+
+    def matrix(self, name: str) -> Tensor | Nf4Tensors:
+        """A projection's weight [N, K]."""
+        weight = self.declared(name)
+        return weight.nf4 or weight.tensors[0]
+
+    def table(self, name: str) -> list[Tensor]:
+        """The rows of an embedding, in shards `name.shard0`, ... that a GPU can bind."""
+        return list(self.declared(name).tensors)
+
+    def adapter(self, module: str) -> ModuleAdapter | None:
+        """The adapter of a projection, where it has one."""
+        return self._storage.adapters.get(module)
 
 
 def shard_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:
@@ -39,78 +104,8 @@ def shard_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[in
     return [min(fit, rows - start) for start in range(0, rows, fit)]
 
 
-class Parameters:
-    """Declares the weights of a model in a graph, as its `Storage` keeps them."""
-
-    def __init__(self, graph: Graph, config: ModelConfig, storage: Storage, caps: Caps) -> None:
-        self._graph, self._config, self._storage, self._caps = graph, config, storage, caps
-        self._shapes = config.parameter_shapes()
-        self._nf4: dict[str, Nf4Tensors] = {}
-        self._tables: dict[str, list[Tensor]] = {}
-
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight or a bias, f32."""
-        if self._storage.method == "full":
-            return self._graph.parameter(name, self._shapes[name])
-        return self._graph.tensor(name, self._shapes[name], "f32", "weight")
-
-    def matrix(self, name: str) -> Tensor:
-        """A projection's weight [N, K] that is kept dense."""
-        shape = self._shapes[name]
-        if self._storage.method == "full":
-            return self._graph.parameter(name, shape)
-        return self._graph.tensor(name, shape, self._storage.dtypes.get(name, self._storage.dense), "weight")
-
-    def quantised(self, name: str) -> Nf4Tensors | None:
-        """A projection's weight as it is kept, where that is NF4."""
-        if self._storage.method != "qlora":
-            return None
-        if name not in self._nf4:
-            (n, k), (double, rounded) = self._shapes[name], self._storage.nf4_state(name)
-            self._nf4[name] = Nf4Tensors.declare(self._graph, name, (n, k), double, rounded)
-        return self._nf4[name]
-
-    def table(self, name: str) -> list[Tensor]:
-        """The rows of an embedding, in shards `name.shard0`, ... that an adapter can bind."""
-        if name not in self._tables:
-            full = self._storage.method == "full"
-            dtype = "f32" if full else self._storage.dtypes.get(name, self._storage.dense)
-            rows, columns = self._shapes[name]
-            shards = []
-            for i, count in enumerate(shard_rows(rows, columns, 4 if dtype == "f32" else 2, self._caps)):
-                shard, shape = f"{name}.shard{i}", (count, columns)
-                made = (
-                    self._graph.parameter(shard, shape) if full else self._graph.tensor(shard, shape, dtype, "weight")
-                )
-                shards.append(made)
-            self._tables[name] = shards
-        return self._tables[name]
-
-    def adapter(self, module: str) -> tuple[Tensor, Tensor, float] | None:
-        """(A [R, K], B [N, R], scale) of a projection, or None where it has none."""
-        lora = self._storage.adapters.get(module)
-        if lora is None:
-            return None
-        a = self._graph.parameter(lora.a_name, (lora.rank, lora.in_features))
-        b = self._graph.parameter(lora.b_name, (lora.out_features, lora.rank))
-        return a, b, lora.scale
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """The adapter of one projection. `path` is the module's, as in `model.layers.0.self_attn.q_proj`."""
-
-    path: str
-    in_features: int
-    out_features: int
-    rank: int
-    alpha: float
-    scale: float
-
-    @property
-    def a_name(self) -> str:
-        return f"{self.path}.lora_A.weight"
-
-    @property
-    def b_name(self) -> str:
-        return f"{self.path}.lora_B.weight"
+def declared_weights(weights: Iterable[WeightSpec], storage: Storage, caps: Caps) -> list[WeightTensors]:
+    """How each of a model's weights lies on a device of such abilities."""
+    wanted = list(weights)
+    parameters = Parameters(Graph("weights"), wanted, storage, caps)
+    return [parameters.declared(spec.name) for spec in wanted]

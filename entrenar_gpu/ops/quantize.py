@@ -41,6 +41,11 @@ class Nf4Tensors:
         parts = [graph.tensor(n, (count,), dtype, "weight") for n, (count, dtype) in zip(names, sizes, strict=True)]
         return cls(shape, tuple(parts), rounded)
 
+    @property
+    def double(self) -> bool:
+        """Whether the scales of the blocks are quantised too."""
+        return len(self.parts) > 2
+
     def dequantize(self) -> Tensor:
         """The weight in f32, [N, K]: scratch that the backward pass computes again."""
         return record("nf4_dequantize", weight=[*self.parts], shape=self.shape, rounded=self.rounded)[0]

@@ -6,7 +6,7 @@ Host memory stays at a few chunks whatever the model's size: a weight travels in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.files import NAMES, StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, pieces
 from entrenar_gpu.graph import NUMPY_TYPES, Graph
-from entrenar_gpu.model import HFCheckpoint, Storage, is_projection
+from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant import Nf4Weight, nf4
 from entrenar_gpu.train.weight_cache import WeightCache
@@ -33,10 +33,10 @@ Values = np.ndarray | StoredArray
 
 def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:
     """How a run keeps this checkpoint's weights: as stored where they stay dense, with the states NF4 weights bring."""
-    shapes = checkpoint.config.parameter_shapes()
-    dtypes = {n: STORED[checkpoint.info(n).dtype] for n in shapes if not checkpoint.is_nf4(n)}
+    names = [spec.name for spec in checkpoint.config.weights]
+    dtypes = {n: STORED[checkpoint.info(n).dtype] for n in names if not checkpoint.is_nf4(n)}
     states = {}
-    for name in shapes:
+    for name in names:
         weight = checkpoint.nf4(name)
         if weight is not None:
             states[name] = (weight.double, weight.dtype)
@@ -47,42 +47,38 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
 
 
 def load_weights(
-    executor: Replay | NumpyExecutor, checkpoint: HFCheckpoint, storage: Storage, cache: WeightCache | None = None
+    executor: Replay | NumpyExecutor,
+    checkpoint: HFCheckpoint,
+    weights: Sequence[WeightTensors],
+    cache: WeightCache | None = None,
 ) -> str:
-    """Write every base weight that the executor's graphs declare, quantising projections where `storage` says so.
+    """Write every base weight that the executor's graphs declare, as `weights` says that it lies there.
 
     With a `cache`, quantised weights come from there when it holds them, else they are kept there. Returns where the
     weights came from, in words. Raises UserError when the cache cannot be written.
     """
-    shapes = checkpoint.config.parameter_shapes()
-    rest, parts = list(shapes), _made_here(checkpoint, storage)
-    kept = cache.open({part: executor.tensors[part] for part in parts}) if cache is not None and parts else None
+    rest = [weight for weight in weights if weight.tensors[0].name in executor.tensors]
+    made = [weight for weight in rest if weight.nf4 is not None and not checkpoint.is_nf4(weight.spec.name)]
+    parts = {tensor.name: executor.tensors[tensor.name] for weight in made for tensor in weight.tensors}
+    kept = cache.open(parts) if cache is not None and parts else None
     target = DeviceTarget(executor) if isinstance(executor, Replay) else HostTarget(executor)
     try:
         if kept is not None:
             for part in parts:
                 target.write_part(part, 0, kept.stored(part))
-            held = set(parts)
-            rest = [name for name in shapes if f"{name}.codes" not in held]
-        for name, later in itertools.zip_longest(rest, rest[AHEAD:]):
+            rest = [weight for weight in rest if weight.tensors[0].name not in parts]
+        for weight, later in itertools.zip_longest(rest, rest[AHEAD:]):
             if later is not None:
-                checkpoint.read_ahead(later)
-            _write(target, checkpoint, storage, name)
+                checkpoint.read_ahead(later.spec.name)
+            _write(target, checkpoint, weight)
     finally:
         target.close()
     if cache is None or not parts:
         return "checkpoint"
     if kept is not None:
         return str(cache.path)
-    cache.write({part: executor.tensors[part] for part in parts}, executor.read)
+    cache.write(parts, executor.read)
     return f"checkpoint; quantised weights kept in {cache.path}"
-
-
-def _made_here(checkpoint: HFCheckpoint, storage: Storage) -> list[str]:
-    """The names of the tensors that loading quantises: those of projections that are not NF4 in the files."""
-    names = checkpoint.config.parameter_shapes()
-    made = [n for n in names if storage.method == "qlora" and is_projection(n) and not checkpoint.is_nf4(n)]
-    return [part for name in made for part in nf4_part_names(name, storage.double_quant)]
 
 
 class Target(Protocol):
@@ -100,41 +96,27 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-def _write(target: Target, checkpoint: HFCheckpoint, storage: Storage, name: str) -> None:
-    """One base weight, as its kind wants it."""
-    shape = checkpoint.config.parameter_shapes()[name]
-    if storage.method == "qlora" and is_projection(name):
-        stored = checkpoint.nf4(name)
+def _write(target: Target, checkpoint: HFCheckpoint, weight: WeightTensors) -> None:
+    """One base weight: quantised, or as many rows into each of its tensors as that holds."""
+    name, stored = weight.spec.name, checkpoint.nf4(weight.spec.name)
+    if weight.nf4 is not None:
         if stored is None:
-            target.quantize(name, checkpoint.stored(name), storage.double_quant)
+            target.quantize(name, checkpoint.stored(name), weight.nf4.double)
         else:
             _write_parts(target, name, stored)
-    elif len(shape) == 2 and not is_projection(name):
-        _write_table(target, checkpoint, name)
-    else:
-        _write_dense(target, checkpoint, name)
+        return
+    values: Values = checkpoint.f32(name) if stored is not None else checkpoint.stored(name)
+    first = 0
+    for tensor in weight.tensors:
+        rows = tensor.shape[0]
+        _write_as(target, tensor.name, values[first : first + rows])
+        first += rows
 
 
 def _write_parts(target: Target, name: str, weight: Nf4Weight) -> None:
     """A weight quantised already."""
     for part, values in zip(nf4_part_names(name, weight.double), host_parts(weight), strict=True):
         target.write_part(part, 0, np.asarray(values, NUMPY_TYPES[target.executor.tensors[part].dtype]))
-
-
-def _write_dense(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
-    if name not in target.executor.tensors:
-        return
-    stored: Values = checkpoint.f32(name) if checkpoint.is_nf4(name) else checkpoint.stored(name)
-    _write_as(target, name, stored)
-
-
-def _write_table(target: Target, checkpoint: HFCheckpoint, name: str) -> None:
-    """The shards of an embedding."""
-    stored, first, number = checkpoint.stored(name), 0, 0
-    while first < stored.shape[0] and f"{name}.shard{number}" in target.executor.tensors:
-        rows = target.executor.tensors[f"{name}.shard{number}"].shape[0]
-        _write_as(target, f"{name}.shard{number}", stored[first : first + rows])
-        first, number = first + rows, number + 1
 
 
 def _write_as(target: Target, name: str, values: Values) -> None:

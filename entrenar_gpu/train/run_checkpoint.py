@@ -6,7 +6,6 @@ A checkpoint is a folder `checkpoint-000123`, written under another name and ren
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,9 +24,10 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import copy_model_files, save_checkpoint
 from entrenar_gpu.files import SafetensorsFile, TensorSource, cannot_write, new_folder, save_safetensors, write_text
 from entrenar_gpu.graph import Tensor
-from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, is_projection
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
+from entrenar_gpu.train.base_identity import model_identity
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.train.loader import load_weights
 from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
@@ -51,17 +51,15 @@ def save_result(session: Session, folder: Path) -> None:
         save_adapter(folder, session.adapters, session.adapter_values(), session.config.model)
         return
     copy_model_files(session.checkpoint.folder, folder, "float32")
-    save_checkpoint(folder, [_full_source(session, n, s) for n, s in session.shape.model.parameter_shapes().items()])
+    save_checkpoint(folder, [_full_source(session, weight) for weight in session.weights])
 
 
-def _full_source(session: Session, name: str, shape: tuple[int, ...]) -> TensorSource:
+def _full_source(session: Session, weight: WeightTensors) -> TensorSource:
     def produce() -> np.ndarray:
-        if name in session.executor.tensors:
-            return session.executor.read(name)
-        shards = [n for n in session.executor.tensors if n.startswith(f"{name}.shard") and not n.endswith(".grad")]
-        return np.concatenate([session.executor.read(shard) for shard in shards])
+        parts = [session.executor.read(tensor.name) for tensor in weight.tensors]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    return TensorSource(name, shape, "F32", produce)
+    return TensorSource(weight.spec.name, weight.spec.shape, "F32", produce)
 
 
 def save_run(
@@ -89,7 +87,7 @@ def save_run(
             "run_id": run_id,
             "data": dict(data_state),
             "config": session.config.to_mapping(),
-            "model": _model_identity(session.checkpoint),
+            "model": model_identity(session.checkpoint),
             "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
             "budget": None if session.budget is None else session.budget.nbytes,
             "engine": session.engine,
@@ -243,7 +241,7 @@ def load_run(session: Session, saved: SavedRun) -> None:
     when its files are damaged.
     """
     folder = saved.path.parent
-    if saved.model != _model_identity(session.checkpoint):
+    if saved.model != model_identity(session.checkpoint):
         raise UserError(f"{saved.path}: the checkpoint of another model than {session.config.model}")
     now = session.config.to_mapping()
     for key in IDENTITY:
@@ -269,19 +267,10 @@ def _load_optimizer(session: Session, path: Path) -> None:
 
 def _load_weights(session: Session, folder: Path) -> None:
     if session.adapters is None:
-        load_weights(session.executor, HFCheckpoint.open(folder), session.shape.storage)
+        load_weights(session.executor, HFCheckpoint.open(folder), session.weights)
         return
     spec, values = load_adapter(folder, session.checkpoint.config)
     if spec.shapes() != session.adapters.shapes():
         raise UserError(f"{folder}: its adapter has other modules or ranks than this run's")
     for name, array in values.items():
         session.executor.write(name, array)
-
-
-def _model_identity(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    """What tells one base model from another: its configuration and a sample of its weights."""
-    digest = hashlib.sha256(repr(checkpoint.config).encode())
-    for name, shape in checkpoint.config.parameter_shapes().items():
-        if is_projection(name) or len(shape) == 1:
-            digest.update(np.ascontiguousarray(checkpoint.raw(name).reshape(-1)[:64]).view(np.uint8).tobytes())
-    return {"sha256": digest.hexdigest()}

@@ -7,20 +7,21 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter
+from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter, spec_of
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, tuned
 from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.model import HFCheckpoint, resolve_model
+from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape, Trace, fit_run
@@ -113,8 +114,8 @@ class Session:
         config, executor, model = self.config, self.executor, self.checkpoint.config
         cached = config.cache and config.method == "qlora"
         cache = WeightCache(self.checkpoint, config.double_quant, config.cache_dir) if cached else None
-        self.weights_from = loader.load_weights(executor, self.checkpoint, self.shape.storage, cache)
-        executor.write("rope_table", ops.rope_table(model.rope_frequencies(), config.seq))
+        self.weights_from = loader.load_weights(executor, self.checkpoint, self.weights, cache)
+        executor.write("rope_table", ops.rope_table(model.rope.frequencies(), config.seq))
         for name, array in adapter.items():
             executor.write(name, array)
         if LOSS_SCALE_NAME in executor.tensors:
@@ -131,6 +132,11 @@ class Session:
     @property
     def graphs(self) -> Mapping[str, Graph]:
         return self.fitted.graphs
+
+    @cached_property
+    def weights(self) -> list[WeightTensors]:
+        """How each of the model's weights lies on the executor, in the order the model runs."""
+        return declared_weights(self.shape.model.weights, self.shape.storage, self.fitted.plan.caps)
 
     @property
     def tiles(self) -> TileTable:
@@ -210,9 +216,7 @@ def _gpu_info(device: Device) -> dict[str, str]:
 
 def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:
     """The adapter of a run and its first values: given, fresh, or none in full training."""
-    if config.method == "full":
-        return None, {}
-    if config.adapter_init is not None:
+    if config.adapter_init is not None and config.method != "full":
         return load_adapter(Path(config.adapter_init), checkpoint.config)
-    spec = AdapterSpec.from_config(config, checkpoint.config)
-    return spec, init_adapter(spec, config.seed, config.lora_init)
+    spec = spec_of(config, checkpoint.config)
+    return spec, init_adapter(spec, config.seed, config.lora_init) if spec is not None else {}

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import entrenar_gpu
+from entrenar_gpu.adapters import spec_of
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
@@ -90,6 +91,7 @@ class Trainer:
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
+        spec_of(config, load_model_config(resolve_model(config.model)))  # a wrong --target is told before data is read
         self.train_samples, self.eval_samples = load_data(config, self.started)
         self.batches = train_batches(config, self.train_samples)
         epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
@@ -379,7 +381,6 @@ class Trainer:
         return self._flops_cache
 
     def _run_info(self, first_step: int) -> RunInfo:
-        shapes = self.session.shape.model.parameter_shapes()
         return RunInfo(
             run_id=self.run_id,
             output=str(self.output),
@@ -391,7 +392,7 @@ class Trainer:
             total_steps=self.total_steps,
             first_step=first_step,
             resumes=self._saved.run_id if self._saved is not None else None,
-            parameters=sum(math.prod(s) for s in shapes.values()),
+            parameters=self.session.shape.model.parameters,
             trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
             planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,
             config=self.config.to_mapping(),

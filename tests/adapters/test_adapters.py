@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from entrenar_gpu.adapters.init import init_adapter
-from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
-from entrenar_gpu.config.train_config import PROJECTIONS, TrainConfig
+from entrenar_gpu.adapters.spec import AdapterSpec, init_adapter
+from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.model.config import parse_model_config
+from entrenar_gpu.model.registry import parse_model_config
 
 MODEL = parse_model_config(
     {
@@ -31,6 +30,7 @@ MODEL = parse_model_config(
         "tie_word_embeddings": True,
     }
 )
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
 
@@ -59,7 +59,8 @@ def test_options_choose_targets_and_scale():
     spec = AdapterSpec.from_config(TrainConfig(target="q,down", rank=4, alpha=6.0, rslora=True, dropout=0.1), MODEL)
     assert {path.rpartition(".")[2] for path in spec.modules} == {"q_proj", "down_proj"}
     assert {module.scale for module in spec.modules.values()} == {3.0}
-    assert (spec.use_rslora, spec.dropout) == (True, 0.1)
+    assert {module.use_rslora for module in spec.modules.values()} == {True}
+    assert spec.dropout == 0.1
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_options_choose_targets_and_scale():
         ({}, {f"{i}.q_proj" for i in range(12)}),
         ({"target_modules": ["mlp.up_proj"]}, {f"{i}.up_proj" for i in range(12)}),
         ({"target_modules": ["_proj", "model.layers.3.mlp.up_proj"]}, {"3.up_proj"}),  # no match within a name
-        ({"target_modules": "all-linear"}, {f"{i}.{name}" for i in range(12) for name in PROJECTIONS}),
+        ({"target_modules": "all-linear"}, {f"{i}.{name}" for i in range(12) for name in TARGETS}),
         ({"target_modules": r".*\.1\..*\.(q|up)_proj"}, {"1.q_proj", "1.up_proj"}),
         ({"target_modules": "all-linear", "exclude_modules": r".*self_attn.*|.*\.\d\d?\.mlp\.(up|gate)_proj"},
          {f"{i}.down_proj" for i in range(12)}),

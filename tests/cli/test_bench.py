@@ -16,12 +16,11 @@ from entrenar_gpu.config import presets
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.gpu import choose_gpu, gpu_caps
 from entrenar_gpu.gpu.measure import TOLERANCES
-from entrenar_gpu.model.config import model_shape
+from entrenar_gpu.model.registry import parse_model_config
 
 measuring = importlib.import_module("entrenar_gpu.gpu.measure")  # not the function that the room hands on by this name
-TINY = replace(
-    model_shape("qwen3-0.6b"), hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=32
-)
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = parse_model_config({**presets.SHAPES["qwen3-0.6b"], **SMALL, "head_dim": 32})
 
 
 def test_products_of_a_step_each_once():

@@ -234,4 +234,3 @@ def test_train_eval_merge_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_config_round_trip() -> None:
     config = TrainConfig(rank=3, lr=1e-3, target="q,v")
     assert TrainConfig.from_mapping(config.to_mapping(), "saved") == config
-    assert config.targets == ("q_proj", "v_proj")

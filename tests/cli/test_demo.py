@@ -48,11 +48,13 @@ def test_the_shipped_model_is_a_small_qwen3():
     assert sum(file.stat().st_size for file in demo.MODEL.iterdir()) < 4_000_000
     checkpoint = HFCheckpoint.open(demo.MODEL)
     config = checkpoint.config
-    assert (config.architecture, config.qk_norm, config.tie_word_embeddings) == ("qwen3", True, True)
-    assert config.num_kv_heads < config.num_heads
-    for name in config.parameter_shapes():
-        assert checkpoint.info(name).dtype == "BF16"
-        assert np.isfinite(checkpoint.f32(name)).all()
+    attention = config.layers[0].attention
+    assert (config.architecture, config.tie_word_embeddings) == ("qwen3", True)
+    assert attention.qk_norm is not None
+    assert attention.num_kv_heads < attention.num_heads
+    for spec in config.weights:
+        assert checkpoint.info(spec.name).dtype == "BF16"
+        assert np.isfinite(checkpoint.f32(spec.name)).all()
     tokenizer = Tokenizer.load(demo.MODEL)
     assert tokenizer.vocab_size == config.vocab_size
     assert tokenizer.has_chat_template
@@ -129,7 +131,7 @@ def test_the_model_is_made_by_full_training(found, make_demo_model, tmp_path, mo
     monkeypatch.setattr("sys.argv", ["make_demo_model.py", *arguments, "--device", "numpy"])
     make_demo_model.main()
     random, trained, stored = (HFCheckpoint.open(tmp_path / name) for name in ("work/random", "work/run", "model"))
-    for name in random.config.parameter_shapes():
+    for name in (spec.name for spec in random.config.weights):
         assert 0 < np.abs(trained.f32(name) - random.f32(name)).max() < 0.01, name
         assert stored.info(name).dtype == "BF16"
         np.testing.assert_array_equal(stored.raw(name), trained.f32(name).astype(ml_dtypes.bfloat16))

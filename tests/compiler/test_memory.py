@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.cli.plan_report import PROFILES
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.cost import seconds
@@ -20,8 +20,9 @@ from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.model.config import ModelConfig, model_shape, parse_model_config
+from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.model.registry import model_shape, parse_model_config
 from entrenar_gpu.train.graphs import RunShape, training_graphs
 from tests import ROOT
 from tests.helpers.runs import fit_for

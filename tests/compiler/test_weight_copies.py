@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.compiler.plan import make_plan
@@ -15,8 +15,8 @@ from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Tensor
-from entrenar_gpu.model.config import parse_model_config
 from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
 from entrenar_gpu.train.graphs import RunShape
 from entrenar_gpu.train.trainer import Trainer

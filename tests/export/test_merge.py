@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import cli
-from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.merge import merge_adapter
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-from entrenar_gpu.train.loader import is_projection
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import make_model, projections
 from tests.model.test_hf_checkpoint import nf4_tensors
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 2}
@@ -44,7 +43,7 @@ def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
     merged = HFCheckpoint.open(tmp_path / "merged")
     assert json.loads((tmp_path / "merged/config.json").read_text())["torch_dtype"] == dtype
     assert len(updates) == 4
-    for name in base.config.parameter_shapes():
+    for name in [spec.name for spec in base.config.weights]:
         kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
         assert merged.raw(name).dtype == kind
         if name not in updates:
@@ -58,7 +57,7 @@ def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
 def test_each_tensor_keeps_its_own_dtype(tmp_path):
     """One norm in float32 does not widen a bfloat16 model."""
     base = HFCheckpoint.open(make_model(tmp_path / "model", dtype="bfloat16", **TINY))
-    tensors = {name: np.array(base.raw(name)) for name in base.config.parameter_shapes()}
+    tensors = {name: np.array(base.raw(name)) for name in [spec.name for spec in base.config.weights]}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     save_safetensors(tmp_path / "model/model.safetensors", tensors)
     base = HFCheckpoint.open(tmp_path / "model")
@@ -73,15 +72,17 @@ def test_quantised_weights_are_dequantised(tmp_path):
     folder = make_model(tmp_path / "model", **TINY)
     dense = HFCheckpoint.open(folder)
     tensors: dict[str, np.ndarray] = {}
-    for name in dense.config.parameter_shapes():
-        stored = nf4_tensors(name, dense.f32(name), True) if is_projection(name) else {name: dense.raw(name)}
+    for name in [spec.name for spec in dense.config.weights]:
+        stored = (
+            nf4_tensors(name, dense.f32(name), True) if name in projections(dense.config) else {name: dense.raw(name)}
+        )
         tensors |= {key: np.array(values) for key, values in stored.items()}
     save_safetensors(folder / "model.safetensors", tensors)
     base = HFCheckpoint.open(folder)
     updates = make_adapter(tmp_path / "adapter", base)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     merged = HFCheckpoint.open(tmp_path / "merged")
-    for name in filter(is_projection, base.config.parameter_shapes()):
+    for name in projections(base.config):
         assert not merged.is_nf4(name)
         np.testing.assert_allclose(merged.f32(name), base.f32(name) + updates.get(name, 0), rtol=2e-7, atol=1e-5)
 

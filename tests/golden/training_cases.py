@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.files.tensor_source import save_safetensors
-from entrenar_gpu.model.config import parse_model_config
+from entrenar_gpu.model.registry import parse_model_config
+from entrenar_gpu.model.weight_spec import WeightSpec
 
 FILE = Path(__file__).with_name("training.json")
 OPTIONS: dict[str, Any] = {
@@ -59,18 +60,26 @@ def uniform(shape: tuple[int, ...], *seed: int) -> np.ndarray:
     return ((words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
 
 
+def _as_recorded(spec: WeightSpec) -> tuple[int, int]:
+    """The order in which the weights were numbered when training.json was made: a layer's other norms came last."""
+    parts = spec.name.split(".")
+    if parts[1] != "layers":
+        return (-1 if spec.kind == "embedding" else 1 << 30, 0)
+    return int(parts[2]), 0 if parts[3] == "input_layernorm" else 1 + (spec.kind == "norm")
+
+
 def write(folder: Path, name: str) -> Path:
     """Model, adapter (B not zero) and data of a case, in `folder`."""
     raw, options = BASE | CASES[name][0], CASES[name][1]
     (folder / "model").mkdir(parents=True)
     (folder / "model/config.json").write_text(json.dumps(raw))
     model, tensors = parse_model_config(raw), {}
-    for number, (key, shape) in enumerate(model.parameter_shapes().items()):
-        values = uniform(shape, 1, number)
-        if len(shape) > 1:
-            tensors[key] = values * np.float32(1.7 / math.sqrt(shape[1]))
+    for number, spec in enumerate(sorted(model.weights, key=_as_recorded)):
+        values = uniform(spec.shape, 1, number)
+        if len(spec.shape) > 1:
+            tensors[spec.name] = values * np.float32(1.7 / math.sqrt(spec.shape[1]))
         else:
-            tensors[key] = np.float32(0.3) * values + np.float32(key.endswith("norm.weight"))
+            tensors[spec.name] = np.float32(0.3) * values + np.float32(spec.kind == "norm")
     save_safetensors(folder / "model/model.safetensors", tensors, {"format": "pt"})
     spec = AdapterSpec.from_config(TrainConfig(rank=3, alpha=5.0, **options), model)
     adapter = {key: np.float32(0.2) * uniform(shape, 2, n) for n, (key, shape) in enumerate(spec.shapes().items())}

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from entrenar_gpu.files.tensor_source import save_safetensors
-from entrenar_gpu.model.config import parse_model_config
+from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.model.registry import parse_model_config
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -39,16 +40,20 @@ def make_model(folder: Path, seed: int = 0, dtype: str = "float32", **changes: A
     rng = np.random.default_rng(seed)
     kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
     tensors = {}
-    for name, shape in parse_model_config(raw).parameter_shapes().items():
-        if name.endswith("norm.weight"):
-            values = 1 + 0.2 * rng.standard_normal(shape)
-        elif len(shape) == 1:
-            values = 0.2 * rng.standard_normal(shape)
+    for spec in parse_model_config(raw).weights:
+        values = rng.standard_normal(spec.shape)
+        if spec.kind == "norm":
+            values = 1 + 0.2 * values
         else:
-            values = rng.standard_normal(shape) / np.sqrt(shape[1])
-        tensors[name] = values.astype(kind)
+            values = 0.2 * values if spec.kind == "bias" else values / np.sqrt(spec.shape[1])
+        tensors[spec.name] = values.astype(kind)
     save_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     return folder
+
+
+def projections(config: ModelConfig) -> list[str]:
+    """The names of the weights that QLoRA quantises."""
+    return [spec.name for spec in config.weights if spec.kind == "projection"]
 
 
 def make_data(path: Path, samples: int = 24, vocab: int = 320, longest: int = 30, seed: int = 0) -> Path:

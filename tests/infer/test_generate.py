@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.generate import Generator, _draw, next_logits
-from entrenar_gpu.model.config import load_model_config
+from entrenar_gpu.model.registry import load_model_config
 from tests.helpers.runs import config_of, train
 from tests.helpers.tiny import make_model
 

@@ -22,8 +22,8 @@ from entrenar_gpu.files.atomic import new_file
 from entrenar_gpu.files.safetensors_file import SafetensorsFile
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors
 from entrenar_gpu.model import hub
-from entrenar_gpu.model.config import parse_model_config
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
+from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.quant.nf4 import CODEBOOK, Nf4Weight
 
 CONFIG = {
@@ -43,8 +43,8 @@ FORMAT = {"format": "pt"}
 
 def model_tensors(**changes) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = parse_model_config(CONFIG | changes).parameter_shapes()
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = parse_model_config(CONFIG | changes).weights
+    return {spec.name: rng.standard_normal(spec.shape).astype(np.float32) for spec in weights}
 
 
 def write_model(folder: Path, tensors: dict[str, np.ndarray], **changes) -> Path:
@@ -368,7 +368,7 @@ def test_fp4_and_quantised_embeddings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"q_proj.weight': quantised by bitsandbytes to fp4"):
         HFCheckpoint.open(write_model(tmp_path, model_tensors() | {f"{Q_PROJ}.quant_state.bitsandbytes__fp4": state}))
     name = "model.embed_tokens.weight"
-    with pytest.raises(UserError, match=r"embed_tokens.weight': quantised by bitsandbytes; only the seven"):
+    with pytest.raises(UserError, match=r"embed_tokens.weight': quantised by bitsandbytes; only projections"):
         HFCheckpoint.open(write_model(tmp_path, model_tensors() | nf4_tensors(name, model_tensors()[name], False)))
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrenar_gpu.adapters.init import init_adapter
-from entrenar_gpu.adapters.lora import AdapterSpec
 from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec, init_adapter
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files.tensor_source import TensorSource
-from entrenar_gpu.model.config import load_model_config
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
+from entrenar_gpu.model.registry import load_model_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,7 +123,7 @@ def test_checkpoints_quantised_by_bitsandbytes_are_read(folder, tmp_path, double
     )
     model.save_pretrained(tmp_path)
     checkpoint, parameters = HFCheckpoint.open(tmp_path), dict(model.named_parameters())
-    quantised = [name for name in checkpoint.config.parameter_shapes() if checkpoint.is_nf4(name)]
+    quantised = [spec.name for spec in checkpoint.config.weights if checkpoint.is_nf4(spec.name)]
     assert len(quantised) == 3 * 7
     for name in quantised:
         weight, parameter = checkpoint.nf4(name), parameters[name]
@@ -140,8 +139,8 @@ def test_checkpoints_quantised_by_bitsandbytes_are_read(folder, tmp_path, double
 def test_transformers_loads_what_we_write(folder, tmp_path, shard_bytes):
     checkpoint = HFCheckpoint.open(folder)
     sources = [
-        TensorSource(name, shape, "F32", lambda name=name: checkpoint.f32(name) + np.float32(1))
-        for name, shape in checkpoint.config.parameter_shapes().items()
+        TensorSource(spec.name, spec.shape, "F32", lambda name=spec.name: checkpoint.f32(name) + np.float32(1))
+        for spec in checkpoint.config.weights
     ]
     assert (len(save_checkpoint(tmp_path, sources, shard_bytes)) > 1) == (shard_bytes == 50_000)
     copy_model_files(folder, tmp_path, "float32")

@@ -38,10 +38,9 @@ def forward(n: int, k: int, precision: Arithmetic, rows: int) -> Product:
 
 
 def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
-    """(out-features, in-features) of the seven projections, each once."""
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    h, f = model.hidden_size, model.intermediate_size
-    return list(dict.fromkeys([(q, h), (kv, h), (h, q), (f, h), (h, f)]))
+    """(out-features, in-features) of the projections, each once."""
+    shapes = [spec.shape for spec in model.weights if spec.kind == "projection"]
+    return [(n, k) for n, k in dict.fromkeys(shapes)]
 
 
 def bench_gemm(

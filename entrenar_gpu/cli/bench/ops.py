@@ -57,9 +57,11 @@ class _Programs:
     """A small graph for each kind of kernel, in a model's sizes, for `rows` sequences of `tokens`."""
 
     def __init__(self, model: ModelConfig, rows: int, tokens: int) -> None:
-        self._c, self._rows, self._tokens = model, rows, tokens
+        self._layer, self._hidden, self._rows, self._tokens = model.layers[0], model.hidden_size, rows, tokens
         self._t = rows * tokens  # tokens of a batch
-        self._q, self._kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        attention = self._layer.attention
+        self._head_dim, self._heads = attention.head_dim, (attention.num_heads, attention.num_kv_heads)
+        self._q, self._kv = (heads * self._head_dim for heads in self._heads)
 
     def all(self) -> Mapping[str, Callable[[Graph], None]]:
         """What records each graph, by its name."""
@@ -79,40 +81,40 @@ class _Programs:
         return graph.tensor(name, (self._t, columns), requires_grad=True)
 
     def _norm(self, graph: Graph) -> None:
-        weight = graph.tensor("w", (self._c.hidden_size,), role="weight")
-        _with_gradient(ops.rms_norm(self._x(graph, "x", self._c.hidden_size), weight, EPS))
+        weight = graph.tensor("w", (self._hidden,), role="weight")
+        _with_gradient(ops.rms_norm(self._x(graph, "x", self._hidden), weight, EPS))
 
     def _turns(self, graph: Graph) -> tuple[Tensor, Tensor]:
-        return graph.tensor("table", (self._tokens, self._c.head_dim)), graph.tensor("positions", (self._t,), "u32")
+        return graph.tensor("table", (self._tokens, self._head_dim)), graph.tensor("positions", (self._t,), "u32")
 
     def _norm_rope(self, graph: Graph) -> None:
-        weight = graph.tensor("w", (self._c.head_dim,), role="weight")
+        weight = graph.tensor("w", (self._head_dim,), role="weight")
         _with_gradient(ops.norm_rope(self._x(graph, "x", self._q), weight, EPS, *self._turns(graph)))
 
     def _rope(self, graph: Graph) -> None:
         _with_gradient(ops.rope(self._x(graph, "x", self._q), *self._turns(graph)))
 
     def _swiglu(self, graph: Graph) -> None:
-        gate, up = (self._x(graph, name, self._c.intermediate_size) for name in ("gate", "up"))
+        gate, up = (self._x(graph, name, self._layer.mlp.intermediate_size) for name in ("gate", "up"))
         _with_gradient(ops.swiglu(gate, up))
 
     def _attention(self, graph: Graph) -> None:
         q, k, v = (self._x(graph, name, n) for name, n in (("q", self._q), ("k", self._kv), ("v", self._kv)))
         starts = graph.tensor("segments", (self._t,), "u32")
-        _with_gradient(ops.attention(q, k, v, starts, self._rows, self._c.num_heads, self._c.num_kv_heads))
+        _with_gradient(ops.attention(q, k, v, starts, self._rows, *self._heads))
 
     def _page(self, graph: Graph) -> Tensor:
-        return graph.tensor("page", (VOCABULARY_SHARD, self._c.hidden_size), "bf16", "weight")
+        return graph.tensor("page", (VOCABULARY_SHARD, self._hidden), "bf16", "weight")
 
     def _embedding(self, graph: Graph) -> None:
         ops.embedding(graph.tensor("ids", (self._t,), "u32"), [self._page(graph)])
 
     def _loss(self, graph: Graph) -> None:
         targets = graph.tensor("targets", (self._t,), "i32")
-        ops.cross_entropy(self._x(graph, "x", self._c.hidden_size), targets, [self._page(graph)])
+        ops.cross_entropy(self._x(graph, "x", self._hidden), targets, [self._page(graph)])
 
     def _dequantise(self, graph: Graph) -> None:
-        shape = (self._c.intermediate_size, self._c.hidden_size)
+        shape = (self._layer.mlp.intermediate_size, self._hidden)
         ops.Nf4Tensors.declare(graph, "w", shape, True, "bfloat16").dequantize()
 
     def _optimizer(self, graph: Graph) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec, init_adapter
-from entrenar_gpu.cli.bench.gemm import forward
+from entrenar_gpu.adapters import AdapterSpec, init_adapter, spec_of
+from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure
 from entrenar_gpu.graph import Launch, Tensor, grid_of, literal, writes
-from entrenar_gpu.model import ModelConfig, Storage, model_shape
+from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_weights, model_shape
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
@@ -39,7 +41,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     wall time in which the GPU ran nothing of it.
     """
     model, device = model_shape(shape_name), Device.open(config.device, engine=config.engine)
-    spec = AdapterSpec.from_config(config, model) if config.method != "full" else None
+    spec = spec_of(config, model)
     modules = spec.modules if spec is not None else {}
     storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
@@ -87,9 +89,9 @@ def _speeds(timings: Timings, config: TrainConfig, flops: int, ceiling: float) -
 
 def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
     """Everything that a run finds on the device when it begins."""
-    randomise(replay)
+    randomise(replay, declared_weights(shape.model.weights, shape.storage, replay.device.caps))
     replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
-    replay.write("rope_table", ops.rope_table(shape.model.rope_frequencies(), shape.train.seq))
+    replay.write("rope_table", ops.rope_table(shape.model.rope.frequencies(), shape.train.seq))
     for name, values in (init_adapter(spec, 0) if spec is not None else {}).items():
         replay.write(name, values)
     if weight_copies.GRAPH in replay.plan.steps:
@@ -102,22 +104,30 @@ def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic,
     Over CEILING_ROWS rows, enough to fill any card; a software adapter takes the run's own.
     """
     rows = min(tokens, CEILING_ROWS) if replay.device.caps.software else CEILING_ROWS
-    n, k = model.intermediate_size, model.hidden_size
+    n, k = max(projection_shapes(model), key=math.prod)
     product = forward(n, k, arithmetic, rows)
     return float(measure(replay.device, replay.kernels, product, check=False)["product_tflops"])
 
 
-def randomise(replay: Replay) -> None:
-    """Fill every weight on the device: codes with random bits, scales and tables with small numbers."""
-    weights = [t for t in replay.tensors.values() if t.role in ("weight", "param") and t.name != "rope_table"]
-    for number, tensor in enumerate(sorted(weights, key=lambda t: t.name)):  # whatever else a plan holds
-        if tensor.name.endswith((".table", ".nested", ".absmax", "norm.weight")):
-            values = {"table": _scale_table, "nested": _ones, "absmax": _small}.get(
-                tensor.name.rsplit(".", 1)[1], _ones
-            )
-            replay.write(tensor.name, values(tensor.size))
+def randomise(replay: Replay, weights: Sequence[WeightTensors]) -> None:
+    """Fill every weight on the device: codes and dense ones with random bits, scales and norms with small numbers."""
+    random: list[Tensor] = []
+    for weight in weights:
+        if weight.nf4 is not None and weight.nf4.double:
+            codes, absmax_codes, nested, table = weight.tensors
+            random += [codes, absmax_codes]
+            replay.write(nested.name, _ones(nested.size))
+            replay.write(table.name, _scale_table(table.size))
+        elif weight.nf4 is not None:
+            codes, absmax = weight.tensors
+            random.append(codes)
+            replay.write(absmax.name, _small(absmax.size))
+        elif weight.spec.kind == "norm":
+            replay.write(weight.tensors[0].name, _ones(weight.spec.size))
         else:
-            replay.launch(_random_launch(replay, tensor, number))
+            random += weight.tensors
+    for number, tensor in enumerate(random):
+        replay.launch(_random_launch(replay, replay.tensors[tensor.name], number))
 
 
 def _ones(size: int) -> np.ndarray:

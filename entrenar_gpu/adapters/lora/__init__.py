@@ -1,0 +1,10 @@
+"""LoRA (arXiv 2106.09685): y = W x + scale * B (A x), with A [R, in] and B [out, R].
+
+scale = alpha/R, or alpha/sqrt(R) with rank-stabilised LoRA (arXiv 2312.03732).
+"""
+
+from entrenar_gpu.adapters.lora.init import fresh_values
+from entrenar_gpu.adapters.lora.module import LoraModule
+from entrenar_gpu.adapters.lora.peft_config import LoraConfig, peft_config, read_peft_config
+
+__all__ = ["LoraConfig", "LoraModule", "fresh_values", "peft_config", "read_peft_config"]

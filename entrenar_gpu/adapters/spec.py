@@ -1,0 +1,84 @@
+"""The adapters of a model: which modules get one, how they start, and what their tensors are called.
+
+Tensors are called by their module's path in the checkpoint, as in `model.layers.0.self_attn.q_proj.lora_A.weight`;
+PEFT puts `base_model.model.` before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from entrenar_gpu.adapters.lora import LoraConfig, LoraModule, fresh_values, read_peft_config
+from entrenar_gpu.adapters.peft_reader import PeftReader
+from entrenar_gpu.adapters.selection import ModuleSelection, chosen_targets
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.files import read_json_object
+from entrenar_gpu.model import ModelConfig
+from entrenar_gpu.quant import Floats
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The adapters of a model of `num_layers`, by module path, in the order the modules run.
+
+    `dropout` is the probability with which an element of an adapter's input is dropped in training.
+    """
+
+    modules: dict[str, LoraModule]
+    num_layers: int
+    dropout: float
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, model: ModelConfig) -> AdapterSpec:
+        """What --rank, --alpha, --target, --rslora and --dropout ask for."""
+        selection = ModuleSelection(chosen_targets(config.target, model))
+        return cls.select(selection, LoraConfig.from_options(config), model)
+
+    @classmethod
+    def from_peft(cls, folder: str | Path, model: ModelConfig) -> AdapterSpec:
+        """What the `adapter_config.json` of a folder asks for, matched against modules as PEFT does.
+
+        Raises UserError naming the file and key when it asks for what is not supported, or matches no projection.
+        """
+        path = Path(folder) / CONFIG_FILE
+        file = PeftReader(read_json_object(path, missing="an adapter folder holds it"), path)
+        selection, config = read_peft_config(file)
+        others = [] if selection.is_all_linear else sorted(filter(selection.matches, _other_modules(model)))
+        if others:
+            raise file.error(f"target_modules includes {others[0]!r}; only projections are supported")
+        spec = cls.select(selection, config, model)
+        if not spec.modules:
+            raise file.error(f"target_modules {selection.target_modules!r} matches no projection of the model")
+        return spec
+
+    @classmethod
+    def select(cls, selection: ModuleSelection, config: LoraConfig, model: ModelConfig) -> AdapterSpec:
+        """The modules that a selection matches, each with what `config` gives it."""
+        chosen = [spec for spec in model.weights if spec.adaptable and selection.matches(spec.module)]
+        return cls({spec.module: config.module(spec) for spec in chosen}, len(model.layers), config.dropout)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every adapter tensor, in the order the modules run."""
+        return {name: shape for module in self.modules.values() for name, shape in module.shapes().items()}
+
+
+def spec_of(config: TrainConfig, model: ModelConfig) -> AdapterSpec | None:
+    """The fresh adapters of a run; None in full training, where a wrong --target is refused all the same."""
+    spec = AdapterSpec.from_config(config, model)
+    return None if config.method == "full" else spec
+
+
+def init_adapter(spec: AdapterSpec, seed: int, kind: Literal["kaiming", "gaussian"] = "kaiming") -> dict[str, Floats]:
+    """Fresh values of every adapter tensor."""
+    return {n: v for module in spec.modules.values() for n, v in fresh_values(module, seed, kind).items()}
+
+
+def _other_modules(model: ModelConfig) -> set[str]:
+    """Paths of the modules with weights that take no adapter: embeddings, norms, output head."""
+    takes = {spec.module for spec in model.weights if spec.adaptable}
+    return ({spec.module for spec in model.weights} | {"lm_head"}) - takes

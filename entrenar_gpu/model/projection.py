@@ -1,0 +1,53 @@
+"""The product of one projection, and the place where an adapter changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from entrenar_gpu import ops
+from entrenar_gpu.graph import Graph, Tensor
+from entrenar_gpu.ops import Nf4Tensors
+from entrenar_gpu.ops.gemm.tiles import Arithmetic
+
+LowRank = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class Product:
+    """x W^T + bias + residual, [T, N], of a projection with W [N, K], before it is recorded.
+
+    `precision` is the arithmetic where W is NF4. `dropped` is adapter dropout, where the run has any.
+    """
+
+    graph: Graph
+    x: Tensor
+    weight: Tensor | Nf4Tensors
+    bias: Tensor | None
+    residual: Tensor | None
+    precision: Arithmetic
+    dropped: Callable[[Tensor], Tensor] | None
+
+    @property
+    def is_nf4(self) -> bool:
+        return isinstance(self.weight, Nf4Tensors)
+
+    def record(self, low_rank: LowRank | None = None, lora: LowRank | None = None) -> Tensor:
+        """The product in one node, with scale * p q^T of `low_rank` = (p [T, R], q [N, R], scale) added to it.
+
+        `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale); for NF4 weights only.
+        """
+        if isinstance(self.weight, Nf4Tensors):
+            return ops.linear(self.x, self.weight, low_rank, self.bias, self.residual, self.precision, lora)
+        assert lora is None
+        return ops.matmul(
+            self.x, self.weight, transpose_b=True, low_rank=low_rank, bias=self.bias, residual=self.residual
+        )
+
+
+class ModuleAdapter(Protocol):
+    """The adapter of one projection, as a method of the room `adapters` implements it."""
+
+    def apply(self, product: Product) -> Tensor:
+        """Declare what is trained in the product's graph, and record the product with it."""

@@ -1,0 +1,54 @@
+"""What tells one base model from another, for a run that goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.model import HFCheckpoint, ModelConfig
+
+# The tensors of a layer that are sampled, in the order in which the first release read them.
+SAMPLED = (
+    "input_layernorm.weight",
+    *(f"self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias")),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "post_attention_layernorm.weight"),
+)
+
+
+def model_identity(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    """A hash of the configuration and a sample of the weights, as in all checkpoints since the first release."""
+    model, wanted = checkpoint.config, {spec.name for spec in checkpoint.config.weights}
+    digest = hashlib.sha256(_release_repr(model).encode())
+    layers = range(len(model.layers))
+    names = [f"model.layers.{layer}.{name}" for layer in layers for name in SAMPLED] + ["model.norm.weight"]
+    for name in names:
+        if name in wanted:
+            digest.update(np.ascontiguousarray(checkpoint.raw(name).reshape(-1)[:64]).view(np.uint8).tobytes())
+    return {"sha256": digest.hexdigest()}
+
+
+def _release_repr(model: ModelConfig) -> str:
+    """A configuration as `repr` wrote it in the first release, when it was flat and all layers were alike."""
+    layer = model.layers[0]
+    attention, mlp = layer.attention, layer.mlp
+    values = {
+        "architecture": model.architecture,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": mlp.intermediate_size,
+        "num_layers": len(model.layers),
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": model.rope.theta,
+        "rope_scaling": model.rope.scaling,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "qkv_bias": attention.qkv_bias,
+        "qk_norm": attention.qk_norm is not None,
+        "max_positions": model.max_positions,
+    }
+    return f"ModelConfig({', '.join(f'{key}={value!r}' for key, value in values.items())})"
