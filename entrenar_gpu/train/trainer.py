@@ -33,6 +33,7 @@ from entrenar_gpu.errors import TrainingDiverged, UserError
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, flush, notify
 from entrenar_gpu.files import new_folder, write_text
 from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint

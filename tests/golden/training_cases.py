@@ -14,7 +14,7 @@ from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.model.registry import parse_model_config
-from entrenar_gpu.model.weight_spec import WeightSpec
+from tests.helpers.tiny import drawn_order
 
 FILE = Path(__file__).with_name("training.json")
 OPTIONS: dict[str, Any] = {
@@ -60,21 +60,13 @@ def uniform(shape: tuple[int, ...], *seed: int) -> np.ndarray:
     return ((words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
 
 
-def _as_recorded(spec: WeightSpec) -> tuple[int, int]:
-    """The order in which the weights were numbered when training.json was made: a layer's other norms came last."""
-    parts = spec.name.split(".")
-    if parts[1] != "layers":
-        return (-1 if spec.kind == "embedding" else 1 << 30, 0)
-    return int(parts[2]), 0 if parts[3] == "input_layernorm" else 1 + (spec.kind == "norm")
-
-
 def write(folder: Path, name: str) -> Path:
     """Model, adapter (B not zero) and data of a case, in `folder`."""
     raw, options = BASE | CASES[name][0], CASES[name][1]
     (folder / "model").mkdir(parents=True)
     (folder / "model/config.json").write_text(json.dumps(raw))
     model, tensors = parse_model_config(raw), {}
-    for number, spec in enumerate(sorted(model.weights, key=_as_recorded)):
+    for number, spec in enumerate(sorted(model.weights, key=drawn_order)):
         values = uniform(spec.shape, 1, number)
         if len(spec.shape) > 1:
             tensors[spec.name] = values * np.float32(1.7 / math.sqrt(spec.shape[1]))
