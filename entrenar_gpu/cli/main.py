@@ -71,7 +71,7 @@ def info(as_json: Json = False) -> None:
 def plan(
     given: Mapping[str, Any],
     profile: Annotated[
-        str | None, typer.Option(help="plan for these capabilities instead of a device's: webgpu, desktop")
+        str | None, typer.Option(help="plan for these capabilities instead of a device's: webgpu, desktop, large")
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
@@ -108,6 +108,29 @@ def _caps(device: str | None, engine: str | None, profile: str | None) -> Any:
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
     return PROFILES[profile or "desktop"]
+
+
+@app.command()
+def shader(
+    op: Annotated[str | None, typer.Argument(metavar="[OP]", help="see --list")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help="the op's sizes, as in 512x2560; see --list")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="f32, f16 or int8")] = "f32",
+    profile: Annotated[str | None, typer.Option(help="capabilities: webgpu, desktop (the default), large")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="those of this GPU instead, by index or name")] = None,
+    gradient: Annotated[bool, typer.Option("--gradient", help="the shaders of the op's gradient too")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="list ops and their sizes; of an op, its launches")] = False,
+) -> None:
+    """Print the WGSL of an op at a shape, without a GPU."""
+    from entrenar_gpu.cli.op_programs import PROGRAMS
+    from entrenar_gpu.cli.shader import dispatches, print_launches, print_shaders, usage
+
+    if op is None:
+        if not list_:
+            raise UserError("shader: name an op, or give --list")
+        print("\n".join(map(usage, sorted(PROGRAMS))))
+        return
+    found = dispatches(op, shape, precision, _caps(device, None, profile))
+    print_launches(found) if list_ else print_shaders(found, gradient)
 
 
 @app.command()

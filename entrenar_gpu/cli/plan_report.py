@@ -26,10 +26,22 @@ from entrenar_gpu.model import (
 )
 from entrenar_gpu.train import RunShape, fit_run, storage_of, training_graphs
 
-# Capability profiles to plan for without a device. Limits as common drivers offer them, or as WebGPU guarantees.
+# Capabilities to plan for without a device: WebGPU's guaranteed limits, those of common drivers, and a large card's.
 PROFILES = {
     "webgpu": Caps(),
     "desktop": Caps(name="desktop", max_binding_bytes=(2 << 30) - 4, max_buffer_bytes=(4 << 30) - 4, timestamps=True),
+    "large": Caps(
+        name="large",
+        max_binding_bytes=(2 << 30) - 4,
+        max_buffer_bytes=(4 << 30) - 4,
+        max_workgroup_bytes=48 << 10,
+        max_invocations=1024,
+        f16=True,
+        subgroups=True,
+        timestamps=True,
+        timestamps_inside_passes=True,
+        flops_per_second=2e12,
+    ),
 }
 DENSE = {"float32": "f32", "float16": "fp16", "bfloat16": "bf16"}
 PURPOSES = (

@@ -6,31 +6,30 @@ node's bytes are its inputs and outputs once each, so GB/s beside the card's cop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import ops
-from entrenar_gpu.compiler import PlanOptions, backward, make_plan
+from entrenar_gpu.cli.op_programs import PROGRAMS, with_gradient
+from entrenar_gpu.compiler import PlanOptions, make_plan
 from entrenar_gpu.gpu import Device, KernelCache, Replay, time_run
-from entrenar_gpu.graph import Graph, Tensor
+from entrenar_gpu.graph import Graph
 from entrenar_gpu.model import ModelConfig
-from entrenar_gpu.ops.optimizer import STATE
 from entrenar_gpu.ops.registry import OPS
 
 REPEATS = 32
 VOCABULARY_SHARD = 8192  # rows of the vocabulary that a loss is timed over
-EPS = 1e-6
 PARAMETERS = 8 << 20  # of a page that the optimizer steps
 
 
 def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Seconds, GB/s and TFLOP/s of each kernel for `rows` sequences of `tokens`, as they are measured."""
     kernels = KernelCache(device)
-    for name, build in _Programs(model, rows, tokens).all().items():
+    for name, (op, sizes) in _programs(model, rows, tokens).items():
         graph = Graph(name)
-        build(graph)
+        if (out := PROGRAMS[op].record(graph, "f32", *sizes)) is not None:
+            with_gradient(out)
         plan = make_plan({name: graph}, device.caps, PlanOptions(keep=True))
         (steps,) = plan.steps.values()
         repeats = 1 if device.caps.software else REPEATS
@@ -53,81 +52,22 @@ def bench_ops(device: Device, model: ModelConfig, rows: int, tokens: int) -> Ite
             replay.close()
 
 
-class _Programs:
-    """A small graph for each kind of kernel, in a model's sizes, for `rows` sequences of `tokens`."""
-
-    def __init__(self, model: ModelConfig, rows: int, tokens: int) -> None:
-        self._layer, self._hidden, self._rows, self._tokens = model.layers[0], model.hidden_size, rows, tokens
-        self._t = rows * tokens  # tokens of a batch
-        attention = self._layer.attention
-        self._head_dim, self._heads = attention.head_dim, (attention.num_heads, attention.num_kv_heads)
-        self._q, self._kv = (heads * self._head_dim for heads in self._heads)
-
-    def all(self) -> Mapping[str, Callable[[Graph], None]]:
-        """What records each graph, by its name."""
-        return {
-            "norm": self._norm,
-            "head norm and rotary": self._norm_rope,
-            "rotary": self._rope,
-            "swiglu": self._swiglu,
-            "attention": self._attention,
-            "embedding": self._embedding,
-            "loss": self._loss,
-            "dequantise": self._dequantise,
-            "optimizer": self._optimizer,
-        }
-
-    def _x(self, graph: Graph, name: str, columns: int) -> Tensor:
-        return graph.tensor(name, (self._t, columns), requires_grad=True)
-
-    def _norm(self, graph: Graph) -> None:
-        weight = graph.tensor("w", (self._hidden,), role="weight")
-        _with_gradient(ops.rms_norm(self._x(graph, "x", self._hidden), weight, EPS))
-
-    def _turns(self, graph: Graph) -> tuple[Tensor, Tensor]:
-        return graph.tensor("table", (self._tokens, self._head_dim)), graph.tensor("positions", (self._t,), "u32")
-
-    def _norm_rope(self, graph: Graph) -> None:
-        weight = graph.tensor("w", (self._head_dim,), role="weight")
-        _with_gradient(ops.norm_rope(self._x(graph, "x", self._q), weight, EPS, *self._turns(graph)))
-
-    def _rope(self, graph: Graph) -> None:
-        _with_gradient(ops.rope(self._x(graph, "x", self._q), *self._turns(graph)))
-
-    def _swiglu(self, graph: Graph) -> None:
-        gate, up = (self._x(graph, name, self._layer.mlp.intermediate_size) for name in ("gate", "up"))
-        _with_gradient(ops.swiglu(gate, up))
-
-    def _attention(self, graph: Graph) -> None:
-        q, k, v = (self._x(graph, name, n) for name, n in (("q", self._q), ("k", self._kv), ("v", self._kv)))
-        starts = graph.tensor("segments", (self._t,), "u32")
-        _with_gradient(ops.attention(q, k, v, starts, self._rows, *self._heads))
-
-    def _page(self, graph: Graph) -> Tensor:
-        return graph.tensor("page", (VOCABULARY_SHARD, self._hidden), "bf16", "weight")
-
-    def _embedding(self, graph: Graph) -> None:
-        ops.embedding(graph.tensor("ids", (self._t,), "u32"), [self._page(graph)])
-
-    def _loss(self, graph: Graph) -> None:
-        targets = graph.tensor("targets", (self._t,), "i32")
-        ops.cross_entropy(self._x(graph, "x", self._hidden), targets, [self._page(graph)])
-
-    def _dequantise(self, graph: Graph) -> None:
-        shape = (self._layer.mlp.intermediate_size, self._hidden)
-        ops.Nf4Tensors.declare(graph, "w", shape, True, "bfloat16").dequantize()
-
-    def _optimizer(self, graph: Graph) -> None:
-        page, grad, m, v = (graph.tensor(name, (PARAMETERS,), role="page") for name in ("p", "g", "m", "v"))
-        state, rate = graph.tensor("state", (STATE,), role="state"), graph.tensor("lr", (1,))
-        ops.sum_of_squares(grad)
-        ops.adam(page, grad, m, v, state, rate, (0.9, 0.999), 1e-8, 0.01, True)
-
-
-def _with_gradient(out: Tensor) -> None:
-    """Record the gradients of what `out` is made of, too."""
-    sources = [t for t in out.graph.persistents.values() if t.requires_grad]
-    backward(out, sources, out.graph.tensor("upstream", out.shape))
+def _programs(model: ModelConfig, rows: int, tokens: int) -> Mapping[str, tuple[str, Sequence[int]]]:
+    """The op of each kind of kernel, and its sizes in a model for `rows` sequences of `tokens`."""
+    t, hidden, layer = rows * tokens, model.hidden_size, model.layers[0]
+    attention, wide = layer.attention, layer.mlp.intermediate_size
+    heads, kv_heads, head = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    return {
+        "norm": ("rms_norm", (t, hidden)),
+        "head norm and rotary": ("norm_rope", (t, heads, head)),
+        "rotary": ("rope", (t, heads, head)),
+        "swiglu": ("swiglu", (t, wide)),
+        "attention": ("attention", (rows, tokens, heads, kv_heads, head)),
+        "embedding": ("embedding", (t, VOCABULARY_SHARD, hidden)),
+        "loss": ("cross_entropy", (t, VOCABULARY_SHARD, hidden)),
+        "dequantise": ("nf4_dequantize", (wide, hidden)),
+        "optimizer": ("adam", (PARAMETERS,)),
+    }
 
 
 def _fill(replay: Replay, tokens: int) -> None:
