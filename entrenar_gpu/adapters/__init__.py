@@ -1,6 +1,6 @@
 """Adapters: which modules get one, how they start, and their files in PEFT's layout; a folder for each method."""
 
 from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
-from entrenar_gpu.adapters.spec import AdapterSpec, init_adapter, spec_of
+from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter
 
-__all__ = ["WEIGHTS_FILE", "AdapterSpec", "init_adapter", "load_adapter", "save_adapter", "spec_of"]
+__all__ = ["WEIGHTS_FILE", "AdapterSpec", "adapter_spec", "init_adapter", "load_adapter", "save_adapter"]

@@ -67,7 +67,7 @@ class AdapterSpec:
         return {name: shape for module in self.modules.values() for name, shape in module.shapes().items()}
 
 
-def spec_of(config: TrainConfig, model: ModelConfig) -> AdapterSpec | None:
+def adapter_spec(config: TrainConfig, model: ModelConfig) -> AdapterSpec | None:
     """The fresh adapters of a run; None in full training, where a wrong --target is refused all the same."""
     spec = AdapterSpec.from_config(config, model)
     return None if config.method == "full" else spec

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.adapters import spec_of
+from entrenar_gpu.adapters import adapter_spec
 from entrenar_gpu.compiler import Plan, Recompute, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -112,7 +112,7 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     path = Path(config.model)
     path = path if path.is_file() else resolve_model(config.model, weights=False)
     model = load_model_config(path)
-    spec = spec_of(config, model)
+    spec = adapter_spec(config, model)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         storage = storage_of(HFCheckpoint.open(folder), config, spec)

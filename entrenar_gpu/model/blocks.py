@@ -71,8 +71,8 @@ class Linear:
         """x W^T + bias + residual, [T, out], in one product with what an adapter adds."""
         module, parameters = f"{prefix}.{self.path}", trace.parameters
         with trace.graph.within(self.path.rpartition(".")[2]):
-            bias = parameters.vector(f"{module}.bias") if self.bias else None
             weight = parameters.matrix(f"{module}.weight")
+            bias = parameters.vector(f"{module}.bias") if self.bias else None
             product = Product(trace.graph, x, weight, bias, residual, trace.precision, trace.dropped)
             adapter = parameters.adapter(module)
             return adapter.apply(product) if adapter is not None else product.record()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec, init_adapter, load_adapter, spec_of
+from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter, load_adapter
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -218,5 +218,5 @@ def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec
     """The adapter of a run and its first values: given, fresh, or none in full training."""
     if config.adapter_init is not None and config.method != "full":
         return load_adapter(Path(config.adapter_init), checkpoint.config)
-    spec = spec_of(config, checkpoint.config)
+    spec = adapter_spec(config, checkpoint.config)
     return spec, init_adapter(spec, config.seed, config.lora_init) if spec is not None else {}

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import entrenar_gpu
-from entrenar_gpu.adapters import spec_of
+from entrenar_gpu.adapters import adapter_spec
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
@@ -92,7 +92,8 @@ class Trainer:
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
-        spec_of(config, load_model_config(resolve_model(config.model)))  # a wrong --target is told before data is read
+        # A wrong --target is told before data is read.
+        adapter_spec(config, load_model_config(resolve_model(config.model)))
         self.train_samples, self.eval_samples = load_data(config, self.started)
         self.batches = train_batches(config, self.train_samples)
         epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs

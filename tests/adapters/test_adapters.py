@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
-from entrenar_gpu.adapters.spec import AdapterSpec, init_adapter
+from entrenar_gpu.adapters.selection import chosen_targets
+from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model.registry import parse_model_config
@@ -287,3 +288,27 @@ def test_folders_that_hold_no_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
         load_adapter(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [
+        ("q", ["q_proj"]),
+        ("up_proj, k", ["k_proj", "up_proj"]),
+        ("down,q", ["q_proj", "down_proj"]),
+        ("all", list(TARGETS)),
+        (" all-linear ", list(TARGETS)),
+        (TrainConfig().target, list(TARGETS)),
+    ],
+)
+def test_targets_are_the_models_own(target, chosen):
+    assert chosen_targets(target, MODEL) == chosen
+
+
+@pytest.mark.parametrize(
+    ("target", "told"), [("foo", "foo_proj"), ("q,x,lm_head", "lm_head_proj, x_proj"), (" ,", "empty")]
+)
+def test_targets_that_the_model_lacks_are_named(target, told):
+    for method in ("qlora", "full"):
+        with pytest.raises(UserError, match=rf"^--target: {told}; choose from q_proj, k_proj, .*, down_proj$"):
+            adapter_spec(TrainConfig(target=target, method=method), MODEL)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec, init_adapter, spec_of
+from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter
 from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
@@ -41,7 +41,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     wall time in which the GPU ran nothing of it.
     """
     model, device = model_shape(shape_name), Device.open(config.device, engine=config.engine)
-    spec = spec_of(config, model)
+    spec = adapter_spec(config, model)
     modules = spec.modules if spec is not None else {}
     storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
