@@ -5,10 +5,14 @@ import numpy as np
 from entrenar_gpu import ops, tensor
 
 rng = np.random.default_rng(0)
-x = tensor(rng.standard_normal((8, 16), dtype=np.float32))
-w = tensor(rng.standard_normal((16, 4), dtype=np.float32), requires_grad=True)
+x = tensor(rng.standard_normal((8, 16)))
+targets = tensor(rng.standard_normal((8, 4)))
+w = tensor(np.zeros((16, 4)), requires_grad=True)
 
-loss = ops.gelu(x @ w).mean()
-loss.backward()
-print("loss", loss.numpy())
-print("d loss / d w", w.grad.numpy()[0])
+for step in range(20):
+    difference = ops.gelu(x @ w + 1.0) - targets
+    loss = (difference * difference).mean()
+    loss.backward()
+    w = tensor((w - 0.5 * w.grad).numpy(), requires_grad=True)
+    if step % 5 == 4:
+        print(f"step {step + 1}: loss {float(loss):.4f}")

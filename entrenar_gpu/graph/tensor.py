@@ -80,32 +80,72 @@ class Tensor:
     def __repr__(self) -> str:
         return f"{self.name}:{self.dtype}{list(self.shape)}"
 
-    # Sugar for functions that stand further down the map: they register themselves in OPERATORS.
-    def __add__(self, other: Tensor) -> Tensor:
+    # Sugar for functions that stand further down the map (ops/operators.py, eager.py): they register in OPERATORS.
+    __array_ufunc__ = None  # NumPy leaves `array + tensor` to __radd__
+
+    def __add__(self, other: Tensor | float) -> Tensor:
         return OPERATORS["add"](self, other)
 
-    def __sub__(self, other: Tensor) -> Tensor:
+    def __radd__(self, other: float) -> Tensor:
+        return OPERATORS["add"](other, self)
+
+    def __sub__(self, other: Tensor | float) -> Tensor:
         return OPERATORS["sub"](self, other)
 
+    def __rsub__(self, other: float) -> Tensor:
+        return OPERATORS["sub"](other, self)
+
     def __mul__(self, other: Tensor | float) -> Tensor:
-        return OPERATORS["mul" if isinstance(other, Tensor) else "scale"](self, other)
+        return OPERATORS["mul"](self, other)
+
+    def __rmul__(self, other: float) -> Tensor:
+        return OPERATORS["mul"](other, self)
+
+    def __truediv__(self, other: Tensor | float) -> Tensor:
+        return OPERATORS["div"](self, other)
+
+    def __rtruediv__(self, other: float) -> Tensor:
+        return OPERATORS["div"](other, self)
+
+    def __neg__(self) -> Tensor:
+        return OPERATORS["neg"](self)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return OPERATORS["matmul"](self, other)
 
-    def sum(self) -> Tensor:
-        return OPERATORS["sum"](self)
+    def __rmatmul__(self, other: object) -> Tensor:
+        return OPERATORS["matmul"](other, self)
 
-    def mean(self) -> Tensor:
-        return OPERATORS["mean"](self)
+    def __getitem__(self, key: Any) -> Tensor:
+        """Integers, slices, `...` and None, as in NumPy; a single element has shape [1]."""
+        return OPERATORS["index"](self, key)
+
+    @property
+    def T(self) -> Tensor:  # NumPy's name
+        """The axes in reverse order."""
+        return OPERATORS["transpose"](self)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
+        """Sum over all elements, shape [1], or over some axes."""
+        return OPERATORS["sum"](self, axis, keepdims)
+
+    def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
+        """Mean of all elements, shape [1], or over some axes."""
+        return OPERATORS["mean"](self, axis, keepdims)
 
     def backward(self) -> None:
-        """Set `.grad` of every tensor with `requires_grad` that this scalar depends on (eager use)."""
+        """Add to `.grad` of every leaf with `requires_grad` that this one element depends on (eager use)."""
         OPERATORS["backward"](self)
 
     def numpy(self) -> np.ndarray:
-        """Plan and run what this tensor needs, and read it (eager use)."""
+        """The values, computed now if they were not before (eager use)."""
         return OPERATORS["numpy"](self)
+
+    def __float__(self) -> float:
+        """The value of a tensor of one element (eager use)."""
+        if self.size != 1:
+            raise TypeError(f"float({self!r}): it has {self.size} elements")
+        return float(self.numpy().reshape(()))
 
 
 def flat(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +236,10 @@ class Graph:
         parameter = self.tensor(name, shape, role="param", requires_grad=True)
         parameter.grad = self.tensor(f"{name}.grad", shape, role="grad")
         return parameter
+
+    def number(self, value: float) -> Tensor | None:
+        """A number as a tensor of one element, where a program takes numbers as inputs; None: it takes constants."""
+        return None
 
     def append(self, node: Node) -> None:
         self.nodes.append(node)

@@ -1,10 +1,24 @@
 """Every operation, by family. Importing this package fills the table in registry.py."""
 
-import entrenar_gpu.ops.attention_grad  # noqa: F401  fills in attention's gradient
-from entrenar_gpu.graph import OPERATORS
+import entrenar_gpu.ops.attention_grad
+import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.dropout import dropout
-from entrenar_gpu.ops.elementwise import add, fill, gelu, gelu_tanh, mul, ones, relu, scale, sub, swiglu, swish, zeros
+from entrenar_gpu.ops.elementwise import (
+    add,
+    div,
+    fill,
+    gelu,
+    gelu_tanh,
+    mul,
+    ones,
+    relu,
+    scale,
+    sub,
+    swiglu,
+    swish,
+    zeros,
+)
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.gemm.linear import linear
 from entrenar_gpu.ops.gemm.matmul import matmul
@@ -16,8 +30,7 @@ from entrenar_gpu.ops.quantize import Nf4Tensors, nf4_quantize, nf4_quantize_sca
 from entrenar_gpu.ops.reduce import mean, softmax, sum, sum_columns, sum_rows
 from entrenar_gpu.ops.registry import in_place, keep
 from entrenar_gpu.ops.rope import rope, rope_table
-
-OPERATORS.update(add=add, sub=sub, mul=mul, scale=scale, matmul=matmul, sum=sum, mean=mean)
+from entrenar_gpu.ops.views import broadcast, part, reshape, sum_to, transpose
 
 __all__ = [
     "IGNORE",
@@ -25,8 +38,10 @@ __all__ = [
     "adam",
     "add",
     "attention",
+    "broadcast",
     "cross_entropy",
     "decide",
+    "div",
     "dropout",
     "embedding",
     "fill",
@@ -43,8 +58,10 @@ __all__ = [
     "nf4_quantize_scales",
     "norm_rope",
     "ones",
+    "part",
     "project",
     "relu",
+    "reshape",
     "rms_norm",
     "rope",
     "rope_table",
@@ -56,7 +73,9 @@ __all__ = [
     "sum_columns",
     "sum_of_squares",
     "sum_rows",
+    "sum_to",
     "swiglu",
     "swish",
+    "transpose",
     "zeros",
 ]

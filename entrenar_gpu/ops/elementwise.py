@@ -103,6 +103,11 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     return record("mul", a=a, b=b)[0]
 
 
+def div(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, broadcast as `add`."""
+    return record("div", a=a, b=b)[0]
+
+
 def scale(a: Tensor, factor: float) -> Tensor:
     """a * factor, for a factor known when the graph is traced."""
     return record("scale", a=a, factor=float(factor))[0]
@@ -138,9 +143,20 @@ def _mul_gradient(node: Node, upstream: Sequence[Any], context: GradientContext)
     }
 
 
+def _div_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+    (dy,) = upstream
+    b = node.inputs["b"]
+    db = scale(mul(div(dy, b), node.output), -1.0) if context.wanted(b) else None
+    return {
+        "a": div(dy, b) if context.wanted(node.inputs["a"]) else None,
+        "b": None if db is None else _reduced(db, b),
+    }
+
+
 _binary("add", "a + b", np.add, _add_gradient)
 _binary("sub", "a - b", np.subtract, _sub_gradient)
 _binary("mul", "a * b", np.multiply, _mul_gradient)
+_binary("div", "a / b", np.divide, _div_gradient)
 
 
 register(

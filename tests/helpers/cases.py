@@ -36,6 +36,11 @@ def wide(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(-12, 12, shape).astype(np.float32)
 
 
+def positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """What may be divided by."""
+    return rng.uniform(0.5, 2, shape).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Input:
     """`role` "temp" is differentiated and reaches the op as a temporary, "param" as a parameter with a gradient that
@@ -86,6 +91,8 @@ def elementwise() -> list[Case]:
         cases += [Case(f"{op}-broadcast-{_dims(b)}", (x(2, 31, 33), x(*b)), f) for b in [(33,), (31, 33), (1,)]]
         cases.append(Case(f"{op}-one-row", (x(1, 33), param(33)), f))
         cases.append(Case(f"{op}-itself", (x(5, 33),), lambda a, f=f: f(a, a)))
+    cases += [Case(f"div-{_dims(s)}", (x(*s), x(*s, make=positive)), ops.div) for s in shapes]
+    cases += [Case(f"div-broadcast-{_dims(b)}", (x(2, 31, 33), x(*b, make=positive)), ops.div) for b in [(33,), (1,)]]
     cases += [Case(f"scale-{_dims(s)}", (x(*s),), lambda a: ops.scale(a, -0.3)) for s in shapes]
     for op, make in [("relu", off_zero), ("gelu", normal), ("gelu_tanh", normal), ("swish", normal)]:
         cases += [Case(f"{op}-{_dims(s)}", (x(*s, make=make),), getattr(ops, op)) for s in shapes]
@@ -102,6 +109,32 @@ def reductions() -> list[Case]:
     cases.append(Case("sum_rows-3x5x7", (x(3, 5, 7),), lambda a: ops.sum_rows(a, (5, 7))))
     cases += [Case(f"sum_columns-{_dims(s)}", (x(*s),), ops.sum_columns) for s in [(5, 1), (17, 63), (3, 129)]]
     cases += [Case(f"softmax-{_dims(s)}", (x(*s),), ops.softmax) for s in [(17, 33), (3, 1), (2, 64), (2, 3, 129)]]
+    return cases
+
+
+def views() -> list[Case]:
+    """Axes of one element, of all orders and lengths that no power of two divides; parts from both ends."""
+    orders = {(1, 0): (5, 33), (2, 0, 1): (3, 5, 7), (0, 2, 1): (3, 1, 7), (3, 1, 0, 2): (2, 3, 5, 4)}
+    cases = [
+        Case(f"transpose-{_dims(s)}-{_dims(o)}", (x(*s),), functools.partial(ops.transpose, axes=o))
+        for o, s in orders.items()
+    ]
+    cases.append(Case("reshape-3x5x7", (x(3, 5, 7),), lambda a: ops.reshape(a, (7, 15))))
+    wider = [((1,), (3, 5)), ((5, 1), (5, 33)), ((3, 1, 7), (2, 3, 5, 7)), ((1, 5, 1), (3, 5, 7)), ((7,), (2, 3, 7))]
+    wider += [((1, 3), (300, 3)), ((3, 1, 1), (3, 5, 7))]
+    cases += [
+        Case(f"broadcast-{_dims(a)}-{_dims(b)}", (x(*a),), functools.partial(ops.broadcast, shape=b)) for a, b in wider
+    ]
+    parts: list[tuple[tuple[int, ...], ...]] = [
+        ((9,), (2,), (1,), (3,)),
+        ((9,), (8,), (-3,), (3,)),
+        ((5, 33), (1, 0), (2, 1), (2, 33)),
+        ((3, 5, 7), (2, 0, 6), (-1, 2, -2), (3, 3, 4)),
+        ((3, 5, 7), (1, 3, 1), (1, 1, 5), (1, 1, 2)),
+    ]
+    for number, (shape, starts, steps, lengths) in enumerate(parts):
+        take = functools.partial(ops.part, starts=starts, steps=steps, shape=lengths)
+        cases.append(Case(f"part-{_dims(shape)}-{number}", (x(*shape),), take))
     return cases
 
 
@@ -372,6 +405,7 @@ CASES: dict[str, Case] = {
     for family in (
         elementwise,
         reductions,
+        views,
         norms,
         ropes,
         attentions,
