@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from entrenar_gpu.chat.sandbox import holds_marks
 from entrenar_gpu.chat.worker import CPU_SECONDS, Service, TemplateSource
 
 WALL_SECONDS = 60.0  # without an answer; the machine may be busy with other things
 _START = "import sys; sys.path[:] = sys.argv[2:]; from entrenar_gpu.chat.worker import main; main(float(sys.argv[1]))"
+
+
+_MARK = "\\ufdd"  # as JSON writes the characters that mark places
 
 
 class _Ended(Exception):
@@ -42,10 +46,15 @@ class TemplateProcess:
             if self._here is None and not self._running():
                 self._start()
             request = {"ask": ask, "template": asdict(template), "rows": len(rows)}
+            lines = [json.dumps(row) for row in rows]
+            for at, line in enumerate(lines):
+                if _MARK in line and holds_marks(rows[at]):
+                    refused = {"error": "a message holds a Unicode noncharacter (U+FDD0 to U+FDD5)", "at_fault": False}
+                    return [*({} for _ in range(at)), refused]
             if self._here is not None:
-                return list(self._here.answers(request, rows))
+                return list(self._here.answers(request, map(json.loads, lines)))
             try:
-                return self._exchange(request, rows)
+                return self._exchange([json.dumps(request), *lines])
             except BaseException:
                 self.stop()  # in the middle of an exchange nothing can follow
                 raise
@@ -80,16 +89,15 @@ class TemplateProcess:
             self._here = Service()
         self._owner, self._pending = os.getpid(), b""
 
-    def _exchange(self, request: dict[str, Any], rows: Sequence[Any]) -> list[dict[str, Any]]:
+    def _exchange(self, lines: Sequence[str]) -> list[dict[str, Any]]:
         process = self._process
         assert process is not None
         assert process.stdin is not None
         answers: list[dict[str, Any]] = []
         try:
-            lines = [json.dumps(value).encode() + b"\n" for value in (request, *rows)]
-            process.stdin.write(b"".join(lines))
+            process.stdin.write(("\n".join(lines) + "\n").encode())
             process.stdin.flush()
-            while len(answers) < len(rows):
+            while len(answers) < len(lines) - 1:
                 answers.append(json.loads(self._line()))
         except (_Ended, BrokenPipeError) as error:
             reason = str(error) if isinstance(error, _Ended) else self._why()

@@ -25,7 +25,6 @@ from entrenar_gpu.chat.sandbox import (
     Message,
     Span,
     TemplateFailure,
-    holds_marks,
 )
 
 _SKELETONS = 256  # kept; ordinary files have fewer kinds of conversation
@@ -130,7 +129,8 @@ class Conversations:
             isinstance(m.get("content"), str) and m["content"].strip() and not m.get("tool_calls") for m in messages
         ):
             return None
-        kind = json.dumps([[{**m, "content": ""} for m in messages], tools, variables], sort_keys=True)
+        others = [m["role"] if len(m) == 2 else sorted({**m, "content": ""}.items(), key=str) for m in messages]
+        kind = json.dumps([others, tools, variables])
         if kind not in self._frames:
             if len(self._seen) >= _SKELETONS:
                 self._seen.clear()
@@ -234,12 +234,6 @@ class _Search:
         if not found:
             raise _untraceable(i)
         return before, after
-
-
-def checked(messages: Sequence[Message], tools: Any, variables: Any) -> None:
-    """Raises TemplateFailure when a conversation holds the characters that mark places."""
-    if holds_marks([messages, tools, variables]):
-        raise TemplateFailure("a message holds a Unicode noncharacter (U+FDD0 to U+FDD5)", at_fault=False)
 
 
 def _untraceable(i: int) -> TemplateFailure:

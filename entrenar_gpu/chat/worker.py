@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, BinaryIO
 
 from entrenar_gpu.chat.sandbox import CompiledTemplate, TemplateFailure
-from entrenar_gpu.chat.turns import Conversations, checked
+from entrenar_gpu.chat.turns import Conversations
 
 MEMORY_BYTES = 1 << 30
 CPU_SECONDS, CPU_SECONDS_PER_MESSAGE = 2.0, 0.1
@@ -90,7 +90,6 @@ def _outcome(ask: str, conversations: Conversations | dict[str, Any], row: Any) 
         if ask == "closings":
             return {"closings": conversations.closings(row)}
         messages, tools, variables = row
-        checked(messages, tools, variables)
         if ask == "turns":
             rendered = conversations.render_turns(messages, tools, variables)
         else:

@@ -6,17 +6,17 @@ rendered (records.py), while this one tokenises the lines before. Memory holds n
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from entrenar_gpu.chat import Span
+from entrenar_gpu.data.prefix import Encoded
 from entrenar_gpu.data.records import Draft, Reader, Tokens
 from entrenar_gpu.data.samples import SampleBuilder, Samples
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.ops.loss import IGNORE
 
 T = TypeVar("T")
 
@@ -56,8 +56,7 @@ def load_samples(
     reader = Reader(str(path), tokenizer, vocab_size, loss_on == "all", completions == "chat")
     builder = SampleBuilder(seq)
     for chunk in _ahead(reader.chunks()):
-        for ids, labels in _tokenised(chunk, reader, seq):
-            builder.add(ids, labels)
+        _add(chunk, reader, builder)
     samples = builder.samples(reader.notes())
     if not len(samples):
         raise UserError(f"{path}: holds no token to train ({samples.skipped} samples without any)")
@@ -73,56 +72,46 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _tokenised(chunk: list[Draft | Tokens], reader: Reader, seq: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and labels of each line, in the order of the lines; whole, or cut anywhere behind `seq` tokens."""
-    encoded: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
-    for with_offsets in (False, True):
-        drafts = [d for d in chunk if isinstance(d, Draft) and (d.spans is not None) == with_offsets]
+def _add(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilder) -> None:
+    """Tokenise the lines of a chunk together and add them in their order."""
+    encoded: dict[int, Encoded] = {}
+    for with_spans in (False, True):
+        drafts = [d for d in chunk if isinstance(d, Draft) and (d.spans is not None) == with_spans]
         if drafts:
-            batch = reader.tokenizer.encode_batch([draft.text for draft in drafts], seq, with_offsets)
+            spans = [draft.spans or [] for draft in drafts] if with_spans else None
+            batch = reader.tokenizer.encode_beginnings([draft.text for draft in drafts], builder.seq, spans)
             encoded.update((draft.line, encoding) for draft, encoding in zip(drafts, batch, strict=True))
     for line in chunk:
-        yield (line.ids, line.labels) if isinstance(line, Tokens) else _labelled(line, *encoded[line.line], reader, seq)
+        if isinstance(line, Tokens):
+            builder.add(line.ids, line.labels)
+        else:
+            builder.add_spans(*_ended(line, *encoded.pop(line.line), reader, builder.seq))
 
 
-def _labelled(
-    draft: Draft, ids: list[int], offsets: list[tuple[int, int]], reader: Reader, seq: int
-) -> tuple[list[int], list[int]]:
-    """A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer.
+def _ended(draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq: int) -> tuple[list[int], list[Span]]:
+    """A text's ids with what begins and ends it, and which of them are trained.
 
-    What ends a text is trained, what begins it is not where a prompt follows.
+    A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer. What ends a
+    text is trained, what begins it is not where a prompt follows.
     """
     where, tokenizer = f"{reader.path}:{draft.line}", reader.tokenizer
     if draft.shortened and len(ids) < seq:
         raise UserError(
             f"{where}: the line is too long: the part of its text that is read holds less than --seq tokens"
         )
-    labels = list(ids) if draft.spans is None else [IGNORE] * len(ids)
-    for start, end in draft.spans or ():
-        first = bisect_right(offsets, start, key=_end)
-        last = bisect_left(offsets, end, key=_begin)
-        labels[first:last] = ids[first:last]
     if not draft.rendered:
-        before, framed = tokenizer.framed(ids)
-        opening = framed[:before] if draft.spans is None else [IGNORE] * before
-        labels = [*opening, *labels, *framed[before + len(ids) :]]
-        ids = framed
+        length = len(ids)
+        before, ids = tokenizer.framed(ids)
+        spans = [(a + before, b + before) for a, b in spans]
+        spans.append((before + length, len(ids)))
     if draft.eos and ids[-1:] != [tokenizer.eos_id]:
         if tokenizer.eos_id is not None:
-            ids, labels = [*ids, tokenizer.eos_id], [*labels, tokenizer.eos_id]
+            ids.append(tokenizer.eos_id)
+            spans.append((len(ids) - 1, len(ids)))
         elif draft.rendered or not tokenizer.ending:
             raise UserError(f"{tokenizer.folder}: no eos_token in tokenizer_config.json to end texts with")
-    if max(ids[:seq], default=0) >= reader.vocab_size:
+    if (highest := max(ids[:seq], default=0)) >= reader.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer gives token id {max(ids[:seq])}, outside the model's vocabulary of"
-            f" {reader.vocab_size}"
+            f"{where}: the tokenizer gives token id {highest}, outside the model's vocabulary of {reader.vocab_size}"
         )
-    return ids, labels
-
-
-def _begin(span: tuple[int, int]) -> int:
-    return span[0]
-
-
-def _end(span: tuple[int, int]) -> int:
-    return span[1]
+    return ids, spans if draft.spans is not None else [(0, len(ids))]

@@ -33,6 +33,8 @@ def _message(message: Any, where: str) -> Message:
         raise UserError(f"{where} must be an object with a role and a content")
     if message["role"] not in ROLES:
         raise UserError(f"{where} has role {message['role']!r}; known: {', '.join(ROLES)}")
+    if len(message) == 2 and isinstance(message.get("content"), str):
+        return message  # as nearly all are
     result = without_nulls(message)
     if result.get("tool_calls") == []:
         del result["tool_calls"]
@@ -75,7 +77,7 @@ def trained_turns(messages: list[Message], key: str) -> list[bool]:
     """For each turn of the assistant whether it is to be learned: all that is not marked otherwise."""
     marks = []
     for i, message in enumerate(messages, 1):
-        mark = _mark(message, f"{key}: message {i}")
+        mark = len(message) == 2 or _mark(message, f"{key}: message {i}")
         if message["role"] == "assistant":
             marks.append(mark)
     return marks

@@ -7,7 +7,9 @@ before the nearer cut. Where it does not, more is tokenised, in the end the whol
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 
@@ -16,6 +18,10 @@ from entrenar_gpu.chat import Span
 _FIRST_GUESS = 4.0  # characters per token, until texts have shown better
 _MARGIN = 64  # tokens before the cut that do not count
 _FARTHER = 1.5  # the second cut, by the first
+_NEAR = 8  # characters at the ends of a span that are looked up one by one: the first nearly always has a token
+
+# A text's ids, and for each of its spans of characters the tokens [first, last) that have any of these.
+Encoded = tuple[list[int], list[Span]]
 
 
 class PrefixEncoder:
@@ -25,33 +31,30 @@ class PrefixEncoder:
         self._backend = backend
         self._characters_per_token = _FIRST_GUESS
 
-    def encode(
-        self, texts: Sequence[str], limit: int | None = None, offsets: bool = True
-    ) -> list[tuple[list[int], list[Span]]]:
-        """(ids, offsets in characters) of each text: all of them, or at least the first `limit` where there are more.
+    def encode(self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None) -> list[Encoded]:
+        """Each text's ids, all or at least the first `limit` of more, and where its `spans` of characters lie in them.
 
-        Offsets are empty unless asked for.
+        A span may reach into what is left out; nothing is said of the tokens behind the first `limit`.
         """
-        if limit is None:
-            return self._whole(texts, offsets)
-        results: dict[int, tuple[list[int], list[Span]]] = {}
+        results: dict[int, Encoded] = {}
         waiting = dict.fromkeys(range(len(texts)), self._guess(limit))
         while waiting:
             cuts = {i: cut for i, cut in waiting.items() if len(texts[i]) > 2.5 * cut}
             short = [i for i in waiting if i not in cuts]
-            results.update(zip(short, self._whole([texts[i] for i in short], offsets), strict=True))
-            nearer = self._whole([texts[i][:cut] for i, cut in cuts.items()], offsets)
+            for i, encoding in zip(short, self._encoded([texts[i] for i in short], spans is not None), strict=True):
+                results[i] = _located(encoding, spans[i] if spans is not None else (), len(texts[i]))
+            nearer = self._encoded([texts[i][:cut] for i, cut in cuts.items()], spans is not None)
             # an odd number of characters farther: whatever comes in pairs is cut differently
-            farther = self._whole([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], offsets)
+            farther = self._encoded([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], False)
+            read = [*(len(texts[i]) for i in short), *cuts.values()]
+            self._learn(read, [*(len(results[i][0]) for i in short), *map(len, nearer)])
             waiting = {}
-            for (i, cut), (ids, places), (others, _) in zip(cuts.items(), nearer, farther, strict=True):
-                counts = limit + _MARGIN
+            for (i, cut), encoding, other in zip(cuts.items(), nearer, farther, strict=True):
+                ids, others, counts = encoding.ids, other.ids, limit + _MARGIN
                 if len(ids) >= counts and len(others) >= counts and ids[: limit + 1] == others[: limit + 1]:
-                    results[i] = ids[:counts], places[:counts]
+                    results[i] = _located(encoding, spans[i] if spans is not None else (), cut)
                 else:
                     waiting[i] = cut * 2 | 1
-            read = [*(len(texts[i]) for i in short), *cuts.values()]
-            self._learn(read, [*(len(results[i][0]) for i in short), *(len(ids) for ids, _ in nearer)])
         return [results[i] for i in range(len(texts))]
 
     def _guess(self, limit: int) -> int:
@@ -61,9 +64,34 @@ class PrefixEncoder:
         if sum(tokens) > 1000:
             self._characters_per_token = sum(characters) / sum(tokens)
 
-    def _whole(self, texts: Sequence[str], offsets: bool) -> list[tuple[list[int], list[Span]]]:
+    def _encoded(self, texts: list[str], with_places: bool) -> list[Any]:
         if not texts:
             return []
-        if offsets:
-            return [(e.ids, e.offsets) for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
-        return [(e.ids, []) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encode = self._backend.encode_batch if with_places else self._backend.encode_batch_fast
+        return list(encode(texts, add_special_tokens=False))
+
+
+def _located(encoding: Any, spans: Sequence[Span], length: int) -> Encoded:
+    return encoding.ids, [found for start, end in spans if (found := _tokens_of(encoding, start, min(end, length)))]
+
+
+def _tokens_of(encoding: Any, start: int, end: int) -> Span | None:
+    """The tokens [first, last) with any of the characters [start, end); several may have one and the same."""
+    near = range(start, min(start + _NEAR, end)), range(end - 1, max(end - 1 - _NEAR, start - 1), -1)
+    first, last = (next((t for c in places if (t := encoding.char_to_token(c)) is not None), None) for places in near)
+    if first is not None and last is not None:
+        last += 1
+        while last < len(encoding) and (span := encoding.token_to_chars(last)) is not None and span[0] < end:
+            last += 1
+        return first, last
+    offsets = encoding.offsets
+    first, last = bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_begin)
+    return (first, last) if first < last else None
+
+
+def _begin(span: Span) -> int:
+    return span[0]
+
+
+def _end(span: Span) -> int:
+    return span[1]

@@ -75,6 +75,24 @@ class SampleBuilder:
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
 
+    def add_spans(self, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
+        """One sample of which the tokens of these spans [first, last) are trained."""
+        tokens = np.array(ids[: self.seq], np.uint32)
+        targets = np.full(len(tokens), IGNORE, np.int32)
+        trained = False
+        for first, last in spans:
+            first, last = max(first, 1), min(last, len(tokens))
+            if first < last:
+                targets[first - 1 : last - 1] = tokens[first:last]
+                trained = True
+        if not trained:
+            self.skipped += 1
+            return
+        self.cut += len(ids) > self.seq
+        self.tokens.frombytes(tokens.tobytes())
+        self.targets.frombytes(targets.tobytes())
+        self.starts.append(len(self.tokens))
+
     def samples(self, notes: tuple[str, ...] = ()) -> Samples:
         """What was added so far."""
         return Samples(

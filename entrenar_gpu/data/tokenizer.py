@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from entrenar_gpu.chat import ChatTemplate, Conversation, Message, Rendered, Span
-from entrenar_gpu.data.prefix import PrefixEncoder
+from entrenar_gpu.data.prefix import Encoded, PrefixEncoder
 from entrenar_gpu.data.tokenizer_files import (
     DEFAULT,
     TOOL_USE,
@@ -91,31 +91,29 @@ class Tokenizer:
 
         What a text already begins or ends with, as chat templates write BOS, is not put there a second time.
         """
-        ids = self.encode_batch([text])[0][0]
-        return self.framed(ids)[1] if add_special_tokens else ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return list(self.framed(ids)[1]) if add_special_tokens else ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be continued: with what tokenizer.json puts before it, without what ends it."""
-        ids = self.encode_batch([text])[0][0]
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return [*self._missing_opening(ids), *ids]
 
-    def encode_batch(
-        self, texts: Sequence[str], limit: int | None = None, offsets: bool = True
-    ) -> list[tuple[list[int], list[Span]]]:
-        """For each text its token ids, and the characters [start, end) each token stands for, unless not asked for.
+    def encode_beginnings(
+        self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None
+    ) -> list[Encoded]:
+        """Token ids of each text without anything around it, see PrefixEncoder.encode."""
+        return self._encoder.encode(texts, limit, spans)
 
-        With a `limit`, at least the first `limit` tokens of each text, and no fewer than that where there are more.
-        """
-        return self._encoder.encode(texts, limit, offsets)
-
-    def framed(self, ids: Sequence[int]) -> tuple[int, list[int]]:
+    def framed(self, ids: list[int]) -> tuple[int, list[int]]:
         """(how many ids were put before, ids with what tokenizer.json puts around them where it is not there yet)."""
         opening = self._missing_opening(ids)
-        there = bool(self.ending) and list(ids[-len(self.ending) :]) == self.ending
-        return len(opening), [*opening, *ids, *([] if there else self.ending)]
+        there = not self.ending or ids[-len(self.ending) :] == self.ending
+        framed = ids if there else [*ids, *self.ending]
+        return len(opening), [*opening, *framed] if opening else framed
 
-    def _missing_opening(self, ids: Sequence[int]) -> list[int]:
-        there = bool(self.opening) and list(ids[:1]) == self.opening[:1]
+    def _missing_opening(self, ids: list[int]) -> list[int]:
+        there = bool(self.opening) and ids[:1] == self.opening[:1]
         return [] if there else self.opening
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -61,9 +61,17 @@ def test_the_first_tokens_are_those_of_the_whole(backends, name, words, limit):
     text = " ".join(words) * 60
     backend = backends[name]
     whole = backend.encode(text, add_special_tokens=False)
-    ((ids, offsets),) = PrefixEncoder(backend).encode([text], limit)
+    places = [(0, 1), (3, 20), (len(text) // 300, len(text) // 100), (7, len(text)), (5, 6)]
+    ((ids, spans),) = PrefixEncoder(backend).encode([text], limit, [places])
     assert ids[:limit] == whole.ids[:limit]
-    assert offsets[:limit] == whole.offsets[:limit]
+    found, wanted = np.zeros(limit, bool), np.zeros(limit, bool)
+    for start, end in places:
+        wanted |= [begin < end and stop > start for begin, stop in whole.offsets[:limit]] + [False] * (
+            limit - len(whole)
+        )
+    for first, last in spans:
+        found[first:last] = True
+    assert found.tolist() == wanted.tolist()
     assert (len(ids) > limit) == (len(whole.ids) > limit)
 
 
@@ -71,9 +79,9 @@ def test_of_a_long_text_no_more_is_tokenised_than_its_beginning(backends):
     seen = []
 
     class Counting:
-        def encode_batch(self, texts, add_special_tokens):
+        def encode_batch_fast(self, texts, add_special_tokens):
             seen.extend(map(len, texts))
-            return backends["bytes"].encode_batch(texts, add_special_tokens=add_special_tokens)
+            return backends["bytes"].encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
     PrefixEncoder(Counting()).encode(["the cat sat on a mat. " * 100_000], 128)
     assert sum(seen) < 20_000
