@@ -14,9 +14,12 @@ from entrenar_gpu.adapters.peft_files import save_adapter
 from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.export.hf_writer import copy_model_files
 from entrenar_gpu.export.merge import merge_adapter
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
+from tests.data.test_chat import model_folder
+from tests.helpers import chat_templates
 from tests.helpers.tiny import make_model, projections
 from tests.model.test_hf_checkpoint import nf4_tensors
 
@@ -115,3 +118,53 @@ def test_the_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="is it the adapter of another model"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# --- generation_config.json
+
+
+def with_tokenizer(folder: Path, template: str | None, **files: object) -> Path:
+    config = {"eos_token": "<|endoftext|>"} | ({} if template is None else {"chat_template": template})
+    return model_folder(folder, config, **files)
+
+
+def generation_config(folder: Path, target: Path) -> dict | None:
+    copy_model_files(folder, target, "float32")
+    path = target / "generation_config.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_what_closes_a_turn_is_written_beside_what_was_there(tmp_path):
+    """A base model: EOS ends documents, and its chat template closes turns with another token."""
+    files = {
+        "config": {"eos_token_id": 257, "bos_token_id": 264},
+        "generation_config": {"eos_token_id": 257, "top_p": 0.5},
+    }
+    folder = with_tokenizer(tmp_path / "model", chat_templates.QWEN25, **files)
+    assert generation_config(folder, tmp_path / "a") == {"eos_token_id": [257, 259], "top_p": 0.5}
+    (folder / "generation_config.json").unlink()
+    assert generation_config(folder, tmp_path / "b") == {"bos_token_id": 264, "eos_token_id": [257, 259]}
+
+
+def test_a_generation_config_that_stops_there_already_is_copied_as_it_is(tmp_path):
+    files = {"config": {"eos_token_id": 257}, "generation_config": {"eos_token_id": [259, 257], "x": 1.0}}
+    folder = with_tokenizer(tmp_path / "model", chat_templates.QWEN25, **files)
+    generation_config(folder, tmp_path / "a")
+    assert (tmp_path / "a/generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+    plain = with_tokenizer(tmp_path / "plain", None, config={"eos_token_id": 257})
+    assert generation_config(plain, tmp_path / "b") is None  # config.json says it
+
+
+def test_named_templates_are_copied(tmp_path):
+    folder = with_tokenizer(tmp_path / "model", None, config={}, generation_config={"eos_token_id": 257})
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"chat_template": "x"}')
+    copy_model_files(folder, tmp_path / "copy", "float32")
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_broken_tokenizer_does_not_keep_weights_from_being_written(tmp_path):
+    folder = with_tokenizer(tmp_path / "model", "{% for %}", config={}, generation_config={"eos_token_id": 3})
+    assert generation_config(folder, tmp_path / "copy") == {"eos_token_id": 3}

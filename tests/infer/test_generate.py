@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,9 @@ import tokenizers
 
 from entrenar_gpu.adapters.peft_files import save_adapter
 from entrenar_gpu.adapters.spec import AdapterSpec
+from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.generate import Generator, _draw, next_logits
 from entrenar_gpu.model.registry import load_model_config
@@ -117,3 +120,68 @@ def test_prompts_that_leave_no_room_or_nothing_are_refused(folder):
     assert short.text("w1 w2 w3", 5)
     with pytest.raises(UserError, match="--prompt: empty"):
         short.text("", 5)
+
+
+# --- what ends it, and what is shown of it
+
+
+class Spoken(Generator):
+    """A generator that says given tokens, whatever the model thinks."""
+
+    def __init__(self, tokenizer, said):
+        self.tokenizer, self.said = tokenizer, said
+
+    def encode(self, prompt):
+        return [0]
+
+    def tokens(self, prompt, max_tokens, temperature, seed):
+        for token in self.said[:max_tokens]:
+            if token in self.tokenizer.eos_ids:
+                return
+            yield token
+
+
+def demo_tokens(text: str) -> list[int]:
+    return Tokenizer.load(MODEL).encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", ["naïve 中文 😀 end", "\ufffd real", "😀"])
+def test_what_is_streamed_is_what_is_returned_wherever_it_is_cut(text):
+    tokenizer = Tokenizer.load(MODEL)
+    ids = demo_tokens(text)
+    for most in range(1, len(ids) + 1):
+        spoken = Spoken(tokenizer, ids)
+        pieces = list(spoken.pieces("", most))
+        assert "".join(pieces) == spoken.text("", most) == tokenizer.decode(ids[:most])
+        assert all(pieces)
+        assert all(not piece.endswith("\ufffd") for piece in pieces[:-1]) or "\ufffd" in text
+
+
+def test_words_that_close_a_turn_end_it_and_are_not_shown():
+    tokenizer = Tokenizer.load(MODEL)
+    tokenizer.stop_texts = ("### End",)
+    spoken = Spoken(tokenizer, demo_tokens("It is ### or ### Endless"))
+    assert spoken.text("", 100) == "It is ### or "
+    assert Spoken(tokenizer, demo_tokens("It is ## E")).text("", 100) == "It is ## E"
+
+
+def test_what_closes_a_turn_in_the_template_stops_a_base_model(folder):
+    """eos_token ends documents; the model counts on to w29 and the template closes turns with w26."""
+    path = folder / "closing"
+    shutil.copytree(folder / "run", path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.content }} w26 {% endfor %}"
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    counting = generator(folder, model="closing", completions="raw")
+    assert counting.text("w22 w23", 20) == "w24 w25"
+
+
+def test_a_token_beyond_the_embedding_is_named(folder):
+    path = folder / "beyond"
+    shutil.copytree(folder / "run", path)
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.add_special_tokens(["<new>"])
+    backend.save(str(path / "tokenizer.json"))
+    beyond = generator(folder, model="beyond")
+    with pytest.raises(UserError, match=r"--prompt: token id 32 \('<new>'\) is outside the model's vocabulary of 32"):
+        beyond.text("w1 <new>", 5)
