@@ -1,14 +1,9 @@
 """Fine-tune language models on any Vulkan, Metal or DX12 GPU: QLoRA through WGSL."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("entrenar-gpu")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+checkout"
-
 if TYPE_CHECKING:
+    __version__: str
     from entrenar_gpu.config import TrainConfig as TrainConfig
     from entrenar_gpu.eager import tensor as tensor
     from entrenar_gpu.errors import UserError as UserError
@@ -29,8 +24,20 @@ __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
     return getattr(importlib.import_module(f"entrenar_gpu.{_HOMES[name]}"), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("entrenar-gpu")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "0+checkout"

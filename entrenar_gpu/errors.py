@@ -13,5 +13,9 @@ class DeviceLost(UserError):
     """The GPU went away (driver reset, unplugged). The last checkpoint stands."""
 
 
+class OutOfDeviceMemory(UserError):
+    """The GPU has no memory left for what a run needs."""
+
+
 class TrainingDiverged(UserError):
     """Too many consecutive steps had a loss or gradient that is not finite."""

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from entrenar_gpu.cli import docstrings
+from entrenar_gpu.cli.text import printable
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord
@@ -159,4 +160,4 @@ def _show_result(console: Console, result: DemoResult, seconds: float) -> None:
 
 def _line(console: Console, label: str, text: str, style: str = "") -> None:
     """A labelled line. Text is never read as markup: it may be what a model said."""
-    console.print(Text.assemble((f"{label:{LABEL_WIDTH}}", "cyan"), (text, style)), soft_wrap=True)
+    console.print(Text.assemble((f"{label:{LABEL_WIDTH}}", "cyan"), (printable(text), style)), soft_wrap=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from entrenar_gpu.cli.text import printable
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord
 
 _MEANINGS = {
@@ -50,13 +52,13 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        Text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
+        _text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
         soft_wrap=True,
     )
     for words, counts in (("recomputed", parts["recomputed"]), ("kept as fp16", parts["fp16"])):
         if counts:
             listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-            console.print(Text(f"{words}: {listed}"), highlight=False, soft_wrap=True)
+            console.print(_text(f"{words}: {listed}"), highlight=False, soft_wrap=True)
 
 
 def show_bench(result: Mapping[str, Any]) -> None:
@@ -79,16 +81,16 @@ def show_bench(result: Mapping[str, Any]) -> None:
         for row in result["kernels"][:20]
     ]
     for line in lines:
-        console.print(Text(line), highlight=False, soft_wrap=True)
+        console.print(_text(line), highlight=False, soft_wrap=True)
 
 
-def show_start(trainer: Any) -> None:
+def show_start(trainer: Any, console: Console | None = None) -> None:
     """Model, data, device and memory of a run that is about to begin."""
     session, samples = trainer.session, trainer.train_samples
-    console = Console()
+    console = console or Console()
 
     def line(name: str, text: str) -> None:
-        console.print(Text.assemble((f"{name:9}", "dim"), text), highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:9}", "dim"), _text(text)), highlight=False, soft_wrap=True)
 
     shapes = session.trainable().values()
     trainable = sum(math.prod(shape) for shape in shapes)
@@ -110,21 +112,52 @@ def show_start(trainer: Any) -> None:
         line("memory", f"{size(session.plan.peak_bytes)}; {budget}; {recompute}")
 
 
-class _Lasting(Console):
-    """Goes on silently when nobody reads any more, as behind `| head`: a training is worth more than its lines."""
+def _text(text: str, style: str = "") -> Text:
+    """Text that may quote models, data and names."""
+    return Text(printable(text), style=style)
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+
+class LastingOutput:
+    """Standard output that ends no run: a training is worth more than its lines.
+
+    Where nobody reads any more, as behind `| head`, it goes on silently; where it cannot be written, as on a full disk,
+    it says so once on standard error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, ValueError) as error:  # the second: closed
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(descriptor, self._stream.fileno())  # what is still buffered goes there
+            self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
+            if not isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError):
+                    reason = getattr(error, "strerror", None) or error
+                    print(f"standard output: {reason}; training goes on without it", file=sys.stderr, flush=True)
 
 
 class Progress:
     """Observer: a bar with loss, learning rate, tokens per second, time left; evaluations and checkpoints as lines."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self._console = console or _Lasting()
+        self.console = console or Console(file=cast(IO[str], LastingOutput(sys.stdout)))
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
+        self._bar = Bar(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self._quiet = quiet
         self._shown = 0
 
@@ -161,4 +194,4 @@ class Progress:
     def say(self, text: str, style: str = "") -> None:
         """A line above the bar."""
         if not self._quiet:
-            self._bar.console.print(Text(text, style=style), highlight=False, soft_wrap=True)
+            self._bar.console.print(_text(text, style), highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from entrenar_gpu import __version__
+from entrenar_gpu.cli.text import printable
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import ENGINES, NO_GPU, Gpu, choose_gpu, engine, gpu_caps, gpus
 
@@ -69,7 +70,8 @@ def show(found: dict[str, Any]) -> None:
 
 def _show_adapter(console: Console, adapter: dict[str, Any], chosen: bool) -> None:
     uses = adapter["uses"]
-    console.print(Text(f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}", "bold" if chosen else ""))
+    title = f"{'→' if chosen else ' '} {adapter['index']}: {adapter['device']}"
+    console.print(Text(printable(title), "bold" if chosen else ""))
     memory = uses["memory_bytes"]
     known = "memory not told" if memory is None else f"{memory / 2**30:.1f} GiB"
     optional = ("f16", "subgroups", "timestamps", "timestamps_inside_passes", "matrices")
@@ -78,7 +80,7 @@ def _show_adapter(console: Console, adapter: dict[str, Any], chosen: bool) -> No
     facts = [adapter["adapter_type"], adapter["backend_type"], adapter["description"], known]
     facts.append(f"binds {uses['max_binding_bytes'] / 2**20:.0f} MiB")
     facts.append(f"{uses['max_workgroup_bytes'] >> 10} KiB a workgroup")
-    console.print(Text("     " + ", ".join(facts)))
+    console.print(Text(printable("     " + ", ".join(facts))))
     console.print(Text("     uses " + (", ".join(has) or "no optional feature")))
     if off:
         console.print(Text("     off: " + ", ".join(off), "dim"))

@@ -5,7 +5,9 @@ The only module that wires observers (progress, tracing) to a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,8 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from entrenar_gpu import __version__
+from entrenar_gpu import __version__, signals
 from entrenar_gpu.cli import options
+from entrenar_gpu.cli.text import printable
 from entrenar_gpu.config import SHAPES
 from entrenar_gpu.errors import UserError
 from observability.errors import TraceError
@@ -30,6 +33,8 @@ app = typer.Typer(
 
 # typer carries its own copy of click in newer versions; these are the exceptions of whichever it uses.
 _ClickError: type[Any] = typer.BadParameter.__mro__[2]
+
+_TYPERS_INTERRUPT = 130  # what newer versions make of KeyboardInterrupt
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter folder")]
@@ -147,14 +152,15 @@ def train(
     made, progress = options.make_config(given, config), Progress(quiet)
     tracer, observers = _tracing(made, progress)  # a wrong --otlp is told before a model is loaded
     trainer = Trainer(made)
-    show_start(trainer)
+    if not quiet:
+        show_start(trainer, progress.console)
     trainer.observe(progress, *observers)
     try:
         summary = trainer.run()
     finally:
         tracer.close()
     if summary.status == "interrupted":
-        raise typer.Exit(130)
+        raise typer.Exit(signals.exit_status(trainer.stopped_by or signal.SIGINT))
 
 
 def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
@@ -184,7 +190,7 @@ def demo(
     folder = output or default_output()
     progress = Progress()
     _, observers = _tracing(replace(RUN, output=folder), progress)
-    run_demo(folder, steps, [progress, *observers], device=device)
+    run_demo(folder, steps, [progress, *observers], device=device, console=progress.console)
 
 
 @app.command(
@@ -226,7 +232,7 @@ def generate(
     generator = Generator(config, adapter is not None)
     try:
         for piece in generator.pieces(prompt, max_tokens, temperature, config.seed):
-            print(piece, end="", flush=True)
+            print(printable(piece, sys.maxsize, keep="\n\t"), end="", flush=True)
         print()
     finally:
         generator.close()
@@ -240,13 +246,16 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
     from entrenar_gpu.export import merge_adapter
+    from entrenar_gpu.files import FolderLock, sweep
     from entrenar_gpu.model import HFCheckpoint, resolve_model
 
     for name, folder in (("--adapter", adapter), ("--output", output)):
         if not folder:  # the current one, to Path
             raise UserError(f"{name}: missing; name a folder")
-    merge_adapter(HFCheckpoint.open(resolve_model(model)), Path(adapter), Path(output))
-    print(f"merged model: {output}")
+    with FolderLock(Path(output)):
+        sweep(Path(output))
+        merge_adapter(HFCheckpoint.open(resolve_model(model)), Path(adapter), Path(output))
+    print(f"merged model: {printable(output)}")
 
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
@@ -334,17 +343,28 @@ def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of the `entrenar-gpu` script."""
+    """Run the command line and exit with its status; `__main__` calls this."""
     print_any_text()
-    sys.exit(run(sys.argv[1:]))
+    sys.unraisablehook = _unraisable
+    with signals.ending(signals.interrupt):
+        status = run(sys.argv[1:])
+    sys.exit(status)
+
+
+def _unraisable(problem: Any) -> None:
+    """An interrupt that came where Python cannot raise, as in a finalizer, ends the process all the same."""
+    if isinstance(problem.exc_value, KeyboardInterrupt):
+        signals.leave(signals.interrupted_by(), None)
+    sys.__unraisablehook__(problem)
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
-    command = typer.main.get_command(app)
+    """Run one command line and return its exit status: 0, 2 for bad input, 128 and its number for a signal."""
     try:
+        command = typer.main.get_command(app)
         result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
-        return int(result or 0)
+        interrupted = result == _TYPERS_INTERRUPT and signals.interrupted_by()
+        return signals.exit_status(interrupted) if interrupted else int(result or 0)
     except (UserError, TraceError) as error:
         return _complain(str(error))
     except _ClickError as error:
@@ -353,13 +373,16 @@ def run(arguments: list[str]) -> int:
             return 2
         return _complain(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return signals.exit_status(signals.interrupted_by())
+    except MemoryError:
+        return _complain("this machine has no memory left; lower --batch or --seq, or raise the limit (`ulimit -v`)")
     except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
 
 
 def _complain(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # standard error may be full as well
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr, flush=True)
     return 2
 
 

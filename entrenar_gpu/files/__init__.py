@@ -1,13 +1,25 @@
 """Files that appear whole or not at all; JSON and safetensors."""
 
-from entrenar_gpu.files.atomic import cache_folder, cannot_write, new_file, new_folder, write_text
+from entrenar_gpu.files.atomic import (
+    cache_folder,
+    cannot_write,
+    new_file,
+    new_folder,
+    remove,
+    sweep,
+    sync_folder,
+    temporary_path,
+    write_text,
+)
 from entrenar_gpu.files.json_file import read_json_object
+from entrenar_gpu.files.lock import FolderLock
 from entrenar_gpu.files.safetensors_file import NAMES, SafetensorsFile, TensorInfo
 from entrenar_gpu.files.stored import StoredArray
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors, write_tensors
 
 __all__ = [
     "NAMES",
+    "FolderLock",
     "SafetensorsFile",
     "StoredArray",
     "TensorInfo",
@@ -17,7 +29,11 @@ __all__ = [
     "new_file",
     "new_folder",
     "read_json_object",
+    "remove",
     "save_safetensors",
+    "sweep",
+    "sync_folder",
+    "temporary_path",
     "write_tensors",
     "write_text",
 ]

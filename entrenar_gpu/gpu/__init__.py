@@ -5,6 +5,7 @@ from entrenar_gpu.gpu.choice import NO_GPU, Choice, Gpu, choose_gpu, gpu_caps, g
 from entrenar_gpu.gpu.clock import GpuClock, step_spans
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import ENGINES, engine
+from entrenar_gpu.gpu.failures import device_errors
 from entrenar_gpu.gpu.kernel import KernelCache, render
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, choice_of, measure, time_run
 from entrenar_gpu.gpu.memory_info import driver_bytes
@@ -27,6 +28,7 @@ __all__ = [
     "Uploader",
     "choice_of",
     "choose_gpu",
+    "device_errors",
     "driver_bytes",
     "engine",
     "gpu_caps",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.errors import DeviceLost, UserError
-from entrenar_gpu.gpu.choice import choose_gpu, gpu_caps
+from entrenar_gpu.errors import OutOfDeviceMemory
+from entrenar_gpu.gpu.choice import Gpu, choose_gpu, gpu_caps
 from entrenar_gpu.gpu.engines import Engine
+from entrenar_gpu.gpu.failures import LOWER, device_errors, meaning
 from entrenar_gpu.graph import Caps
 
 _LIMITS = (
@@ -51,22 +52,23 @@ class Device:
         gpu = choose_gpu(choice, engine).gpu
         caps, info = gpu_caps(gpu), dict(gpu.info)
         if limited:
-            return cls(gpu.engine, gpu.engine.request(gpu.adapter, (), _GUARANTEED), caps.limited(), info)
+            return cls(gpu.engine, _request(gpu, (), _GUARANTEED), caps.limited(), info)
         features = [gpu.engine.features[name] for name in _FEATURES if gpu.offers(name)]
         limits = {name: gpu.adapter.limits[name] for name in _LIMITS}
-        return cls(gpu.engine, gpu.engine.request(gpu.adapter, features, limits), caps, info)
+        return cls(gpu.engine, _request(gpu, features, limits), caps, info)
 
     def buffer(self, nbytes: int, label: str, usage: int | None = None) -> Any:
-        """A zeroed buffer. Raises UserError when the device has no memory left for it."""
+        """A zeroed buffer. Raises OutOfDeviceMemory when the device has no memory left for it."""
         flags = self.engine.api.BufferUsage
         usage = flags.STORAGE | flags.COPY_SRC | flags.COPY_DST if usage is None else usage
         try:
-            made = self.handle.create_buffer(label=label, size=nbytes, usage=usage)
-        except self.engine.api.GPUOutOfMemoryError:
-            raise UserError(
+            with self.watched():
+                made = self.handle.create_buffer(label=label, size=nbytes, usage=usage)
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(
                 f"{self.caps.name} has no {nbytes / 2**20:.0f} MiB left for {label}"
-                f" (holding {self.allocated_bytes / 2**30:.2f} GiB); lower --memory-budget, --batch or --seq"
-            ) from None
+                f" (holding {self.allocated_bytes / 2**30:.2f} GiB); {LOWER}"
+            ) from error
         self.allocated_bytes += nbytes
         return made
 
@@ -94,13 +96,18 @@ class Device:
         with self.watched():
             return np.frombuffer(self.handle.queue.read_buffer(buffer, offset, padded), np.uint8)[:nbytes]
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around work on the device: raises DeviceLost where an error of any kind says that it is gone."""
-        try:
-            yield
-        except (RuntimeError, self.engine.api.GPUError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if "lost" in line.lower()), None)
-            if reason is None:
-                raise
-            raise DeviceLost(f"device {self.caps.name} was lost ({reason}); the last checkpoint stands") from error
+    def watched(self) -> AbstractContextManager[None]:
+        """Around work on the device: raises DeviceLost or OutOfDeviceMemory for what an error of any kind says."""
+        return device_errors(self.caps.name)
+
+
+def _request(gpu: Gpu, features: Sequence[str], limits: Mapping[str, int]) -> Any:
+    """A device. Raises UserError where the adapter gives none for lack of memory."""
+    name = gpu.info["device"]
+    try:
+        return gpu.engine.request(gpu.adapter, features, limits)
+    except Exception as error:
+        told = meaning(error, name)
+        if told is None:
+            raise
+        raise type(told)(f"{name} cannot be opened: {told}") from error

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,17 @@ import numpy as np
 from entrenar_gpu.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import copy_model_files, save_checkpoint
-from entrenar_gpu.files import SafetensorsFile, TensorSource, cannot_write, new_folder, save_safetensors, write_text
+from entrenar_gpu.files import (
+    SafetensorsFile,
+    TensorSource,
+    cannot_write,
+    new_folder,
+    remove,
+    save_safetensors,
+    sync_folder,
+    temporary_path,
+    write_text,
+)
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import is_choice
@@ -34,6 +43,7 @@ from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+CONFIG_FILE = "run.json"  # of the run folder: the first file that a run writes
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
 _LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -73,9 +83,7 @@ def save_run(
 ) -> Path:
     """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
     target = output / f"checkpoint-{step:06}"
-    temporary = output / f".{target.name}.tmp"
-    for left in output.glob(".checkpoint-*.tmp"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    temporary = temporary_path(target)
     try:
         temporary.mkdir(parents=True)
         save_result(session, temporary)
@@ -95,10 +103,11 @@ def save_run(
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
         _remove(target)
         os.rename(temporary, target)
+        sync_folder(output)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     if keep is not None:
         for old in find_checkpoints(output)[:-keep]:
             _remove(old)
@@ -114,9 +123,9 @@ def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint under another name: one that is half deleted must not be taken for a whole one."""
     if checkpoint.exists():
-        doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        doomed = temporary_path(checkpoint)
         os.rename(checkpoint, doomed)
-        doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
 
 
 def find_checkpoints(output: Path) -> list[Path]:
@@ -137,10 +146,16 @@ def resumed_run(resume: str | None, output: Path) -> SavedRun | None:
     _check_writable(output)
     saved = None if resume is None else read_state(_resolve_resume(resume, output))
     used = any((output / name).exists() for name in (METRICS_FILE, WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
-    if used and (saved is None or not saved.lies_in(output)):
+    if used and not _never_saved(output) and (saved is None or not saved.lies_in(output)):
         other = "use --resume alone, or another folder" if find_checkpoints(output) else "use another folder"
         raise UserError(f"--output: {output} already holds a run or a model; {other}")
     return saved
+
+
+def _never_saved(output: Path) -> bool:
+    """Whether a run began here and was killed before its first checkpoint: there is nothing to lose."""
+    result = any((output / name).exists() for name in (WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
+    return (output / CONFIG_FILE).is_file() and not result and not find_checkpoints(output)
 
 
 def _check_writable(output: Path) -> None:
@@ -198,10 +213,12 @@ class SavedRun:
         return output.exists() and any(os.path.samefile(place, output) for place in places)
 
 
-def forget_after(saved: SavedRun, output: Path) -> None:
+def forget_after(saved: SavedRun | None, output: Path) -> None:
     """Drop the later checkpoints and metrics of the run in `output`, if that is the one that goes on from `saved`: it
-    will make others, and the next --resume must not take up what was abandoned."""
-    if not saved.lies_in(output):
+    will make others, and the next --resume must not take up what was abandoned. Without `saved`, drop the metrics of a
+    run that ended before its first checkpoint."""
+    if saved is None or not saved.lies_in(output):
+        MetricsFile(output).truncate(-1)
         return
     for later in reversed(find_checkpoints(output)):  # a kill on the way leaves none that follows a gap
         if _step_in_name(later) > saved.step and not os.path.samefile(later, saved.path.parent):

@@ -19,7 +19,7 @@ from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, tuned
+from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, tuned
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
@@ -99,11 +99,13 @@ class Session:
             if engine not in (None, kernels.device.engine.name):
                 _say_other_engine(engine, kernels.device.engine.name)
             budget = _budget(config, kernels.device.caps, began)
-            fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles)
-            executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
+            with kernels.device.watched():
+                fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles)
+                executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
         session = cls(config, checkpoint, spec, shape, executor, fitted, budget, info)
         try:
-            session._load(values)
+            with device_errors(info["adapter"]):
+                session._load(values)
         except BaseException:
             session.close()  # whoever lends a device goes on using it
             raise

@@ -12,8 +12,6 @@ import contextlib
 import functools
 import json
 import math
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,14 +23,15 @@ from typing import Any
 import numpy as np
 
 import entrenar_gpu
+from entrenar_gpu import signals
 from entrenar_gpu.adapters import adapter_spec
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
-from entrenar_gpu.errors import TrainingDiverged, UserError
+from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, flush, notify
-from entrenar_gpu.files import new_folder, write_text
-from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.files import FolderLock, sweep, write_text
+from entrenar_gpu.gpu import KernelCache, device_errors
 from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
@@ -47,7 +46,6 @@ from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_timer import StepTimer
 
 MAX_SKIPPED_IN_A_ROW = 10
-CONFIG_FILE = "run.json"
 DEFAULT_EPOCHS = 3.0
 
 
@@ -88,6 +86,8 @@ class Trainer:
                 raise UserError(f"--{key}: missing")
         self.config, self._observers = config, (*observers, MetricsFile(Path(config.output)))
         self.output = Path(config.output)
+        self._lock = FolderLock(self.output)
+        self._lock.check()
         saved = self._saved = run_checkpoint.resumed_run(config.resume, self.output)
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
@@ -101,19 +101,21 @@ class Trainer:
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
-        self.session = Session.open(config, trace, began, kernels=kernels, engine=engine)
         self._loss = math.nan
-        try:
-            self.first_step = 1 if saved is None else self._go_on(saved)
-        except BaseException:
-            self.session.close()
-            raise
+        with self._lost_device_told():
+            self.session = Session.open(config, trace, began, kernels=kernels, engine=engine)
+            try:
+                self.first_step = 1 if saved is None else self._go_on(saved)
+            except BaseException:
+                self.session.close()
+                raise
         self._done = self._launched = self.first_step - 1  # the last step that was told of, and handed over
         self._data_state = self.batches.state()  # behind the last step that was handed over
         plan = self.session.plan
         self._timer = StepTimer(self.executor, {} if plan is None else plan.groups, config.accumulate)
         self._skipped = 0
-        self._stopping = self._begun = self._ran = self._finished = False
+        self._begun = self._ran = self._finished = False
+        self.stopped_by: int | None = None  # the signal that asked this run to end
 
     def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
         """Put a checkpoint onto the device; returns the first step to take."""
@@ -136,16 +138,20 @@ class Trainer:
     def run(self) -> RunSummary:
         """Train to the last step, evaluate, save, and return how it went; once.
 
-        An interrupt lets the step under way finish and saves a checkpoint; a second one stops at once. Raises
-        TrainingDiverged after ten steps in a row whose loss or gradient was not finite, DeviceLost when the device
-        went away; the checkpoints written before stand.
+        SIGINT, SIGTERM and SIGHUP let the step under way finish and save a checkpoint; a second one stops at once.
+        Raises TrainingDiverged after ten steps in a row whose loss or gradient was not finite, DeviceLost when the
+        device went away; the checkpoints written before stand.
         """
         if self._ran:
             raise UserError('this Trainer has run; make another to go on, with resume="latest"')
         began, first = time.monotonic(), self._done + 1
         steps = self._opened(ahead=True)
         self._ran = True
-        self._tell("run_started", self._run_info(first))
+        try:
+            self._tell("run_started", self._run_info(first))
+        except BaseException:
+            self._lock.release()
+            raise
         status = "failed"
         try:
             with self._interruptible():
@@ -162,6 +168,7 @@ class Trainer:
             taken, seconds = self._done - first + 1, time.monotonic() - began
             summary = RunSummary(taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns())
             self._tell("run_finished", summary)
+            self._lock.release()
         return summary
 
     def steps(self) -> Iterator[StepRecord]:
@@ -184,9 +191,12 @@ class Trainer:
         return self._watched_steps(ahead)
 
     def _watched_steps(self, ahead: bool) -> Iterator[StepRecord]:
-        """The steps, with what the host does meanwhile."""
-        with HostSampler(str(self.session.gpu_info["adapter"])) as self._host:
-            yield from self._steps(ahead)
+        """The steps, with what the host does meanwhile; when they end, the folder is another run's to take."""
+        try:
+            with self._lost_device_told(), HostSampler(str(self.session.gpu_info["adapter"])) as self._host:
+                yield from self._steps(ahead)
+        finally:
+            self._lock.release()
 
     def _steps(self, ahead: bool) -> Iterator[StepRecord]:
         """`ahead`: the device gets the next step before the record of one is handed out."""
@@ -198,7 +208,7 @@ class Trainer:
                 yield self._land(flying)
                 flying = None
                 self._timer.resume()
-            if self._stopping:
+            if self.stopped_by is not None:
                 break
             launched = self._launch(drawn)
             if flying is not None:
@@ -222,8 +232,7 @@ class Trainer:
             self._timer.resume()
             return
         self._begun = True
-        if self._saved is not None:  # only now: a run that an observer refuses to begin has lost nothing
-            run_checkpoint.forget_after(self._saved, self.output)
+        run_checkpoint.forget_after(self._saved, self.output)  # only now: a run that is refused has lost nothing
         self._timer.calibrate()
         if self.eval_samples is not None and self._saved is None:
             self.evaluate()
@@ -250,20 +259,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Turns the first interrupt into a request to stop between steps, where weights and counters agree."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread gets signals
-            return
+        """Turns the first signal to end into a request to stop between steps, where weights and counters agree."""
 
-        def stop(signum: int, frame: Any) -> None:
-            self._stopping = True
-            signal.signal(signal.SIGINT, before)
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = number
+            undo()
 
-        before = signal.signal(signal.SIGINT, stop)
-        try:
+        with signals.ending(stop) as undo:
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def _draw(self, number: int) -> _Drawn:
         """Make a step's batches."""
@@ -371,7 +374,16 @@ class Trainer:
 
     def _last_checkpoint(self) -> str:
         found = run_checkpoint.find_checkpoints(self.output)
-        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return f"the last checkpoint stands: {found[-1]}" if found else "there is no checkpoint yet"
+
+    @contextlib.contextmanager
+    def _lost_device_told(self) -> Iterator[None]:
+        """Has the error of a device that went away say what is left."""
+        try:
+            with device_errors():
+                yield
+        except DeviceLost as error:
+            raise DeviceLost(f"{error}; {self._last_checkpoint()}") from error
 
     @property
     def _flops(self) -> int:
@@ -402,6 +414,17 @@ class Trainer:
         )
 
     def _make_output(self) -> None:
-        new_folder(self.output)
+        """Take the folder, and write what this run is into it. Raises UserError where another has used it meanwhile."""
+        self._lock.acquire()
+        try:
+            if not self._begun and run_checkpoint.resumed_run(self.config.resume, self.output) != self._saved:
+                raise UserError(f"--output: another process has gone on with {self.output} meanwhile; start again")
+            sweep(self.output)
+            self._write_config()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _write_config(self) -> None:
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
-        write_text(self.output / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+        write_text(self.output / run_checkpoint.CONFIG_FILE, json.dumps(saved, indent=2) + "\n")

@@ -268,16 +268,36 @@ def test_a_run_killed_while_saving_leaves_the_checkpoints_before(folder, tmp_pat
         "checkpoint-000001",
         "checkpoint-000002",
     ]
-    assert (tmp_path / "run/.checkpoint-000003.tmp").exists()
+    assert list((tmp_path / "run").glob(".checkpoint-000003.*.tmp"))
     resumed = numpy_run(folder, tmp_path / "run", resume="latest", steps=5)
     assert resumed == numpy_run(folder, tmp_path / "whole", steps=5)[2:]
     assert not list((tmp_path / "run").glob(".*"))
 
 
+STARTED = """
+import os, signal, sys
+from entrenar_gpu.train.trainer import Trainer
+from tests.helpers.runs import config_of
+from pathlib import Path
+for record in Trainer(config_of(Path(sys.argv[1]), sys.argv[2], device="numpy", steps=4)).steps():
+    if record.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_started_again(folder, tmp_path):
+    command = [sys.executable, "-c", STARTED, str(folder), str(tmp_path / "run")]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) >= 2
+    assert numpy_run(folder, tmp_path / "run") == numpy_run(folder, tmp_path / "whole")
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
+
+
 def test_a_checkpoint_is_deleted_under_another_name(folder, tmp_path, monkeypatch):
     """Else a run killed while deleting one would leave half a checkpoint to resume from."""
     numpy_run(folder, tmp_path / "run", save_every=2)
-    monkeypatch.setattr(run_checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr(run_checkpoint, "remove", lambda path: None)
     run_checkpoint._remove(tmp_path / "run/checkpoint-000002")
     assert [p.name for p in run_checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
 

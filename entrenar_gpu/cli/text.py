@@ -1,0 +1,27 @@
+"""Text of models, data and names, fit for a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# What steers a terminal or hides text: controls, C1 among them, marks that turn the direction of writing, invisible
+# separators and tags, halves of a surrogate pair. Joiners stay: scripts and emoji are written with them.
+_STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+LONGEST = 1000
+
+
+def printable(text: object, longest: int = LONGEST, keep: str = "") -> str:
+    """`text` with what would steer a terminal as escapes (`\\x1b`), but for the characters in `keep`; of what is longer
+    than `longest` characters the middle is left out: messages name a file first and a remedy last."""
+    shown = str(text)
+    if len(shown) > longest:
+        tail = longest // 4
+        shown = f"{shown[: longest - tail]} … {shown[-tail:]}"
+    return _STEERING.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), shown)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
