@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.errors import OutOfDeviceMemory
+from entrenar_gpu.errors import OutOfDeviceMemory, UserError
 from entrenar_gpu.gpu.choice import Gpu, choose_gpu, gpu_caps
 from entrenar_gpu.gpu.engines import Engine
-from entrenar_gpu.gpu.failures import LOWER, device_errors, meaning
+from entrenar_gpu.gpu.failures import LOWER, device_errors, listen, meaning
 from entrenar_gpu.graph import Caps
 
 _LIMITS = (
@@ -104,10 +104,12 @@ class Device:
 def _request(gpu: Gpu, features: Sequence[str], limits: Mapping[str, int]) -> Any:
     """A device. Raises UserError where the adapter gives none for lack of memory."""
     name = gpu.info["device"]
+    listen(gpu.engine.api.__name__)
     try:
         return gpu.engine.request(gpu.adapter, features, limits)
     except Exception as error:
         told = meaning(error, name)
         if told is None:
             raise
-        raise type(told)(f"{name} cannot be opened: {told}") from error
+        why = "its memory, or this process's (`ulimit -v`), has run out"
+        raise UserError(f"{name} cannot be opened, {why}: {told}") from error

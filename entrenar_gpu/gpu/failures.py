@@ -32,8 +32,11 @@ class _Listener(logging.Filter):
 
 
 _listener = _Listener()
-for _name in ("wgpu", "wgpudawn"):
-    logging.getLogger(_name).addFilter(_listener)
+
+
+def listen(library: str) -> None:
+    """Listen to the log of a library, by the name of its module, which has been loaded."""
+    logging.getLogger(library).addFilter(_listener)
 
 
 def _is(error: BaseException | None, name: str) -> bool:
