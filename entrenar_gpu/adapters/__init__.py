@@ -2,5 +2,15 @@
 
 from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter
+from entrenar_gpu.adapters.trained_base import RUN_FILE, trained_base
 
-__all__ = ["WEIGHTS_FILE", "AdapterSpec", "adapter_spec", "init_adapter", "load_adapter", "save_adapter"]
+__all__ = [
+    "RUN_FILE",
+    "WEIGHTS_FILE",
+    "AdapterSpec",
+    "adapter_spec",
+    "init_adapter",
+    "load_adapter",
+    "save_adapter",
+    "trained_base",
+]

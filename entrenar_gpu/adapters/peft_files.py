@@ -47,7 +47,10 @@ def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterSpec, d
             )
         if info.dtype not in FLOAT_DTYPES:
             raise UserError(f"{path}: tensor {name!r} has dtype {info.dtype}; supported: {', '.join(FLOAT_DTYPES)}")
-        tensors[name.removeprefix(PEFT_PREFIX)] = file[name].astype(np.float32)
+        values = file[name].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
+        tensors[name.removeprefix(PEFT_PREFIX)] = values
     return spec, tensors
 
 

@@ -203,13 +203,23 @@ def report(context: typer.Context) -> None:
     raise typer.Exit(report.main(context.args, prog="entrenar-gpu report"))
 
 
+def _run_config(given: Mapping[str, Any], adapter: str | None) -> Any:
+    """The options of a command that runs a model; what base it takes goes to standard error."""
+    from entrenar_gpu.train import default_base
+
+    defaults, base = default_base(given.get("model", ""), adapter, given)
+    config = options.make_config(given, **defaults, adapter_init=adapter)
+    print(f"base: {base}", file=sys.stderr)
+    return config
+
+
 @app.command("eval")
 @options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "completions", "pack")
 def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
     """Mean loss over all unmasked tokens of a data set, and its perplexity."""
     from entrenar_gpu.train import evaluate_data
 
-    result = evaluate_data(options.make_config(given, adapter_init=adapter), adapter is not None)
+    result = evaluate_data(_run_config(given, adapter), adapter is not None)
     if as_json:
         _print_json(result)
     else:
@@ -228,7 +238,7 @@ def generate(
     """Continue a prompt with a model and its adapter."""
     from entrenar_gpu.infer import Generator
 
-    config = options.make_config(given, adapter_init=adapter)
+    config = _run_config(given, adapter)
     generator = Generator(config, adapter is not None)
     try:
         for piece in generator.pieces(prompt, max_tokens, temperature, config.seed):
@@ -243,8 +253,13 @@ def merge(
     model: Annotated[str, typer.Option("--model", help="model folder or Hub id")],
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT adapter folder")],
     output: Annotated[str, typer.Option("--output", help="folder for the merged model")],
+    base: Annotated[
+        str,
+        typer.Option("--base", help="stored: weights as they are; nf4: their NF4 form, written in f32"),
+    ] = "stored",
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
+    from entrenar_gpu.adapters import trained_base
     from entrenar_gpu.export import merge_adapter
     from entrenar_gpu.files import FolderLock, sweep
     from entrenar_gpu.model import HFCheckpoint, resolve_model
@@ -252,10 +267,23 @@ def merge(
     for name, folder in (("--adapter", adapter), ("--output", output)):
         if not folder:  # the current one, to Path
             raise UserError(f"{name}: missing; name a folder")
+    if base not in ("stored", "nf4"):
+        raise UserError(f"--base: {base!r} is not one of stored, nf4")
+    trained = trained_base(adapter)
+    double_quant = None if base == "stored" else trained is None or trained.double_quant
+    checkpoint = HFCheckpoint.open(resolve_model(model))
     with FolderLock(Path(output)):
         sweep(Path(output))
-        merge_adapter(HFCheckpoint.open(resolve_model(model)), Path(adapter), Path(output))
-    print(f"merged model: {printable(output)}")
+        merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)
+    form = "stored weights" if base == "stored" else "NF4 form of the weights"
+    print(f"merged model: {printable(output)}, on the {form}")
+    notes = list(checkpoint.notes)
+    if base == "stored" and trained is not None and trained.method == "qlora" and not checkpoint.is_quantised:
+        notes.append(
+            f"{trained.source}: the adapter was trained on the NF4 form of them; --base nf4 folds it into that"
+        )
+    for note in notes:
+        print(f"note: {printable(note)}")
 
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)

@@ -113,16 +113,16 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     path = path if path.is_file() else resolve_model(config.model, weights=False)
     model = load_model_config(path)
     spec = adapter_spec(config, model)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-        storage = storage_of(HFCheckpoint.open(folder), config, spec)
+    if path.is_dir() and any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        checkpoint = HFCheckpoint.open(path)
+        model, storage = checkpoint.config, storage_of(checkpoint, config, spec)
     else:
         raw = read_json_object(path / "config.json" if path.is_dir() else path)
         stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
         if stated not in tuple(DENSE):  # which may be of any JSON type
             raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(DENSE)}")
         modules = spec.modules if spec is not None else {}
-        storage = Storage(config.method, DENSE[stated], {}, config.double_quant, {}, modules)
+        storage = Storage(config.method, DENSE[stated], double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
     trace = functools.partial(training_graphs, evaluates=evaluates)
     fitted = fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))

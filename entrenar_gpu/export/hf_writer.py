@@ -77,15 +77,18 @@ def _split(sources: Sequence[TensorSource], shard_bytes: int) -> list[list[Tenso
     return shards
 
 
-def copy_model_files(source: str | Path, target: str | Path, dtype: str) -> None:
+def copy_model_files(source: str | Path, target: str | Path, dtype: str, tied: bool | None = None) -> None:
     """Copy what a model folder holds beside its weights: configuration, tokenizer, chat templates.
 
     `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised, and
-    `generation_config.json` to stop at what closes a turn in the chat template, beside what it stops at already.
+    whether embedding and head are one (`tied`, where known); `generation_config.json` to stop at what closes a turn in
+    the chat template, beside what it stops at already.
     """
     source, target = Path(source), Path(target)
     config = read_json_object(source / "config.json")
     config.pop("quantization_config", None)
+    if tied is not None and bool(config.get("tie_word_embeddings", False)) != tied:
+        config["tie_word_embeddings"] = tied
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     new_folder(target)
     named = sorted((source / NAMED_TEMPLATES).glob("*.jinja"))

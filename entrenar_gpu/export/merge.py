@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +13,60 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files import TensorSource
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
+from entrenar_gpu.quant import Nf4Weight
 
 Floats = np.ndarray
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path) -> None:
+def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_quant: bool | None = None) -> None:
     """Write W + scale * B A for every adapted W, the rest as it is, each in the dtype it is stored in.
 
-    A checkpoint with NF4 weights is written in F32 throughout. Memory stays at the largest tensor.
+    With `double_quant` (true or false), projections pass through NF4 first, as a QLoRA run trains on them; such a model,
+    and a checkpoint with NF4 weights, is written in F32 throughout. Memory stays at the largest tensor. Raises
+    UserError naming the tensor that is not finite, or is not once rounded to its dtype.
     """
     spec, values = load_adapter(adapter, checkpoint.config)
     if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise UserError(f"--output: {output} already holds a model; choose another folder")
     weights = checkpoint.config.weights
-    quantised = any(checkpoint.is_nf4(weight.name) for weight in weights)
-    dtypes = ["F32" if quantised else checkpoint.info(weight.name).dtype for weight in weights]
-    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]])  # the embedding's
-    sources = [_source(checkpoint, spec, values, *each) for each in zip(weights, dtypes, strict=True)]
-    save_checkpoint(output, sources)
+    in_f32 = checkpoint.is_quantised or double_quant is not None
+    dtypes = ["F32" if in_f32 else checkpoint.info(weight.name).dtype for weight in weights]
+    merging = _Merging(checkpoint, spec, values, double_quant)
+    save_checkpoint(output, [merging.source(*each) for each in zip(weights, dtypes, strict=True)])
+    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], checkpoint.config.tie_word_embeddings)
 
 
-def _source(
-    checkpoint: HFCheckpoint, adapters: AdapterSpec, values: dict[str, Floats], spec: WeightSpec, dtype: str
-) -> TensorSource:
-    def produce() -> Floats:
-        weight = checkpoint.f32(spec.name)
-        adapter = adapters.modules.get(spec.module) if spec.adaptable else None
+@dataclass(frozen=True)
+class _Merging:
+    """Where merged weights come from."""
+
+    checkpoint: HFCheckpoint
+    adapters: AdapterSpec
+    values: dict[str, Floats]
+    double_quant: bool | None
+
+    def source(self, spec: WeightSpec, dtype: str) -> TensorSource:
+        return TensorSource(spec.name, spec.shape, dtype, partial(self._produce, spec, dtype))
+
+    def _produce(self, spec: WeightSpec, dtype: str) -> Floats:
+        weight = self._base(spec)
+        adapter = self.adapters.modules.get(spec.module) if spec.adaptable else None
         if adapter is not None:
-            adapter.merge(weight, values)
+            adapter.merge(weight, self.values)
+        with np.errstate(over="ignore"):
+            stored = weight.astype(np.float16) if dtype == "F16" else weight
+        if not np.isfinite(stored).all():
+            file, merged = (
+                self.checkpoint.info(spec.name).file,
+                " merged with the adapter" if adapter is not None else "",
+            )
+            raise UserError(f"{file}: tensor {spec.name!r}{merged} holds numbers that are not finite in {dtype}")
         return weight
 
-    return TensorSource(spec.name, spec.shape, dtype, produce)
+    def _base(self, spec: WeightSpec) -> Floats:
+        weight = self.checkpoint.f32(spec.name)
+        stays = self.checkpoint.is_quantised  # as it is: NF4 already, or left out by whoever quantised the checkpoint
+        if self.double_quant is None or stays or spec.kind != "projection":
+            return weight
+        return Nf4Weight.from_dense(weight, self.double_quant).dequantize()

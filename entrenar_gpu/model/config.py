@@ -15,7 +15,8 @@ from entrenar_gpu.model.config_file import ConfigFile
 from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+PREFIX = "model."  # of all names but the head's
+EMBEDDING, FINAL_NORM, HEAD = f"{PREFIX}embed_tokens.weight", f"{PREFIX}norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

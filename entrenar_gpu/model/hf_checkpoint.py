@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
-from entrenar_gpu.model.config import ModelConfig
+from entrenar_gpu.model.config import EMBEDDING, HEAD, PREFIX, ModelConfig
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
@@ -21,6 +22,7 @@ from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4W
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+COMPARED_ROWS = 4096  # of two tables at once
 
 # Suffixes of a bitsandbytes weight; the state's ends in the quantisation type.
 STATE = ".quant_state.bitsandbytes__"
@@ -30,11 +32,19 @@ class HFCheckpoint:
     """The weights of a model folder, by their Hugging Face names, read when they are asked for.
 
     `config` is the folder's ModelConfig. Opening checks every tensor that the model needs (present, shape, dtype);
-    tensors it does not need are ignored, among them the `lm_head.weight` of a model whose embeddings are tied.
+    tensors it does not need are ignored. Where files name or tie weights otherwise than `config.json` lets expect, they
+    count: `notes` says in words what was made of that.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, files: dict[str, SafetensorsFile]) -> None:
-        self.folder, self.config, self._files = folder, config, files
+        self.folder, self._files = folder, files
+        self._stored_names = _stored_names(config, files)
+        self.notes: list[str] = []
+        if config.tie_word_embeddings and self._has_own_head(config):
+            config = replace(config, tie_word_embeddings=False)
+            file = self.info(HEAD).file
+            self.notes.append(f"{file}: {HEAD} is not the embedding, though config.json ties them: it is used")
+        self.config = config
         self._specs = {spec.name: spec for spec in config.weights}
 
     @property
@@ -49,7 +59,7 @@ class HFCheckpoint:
         config = load_model_config(folder)
         _check_quantization(folder / "config.json")
         checkpoint = cls(folder, config, _open_files(folder))
-        for spec in config.weights:
+        for spec in checkpoint.config.weights:
             checkpoint._check(spec)
         return checkpoint
 
@@ -59,15 +69,18 @@ class HFCheckpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype, file and place of a stored tensor."""
-        return self._files[name].tensors[name]
+        file, name = self._place(name)
+        return file.tensors[name]
 
     def raw(self, name: str) -> NDArray[Any]:
         """A tensor as stored (BF16 as ml_dtypes.bfloat16), read whole."""
-        return self._files[name][name]
+        file, name = self._place(name)
+        return file[name]
 
     def stored(self, name: str) -> StoredArray:
         """The same, read part by part: `stored(name)[r0:r1].read()` reads those rows only."""
-        return self._files[name].stored(name)
+        file, name = self._place(name)
+        return file.stored(name)
 
     def files(self) -> list[Path]:
         """The files that hold the tensors, each once."""
@@ -75,7 +88,8 @@ class HFCheckpoint:
 
     def read_ahead(self, name: str) -> None:
         """Let the system read a tensor from the disk before it is asked for."""
-        self._files[name].read_ahead(name)
+        file, name = self._place(name)
+        file.read_ahead(name)
 
     def f32(self, name: str) -> Floats:
         """A parameter in float32, in memory of its own; NF4 weights are dequantised."""
@@ -84,18 +98,45 @@ class HFCheckpoint:
 
     def is_nf4(self, name: str) -> bool:
         """Whether a parameter is stored as bitsandbytes' NF4."""
-        return f"{name}{STATE}nf4" in self._files
+        return self._has(f"{name}{STATE}nf4")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weight of the model is stored as NF4."""
+        return any(self.is_nf4(name) for name in self._specs)
 
     def nf4(self, name: str) -> Nf4Weight | None:
         """A parameter stored as bitsandbytes' NF4; None when stored otherwise."""
         return self._nf4(name) if self.is_nf4(name) else None
 
+    def _place(self, name: str) -> tuple[SafetensorsFile, str]:
+        """The file that holds a tensor, and what that calls it."""
+        stored = self._stored_names.get(name, name)
+        return self._files[stored], stored
+
+    def _has(self, name: str) -> bool:
+        return self._stored_names.get(name, name) in self._files
+
+    def _has_own_head(self, config: ModelConfig) -> bool:
+        """Whether there is a head of the embedding's shape that holds other numbers."""
+        if not (self._has(HEAD) and self._has(EMBEDDING)) or self._place(HEAD) == self._place(EMBEDDING):
+            return False
+        head, embedding = self.info(HEAD), self.info(EMBEDDING)
+        if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= set(FLOAT_DTYPES):
+            return False
+        ours, theirs = self.stored(HEAD), self.stored(EMBEDDING)
+        rows = range(0, config.vocab_size, COMPARED_ROWS)
+        return any(
+            not np.array_equal(np.asarray(ours[r : r + COMPARED_ROWS]), np.asarray(theirs[r : r + COMPARED_ROWS]))
+            for r in rows
+        )
+
     def _check(self, spec: WeightSpec) -> None:
         name, shape = spec.name, spec.shape
-        if name not in self._files:
+        if not self._has(name):
             raise UserError(f"{self.main_file}: tensor {name!r} is missing; config.json calls for it")
         info = self.info(name)
-        if any(f"{name}{STATE}{kind}" in self._files for kind in ("nf4", "fp4")):
+        if any(self._has(f"{name}{STATE}{kind}") for kind in ("nf4", "fp4")):
             stored = self._nf4(name).shape
         elif info.dtype in FLOAT_DTYPES:
             stored = info.shape
@@ -139,7 +180,7 @@ class HFCheckpoint:
     def _part(self, name: str, suffix: str, dtype: str, length: int) -> NDArray[Any]:
         """A tensor of the quantisation state, checked."""
         part = f"{name}.{suffix}"
-        if part not in self._files:
+        if not self._has(part):
             raise UserError(f"{self.info(name).file}: tensor {part!r} is missing")
         info = self.info(part)
         if info.dtype != dtype or math.prod(info.shape) != length:
@@ -171,6 +212,17 @@ class HFCheckpoint:
             if state.get(key) not in values:
                 raise UserError(f"{where}: {key} {state.get(key)!r} is not supported; {values[0]!r} is")
         return state
+
+
+def _stored_names(config: ModelConfig, files: dict[str, SafetensorsFile]) -> dict[str, str]:
+    """What the files call tensors, where it is not what the model calls them: names without `model.`, as of models
+    saved without their head; the head's, where a tied pair is stored as that."""
+    names = {}
+    if EMBEDDING not in files and EMBEDDING.removeprefix(PREFIX) in files:
+        names = {f"{PREFIX}{stored}": stored for stored in files}
+    if config.tie_word_embeddings and HEAD in files and names.get(EMBEDDING, EMBEDDING) not in files:
+        names[EMBEDDING] = HEAD
+    return names
 
 
 def _is_shape(value: Any) -> bool:

@@ -20,17 +20,19 @@ class Storage:
     method: "qlora" (projections as NF4), "lora" (as stored) or "full" (every weight trainable, f32).
     dtypes: storage dtype of each checkpoint tensor that stays dense ("bf16", "half" or "f32"); missing ones are
     `dense`. `double_quant` and `rounded` describe the NF4 states, by tensor where a checkpoint brought its own.
+    kept_dense: projections that a quantised checkpoint leaves as they are (`llm_int8_skip_modules`), and so does qlora.
     """
 
     method: str = "qlora"
     dense: str = "bf16"
     dtypes: Mapping[str, str] = field(default_factory=dict)
     double_quant: bool = True
+    kept_dense: frozenset[str] = frozenset()
     nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
     adapters: Mapping[str, ModuleAdapter] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
 
     def is_nf4(self, spec: WeightSpec) -> bool:
-        return self.method == "qlora" and spec.kind == "projection"
+        return self.method == "qlora" and spec.kind == "projection" and spec.name not in self.kept_dense
 
     def nf4_state(self, name: str) -> tuple[bool, str]:
         return self.nf4_states.get(name, (self.double_quant, "float32"))

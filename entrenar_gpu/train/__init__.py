@@ -1,5 +1,6 @@
 """The graphs of a run, weights onto an executor, the training loop and what surrounds it."""
 
+from entrenar_gpu.train.default_base import default_base
 from entrenar_gpu.train.evaluate import evaluate_data
 from entrenar_gpu.train.graphs import RunShape, fit_run, logits_graph, training_graphs
 from entrenar_gpu.train.loader import load_weights, storage_of
@@ -12,6 +13,7 @@ __all__ = [
     "Session",
     "Trainer",
     "WeightCache",
+    "default_base",
     "evaluate_data",
     "fit_on",
     "fit_run",

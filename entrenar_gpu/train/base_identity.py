@@ -26,7 +26,7 @@ def model_identity(checkpoint: HFCheckpoint) -> dict[str, Any]:
     names = [f"model.layers.{layer}.{name}" for layer in layers for name in SAMPLED] + ["model.norm.weight"]
     for name in names:
         if name in wanted:
-            digest.update(np.ascontiguousarray(checkpoint.raw(name).reshape(-1)[:64]).view(np.uint8).tobytes())
+            digest.update(np.asarray(checkpoint.stored(name).reshape(-1)[:64]).view(np.uint8).tobytes())
     return {"sha256": digest.hexdigest()}
 
 

@@ -32,7 +32,10 @@ Values = np.ndarray | StoredArray
 
 
 def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSpec | None) -> Storage:
-    """How a run keeps this checkpoint's weights: as stored where they stay dense, with the states NF4 weights bring."""
+    """How a run keeps this checkpoint's weights: as stored where they stay dense, with the states NF4 weights bring.
+
+    Whoever quantised a checkpoint chose what to leave out; what it holds dense stays dense.
+    """
     names = [spec.name for spec in checkpoint.config.weights]
     dtypes = {n: STORED[checkpoint.info(n).dtype] for n in names if not checkpoint.is_nf4(n)}
     states = {}
@@ -43,7 +46,10 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
             if train.method == "lora":
                 dtypes[name] = "f32"
     modules = adapters.modules if adapters is not None else {}
-    return Storage(train.method, "bf16", dtypes, train.double_quant, states, modules)
+    kept_dense = frozenset(dtypes) if states else frozenset()
+    return Storage(
+        train.method, "bf16", dtypes, train.double_quant, nf4_states=states, adapters=modules, kept_dense=kept_dense
+    )
 
 
 def load_weights(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.adapters import RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import copy_model_files, save_checkpoint
 from entrenar_gpu.files import (
@@ -43,7 +43,6 @@ from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
-CONFIG_FILE = "run.json"  # of the run folder: the first file that a run writes
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
 _LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -60,7 +59,7 @@ def save_result(session: Session, folder: Path) -> None:
     if session.adapters is not None:
         save_adapter(folder, session.adapters, session.adapter_values(), session.config.model)
         return
-    copy_model_files(session.checkpoint.folder, folder, "float32")
+    copy_model_files(session.checkpoint.folder, folder, "float32", session.checkpoint.config.tie_word_embeddings)
     save_checkpoint(folder, [_full_source(session, weight) for weight in session.weights])
 
 
@@ -155,7 +154,7 @@ def resumed_run(resume: str | None, output: Path) -> SavedRun | None:
 def _never_saved(output: Path) -> bool:
     """Whether a run began here and was killed before its first checkpoint: there is nothing to lose."""
     result = any((output / name).exists() for name in (WEIGHTS_FILE, SINGLE_FILE, INDEX_FILE))
-    return (output / CONFIG_FILE).is_file() and not result and not find_checkpoints(output)
+    return (output / RUN_FILE).is_file() and not result and not find_checkpoints(output)
 
 
 def _check_writable(output: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 import entrenar_gpu
 from entrenar_gpu import signals
-from entrenar_gpu.adapters import adapter_spec
+from entrenar_gpu.adapters import RUN_FILE, adapter_spec
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
@@ -427,4 +427,4 @@ class Trainer:
 
     def _write_config(self) -> None:
         saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
-        write_text(self.output / run_checkpoint.CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+        write_text(self.output / RUN_FILE, json.dumps(saved, indent=2) + "\n")

@@ -14,11 +14,15 @@ from entrenar_gpu.adapters.peft_files import save_adapter
 from entrenar_gpu.adapters.spec import AdapterSpec, init_adapter
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.train.graphs import training_graphs
 from entrenar_gpu.train.session import Session, memory_budget
+from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.runs import config_of
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import make_data, make_model
+from tests.model.test_hf_checkpoint import nf4_tensors
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
 TRAINING = functools.partial(training_graphs, evaluates=False)
@@ -87,3 +91,29 @@ def test_a_session_says_which_device_it_is_on(folder, kernels):
     assert session.allocated_bytes == kernels.device.allocated_bytes
     session.close()
     assert open_session(folder).gpu_info["adapter"] == "numpy"
+
+
+@pytest.mark.parametrize("where", ["numpy", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_what_a_quantised_checkpoint_keeps_dense_stays_dense(tmp_path, request, where):
+    """As `llm_int8_skip_modules` leaves it: in training, in evaluation and in the merged model."""
+    folder = make_model(tmp_path / "model", **TINY)
+    dense = HFCheckpoint.open(folder)
+    skipped = ["model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
+    tensors: dict[str, np.ndarray] = {}
+    for spec in dense.config.weights:
+        quantised = spec.kind == "projection" and spec.name not in skipped
+        stored = nf4_tensors(spec.name, dense.f32(spec.name), True) if quantised else {spec.name: dense.raw(spec.name)}
+        tensors |= {key: np.array(values) for key, values in stored.items()}
+    save_safetensors(folder / "model.safetensors", tensors)
+    make_data(tmp_path / "train.jsonl", vocab=96)
+    kernels = None if where == "numpy" else request.getfixturevalue("kernels")
+    trainer = Trainer(config_of(tmp_path, steps=2, device="numpy" if kernels is None else None), kernels=kernels)
+    assert [record.loss for record in trainer.steps()][1] > 0
+    executor = trainer.session.executor
+    for spec in dense.config.weights:
+        if spec.kind == "projection":
+            assert (spec.name in executor.tensors) == (spec.name in skipped)
+            assert (f"{spec.name}.codes" in executor.tensors) == (spec.name not in skipped)
+    for name in skipped:
+        np.testing.assert_array_equal(executor.read(name), dense.raw(name))
+    trainer.session.close()
