@@ -22,8 +22,8 @@ TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_quant: bool | None = None) -> None:
     """Write W + scale * B A for every adapted W, the rest as it is, each in the dtype it is stored in.
 
-    With `double_quant` (true or false), projections pass through NF4 first, as a QLoRA run trains on them; such a model,
-    and a checkpoint with NF4 weights, is written in F32 throughout. Memory stays at the largest tensor. Raises
+    With `double_quant` (true or false) projections pass through NF4 first, as a QLoRA run trains on them; such a
+    model, and a checkpoint with NF4 weights, is written in F32 throughout. Memory stays at the largest tensor. Raises
     UserError naming the tensor that is not finite, or is not once rounded to its dtype.
     """
     spec, values = load_adapter(adapter, checkpoint.config)
@@ -57,10 +57,8 @@ class _Merging:
         with np.errstate(over="ignore"):
             stored = weight.astype(np.float16) if dtype == "F16" else weight
         if not np.isfinite(stored).all():
-            file, merged = (
-                self.checkpoint.info(spec.name).file,
-                " merged with the adapter" if adapter is not None else "",
-            )
+            file = self.checkpoint.info(spec.name).file
+            merged = " merged with the adapter" if adapter is not None else ""
             raise UserError(f"{file}: tensor {spec.name!r}{merged} holds numbers that are not finite in {dtype}")
         return weight
 

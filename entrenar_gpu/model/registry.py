@@ -69,6 +69,6 @@ def _family(raw: dict[str, Any], source: str) -> str:
     if not names and isinstance(model_type, str) and model_type in known:
         return model_type
     raise UserError(
-        f"{source}: architecture {', '.join(map(str, names)) or repr(model_type)} is not supported;"
+        f"{source}: architecture {', '.join(map(str, names)) or model_type!r} is not supported;"
         f" supported: {', '.join(by_architecture)}"
     )

@@ -49,10 +49,8 @@ def loss(capsys, folder: Path, *arguments: object) -> tuple[float, str]:
 def test_an_adapter_is_judged_on_what_it_was_trained_on(folder, capsys, method, words, place):
     where = ("--model", folder / "model", "--adapter", folder / method / place)
     by_default, said = loss(capsys, folder, *where)
-    assert (
-        said
-        == f"base: {words}, as {(folder / method).resolve() / 'run.json' if place else folder / method / 'run.json'} says\n"
-    )
+    run_folder = (folder / method).resolve() if place else folder / method
+    assert said == f"base: {words}, as {run_folder / 'run.json'} says\n"
     assert by_default == loss(capsys, folder, *where, "--method", method)[0]
     other = {"qlora": "lora", "lora": "qlora"}[method]
     assert by_default != loss(capsys, folder, *where, "--method", other)[0]

@@ -10,6 +10,7 @@ import pytest
 
 from entrenar_gpu import cli
 from entrenar_gpu.cli import main, options
+from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.config.train_config import TrainConfig, flag
 from entrenar_gpu.errors import UserError
@@ -38,7 +39,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan", "--memory-budget", "1e300"], "--memory-budget: 1e300 is above 1048576"),
         (["plan", "--batch", "1e9"], "--batch: 1e9 is above 1048576"),
         (["train", "--schedule", "zigzag"], "--schedule: 'zigzag' is not one of constant"),
-        (["train", "--target", "q,nose"], "--target: nose_proj"),
+        (["plan", "--model", str(MODEL), "--target", "q,nose"], "--target: nose_proj"),
         (["train", "--lr", "nan"], "--lr: 'nan' is not a number"),
         (["train", "--batch", "nan"], "--batch: 'nan' is not a whole number"),
         (["train", "--steps", "inf"], "--steps: 'inf' is not a whole number"),
