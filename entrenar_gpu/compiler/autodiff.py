@@ -66,6 +66,8 @@ def differentiate(loss: Tensor, wrt: Iterable[Tensor], upstream: Tensor | None =
     tensor. `upstream` is d(objective)/d(loss), ones by default. Tensors that `loss` does not depend on are left out.
     """
     graph = loss.graph
+    if not graph.differentiable:
+        raise ValueError(f"{graph.name}: recorded without gradients")
     targets = list(wrt)
     wanted = _dependents(graph, targets)
     kept = {t.id for t in targets}

@@ -205,7 +205,8 @@ class Graph:
     """A recorded program: nodes in execution order and the persistent tensors they use.
 
     `report` names the persistent tensor that every run brings to the host. `traced` graphs are timed where the plan
-    says so; `repeats` is how often such a graph runs between two reports.
+    says so; `repeats` is how often such a graph runs between two reports. In one that is not `differentiable`, no
+    tensor requires a gradient, parameters included: ops leave nothing behind for a backward pass.
     """
 
     name: str = "graph"
@@ -214,6 +215,7 @@ class Graph:
     report: str | None = None
     traced: bool = False
     repeats: int = 1
+    differentiable: bool = True
     scope: str = ""
     layer: int | None = None
     phase: str = "forward"
@@ -227,14 +229,15 @@ class Graph:
             if (known.shape, known.dtype, known.role) != (shape, dtype, role):
                 raise ValueError(f"{name}: declared as {known!r} ({known.role}) and as {dtype}{list(shape)} ({role})")
             return known
-        made = Tensor(self, name, shape, dtype, role, requires_grad=requires_grad)
+        made = Tensor(self, name, shape, dtype, role, requires_grad=requires_grad and self.differentiable)
         self.persistents[name] = made
         return made
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A trainable f32 tensor with a persistent gradient that `backward` accumulates into."""
+        """A trainable f32 tensor and, in a differentiable graph, a persistent gradient that `backward` adds to."""
         parameter = self.tensor(name, shape, role="param", requires_grad=True)
-        parameter.grad = self.tensor(f"{name}.grad", shape, role="grad")
+        if self.differentiable:
+            parameter.grad = self.tensor(f"{name}.grad", shape, role="grad")
         return parameter
 
     def number(self, value: float) -> Tensor | None:

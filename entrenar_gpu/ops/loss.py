@@ -38,13 +38,13 @@ def cross_entropy(
 
     x [T, D]; W [V, D] as consecutive shards of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
-    arXiv 1512.00567, section 7). With a frozen W the forward pass leaves d(sum)/dx behind, unscaled, since the logits
-    are at hand; with a trainable W the backward pass computes the logits again.
+    arXiv 1512.00567, section 7). Where x requires a gradient and W is frozen, the forward pass leaves d(sum)/dx behind,
+    unscaled, since the logits are at hand; with a trainable W the backward pass computes the logits again.
 
     With `precision` other than "f32", products with a frozen W are made in f16 with f32 sums, and logits are kept in
     f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
     """
-    trains = any(p.requires_grad for p in shards)
+    trains = any(p.role == "param" or p.requires_grad for p in shards)  # evaluated with the arithmetic it trains in
     arithmetic = "f32" if trains else arithmetic_of(precision, shards)
     emit = x.requires_grad and not trains
     attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic}

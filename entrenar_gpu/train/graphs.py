@@ -83,11 +83,8 @@ def micro_graph(shape: RunShape, caps: Caps) -> Graph:
 
 def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
     """Sum of the losses of one batch, added to `eval_loss`; without dropout, smoothing or gradients."""
-    graph = Graph("evaluate", report=EVAL_LOSS_NAME)
-    model = _transformer(graph, shape, caps)
-    for tensor in graph.persistents.values():
-        tensor.requires_grad = False
-    loss = model.loss_sum()
+    graph = Graph("evaluate", report=EVAL_LOSS_NAME, differentiable=False)
+    loss = _transformer(graph, shape, caps).loss_sum()
     total = graph.tensor(EVAL_LOSS_NAME, (1,), role="state")
     ops.in_place(ops.add(total, loss), total)
     return graph
@@ -95,7 +92,7 @@ def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
 
 def logits_graph(shape: RunShape, caps: Caps) -> Graph:
     """Logits [1, V] of one token, left in `logits`."""
-    graph = Graph("logits")
+    graph = Graph("logits", differentiable=False)
     ops.keep(_transformer(graph, shape, caps).last_logits(), "logits")
     return graph
 
