@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entrenar_gpu.graph import OFFSET_ALIGNMENT, Graph, Tensor
+from entrenar_gpu.integers import round_up
 
 # A trainable tensor is a slice of a page, and is bound by its offset there.
 ALIGNMENT = OFFSET_ALIGNMENT
@@ -83,7 +84,7 @@ def _places(tensors: Sequence[Tensor], page_bytes: int) -> dict[Tensor, tuple[_P
         if offset and offset + tensor.nbytes > page_bytes:
             number, offset = number + 1, 0
         placed[tensor] = (_Page(matrices, number), offset)
-        ends[matrices] = (number, offset + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
+        ends[matrices] = (number, offset + round_up(tensor.nbytes, ALIGNMENT))
     return placed
 
 

@@ -16,6 +16,7 @@ from entrenar_gpu.compiler.pages import ALIGNMENT, PAGED_ROLES, Slice, page_layo
 from entrenar_gpu.compiler.trace_groups import TraceGroup, trace_groups
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Launch, Node, Target, Tensor
+from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS, Placement
 
 RING = 3  # reports that may be on their way to the host at once
@@ -157,14 +158,14 @@ def _place_reports(plan: Plan, graphs: Mapping[str, Graph]) -> None:
             plan.groups[name] = trace_groups(graph.nodes, plan.options.trace_level)
             for repeat in range(graph.repeats if plan.groups[name] else 0):
                 plan.ticks[name, repeat] = ticks_bytes
-                ticks_bytes += -(-8 * queries_of(plan, name) // ALIGNMENT) * ALIGNMENT
+                ticks_bytes += round_up(8 * queries_of(plan, name), ALIGNMENT)
     if ticks_bytes:
         plan.buffers["ticks"] = ticks_bytes
         plan.buffers["clock"] = 16  # a pair of ticks, for calibration
     for name, graph in graphs.items():
         if graph.report is not None:
             plan.reports[name] = graph.report
-            nbytes = -(-plan.persistents[graph.report].nbytes // 8) * 8 + (ticks_bytes if graph.traced else 0)
+            nbytes = round_up(plan.persistents[graph.report].nbytes, 8) + (ticks_bytes if graph.traced else 0)
             plan.buffers.update({f"report.{name}.{i}": nbytes for i in range(RING)})
 
 

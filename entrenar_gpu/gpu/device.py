@@ -14,6 +14,7 @@ from entrenar_gpu.gpu.choice import Gpu, choose_gpu, gpu_caps
 from entrenar_gpu.gpu.engines import Engine
 from entrenar_gpu.gpu.failures import LOWER, device_errors, listen, meaning
 from entrenar_gpu.graph import Caps
+from entrenar_gpu.integers import round_up
 
 _LIMITS = (
     "max-storage-buffer-binding-size",
@@ -92,7 +93,7 @@ class Device:
 
     def read(self, buffer: Any, offset: int, nbytes: int) -> np.ndarray:
         """The bytes of a buffer, waiting for the device."""
-        padded = -(-nbytes // 4) * 4
+        padded = round_up(nbytes, 4)
         with self.watched():
             return np.frombuffer(self.handle.queue.read_buffer(buffer, offset, padded), np.uint8)[:nbytes]
 

@@ -21,6 +21,7 @@ from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import Command
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.graph import NUMPY_TYPES, Launch, Tensor
+from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS
 
 SUBMIT_SECONDS = 0.25  # display drivers reset a GPU that is busy for seconds
@@ -67,7 +68,7 @@ class Report:
         tensor = plan.persistents[plan.reports[self._name]]
         with device.watched():
             raw = device.engine.read_after(device.handle, self._staging, self._submission)
-        self._ticks = raw[-(-tensor.nbytes // 8) * 8 :]
+        self._ticks = raw[round_up(tensor.nbytes, 8) :]
         return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
 
     def ticks(self, graph: str, repeat: int) -> np.ndarray | None:
@@ -215,7 +216,7 @@ class Replay:
         encoder.copy_buffer_to_buffer(buffer, offset, staging, 0, nbytes)
         if name in self.plan.groups and "ticks" in self._buffers:
             ticks = self._buffers["ticks"]
-            encoder.copy_buffer_to_buffer(ticks, 0, staging, -(-nbytes // 8) * 8, ticks.size)
+            encoder.copy_buffer_to_buffer(ticks, 0, staging, round_up(nbytes, 8), ticks.size)
         return staging
 
     def _query_sets(self, name: str) -> list[Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from entrenar_gpu.files import StoredArray
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.integers import ceil_div, round_up
 
 SLOT_BYTES = 32 << 20
 SLOTS = 3
@@ -66,7 +67,7 @@ class Uploader:
 
     def _send(self, piece: Values, buffer: Any, offset: int) -> None:
         """Copy at most SLOT_BYTES to an offset of a buffer, padded to whole words."""
-        slot, padded = self._turn(), -(-piece.size // 4) * 4
+        slot, padded = self._turn(), round_up(piece.size, 4)
         engine, handle = self._device.engine, self._device.handle
         memory = np.frombuffer(engine.map_after(handle, slot.buffer, slot.submission), np.uint8)
         self._fill(memory[: piece.size], piece)
@@ -85,7 +86,7 @@ class Uploader:
         return self._slots[-1]
 
     def _fill(self, memory: np.ndarray, piece: Values) -> None:
-        share = max(-(-piece.size // THREADS), SHARE_BYTES)
+        share = max(ceil_div(piece.size, THREADS), SHARE_BYTES)
 
         def copy(at: int) -> None:
             part, target = piece[at : at + share], memory[at : at + share]

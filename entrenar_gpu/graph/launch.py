@@ -11,6 +11,7 @@ import numpy as np
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph.tensor import Tensor
+from entrenar_gpu.integers import ceil_div
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def grid_of(workgroups: int, caps: Caps) -> tuple[int, int, int]:
     """
     if workgroups <= caps.max_workgroups:
         return (max(workgroups, 1), 1, 1)
-    rows = -(-workgroups // caps.max_workgroups)
-    return (-(-workgroups // rows), rows, 1)
+    rows = ceil_div(workgroups, caps.max_workgroups)
+    return (ceil_div(workgroups, rows), rows, 1)
 
 
 def literal(value: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
+from entrenar_gpu.integers import round_up
 
 # input: written by the host before a run        weight: frozen, written once at loading
 # param, grad, state: kept on the device between runs and updated there        temp: lives inside one run
@@ -62,7 +63,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Size in a storage buffer, which is a whole number of 4-byte words."""
-        return -(-self.size * ELEMENT_BYTES[self.dtype] // 4) * 4
+        return round_up(self.size * ELEMENT_BYTES[self.dtype], 4)
 
     @property
     def rows(self) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model.config import EMBEDDING, HEAD, PREFIX, ModelConfig
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
@@ -159,7 +160,7 @@ class HFCheckpoint:
         state = self._quant_state(name)
         shape = tuple(state["shape"])
         count = math.prod(shape)
-        blocks = -(-count // BLOCK)
+        blocks = ceil_div(count, BLOCK)
         codes = self.raw(name).reshape(-1).view(np.uint8)  # quant_storage may be another type than uint8
         need(codes.size == (count + 1) // 2, f"{codes.size} bytes do not hold the NF4 codes of shape {list(shape)}")
         table = self._part(name, "quant_map", "F32", len(CODEBOOK))
@@ -171,7 +172,7 @@ class HFCheckpoint:
             shape,
             codes,
             absmax_codes=cast(Bytes, self._part(name, "absmax", "U8", blocks)),
-            nested_absmax=self._part(name, "nested_absmax", "F32", -(-blocks // SCALE_BLOCK)),
+            nested_absmax=self._part(name, "nested_absmax", "F32", ceil_div(blocks, SCALE_BLOCK)),
             nested_code=self._part(name, "nested_quant_map", "F32", 256),
             offset=float(state["nested_offset"]),
             dtype=cast(StateDtype, state["dtype"]),

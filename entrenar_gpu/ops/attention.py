@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal, reads, writes
+from entrenar_gpu.integers import ceil_div, round_up
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
@@ -113,7 +114,7 @@ LONGEST_HEAD = 256  # columns; more would take more than 256 invocations
 
 def padded(e: int) -> int:
     """Columns of a head as kernels compute them."""
-    return -(-e // 32) * 32
+    return round_up(e, 32)
 
 
 def low_precision(node: Node, caps: Caps) -> bool:
@@ -169,7 +170,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     bases = dict.fromkeys(("q", "k", "v", "out"), "")
     constants = {**head_constants(node, caps), **blocking}
     constants |= {"WHOLE": whole, "BASES": bases, "ln2": literal(math.log(2))}
-    grid = (s["H"], s["B"], -(-s["S"] // blocking["BQ"]))
+    grid = (s["H"], s["B"], ceil_div(s["S"], blocking["BQ"]))
     return [Launch("attention", tuple(bindings), constants, grid, trusted=True)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.attention import (
     flops,
     head_constants,
@@ -51,7 +52,9 @@ def _statistics_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[La
     constants = {"B": rows, "S": length, "H": heads, "E": e, "WIDTH": width}
     bindings = [reads("out", out, width), reads("dout", dout, width), reads("lse", lse)]
     bindings.append(writes("statistics", node.output))
-    return [Launch("attention_statistics", tuple(bindings), constants, grid_of(-(-lse.size // 8), caps), trusted=True)]
+    return [
+        Launch("attention_statistics", tuple(bindings), constants, grid_of(ceil_div(lse.size, 8), caps), trusted=True)
+    ]
 
 
 def _reference(
@@ -92,7 +95,7 @@ class Part:
 def _parts(node: Node, caps: Caps) -> Iterator[Part]:
     """Whole rows if they fit, else some heads of a row, else some queries of a head."""
     s = shape_of(node)
-    blocks, group = -(-s["S"] // BLOCK), s["H"] // s["K"]
+    blocks, group = ceil_div(s["S"], BLOCK), s["H"] // s["K"]
     block_bytes = 2 * BLOCK * BLOCK * (2 if low_precision(node, caps) else 4)
     room = min(SCRATCH_BYTES, caps.max_binding_bytes) // (block_bytes * group)  # blocks of a key/value head
     heads = room // (blocks * (blocks + 1) // 2)
@@ -108,7 +111,7 @@ def _parts(node: Node, caps: Caps) -> Iterator[Part]:
 
 def _cut(count: int, most: int) -> list[range]:
     """`count` in pieces as equal as can be of at most `most`."""
-    step = -(-count // -(-count // most))
+    step = ceil_div(count, ceil_div(count, most))
     return [range(first, min(first + step, count)) for first in range(0, count, step)]
 
 
@@ -178,7 +181,7 @@ class _Bindings:
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    blocks, launches = -(-shape_of(node)["S"] // BLOCK), []
+    blocks, launches = ceil_div(shape_of(node)["S"], BLOCK), []
     for part in _parts(node, caps):
         launches += [_dscores(node, caps, part, placed.workspace), _products(node, caps, part, placed.workspace)]
         if len(placed.workspace) > 1 and part.blocks.stop == blocks:
@@ -200,7 +203,7 @@ def _dscores(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) ->
     bindings.append(bind.statistics(node.inputs["statistics"]))
     bindings.append(writes("dscores", workspace[0], 4))
     constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
-    grid = (blocks.start + blocks.stop + 1, -(-len(blocks) // 2), len(part.rows) * constants["HEADS"])
+    grid = (blocks.start + blocks.stop + 1, ceil_div(len(blocks), 2), len(part.rows) * constants["HEADS"])
     return Launch("attention_dscores", tuple(bindings), constants, grid, trusted=True)
 
 
@@ -235,7 +238,7 @@ def _group_sum(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) 
     size = len(part.rows) * s["S"] * heads * s["E"]
     constants: dict[str, Any] = {"SIZE": size, "E": s["E"], "GROUP": s["H"] // s["K"], "HEADS": heads, "K": s["K"]}
     constants["BASES"] = bind.bases
-    return Launch("attention_group_sum", tuple(bindings), constants, grid_of(-(-size // 256), caps), trusted=True)
+    return Launch("attention_group_sum", tuple(bindings), constants, grid_of(ceil_div(size, 256), caps), trusted=True)
 
 
 register(

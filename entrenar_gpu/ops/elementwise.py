@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.reduce import sum_all, sum_rows
 from entrenar_gpu.ops.registry import (
     GradientContext,
@@ -63,7 +64,7 @@ def elementwise_launch(
         "functions": functions,
         "wide": wide,
     }
-    return [Launch("elementwise", tuple(bindings), constants, grid_of(-(-size // (width * WORKGROUP)), caps))]
+    return [Launch("elementwise", tuple(bindings), constants, grid_of(ceil_div(size, width * WORKGROUP), caps))]
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, str]]:
@@ -180,7 +181,7 @@ def copy_launch(source: Tensor, out: Tensor, caps: Caps) -> Launch:
     """out = source."""
     constants = {"size": out.size, "loads": [("a", "source[i]")], "stores": [("out0", "a")], "functions": ""}
     bindings = (reads("source", source), writes("out0", out))
-    return Launch("elementwise", bindings, constants, grid_of(-(-out.size // WORKGROUP), caps))
+    return Launch("elementwise", bindings, constants, grid_of(ceil_div(out.size, WORKGROUP), caps))
 
 
 def zeros(like: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def _fill_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     size = node.output.size
     constants = {"size": size, "loads": [], "stores": [("out0", literal(node.attrs["value"]))], "functions": ""}
     bindings = (writes("out0", node.output),)
-    return [Launch("elementwise", bindings, constants, grid_of(-(-size // WORKGROUP), caps))]
+    return [Launch("elementwise", bindings, constants, grid_of(ceil_div(size, WORKGROUP), caps))]
 
 
 register(

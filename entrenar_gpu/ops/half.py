@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 
 TOP = 14  # exponent that a row's largest element is brought to
@@ -75,7 +76,7 @@ def _from_half_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Lau
     width = _width(codes)
     constants = {"mode": "from", "SIZE": y.size // width, "N": y.columns // width, "width": width}
     bindings = (reads("codes", codes, width // 2), reads("scales", scales), writes("y", y, width))
-    return [Launch("half", bindings, constants, grid_of(-(-y.size // width // 256), caps))]
+    return [Launch("half", bindings, constants, grid_of(ceil_div(y.size, width * 256), caps))]
 
 
 register(Op("to_half", lambda node: half_specs(node.inputs["x"]), _to_half_reference, _to_half_launch))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register, same_as
@@ -77,7 +78,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     bindings = [reads(name, tensor, width) for name, tensor in node.inputs.items()]
     bindings += [writes("y", node.output, width)]
     bindings += [writes(n, t) for n, t in zip(_STATISTICS, node.outputs[1:], strict=False)]
-    grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
+    grid = grid_of(ceil_div(constants["ROWS"] * constants["SUMMED"], WORKGROUP), caps)
     return [Launch("norm", tuple(bindings), constants, grid)]
 
 
@@ -129,7 +130,7 @@ def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         bindings += [] if constants["residual"] == "dx" else [reads("residual", residual, width)]
     bindings += [reads(name, node.inputs[name]) for name in _STATISTICS if name in node.inputs]
     constants["mode"] = "layer_norm_grad" if "average" in node.inputs else "rms_norm_grad"
-    grid = grid_of(-(-constants["ROWS"] * constants["SUMMED"] // WORKGROUP), caps)
+    grid = grid_of(ceil_div(constants["ROWS"] * constants["SUMMED"], WORKGROUP), caps)
     return [Launch("norm", (*bindings, writes("dx", node.output, width)), constants, grid)]
 
 
@@ -146,7 +147,7 @@ def _hat_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     constants = {"size": x.size, "loads": loads, "stores": [("out0", "(a - m) * r")], "functions": ""}
     bindings = [reads(name, tensor) for name, tensor in node.inputs.items()]
     return [
-        Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(-(-x.size // 256), caps))
+        Launch("elementwise", (*bindings, writes("out0", node.output)), constants, grid_of(ceil_div(x.size, 256), caps))
     ]
 
 

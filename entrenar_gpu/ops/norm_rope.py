@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.elementwise import mul
 from entrenar_gpu.ops.norm import WORKGROUP, lanes
 from entrenar_gpu.ops.reduce import sum_rows
@@ -65,7 +66,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         bindings += [reads("dy", given[0], width), reads("rstd", given[1]), writes("dx", node.output, width)]
     else:
         bindings += [writes("y", node.output, width), writes("rstd", node.outputs[1])]
-    grid = grid_of(-(-constants["ROWS"] * shared // WORKGROUP), caps)
+    grid = grid_of(ceil_div(constants["ROWS"] * shared, WORKGROUP), caps)
     return [Launch("norm_rope", tuple(bindings), constants, grid)]
 
 

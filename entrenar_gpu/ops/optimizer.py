@@ -13,6 +13,7 @@ import numpy as np
 
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.registry import Op, Placement, in_place, record, register, same_as
 
 # taken: updates applied; skipped: steps whose loss or gradient was not finite; in_a_row: of these, the latest run.
@@ -69,7 +70,7 @@ def _squares_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launc
 register(
     Op(
         "sum_of_squares",
-        lambda node: [((-(-node.inputs["page"].size // NORM_CHUNK),), "f32")],
+        lambda node: [((ceil_div(node.inputs["page"].size, NORM_CHUNK),), "f32")],
         _squares_reference,
         _squares_launch,
         flops=lambda node: 2 * node.inputs["page"].size,
@@ -264,7 +265,7 @@ def _update_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch
     constants |= {"beta2": literal(beta2), "rest2": literal(1 - beta2)}
     bindings = [reads(name, node.inputs[name]) for name in ("state", "lr")]
     bindings += [writes(name, out) for name, out in zip(held, node.outputs, strict=True)]
-    return [Launch("optimizer", tuple(bindings), constants, grid_of(-(-node.output.size // 256), caps))]
+    return [Launch("optimizer", tuple(bindings), constants, grid_of(ceil_div(node.output.size, 256), caps))]
 
 
 def _held(node: Node) -> dict[str, Tensor]:

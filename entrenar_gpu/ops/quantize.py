@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Graph, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK, SCALE_BLOCK, Nf4Weight, nf4
 
@@ -33,10 +34,10 @@ class Nf4Tensors:
     def declare(cls, graph: Graph, name: str, shape: tuple[int, int], double: bool, rounded: str) -> Nf4Tensors:
         """Frozen tensors `name.codes` and so on."""
         size = shape[0] * shape[1]
-        blocks = -(-size // BLOCK)
+        blocks = ceil_div(size, BLOCK)
         sizes = [((size + 1) // 2, "u8"), (blocks, "f32")]
         if double:
-            sizes[1:] = [(blocks, "u8"), (-(-blocks // SCALE_BLOCK), "f32"), (TABLE, "f32")]
+            sizes[1:] = [(blocks, "u8"), (ceil_div(blocks, SCALE_BLOCK), "f32"), (TABLE, "f32")]
         names = nf4_part_names(name, double)
         parts = [graph.tensor(n, (count,), dtype, "weight") for n, (count, dtype) in zip(names, sizes, strict=True)]
         return cls(shape, tuple(parts), rounded)
@@ -108,7 +109,7 @@ def _dequantize_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[La
         "vector": vector,
     }
     out = writes("out", node.output, 4 if vector else 1)
-    return [Launch("nf4_dequantize", (*scale_bindings(parts), out), constants, grid_of(-(-size // (8 * 256)), caps))]
+    return [Launch("nf4_dequantize", (*scale_bindings(parts), out), constants, grid_of(ceil_div(size, 8 * 256), caps))]
 
 
 register(
@@ -139,7 +140,7 @@ def nf4_quantize_scales(absmax: Tensor, code: Tensor, steps: Tensor) -> tuple[Te
 
 def _quantize_infer(node: Node) -> Sequence[Spec]:
     n = node.inputs["weight"].size
-    return [(((n + 1) // 2,), "u8"), ((-(-n // BLOCK),), "f32")]
+    return [(((n + 1) // 2,), "u8"), ((ceil_div(n, BLOCK),), "f32")]
 
 
 def _quantize_reference(node: Node, weight: np.ndarray) -> Sequence[np.ndarray]:
@@ -163,7 +164,7 @@ register(Op("nf4_quantize", _quantize_infer, _quantize_reference, _quantize_laun
 
 def _scales_infer(node: Node) -> Sequence[Spec]:
     blocks = node.inputs["absmax"].size
-    return [((blocks,), "u8"), ((-(-blocks // SCALE_BLOCK),), "f32"), ((TABLE,), "f32")]
+    return [((blocks,), "u8"), ((ceil_div(blocks, SCALE_BLOCK),), "f32"), ((TABLE,), "f32")]
 
 
 def _scales_reference(node: Node, absmax: np.ndarray, code: np.ndarray, steps: np.ndarray) -> Sequence[np.ndarray]:

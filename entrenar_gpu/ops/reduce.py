@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register, same_as
 
 CHUNK = 4096  # elements a workgroup sums in the first of two passes
@@ -62,16 +63,16 @@ def columns_launch(source: Tensor, out: Tensor, parts: int, chunk: int, rows: in
     """out[p, i] = sum over the p-th `chunk` of rows of source [rows, inner]."""
     constants = {"mode": "columns", "PARTS": parts, "CHUNK": chunk, "LENGTH": rows, "INNER": inner}
     constants |= {"factor": "1.0", "accumulate": False}
-    grid = grid_of(-(-parts * inner // 64), caps)
+    grid = grid_of(ceil_div(parts * inner, 64), caps)
     return Launch("reduce", (reads("source", source), writes("out", out)), constants, grid)
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     x = node.inputs["x"]
     if node.attrs["axis"] == "all" and x.size > CHUNK:
-        return [((-(-x.size // CHUNK),), "f32")]
+        return [((ceil_div(x.size, CHUNK),), "f32")]
     if node.attrs["axis"] == "leading" and x.size // node.output.size > ROWS_CHUNK:
-        parts = -(-(x.size // node.output.size) // ROWS_CHUNK)
+        parts = ceil_div(x.size // node.output.size, ROWS_CHUNK)
         return [((parts, node.output.size), "f32")]
     return ()
 
@@ -131,7 +132,7 @@ def _expand_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch
         "functions": "",
     }
     bindings = (reads("source", dy), writes("out0", out))
-    return [Launch("elementwise", bindings, constants, grid_of(-(-out.size // 256), caps))]
+    return [Launch("elementwise", bindings, constants, grid_of(ceil_div(out.size, 256), caps))]
 
 
 def _expand_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, record, register, same_as
 
 
@@ -49,7 +50,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     }
     bindings = [] if shared else [reads("x", x)]
     bindings += [reads("table", table), reads("positions", positions), writes("y", node.output)]
-    return [Launch("rope", tuple(bindings), constants, grid_of(-(-pairs // 256), caps))]
+    return [Launch("rope", tuple(bindings), constants, grid_of(ceil_div(pairs, 256), caps))]
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:

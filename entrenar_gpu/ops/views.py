@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, reads, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.reduce import sum_all, sum_columns, sum_rows
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
@@ -75,7 +76,7 @@ def _copy(node: Node, caps: Caps, index: str, value: str = "source[{index}]") ->
     loads = [("a", value.format(index=index))]
     constants = {"size": out.size, "loads": loads, "stores": [("out0", "a")], "functions": ""}
     bindings = (reads("source", source), writes("out0", out))
-    return [Launch("elementwise", bindings, constants, grid_of(-(-out.size // WORKGROUP), caps))]
+    return [Launch("elementwise", bindings, constants, grid_of(ceil_div(out.size, WORKGROUP), caps))]
 
 
 def _strided(shape: Sequence[int], strides: Sequence[int], offset: int) -> str:

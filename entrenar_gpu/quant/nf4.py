@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.integers import ceil_div
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -133,7 +134,7 @@ def quantize(weight: NDArray[Any]) -> tuple[Bytes, Floats]:
     """
     flat = weight.reshape(-1)
     packed = np.empty((flat.size + 1) // 2, dtype=np.uint8)
-    scales = np.empty(-(-flat.size // BLOCK), dtype=np.float32)
+    scales = np.empty(ceil_div(flat.size, BLOCK), dtype=np.float32)
     whole = flat.size - flat.size % BLOCK
     for start in range(0, whole, _CHUNK):
         chunk = flat[start : min(start + _CHUNK, whole)].astype(np.float32).reshape(-1, BLOCK)
@@ -263,7 +264,7 @@ class Nf4Weight:
         rounded = ROUNDED_TYPES.get(self.dtype)
         for start in range(0, values.size, _CHUNK):
             chunk = values[start : start + _CHUNK]
-            scales = all_scales[start // self.block : -(-(start + chunk.size) // self.block)]
+            scales = all_scales[start // self.block : ceil_div(start + chunk.size, self.block)]
             codes = unpack(self.codes[start // 2 : (start + chunk.size + 1) // 2], chunk.size)
             with np.errstate(under="ignore", over="ignore"):
                 np.multiply(CODEBOOK[codes], np.repeat(scales, self.block)[: chunk.size], out=chunk)

@@ -19,6 +19,7 @@ from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.files import NAMES, StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, pieces
 from entrenar_gpu.graph import NUMPY_TYPES, Graph
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant import Nf4Weight, nf4
@@ -162,7 +163,7 @@ class DeviceTarget:
     def quantize(self, name: str, weight: Values, double: bool) -> None:
         dtype = STORED[NAMES[weight.dtype]]
         names = nf4_part_names(name, double)
-        scales = self._scales(-(-weight.size // nf4.BLOCK)) if double else None
+        scales = self._scales(ceil_div(weight.size, nf4.BLOCK)) if double else None
         owner, absmax = (scales, "absmax") if scales is not None else (self.executor, names[1])
         for at, piece in pieces(weight, CHUNK_BYTES):
             stage = self._codes(piece.size, dtype)

@@ -20,6 +20,7 @@ from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure
 from entrenar_gpu.graph import Launch, Tensor, grid_of, literal, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_weights, model_shape
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
@@ -146,7 +147,7 @@ def _scale_table(size: int) -> np.ndarray:
 def _random_launch(replay: Replay, tensor: Tensor, seed: int) -> Launch:
     words = tensor.nbytes // 4
     constants = {"words": words, "seed": seed, "dtype": tensor.dtype, "spread": literal(0.03)}
-    return Launch("random", (writes("out", tensor),), constants, grid_of(-(-words // 256), replay.device.caps))
+    return Launch("random", (writes("out", tensor),), constants, grid_of(ceil_div(words, 256), replay.device.caps))
 
 
 class Timings(defaultdict[str, list[float]]):

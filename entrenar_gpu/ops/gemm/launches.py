@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, Tile, choose, slice_length
 
 SHADERS: dict[Arithmetic, str] = {"f32": "matmul", "f16": "matmul_f16", "int8": "matmul_int8"}
@@ -89,7 +90,7 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     tiles in int8, and with every base and stride a multiple of four in f16.
     """
     (m, n, k), tile, length = matmul.sizes, choice.tile, slice_length(matmul.sizes[2], choice)
-    constants = {**asdict(tile), "M": m, "N": n, "K": k, "slices": -(-k // length), "slice": length}
+    constants = {**asdict(tile), "M": m, "N": n, "K": k, "slices": ceil_div(k, length), "slice": length}
     constants |= {"tail": choice.tail, "alpha": matmul.alpha}
     # Elements of C that a thread writes at once: in int8, its columns do not lie side by side.
     width = 1 if matmul.arithmetic == "int8" or not matmul.vector else 4
@@ -104,10 +105,10 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
 
 def _grid(matmul: Matmul, choice: Choice) -> tuple[int, int, int]:
     (m, n, k), tile = matmul.sizes, choice.tile
-    down, slices = -(-m // tile.BM), -(-k // slice_length(k, choice))
+    down, slices = ceil_div(m, tile.BM), ceil_div(k, slice_length(k, choice))
     if choice.tail:  # behind the whole tiles, those of the tail slice by slice
-        return down, (n - choice.tail) // tile.BN + slices * -(-choice.tail // tile.BN), 1
-    return down, -(-n // tile.BN), slices
+        return down, (n - choice.tail) // tile.BN + slices * ceil_div(choice.tail, tile.BN), 1
+    return down, ceil_div(n, tile.BN), slices
 
 
 def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]]:
@@ -154,7 +155,7 @@ def sum_launch(matmul: Matmul, partial: Tensor, caps: Caps, first_column: int = 
     width = 4 if matmul.vector else 1
     bindings, constants = epilogue(replace(matmul, c=replace(matmul.c, base=matmul.c.base + first_column)), width)
     constants |= {"M": m, "N": n, "slices": partial.shape[0], "first_column": first_column}
-    grid = grid_of(-(-m * n // (256 * width)), caps)
+    grid = grid_of(ceil_div(m * n, 256 * width), caps)
     return Launch("matmul_sum", (reads("partial", partial, width), *bindings), constants, grid, trusted=True)
 
 
@@ -187,5 +188,5 @@ def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
 def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int, ...], str]]:
     """The workspace that a choice needs, as specs for `Op.workspace`."""
     m, n, k = sizes
-    slices = -(-k // slice_length(k, choice))
+    slices = ceil_div(k, slice_length(k, choice))
     return [((slices, m, choice.tail or n), "f32")] if slices > 1 else []

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, flat
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, whole
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
@@ -208,7 +209,7 @@ def _choice(node: Node, caps: Caps) -> Choice:
 def _slices(node: Node, caps: Caps) -> int:
     """Slices of K that are summed apart; 0 where the product writes its output itself."""
     k = product_sizes(node)[2]
-    slices = -(-k // slice_length(k, _choice(node, caps)))
+    slices = ceil_div(k, slice_length(k, _choice(node, caps)))
     operands = 2 + (2 if node.attrs["arithmetic"] == "int8" else 0) + (2 if product_sizes(node)[3] else 0)
     return slices if slices > 1 or operands + _added(node) + 1 > _MOST_BINDINGS else 0
 

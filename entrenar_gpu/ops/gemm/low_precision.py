@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
@@ -92,12 +93,12 @@ def low_precision_rows_launch(
     arithmetic, each = ("f16", 4) if scales is None else ("int8", 16)  # values that an invocation takes
     constants: dict[str, Any] = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
     constants["GROUPS"] = 0
-    workgroups = -(-rows * k // (256 * each))
+    workgroups = ceil_div(rows * k, 256 * each)
     if down is not None:
         by, product, transposed = down
         bindings += [reads("by", by, 4), writes("down", product, 4)]
         constants |= low_rank.rows_constants(product.columns, transposed)
-        workgroups += -(-rows // 4)
+        workgroups += ceil_div(rows, 4)
     return Launch("low_precision_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
 
 
@@ -124,7 +125,7 @@ def low_precision_weight_launch(
         "bytes": tuple(code & 0xFF for code in INT8_CODES.tolist()),
         "over_127": literal(OVER_127),
     }
-    grid = (k // BLOCK, n // BLOCK, 1) if transposed else grid_of(-(-n * k // (256 * each)), caps)
+    grid = (k // BLOCK, n // BLOCK, 1) if transposed else grid_of(ceil_div(n * k, 256 * each), caps)
     return Launch(
         "nf4_low_precision_transposed" if transposed else "nf4_low_precision", tuple(bindings), constants, grid
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, reads, writes
+from entrenar_gpu.integers import ceil_div
 
 RANKS = (4, 8, 16, 32, 64)
 # Sums over more rows than this keep a device busy only when split over workgroups, as a general product does.
@@ -34,7 +35,7 @@ def launch(
         return _over_rows(a, b, c, alpha, accumulate, caps)
     constants = {"mode": "rows", "M": a.rows, "K": a.columns, **rows_constants(c.columns, transpose_b, alpha)}
     bindings = (reads("a", a, 4), reads("b", b, 4), writes("c", c, 4))
-    return Launch("low_rank", bindings, constants, grid_of(-(-a.rows // 4), caps), trusted=True)
+    return Launch("low_rank", bindings, constants, grid_of(ceil_div(a.rows, 4), caps), trusted=True)
 
 
 def rows_constants(rank: int, transpose_b: bool, alpha: float = 1.0) -> dict[str, Any]:
@@ -51,5 +52,5 @@ def _over_rows(a: Tensor, b: Tensor, c: Tensor, alpha: float, accumulate: bool, 
     constants |= {"COLUMNS": COLUMNS, "QUADS": quads, "GROUPS": COLUMNS * quads, "AHEAD": COLUMNS_AHEAD}
     constants |= {"rank_first": rank_first, "alpha": alpha, "accumulate": accumulate}
     bindings = (reads("wide", wide, 4), reads("narrow", narrow, 4), writes("c", c, 4 if rank_first else 1))
-    workgroups = -(-wide.columns // (4 * COLUMNS)) * (narrow.columns // (4 * quads))
+    workgroups = ceil_div(wide.columns, 4 * COLUMNS) * (narrow.columns // (4 * quads))
     return Launch("low_rank", bindings, constants, grid_of(workgroups, caps), trusted=True)

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
 from entrenar_gpu.graph import Caps
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.quant import BLOCK
 
 Arithmetic = Literal["f32", "f16", "int8"]
@@ -184,7 +185,7 @@ def _units(caps: Caps) -> int:
 def _tail_columns(candidate: Candidate, m: int, n: int, caps: Caps) -> int:
     """Columns beyond the last full wave of large tiles; 0 where there is no full wave or nothing beyond it."""
     tile, units = candidate.tile, _units(caps)
-    down, across = -(-m // tile.BM), -(-n // tile.BN)
+    down, across = ceil_div(m, tile.BM), ceil_div(n, tile.BN)
     whole = down * across // units * units // down
     if candidate.saturating > _TAIL_SATURATING or not 0 < whole < across or n % 4:
         return 0
@@ -221,9 +222,9 @@ def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: 
 
 def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: int, caps: Caps) -> float:
     candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
-    workgroups = -(-m // tile.BM) * -(-n // tile.BN) * slices
-    depth = -(-k // (slices * tile.BK)) * tile.BK + tile.BK  # one step more fills the pipeline
-    busiest = -(-workgroups // units)
+    workgroups = ceil_div(m, tile.BM) * ceil_div(n, tile.BN) * slices
+    depth = ceil_div(k, slices * tile.BK) * tile.BK + tile.BK  # one step more fills the pipeline
+    busiest = ceil_div(workgroups, units)
     # A unit with few workgroups does not hide all of their latency.
     rounds = busiest / float(min(1.0, busiest / candidate.saturating) ** 0.4)
     return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
@@ -255,7 +256,7 @@ def is_choice(name: str, numbers: Sequence[int]) -> bool:
 
 def slice_length(k: int, choice: Choice) -> int:
     """Length of a slice of K: whole steps of the tile, so that no two slices share one."""
-    return -(-k // (choice.slices * choice.tile.BK)) * choice.tile.BK
+    return ceil_div(k, choice.slices * choice.tile.BK) * choice.tile.BK
 
 
 TileTable = Mapping[str, tuple[int, ...]]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from entrenar_gpu.graph import Caps, Launch, Tensor
+from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launch, single_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
@@ -55,7 +56,7 @@ def _back_choice(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
     (count, _), dtype = logits
     depth, rows = shards[0].columns, shards[0].shape[0]
     choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps, tail=False)
-    return Choice(choice.tile, -(-rows // slice_length(rows, choice)))
+    return Choice(choice.tile, ceil_div(rows, slice_length(rows, choice)))
 
 
 def back_workspace(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Sequence[Spec]:
