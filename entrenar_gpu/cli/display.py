@@ -96,6 +96,8 @@ def show_start(trainer: Any, console: Console | None = None) -> None:
     trainable = sum(math.prod(shape) for shape in shapes)
     total = session.shape.model.parameters
     line("model", f"{trainer.config.model}  {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained")
+    for note in session.checkpoint.notes:
+        line("weights", note)
     if trainer.config.cache:
         line("weights", session.weights_from)
     dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,16 @@ Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter fol
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2))
+    """JSON that every reader takes: what is not finite is null."""
+    print(json.dumps(_plain(values), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(asked: bool) -> None:

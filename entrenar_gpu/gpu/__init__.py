@@ -10,7 +10,7 @@ from entrenar_gpu.gpu.kernel import KernelCache, render
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, choice_of, measure, time_run
 from entrenar_gpu.gpu.memory_info import driver_bytes
 from entrenar_gpu.gpu.replay import Replay, Report
-from entrenar_gpu.gpu.upload import THREADS, Uploader, pieces
+from entrenar_gpu.gpu.upload import THREADS, Uploader, finite, pieces
 
 __all__ = [
     "ENGINES",
@@ -31,6 +31,7 @@ __all__ = [
     "device_errors",
     "driver_bytes",
     "engine",
+    "finite",
     "gpu_caps",
     "gpus",
     "measure",

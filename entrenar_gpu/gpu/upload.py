@@ -47,13 +47,14 @@ class Uploader:
     def write_part(self, target: Replay, name: str, first: int, values: Values) -> None:
         """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype.
 
-        Returns when `values` has been read; the device has the copy before anything submitted later.
+        Returns when `values` has been read; the device has the copy before anything submitted later. Raises
+        FloatingPointError for a number that is not finite: weights are, and on the device nobody would tell.
         """
         buffer, offset, _ = target.buffer_of(name)
         start = offset + first * values.dtype.itemsize
         for at, piece in pieces(values, SLOT_BYTES):
             with self._device.watched():
-                self._send(piece.view(np.uint8), buffer, start + at * values.dtype.itemsize)
+                self._send(piece.view(np.uint8), values.dtype, buffer, start + at * values.dtype.itemsize)
 
     def close(self) -> None:
         """Release the ring, one that an error or an interrupt left mapped included.
@@ -65,12 +66,12 @@ class Uploader:
             self._device.release(slot.buffer)
         self._slots.clear()
 
-    def _send(self, piece: Values, buffer: Any, offset: int) -> None:
-        """Copy at most SLOT_BYTES to an offset of a buffer, padded to whole words."""
+    def _send(self, piece: Values, dtype: np.dtype[Any], buffer: Any, offset: int) -> None:
+        """Copy at most SLOT_BYTES of numbers of a dtype to an offset of a buffer, padded to whole words."""
         slot, padded = self._turn(), round_up(piece.size, 4)
         engine, handle = self._device.engine, self._device.handle
         memory = np.frombuffer(engine.map_after(handle, slot.buffer, slot.submission), np.uint8)
-        self._fill(memory[: piece.size], piece)
+        self._fill(memory[: piece.size], piece, dtype)
         memory[piece.size : padded] = 0
         engine.unmap(slot.buffer)
         encoder = handle.create_command_encoder()
@@ -85,17 +86,36 @@ class Uploader:
             self._slots.rotate(-1)
         return self._slots[-1]
 
-    def _fill(self, memory: np.ndarray, piece: Values) -> None:
-        share = max(ceil_div(piece.size, THREADS), SHARE_BYTES)
+    def _fill(self, memory: np.ndarray, piece: Values, dtype: np.dtype[Any]) -> None:
+        share = max(round_up(ceil_div(piece.size, THREADS), 4), SHARE_BYTES)  # of whole numbers
 
         def copy(at: int) -> None:
             part, target = piece[at : at + share], memory[at : at + share]
             if isinstance(part, StoredArray):
-                part.read_into(target)
-            else:
-                target[...] = part
+                values = np.empty(part.size, np.uint8)  # mapped memory may be slow to read
+                part.read_into(values)
+                part = values
+            if not finite(part.view(dtype)):
+                raise FloatingPointError
+            target[...] = part
 
         list(self._threads.map(copy, range(0, piece.size, share)))
+
+
+# The bits of a dtype's exponent: all of them are set in what is not finite.
+_EXPONENTS: dict[str, tuple[Any, int]] = {
+    "float32": (np.uint32, 0x7F800000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+}
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether all of an array's numbers are; integers always."""
+    if values.dtype.name not in _EXPONENTS:
+        return True
+    unsigned, exponent = _EXPONENTS[values.dtype.name]
+    return not ((values.view(unsigned) & unsigned(exponent)) == exponent).any()
 
 
 def pieces(array: Values, nbytes: int) -> Iterator[tuple[int, Any]]:

@@ -16,6 +16,12 @@ def default_base(model: str, adapter: str | None, given: Mapping[str, Any]) -> t
 
     A checkpoint that is stored as NF4 is read as that.
     """
+    checkpoint = HFCheckpoint.open(resolve_model(model))
+    options, words = _base(checkpoint, adapter, given)
+    return options, "; ".join([words, *checkpoint.notes])
+
+
+def _base(checkpoint: HFCheckpoint, adapter: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if "method" in given:
         return {}, f"{IN_WORDS.get(given['method'], given['method'])}, by --method"
     trained = trained_base(adapter) if adapter else None
@@ -23,7 +29,6 @@ def default_base(model: str, adapter: str | None, given: Mapping[str, Any]) -> t
         method = "qlora" if trained.method == "qlora" else "lora"
         options = {"method": method, "double_quant": trained.double_quant}
         return options, f"{IN_WORDS[trained.method]}, as {trained.source} says"
-    checkpoint = HFCheckpoint.open(resolve_model(model))
     if checkpoint.is_quantised:  # and what is dense in it stays so
         return {"method": "qlora"}, "NF4, as stored"
     return {"method": "lora"}, "as stored"

@@ -15,9 +15,10 @@ from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.files import NAMES, StoredArray
-from entrenar_gpu.gpu import Replay, Uploader, pieces
+from entrenar_gpu.gpu import Replay, Uploader, finite, pieces
 from entrenar_gpu.graph import NUMPY_TYPES, Graph
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
@@ -62,7 +63,8 @@ def load_weights(
     """Write every base weight that the executor's graphs declare, as `weights` says that it lies there.
 
     With a `cache`, quantised weights come from there when it holds them, else they are kept there. Returns where the
-    weights came from, in words. Raises UserError when the cache cannot be written.
+    weights came from, in words. Raises UserError when the cache cannot be written, and for a weight that is not finite,
+    naming file and tensor.
     """
     rest = [weight for weight in weights if weight.tensors[0].name in executor.tensors]
     made = [weight for weight in rest if weight.nf4 is not None and not checkpoint.is_nf4(weight.spec.name)]
@@ -77,7 +79,12 @@ def load_weights(
         for weight, later in itertools.zip_longest(rest, rest[AHEAD:]):
             if later is not None:
                 checkpoint.read_ahead(later.spec.name)
-            _write(target, checkpoint, weight)
+            try:
+                _write(target, checkpoint, weight)
+            except FloatingPointError:
+                name = weight.spec.name
+                what = f"tensor {name!r} holds numbers that are not finite"
+                raise UserError(f"{checkpoint.info(name).file}: {what}") from None
     finally:
         target.close()
     if cache is None or not parts:
@@ -133,6 +140,13 @@ def _write_as(target: Target, name: str, values: Values) -> None:
         target.write_part(name, at, piece if piece.dtype == dtype else piece.astype(dtype))
 
 
+def _finite(values: np.ndarray) -> np.ndarray:
+    """`values`. Raises FloatingPointError, as a device's uploader does, for a number that is not finite."""
+    if not finite(values):
+        raise FloatingPointError
+    return values
+
+
 class HostTarget:
     """The NumPy executor: quantises on the host."""
 
@@ -140,10 +154,10 @@ class HostTarget:
         self.executor = executor
 
     def write_part(self, name: str, first: int, values: Values) -> None:
-        self.executor.write_part(name, first, np.asarray(values).reshape(-1))
+        self.executor.write_part(name, first, _finite(np.asarray(values).reshape(-1)))
 
     def quantize(self, name: str, weight: Values, double: bool) -> None:
-        _write_parts(self, name, Nf4Weight.from_dense(np.asarray(weight), double))
+        _write_parts(self, name, Nf4Weight.from_dense(_finite(np.asarray(weight)), double))
 
     def close(self) -> None:
         """Nothing is held."""

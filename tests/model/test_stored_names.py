@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from entrenar_gpu import cli
 from entrenar_gpu.adapters import AdapterSpec, init_adapter, save_adapter
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.export import merge_adapter
@@ -88,3 +89,16 @@ def test_names_may_lack_the_prefix(tmp_path, tied):
     save_file({name.removeprefix("model."): v for name, v in tensors.items()}, folder / "model.safetensors")
     assert loss_of(folder) == loss
     assert set(load_file(merged(folder) / "model.safetensors")) == names
+
+
+def test_runs_say_that_a_head_is_used(tmp_path, capsys):
+    folder = make_model(tmp_path / "model", **TINY)
+    change(folder, **{HEAD: np.ones((96, 32), np.float32)})
+    data = make_data(tmp_path / "train.jsonl", 4, vocab=96)
+    common = ["--model", str(folder), "--data", str(data), "--device", "numpy", "--seq", "32"]
+    said = "lm_head.weight is not the embedding, though config.json ties them: it is used"
+    assert cli.run(["eval", *common]) == 0
+    assert capsys.readouterr().err == f"base: as stored; {folder / 'model.safetensors'}: {said}\n"
+    assert cli.run(["train", *common, "--steps", "1", "--batch", "1", "--output", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err

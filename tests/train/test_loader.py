@@ -270,3 +270,40 @@ def test_the_benchmark_loads_what_the_generator_writes(tmp_path, device, capsys)
     assert sources[:2] == ["checkpoint", "checkpoint"]
     assert sources[3] == sources[4] == sources[2].split("kept in ")[1]
     assert lines[-2].startswith("cold: loading takes")
+
+
+NAMES = {"projection": "model.layers.0.mlp.up_proj.weight", "embedding": "model.embed_tokens.weight"}
+NAMES |= {"norm": "model.layers.0.post_attention_layernorm.weight"}
+
+
+@pytest.mark.parametrize("where", ["numpy", "gpu"])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "value"),
+    [("projection", "bfloat16", np.nan), ("embedding", "float16", np.inf), ("norm", "float32", -np.inf)],
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, kernels, where, method, kind, dtype, value):
+    """On every path by the same line, and nothing keeps memory."""
+    path = make_model(tmp_path / "model", dtype=dtype, **TINY) / "model.safetensors"
+    checkpoint = HFCheckpoint.open(path.parent)
+    tensors = {name: np.array(checkpoint.raw(name)) for name in checkpoint.names()}
+    tensors[NAMES[kind]].reshape(-1)[-1] = value
+    save_safetensors(path, tensors)
+    held = kernels.device.allocated_bytes
+    options = {"device": "numpy"} if where == "numpy" else {}
+    with pytest.raises(UserError, match=rf"^{path}: tensor '{NAMES[kind]}' holds numbers that are not finite$"):
+        open_session(tmp_path, None if where == "numpy" else kernels, method=method, **options)
+    assert kernels.device.allocated_bytes == held
+
+
+@pytest.mark.parametrize("where", ["numpy", "gpu"])
+def test_stored_scales_that_are_not_finite_are_refused(tmp_path, kernels, where):
+    folder = make_model(tmp_path / "model", **TINY)
+    dense, name = HFCheckpoint.open(folder), NAMES["projection"]
+    tensors = {n: np.array(dense.raw(n)) for n in dense.names() if n != name}
+    tensors |= {key: np.array(values) for key, values in nf4_tensors(name, dense.f32(name), True).items()}
+    tensors[f"{name}.nested_absmax"][0] = np.nan
+    save_safetensors(folder / "model.safetensors", tensors)
+    options = {"device": "numpy"} if where == "numpy" else {}
+    with pytest.raises(UserError, match=rf"model.safetensors: tensor '{name}' holds numbers that are not finite$"):
+        open_session(tmp_path, None if where == "numpy" else kernels, **options)
