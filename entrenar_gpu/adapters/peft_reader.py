@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entrenar_gpu.adapters.pattern import check_pattern
 from entrenar_gpu.errors import UserError
 
 
@@ -59,8 +59,8 @@ class PeftReader:
 
     def pattern(self, key: str, value: str) -> str:
         try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
+            check_pattern(value)
+        except ValueError as error:
             raise self.error(f"{key} {value[:80]!r} is not a regular expression: {error}") from None
         return value
 

@@ -5,10 +5,10 @@ A name selects a module by its whole path or as its last parts; a pattern must m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from entrenar_gpu.adapters.pattern import full_match
 from entrenar_gpu.adapters.peft_reader import PeftReader
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model import ModelConfig
@@ -58,14 +58,14 @@ class ModuleSelection:
     def _layer_of(self, path: str) -> int | None:
         """The first number in the path, behind one of `layers_patterns` where there are any."""
         for name in self.layers_patterns or [r"[^.]*"]:
-            if found := re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path):
+            if found := full_match(rf"(?:.*?\.)?{name}\.(\d+)\..*", path):
                 return int(found[1])
         return None
 
 
 def _selects(names: list[str] | str, path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return full_match(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 

@@ -14,6 +14,7 @@ from entrenar_gpu.data.prefix import Encoded, PrefixEncoder
 from entrenar_gpu.data.tokenizer_files import (
     DEFAULT,
     TOOL_USE,
+    faults_of,
     load_backend,
     named_tokens,
     read_optional_json,
@@ -51,7 +52,9 @@ class Tokenizer:
         self.bos_id: int | None = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         eos: int | None = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self.eos_id = stops[0] if eos is None and stops else eos
-        self.opening, self.ending = _added_around(backend)
+        self._path = Path(folder) / "tokenizer.json"
+        with faults_of(self._path, "cannot encode a text"):
+            self.opening, self.ending = _added_around(backend)
         self._templates = dict(templates or {})
         closings = dict.fromkeys(text for template in self._templates.values() for text in template.closings)
         closing_ids = {text: backend.token_to_id(text) for text in closings}
@@ -91,19 +94,24 @@ class Tokenizer:
 
         What a text already begins or ends with, as chat templates write BOS, is not put there a second time.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._plain(text)
         return list(self.framed(ids)[1]) if add_special_tokens else ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be continued: with what tokenizer.json puts before it, without what ends it."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._plain(text)
         return [*self._missing_opening(ids), *ids]
+
+    def _plain(self, text: str) -> list[int]:
+        with faults_of(self._path, "cannot encode a text"):
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_beginnings(
         self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None
     ) -> list[Encoded]:
         """Token ids of each text without anything around it, see PrefixEncoder.encode."""
-        return self._encoder.encode(texts, limit, spans)
+        with faults_of(self._path, "cannot encode a text"):
+            return self._encoder.encode(texts, limit, spans)
 
     def framed(self, ids: list[int]) -> tuple[int, list[int]]:
         """(how many ids were put before, ids with what tokenizer.json puts around them where it is not there yet)."""

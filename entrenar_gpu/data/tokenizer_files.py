@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,20 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path}: not found; the model folder needs its tokenizer")
+    text = _text(path, "tokenizer.json")
+    with faults_of(path, "not a tokenizer"):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def faults_of(path: Path, what: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises in the block, as a UserError that names the file."""
     try:
-        return tokenizers.Tokenizer.from_str(_text(path, "tokenizer.json"))
-    except UserError:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises nothing more precise, and panics beside Exception
-        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+    except BaseException as error:  # it raises nothing more precise than Exception, and panics beside that
+        raise UserError(f"{path}: {what}: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Graph, Tensor
-from entrenar_gpu.model.config_file import ConfigFile
+from entrenar_gpu.model.config_file import MOST_HEAD_DIM, ConfigFile, shown
 from entrenar_gpu.model.parameters import Parameters
 from entrenar_gpu.model.projection import Product
 from entrenar_gpu.model.weight_spec import WeightSpec
@@ -97,7 +97,7 @@ class Attention:
     def read(cls, file: ConfigFile, qkv_bias: bool = False, qk_norm: bool = False) -> Attention:
         hidden, heads = file.count("hidden_size"), file.count("num_attention_heads")
         kv_heads = file.count("num_key_value_heads", heads)
-        head_dim = file.count("head_dim", hidden // heads)
+        head_dim = file.count("head_dim", hidden // heads, most=MOST_HEAD_DIM)
         if heads % kv_heads:
             raise file.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
@@ -146,9 +146,10 @@ class Attention:
 
 
 def _refuse_other_attention(file: ConfigFile) -> None:
-    if file.flag("use_sliding_window") and any(k != "full_attention" for k in file.raw.get("layer_types") or ["?"]):
+    kinds = file.raw.get("layer_types") or ["?"]
+    if file.flag("use_sliding_window") and not (isinstance(kinds, list) and all(k == "full_attention" for k in kinds)):
         raise file.error("use_sliding_window is not supported")
-    if file.flag("attention_dropout"):
+    if file.raw.get("attention_dropout"):
         raise file.error("attention_dropout is not supported (use --dropout for the adapters)")
 
 
@@ -163,7 +164,7 @@ class SwiGlu:
     def read(cls, file: ConfigFile) -> SwiGlu:
         activation = file.raw.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
-            raise file.error(f"hidden_act {activation!r} is not supported (silu is)")
+            raise file.error(f"hidden_act {shown(activation)} is not supported (silu is)")
         file.refuse("mlp_bias")
         return cls(file.count("hidden_size"), file.count("intermediate_size"))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from entrenar_gpu.model.blocks import Layer, RmsNorm
-from entrenar_gpu.model.config_file import ConfigFile
+from entrenar_gpu.model.config_file import MOST_PARAMETERS, ConfigFile
 from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 
@@ -38,7 +38,7 @@ class ModelConfig:
     @classmethod
     def read(cls, file: ConfigFile, layers: Sequence[Layer]) -> ModelConfig:
         """What `config.json` says of everything around the layers, with transformers' own defaults."""
-        return cls(
+        model = cls(
             architecture=file.family,
             vocab_size=file.count("vocab_size"),
             hidden_size=file.count("hidden_size"),
@@ -46,8 +46,11 @@ class ModelConfig:
             norm=RmsNorm.read(file),
             rope=Rope.read(file, layers[0].attention.head_dim),
             tie_word_embeddings=file.flag("tie_word_embeddings"),
-            max_positions=file.count("max_position_embeddings", 32768),
+            max_positions=file.count("max_position_embeddings", 32768, most=2**40),
         )
+        if model.parameters > MOST_PARAMETERS:
+            raise file.error(f"{model.parameters} parameters, of hidden_size and others, are above {MOST_PARAMETERS}")
+        return model
 
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 from entrenar_gpu.errors import UserError
 
 MOST_LAYERS = 10_000
+# Far above any model: of a side of a weight, of a head, and of a whole model's parameters.
+MOST, MOST_HEAD_DIM, MOST_PARAMETERS = 2**24, 2**14, 2**44
 
 
 class ConfigFile:
@@ -20,24 +22,24 @@ class ConfigFile:
     def error(self, message: str) -> UserError:
         return UserError(f"{self.source}: {message}")
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
         """A whole number above 0."""
-        return int(self._number(key, default, whole=True))
+        return int(self.checked(key, self._given(key, default), most=most, whole=True))
 
     @property
     def num_layers(self) -> int:
-        layers = self.count("num_hidden_layers")
-        if layers > MOST_LAYERS:
-            raise self.error(f"num_hidden_layers {layers} is above {MOST_LAYERS}")
-        return layers
+        return self.count("num_hidden_layers", most=MOST_LAYERS)
 
     def real(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
-        return float(self._number(key, default, whole=False))
+        return float(self.checked(key, self._given(key, default)))
 
     def flag(self, key: str) -> bool:
         """False where the key is missing."""
-        return bool(self.raw.get(key, False))
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(f"{key} must be true or false, not {shown(value)}")
+        return bool(value)
 
     def refuse(self, *keys: str) -> None:
         """What would be computed wrongly is refused by name: none of these keys may say yes."""
@@ -45,14 +47,27 @@ class ConfigFile:
             if self.raw.get(key):
                 raise self.error(f"{key} is not supported")
 
-    def _number(self, key: str, default: float | None, whole: bool) -> float:
+    def checked(self, key: str, value: Any, most: float = 2**40, whole: bool = False) -> float:
+        """A number above 0 and at most `most`, refused under its key otherwise."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(f"{key} must be a number, not {shown(value)}")
+        if not 0 < value < math.inf:
+            raise self.error(f"{key} must be positive and finite, not {shown(value)}")
+        if value > most:
+            raise self.error(f"{key} {shown(value)} is above {most}")
+        if whole and value != int(value):
+            raise self.error(f"{key} must be a whole number, not {shown(value)}")
+        return value
+
+    def _given(self, key: str, default: float | None) -> Any:
         value = self.raw.get(key)
-        if value is None:
-            value = default
+        value = default if value is None else value
         if value is None:
             raise self.error(f"key {key!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and value != int(value)):
-            raise self.error(f"{key} must be a number, not {value!r}")
-        if not 0 < value < 2**40 or not math.isfinite(value):
-            raise self.error(f"{key} must be positive and finite, not {value!r}")
         return value
+
+
+def shown(value: Any) -> str:
+    """A value of the file in an error: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -235,7 +235,9 @@ def _check_quantization(path: Path) -> None:
     quantization = read_json_object(path).get("quantization_config")
     if not quantization:
         return
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict):
+        raise UserError(f"{path}: quantization_config must be an object")
+    method = str(quantization.get("quant_method", "unknown"))[:80]
     if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
         detail = f"{method} in 8 bits" if method == "bitsandbytes" else method
         raise UserError(f"{path}: quantization_config: {detail} is not supported; bitsandbytes NF4 is")

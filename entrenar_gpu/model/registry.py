@@ -13,7 +13,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
 from entrenar_gpu.model import families
 from entrenar_gpu.model.config import ModelConfig
-from entrenar_gpu.model.config_file import ConfigFile
+from entrenar_gpu.model.config_file import ConfigFile, shown
 
 
 class Family(Protocol):
@@ -61,6 +61,8 @@ def model_shape(name: str) -> ModelConfig:
 def _family(raw: dict[str, Any], source: str) -> str:
     """The name of the family, by `architectures`, or where there are none by `model_type`."""
     names, known = raw.get("architectures") or [], known_families()
+    if not isinstance(names, list):
+        raise UserError(f"{source}: architectures must be a list, not {shown(names)}")
     by_architecture = {key: name for name, family in known.items() for key in family.ARCHITECTURES}
     for name in names:
         if isinstance(name, str) and name in by_architecture:
@@ -69,6 +71,6 @@ def _family(raw: dict[str, Any], source: str) -> str:
     if not names and isinstance(model_type, str) and model_type in known:
         return model_type
     raise UserError(
-        f"{source}: architecture {', '.join(map(str, names)) or model_type!r} is not supported;"
+        f"{source}: architecture {', '.join(map(str, names))[:80] or shown(model_type)} is not supported;"
         f" supported: {', '.join(by_architecture)}"
     )

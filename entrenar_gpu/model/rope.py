@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from entrenar_gpu.model.config_file import ConfigFile
+from entrenar_gpu.model.config_file import ConfigFile, shown
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,31 @@ class Rope:
         raw = file.raw
         parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
-            raise file.error(f"rope_scaling must be an object, not {parameters!r}")
-        theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-            raise file.error(f"rope_theta must be a positive number, not {theta!r}")
-        if float(parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0) != 1.0:
+            raise file.error(f"rope_scaling must be an object, not {shown(parameters)}")
+        theta = file.checked("rope_theta", parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+        if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 0, 1):
             raise file.error("partial_rotary_factor is not supported")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "llama3"):
-            raise file.error(f"rope scaling {kind!r} is not supported (default and llama3 are)")
+            raise file.error(f"rope scaling {shown(kind)} is not supported (default and llama3 are)")
         return cls(head_dim, float(theta), _llama3(file, parameters) if kind == "llama3" else None)
 
 
 def _llama3(file: ConfigFile, parameters: dict[str, Any]) -> RopeScaling:
-    try:
-        scaling = RopeScaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(
-                parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings")
-            ),
-        )
-    except KeyError as error:
-        raise file.error(f"rope_scaling lacks {error.args[0]!r}") from None
-    except (TypeError, ValueError):
-        raise file.error("rope_scaling holds something that is not a number") from None
+    def number(key: str) -> float:
+        if parameters.get(key) is None:
+            raise file.error(f"rope_scaling lacks {key!r}")
+        return float(file.checked(f"rope_scaling.{key}", parameters[key]))
+
+    original = parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings", most=2**40)
+    scaling = RopeScaling(
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_max_position_embeddings=int(
+            file.checked("rope_scaling.original_max_position_embeddings", original, whole=True)
+        ),
+    )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise file.error("rope_scaling.high_freq_factor must exceed low_freq_factor")
     return scaling

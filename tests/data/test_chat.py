@@ -1,6 +1,7 @@
 """Chat templates: what they write, which of it the assistant says, and what a hostile one cannot do."""
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from entrenar_gpu.chat import ChatTemplate
+from entrenar_gpu.data import tokenizer_files
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from tests.helpers import chat_templates
@@ -295,3 +297,47 @@ def test_a_faulty_file_is_named(tmp_path, name):
 def test_a_folder_without_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: not found"):
         Tokenizer.load(tmp_path)
+
+
+def faulty_tokenizer(folder: Path, **changes: object) -> Path:
+    model_folder(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_a_tokenizer_that_fails_when_used_is_one_line(tmp_path):
+    """The library panics, which is no Exception."""
+    single = [{"SpecialToken": {"id": "none", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    unknown = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode a text: "):
+        Tokenizer.load(faulty_tokenizer(tmp_path / "a", post_processor=unknown))
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.load(faulty_tokenizer(tmp_path / "b", pre_tokenizer=endless))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode a text: "):
+        tokenizer.encode("a" * 60 + "!")
+
+
+BAD_STOPS = ["1e400", "NaN", "9" * 30, "true", "2.0", "[1, -1]", "9" * 5000, '{"a": 1}', "[[1]]"]
+
+
+@pytest.mark.parametrize("value", BAD_STOPS, ids=lambda value: value[:12])
+def test_an_id_that_cannot_be_is_one_line(tmp_path, value):
+    folder = model_folder(tmp_path)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(UserError, match=r"generation_config\.json: ") as error:
+        Tokenizer.load(folder)
+    assert len(str(error.value).removeprefix(str(tmp_path))) < 300
+
+
+def test_files_that_are_no_files_or_too_large_are_refused(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path)
+    os.mkfifo(folder / "generation_config.json")
+    with pytest.raises(UserError, match=r"generation_config\.json: not a file"):
+        Tokenizer.load(folder)
+    (folder / "generation_config.json").unlink()
+    monkeypatch.setitem(tokenizer_files._MOST_BYTES, "JSON", 10)
+    (folder / "special_tokens_map.json").write_text('{"a": "bcdefgh"}')
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"special_tokens_map\.json: too large"):
+        Tokenizer.load(folder)

@@ -6,13 +6,13 @@ Whatever would change the computation and is not done here is refused by its key
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from entrenar_gpu.adapters.lora.module import LoraModule
+from entrenar_gpu.adapters.pattern import full_match
 from entrenar_gpu.adapters.peft_reader import PeftReader
 from entrenar_gpu.adapters.selection import ModuleSelection
 from entrenar_gpu.config import TrainConfig
@@ -82,7 +82,7 @@ class LoraConfig:
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the path, from a dot on."""
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    found = (value for pattern, value in patterns.items() if full_match(rf"(.*\.)?({pattern})", path))
     return next(found, default)
 
 
