@@ -71,6 +71,6 @@ def _family(raw: dict[str, Any], source: str) -> str:
     if not names and isinstance(model_type, str) and model_type in known:
         return model_type
     raise UserError(
-        f"{source}: architecture {', '.join(map(str, names))[:80] or shown(model_type)} is not supported;"
+        f"{source}: architecture {shown(', '.join(map(str, names)) or model_type)} is not supported;"
         f" supported: {', '.join(by_architecture)}"
     )
