@@ -9,6 +9,12 @@
 {% include "lib/grid.wgsl" %}
 {% include "lib/widen.wgsl" %}
 
+{% if mode != "gather" %}
+fn id_at(place: u32) -> u32 {
+  return ids[min(order[place], {{ T - 1 }}u)];
+}
+{% endif %}
+
 @compute @workgroup_size(64)
 fn main(
   @builtin(workgroup_id) group: vec3<u32>,
@@ -29,17 +35,21 @@ fn main(
 {% endif %}
   }
 {% else %}
-  let id = ids[min(order[t], {{ T - 1 }}u)];
+  let id = id_at(t);
   let row = id - {{ first }}u;
-  if (row >= {{ rows }}u || (t > 0u && ids[min(order[t - 1u], {{ T - 1 }}u)] == id)) { return; }
+  if (row >= {{ rows }}u || (t > 0u && id_at(t - 1u) == id)) { return; }
   for (var d = thread; d < {{ D }}u; d += 64u) {
-    var total = out[row * {{ D }}u + d];
-    for (var i = t; i < {{ T }}u; i++) {
-      let token = min(order[i], {{ T - 1 }}u);
-      if (ids[token] != id) { break; }
-      total += dy[token * {{ D }}u + d];
+    // One accumulator takes 1,024 tokens: its rounding error grows with what it sums.
+    var total = 0.0;
+    for (var i = t; i < {{ T }}u && id_at(i) == id; i += 1024u) {
+      var part = 0.0;
+      for (var n = i; n < min(i + 1024u, {{ T }}u); n++) {
+        if (id_at(n) != id) { break; }
+        part += dy[min(order[n], {{ T - 1 }}u) * {{ D }}u + d];
+      }
+      total += part;
     }
-    out[row * {{ D }}u + d] = total;
+    out[row * {{ D }}u + d] += total;
   }
 {% endif %}
 }

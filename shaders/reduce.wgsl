@@ -6,6 +6,7 @@
 // One invocation an output. Grid: ceil(PARTS * INNER / 64), folded.
 {% endif %}
 {% include "lib/grid.wgsl" %}
+{% from "lib/blocked_sum.wgsl" import add_sum %}
 {% if mode == "rows" %}{% include "lib/reduce.wgsl" %}{% endif %}
 
 @compute @workgroup_size(64)
@@ -21,17 +22,17 @@ fn main(
   var total = 0.0;
   if (inside) {
     let end = min((index + 1u) * {{ CHUNK }}u, {{ TOTAL }}u);
-    for (var l = index * {{ CHUNK }}u + thread; l < end; l += 64u) { total += source[l]; }
+  {{ add_sum("total", "index * %du + thread" % CHUNK, "end", 64, CHUNK, "source[l]") }}
   }
   total = workgroup_sum(total, thread);
   if (inside && thread == 0u) { out[index] = {{ "out[index] + " if accumulate else "" }}total * {{ factor }}; }
 {% else %}
   let at = index * 64u + thread;
   if (at >= {{ PARTS * INNER }}u) { return; }
-  let part = at / {{ INNER }}u;
-  let end = min((part + 1u) * {{ CHUNK }}u, {{ LENGTH }}u);
+  let first = at / {{ INNER }}u;
+  let end = min((first + 1u) * {{ CHUNK }}u, {{ LENGTH }}u);
   var total = 0.0;
-  for (var l = part * {{ CHUNK }}u; l < end; l++) { total += source[l * {{ INNER }}u + at % {{ INNER }}u]; }
+  {{ add_sum("total", "first * %du" % CHUNK, "end", 1, CHUNK, "source[l * %du + at %% %du]" % (INNER, INNER)) }}
   out[at] = {{ "out[at] + " if accumulate else "" }}total * {{ factor }};
 {% endif %}
 }

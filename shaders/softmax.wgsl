@@ -2,6 +2,7 @@
 // One workgroup of 64 a row. Grid: ROWS, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
+{% from "lib/blocked_sum.wgsl" import add_sum %}
 
 @compute @workgroup_size(64)
 fn main(
@@ -17,12 +18,12 @@ fn main(
   for (var i = thread; i < end; i += 64u) { highest = max(highest, x[start + i]); }
   highest = workgroup_max(highest, thread);
   var total = 0.0;
-  for (var i = thread; i < end; i += 64u) { total += exp(x[start + i] - highest); }
+  {{ add_sum("total", "thread", "end", 64, N, "exp(x[start + l] - highest)") }}
   total = workgroup_sum(total, thread);
   for (var i = thread; i < end; i += 64u) { out[start + i] = exp(x[start + i] - highest) / total; }
 {% else %}
   var dot = 0.0;
-  for (var i = thread; i < end; i += 64u) { dot += y[start + i] * dy[start + i]; }
+  {{ add_sum("dot", "thread", "end", 64, N, "y[start + l] * dy[start + l]") }}
   dot = workgroup_sum(dot, thread);
   for (var i = thread; i < end; i += 64u) { out[start + i] = y[start + i] * (dy[start + i] - dot); }
 {% endif %}

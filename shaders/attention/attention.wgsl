@@ -5,9 +5,12 @@
 // out [B, S, H, E] and lse [B, S, H], the log of the sum of exponentials. `=`.
 // Grid: (H, B, ceil(S / BQ)), the last blocks first, as they see the most keys. BK keys are met at a time: CE columns of
 // them and of the queries, then CV rows of v, lie in workgroup memory together.
+// After {{ parts.AT_ONCE }} keys the sums over them go to `out` and start again, rescaled there as the maximum grows.
 // Exponentials are to the base 2, whose logarithm goes into the scale of q.
 {% set T = parts.T %}
 {% set PITCH_Q = BQ // 4 %}
+{% set LONG = S > parts.AT_ONCE %}
+{% set keeps = [] %}{% for i in range(8) %}{{ keeps.append(" * keep%d[%d]" % (i // 4, i % 4)) or "" }}{% endfor %}
 const MASKED = {{ "-6e4" if f16 else "-1e30" }};
 var<workgroup> tile_q: array<vec4<{{ T }}>, {{ CE * PITCH_Q }}>;
 var<workgroup> tile_kv: array<vec4<{{ T }}>, {{ [CE * TX, CV * EP // 4] | max }}>;
@@ -34,6 +37,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var total0 = vec4<f32>(); // over this invocation's own columns
   var total1 = vec4<f32>();
   {{ parts.declare("o", COLUMNS) }}
+{% if LONG %}
+  var flushed = false; // whether `out` holds sums, for maxima of held0 and held1
+  var held0 = highest0;
+  var held1 = highest1;
+{% endif %}
   for (var k0 = min(segment_start[row_start + q0], q0) / {{ BK }}u * {{ BK }}u; k0 <= last; k0 += {{ BK }}u) {
     {{ parts.declare("s", 1) }}
     for (var e0 = 0u; e0 < {{ EP }}u; e0 += {{ CE }}u) {
@@ -101,6 +109,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endif %}
       {{ parts.multiply("o", "weights", "t", PITCH_Q, "tile_kv", "0u", EP // 4, false, COLUMNS, CV) }}
     }
+{% if LONG %}
+    if ((k0 + {{ BK }}u) % {{ parts.AT_ONCE }}u == 0u && k0 + {{ BK }}u <= last) {
+      let keep0 = exp2(held0 - highest0);
+      let keep1 = exp2(held1 - highest1);
+      {{ parts.store("out", "o", COLUMNS, "q0", "head", H, [""] * 8, "flushed", keeps) }}
+      {{ parts.clear("o", COLUMNS) }}
+      held0 = highest0;
+      held1 = highest1;
+      flushed = true;
+    }
+{% endif %}
   }
   workgroupBarrier();
   {{ offer("total") }}
@@ -114,7 +133,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let inverse0 = 1.0 / total0;
   let inverse1 = 1.0 / total1;
 {% set factors = [] %}{% for i in range(8) %}{{ factors.append(" * inverse%d[%d]" % (i // 4, i % 4)) or "" }}{% endfor %}
-  {{ parts.store("out", "o", COLUMNS, "q0", "head", H, factors, "") }}
+{% if LONG %}
+  let keep0 = exp2(held0 - highest0) * inverse0;
+  let keep1 = exp2(held1 - highest1) * inverse1;
+{% endif %}
+  {{ parts.store("out", "o", COLUMNS, "q0", "head", H, factors, "flushed" if LONG else "", keeps) }}
   let natural0 = (highest0 + log2(total0)) * {{ ln2 }};
   let natural1 = (highest1 + log2(total1)) * {{ ln2 }};
 {% for i in range(8) %}

@@ -2,9 +2,27 @@
 // The second half of attention's gradient: products of the blocks that attention_dscores left.
 //   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
 // A workgroup owns 64 tokens of one of the three; dk and dv are by query head, [rows, S, OUT_HEADS, E], to be summed over
-// the group where there is one. `=`; keys before query block FIRST have been met by earlier launches: `+=`.
+// the group where there is one. `=`; keys before query block FIRST have been met by earlier launches: `+=`. Sums are f32,
+// and after {{ parts.AT_ONCE }} tokens go to dq, dk or dv and start again.
 // Grid: (rows * HEADS, 3 for dq, dk and dv, END), the longest sums first.
 {% set T = parts.T %}
+{% set LONG = END * 64 > parts.AT_ONCE %}
+
+{# Adds the sums to what is there of them, or writes them where nothing is. #}
+{% macro leave() %}
+{% set scaled = [" * " ~ scale] * 8 %}
+{% set so_far = "flushed" if LONG else "" %}
+{% set before = (["flushed"] * LONG + ["own < %du" % FIRST] * (FIRST > 0)) | join(" || ") %}
+  if (of_query) {
+    if (own >= {{ FIRST }}u) {
+      {{ parts.store("dq", "o", 2, "own0", "head", H, scaled, so_far) }}
+    }
+  } else if (group.y == 1u) {
+    {{ parts.store("dk", "o", 2, "own0", "head", OUT_HEADS, scaled, before) }}
+  } else {
+    {{ parts.store("dv", "o", 2, "own0", "head", OUT_HEADS, [""] * 8, before) }}
+  }
+{% endmacro %}
 var<workgroup> tile_a: array<vec4<{{ T }}>, {{ CK * 16 }}>;
 var<workgroup> tile_b: array<vec4<{{ T }}>, {{ CK * EP // 4 }}>;
 
@@ -22,7 +40,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let begin = select(max(own, {{ FIRST }}u), earliest, of_query);
   var stop = select({{ END }}u, own + 1u, of_query);
   if (of_query && own < {{ FIRST }}u) { stop = begin; }
+  let own0 = own * 64u;
   {{ parts.declare("o", 2) }}
+{% if LONG %}
+  var flushed = false;
+{% endif %}
   for (var block = begin; block < stop; block++) {
     if (!of_query && segment_start[segments + block * 64u] >= own * 64u + 64u) { break; }
     let i = select(block, own, of_query);
@@ -58,17 +80,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       workgroupBarrier();
       {{ parts.multiply("o", "tile_a", "0u", 16, "tile_b", "0u", EP // 4, false, 2, CK) }}
     }
-  }
-{% set scaled = [" * " ~ scale] * 8 %}
-{% set before = "own < %du" % FIRST if FIRST else "" %}
-  let own0 = own * 64u;
-  if (of_query) {
-    if (own >= {{ FIRST }}u) {
-      {{ parts.store("dq", "o", 2, "own0", "head", H, scaled, "") }}
+{% if LONG %}
+    if ((block - begin + 1u) % {{ parts.AT_ONCE // 64 }}u == 0u) {
+      {{ leave() }}
+      {{ parts.clear("o", 2) }}
+      flushed = true;
     }
-  } else if (group.y == 1u) {
-    {{ parts.store("dk", "o", 2, "own0", "head", OUT_HEADS, scaled, before) }}
-  } else {
-    {{ parts.store("dv", "o", 2, "own0", "head", OUT_HEADS, [""] * 8, before) }}
+{% endif %}
   }
+  {{ leave() }}
 }

@@ -1,4 +1,5 @@
-// C = alpha * op(A) op(B) + beta * op(P) op(Q) + bias + residual: the matmul of every op in f32. All sums are f32.
+// C = alpha * op(A) op(B) + beta * op(P) op(Q) + bias + residual: the matmul of every op in f32. All sums are f32, over
+// blocks of K of {{ block }}, which C adds up: an accumulator's error grows with what it sums.
 //
 // A [M, K] or, transposed, [K, M]; B [K, N] or, transposed, [N, K]; the optional low-rank pair P, Q has the same layouts
 // with inner length R: an adapter's product rides along in the same accumulators. B may be bf16 or half, two to a u32.
@@ -100,27 +101,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endif %}
   {{ "var" if buffers == 2 else "let" }} buffer_a = 0u;
   {{ "var" if buffers == 2 else "let" }} buffer_b = 0u;
+  {{ staging.declare_f32("ra", BM) }}
+  {{ staging.declare_f32("rb", BN) }}
+{% set from_k, to_k = "0u", "%du" % K %}
+{% if slices > 1 %}
+{% set from_k, to_k = "from_k", "to_k" %}
+  let from_k = z * {{ slice }}u;
+  let to_k = {{ "select(min(from_k + %du, %du), %du, whole)" % (slice, K, K) if tail else "min(from_k + %du, %du)" % (slice, K) }};
+{% endif %}
+{% call(from, to) epilogue.each_block(from_k, to_k) %}
 {% for i in range(TM) %}{% for j in range(TN // 4) %}
   var acc{{ i }}_{{ j }} = vec4<f32>();
 {% endfor %}{% endfor %}
-  {{ staging.declare_f32("ra", BM) }}
-  {{ staging.declare_f32("rb", BN) }}
-{% if slices > 1 %}
-  let from_k = z * {{ slice }}u;
-  let to_k = {{ "select(min(from_k + %du, %du), %du, whole)" % (slice, K, K) if tail else "min(from_k + %du, %du)" % (slice, K) }};
-  {{ matmul("a", A, "b", B, "from_k", "to_k", "") }}
-{% else %}
-  {{ matmul("a", A, "b", B, "0u", "%du" % K, "") }}
-{% endif %}
+  {{ matmul("a", A, "b", B, from, to, "") }}
   {{ epilogue.scale(rows, columns) }}
 {% if R %}
-{% if slices > 1 %}
-  if (z == 0u) {
-{% endif %}
+  {{ epilogue.once() }}{
   {{ matmul("p", P, "q", Q, "0u", "%du" % R, "" if beta == 1.0 else " * f32(%r)" % beta) }}
-{% if slices > 1 %}
   }
 {% endif %}
-{% endif %}
   {{ epilogue.write(rows, columns, 4, true) }}
+{% endcall %}
 }

@@ -7,6 +7,8 @@
 // invocations that store one column would all hit one bank.
 {% set T = "f16" if f16 else "f32" %}
 {% set CHUNK = 32 %}{# products that f16 sums before they go to f32 #}
+{# Tokens after which an accumulator is emptied: it takes 1,024 numbers, as its rounding error grows with what it sums. #}
+{% set AT_ONCE = 1024 * (CHUNK if f16 else 1) %}
 
 {% macro quad(lane, lanes, j, count) -%}
 {{ "(%s * %du + %du)" % (lane, count, j) if f16 else "(%s + %du)" % (lane, lanes * j) }}
@@ -65,6 +67,12 @@
 {% endfor %}{% endfor %}
 {% endmacro %}
 
+{% macro clear(name, columns) %}
+{% for i in range(8) %}{% for j in range(columns) %}
+  {{ name }}{{ i }}_{{ j }} = vec4<f32>();
+{% endfor %}{% endfor %}
+{% endmacro %}
+
 {# NAMEi_j += sum over `steps` of A[a_row + step][row i] B[b_row + step][columns j]; the swizzled tiles have a power of two
    as pitch. #}
 {% macro multiply(name, a, a_row, a_pitch, b, b_row, b_pitch, swizzled, columns, steps) %}
@@ -114,12 +122,13 @@
 ({{ quad("ty", TY, i // 4, 2) }} * 4u + {{ i % 4 }}u)
 {%- endmacro %}
 
-{% macro put(out, at, value, zero, add) -%}
-{{ out }}[{{ at }}] = {{ value }}{{ " + select(%s, %s[%s], %s)" % (zero, out, at, add) if add }};
+{% macro put(out, at, value, zero, add, keep) -%}
+{{ out }}[{{ at }}] = {{ value }}{{ " + select(%s, %s[%s]%s, %s)" % (zero, out, at, keep, add) if add }};
 {%- endmacro %}
 
-{# OUT [tokens, heads, E] at row i's token and the columns of an invocation: = or, where `add` holds, +=. #}
-{% macro store(out, name, columns, first, head, heads, factor, add) %}
+{# OUT [tokens, heads, E] at row i's token and the columns of an invocation: = or, where `add` holds, += (with `keep`,
+   factors by row of what is there). #}
+{% macro store(out, name, columns, first, head, heads, factor, add, keep=[""] * 8) %}
 {% for i in range(8) %}
   {
     let token = {{ first }} + {{ row(i) }};
@@ -130,10 +139,10 @@
         let e = {{ quad("tx", TX, j, columns) }} * 4u;
         let value = {{ name }}{{ i }}_{{ j }}{{ factor[i] }};
 {% if E % 4 == 0 %}
-        if (e < {{ E }}u) { {{ put(out, "(start + e) / 4u", "value", "vec4<f32>()", add) }} }
+        if (e < {{ E }}u) { {{ put(out, "(start + e) / 4u", "value", "vec4<f32>()", add, keep[i]) }} }
 {% else %}
         for (var x = 0u; x < 4u; x++) {
-          if (e + x < {{ E }}u) { {{ put(out, "start + e + x", "value[x]", "0.0", add) }} }
+          if (e + x < {{ E }}u) { {{ put(out, "start + e + x", "value[x]", "0.0", add, keep[i]) }} }
         }
 {% endif %}
       }

@@ -2,7 +2,21 @@
    of C. The constants are those of `epilogue` in ops/gemm/launches.py.
 
    `rows` and `columns` list a thread's rows and columns of C as expressions, a column being `width` consecutive elements;
-   the sums are acc{row}_{column}, `width` wide. `z` is the slice of K that they are of. #}
+   the sums are acc{row}_{column}, `width` wide. `z` is the slice of K that they are of; where a slice is summed in several
+   `blocks`, `first` tells whether this is the first, and C or `partial` adds them up. #}
+
+{# For each block of a slice of K that is summed at once: where it begins and ends. #}
+{% macro each_block(from, to) %}
+{% if blocks > 1 %}
+  for (var from_block = {{ from }}; from_block < {{ to }}; from_block += {{ block }}u) {
+  let to_block = min(from_block + {{ block }}u, {{ to }});
+  let first = from_block == {{ from }};
+{{ caller("from_block", "to_block") }}
+  }
+{% else %}
+{{ caller(from, to) }}
+{% endif %}
+{% endmacro %}
 
 {% macro scale(rows, columns) %}
 {% if alpha != 1.0 %}
@@ -12,11 +26,15 @@
 {% endif %}
 {% endmacro %}
 
+{# The condition of what is added to one block of one slice only. #}
+{% macro once() %}
+{% set terms = ["z == 0u"] * (slices > 1) + ["first"] * (blocks > 1) %}
+{{ "if (%s) " % terms | join(" && ") if terms }}
+{%- endmacro %}
+
 {# acc += beta * P op(Q), P [M, R], element by element: for kernels whose tiles hold no f32. #}
 {% macro add_low_rank(rows, columns, width) %}
-{% if slices > 1 %}
-  if (z == 0u) {
-{% endif %}
+  {{ once() }}{
   for (var r = 0u; r < {{ R }}u; r++) {
 {% for column in columns %}{% set j = loop.index0 %}
 {% if width == 4 %}
@@ -33,9 +51,7 @@
 {% endfor %}
 {% endfor %}
   }
-{% if slices > 1 %}
   }
-{% endif %}
 {% endmacro %}
 
 {# C[c_at] = sum + bias[bias_at] + residual[c_at], `width` elements at once. #}
@@ -43,6 +59,15 @@
 {% set value = sum ~ (" + bias[%s]" % bias_at if bias else "") ~ (" + %s[%s]" % (residual, c_at) if residual else "") %}
 c[{{ c_at }}] = {{ value if c_format == "f32" else "%s<%s>(%s)" % ("vec4" if width == 4 else "", c_format, value) }};
 {%- endmacro %}
+
+{# C at a place = or, for all blocks but the first, +=. #}
+{% macro store(sum, bias_at, c_at, width) %}
+{% if blocks > 1 and (bias or residual != "c") %}
+if (first) { {{ put(sum, bias_at, c_at, width) }} } else { c[{{ c_at }}] = {{ sum }} + c[{{ c_at }}]; }
+{%- else %}
+{{ put(sum, bias_at, c_at, width) }}
+{%- endif %}
+{% endmacro %}
 
 {# Writes all sums that lie inside C. Columns are tested where `edges` says that some may not. #}
 {% macro write(rows, columns, width, edges) %}
@@ -57,21 +82,22 @@ c[{{ c_at }}] = {{ value if c_format == "f32" else "%s<%s>(%s)" % ("vec4" if wid
 {% if width > c_width %}
         for (var x = 0u; x < {{ width }}u; x++) {
           if (n + x < {{ N }}u) {
-            {{ put(sum ~ "[x]", "n + x", "at + x", 1) }}
+            {{ store(sum ~ "[x]", "n + x", "at + x", 1) }}
           }
         }
 {% else %}
         {{ "if (n < %du) " % N if edges }}{
 {% if tail %}
           if (!whole) {
-            partial[(z * {{ M * tail }}u + m * {{ tail }}u + n - {{ N - tail }}u) >> 2u] = {{ sum }};
+            let place = (z * {{ M * tail }}u + m * {{ tail }}u + n - {{ N - tail }}u) >> 2u;
+            partial[place] = {{ sum }}{{ " + select(partial[place], vec4<f32>(), first)" if slice > block }};
           } else {
-            {{ put(sum, "n >> 2u", "at >> 2u", 4) }}
+            {{ store(sum, "n >> 2u", "at >> 2u", 4) }}
           }
 {% elif width == 4 %}
-          {{ put(sum, "n >> 2u", "at >> 2u", 4) }}
+          {{ store(sum, "n >> 2u", "at >> 2u", 4) }}
 {% else %}
-          {{ put(sum, "n", "at", 1) }}
+          {{ store(sum, "n", "at", 1) }}
 {% endif %}
         }
 {% endif %}

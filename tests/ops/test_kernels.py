@@ -92,7 +92,7 @@ FAULTS = [
     ("embedding", "[at & 1u]", "[0]", "embedding-bf16"),
     ("embedding", "row >= 23u", "row >= 22u", "embedding-f32"),
     ("embedding", "t > 0u &&", "t > 9u &&", "embedding-learn-repeats-param"),
-    ("embedding", "ids[token] != id", "ids[token] == id", "embedding-learn-repeats-param"),
+    ("embedding", "id_at(n) != id", "id_at(n) == id", "embedding-learn-repeats-param"),
     ("cross_entropy", "dscore -=", "dscore -= 0.001 +", "cross_entropy-plain-weight"),
     ("cross_entropy", "* factor", "", "cross_entropy-ignored-param"),
     ("cross_entropy", "lse[token] = top", "lse[token] = highest", "cross_entropy-plain-weight"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.integers import ceil_div
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, Tile, choose, slice_length
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, Tile, choose, slice_length, summed_at_once
 
 SHADERS: dict[Arithmetic, str] = {"f32": "matmul", "f16": "matmul_f16", "int8": "matmul_int8"}
 
@@ -91,7 +91,7 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     """
     (m, n, k), tile, length = matmul.sizes, choice.tile, slice_length(matmul.sizes[2], choice)
     constants = {**asdict(tile), "M": m, "N": n, "K": k, "slices": ceil_div(k, length), "slice": length}
-    constants |= {"tail": choice.tail, "alpha": matmul.alpha}
+    constants |= {"tail": choice.tail, "alpha": matmul.alpha, **_blocks(matmul, choice)}
     # Elements of C that a thread writes at once: in int8, its columns do not lie side by side.
     width = 1 if matmul.arithmetic == "int8" or not matmul.vector else 4
     bindings: list[Binding] = []
@@ -101,6 +101,15 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     if partial is not None:
         bindings.append(writes("partial", partial, 4))
     return Launch(SHADERS[matmul.arithmetic], tuple(bindings), constants, _grid(matmul, choice), trusted=True)
+
+
+def _blocks(matmul: Matmul, choice: Choice) -> dict[str, int]:
+    """How many blocks of which length an accumulator sums one after the other, in the longest of its slices."""
+    k, depth = matmul.sizes[2], choice.tile.BK
+    longest = k if choice.tail else slice_length(k, choice)
+    most = summed_at_once(matmul.arithmetic, choice.tile)
+    blocks = ceil_div(longest, most) if most else 1
+    return {"blocks": blocks, "block": ceil_div(longest, blocks * depth) * depth}
 
 
 def _grid(matmul: Matmul, choice: Choice) -> tuple[int, int, int]:

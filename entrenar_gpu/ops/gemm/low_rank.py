@@ -11,8 +11,10 @@ from typing import Any
 
 from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, reads, writes
 from entrenar_gpu.integers import ceil_div
+from entrenar_gpu.ops.gemm.tiles import SUMMED_AT_ONCE
 
 RANKS = (4, 8, 16, 32, 64)
+WORKGROUP = 256
 # Sums over more rows than this keep a device busy only when split over workgroups, as a general product does.
 MOST_ROWS = 1024
 COLUMNS = 4  # of four, that a workgroup makes of the sums over rows
@@ -24,7 +26,7 @@ def takes(sizes: tuple[int, int, int], transpose_a: bool, transpose_b: bool) -> 
     m, n, k = sizes
     if transpose_a:
         return k <= MOST_ROWS and not transpose_b and ((n in RANKS and m % 4 == 0) or (m in RANKS and n % 4 == 0))
-    return n in RANKS and k % 4 == 0
+    return n in RANKS and k % 4 == 0 and k // 4 <= SUMMED_AT_ONCE * (WORKGROUP // (n // 4))
 
 
 def launch(

@@ -111,6 +111,7 @@ _LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
 _MEASURED = 8  # choices of a product that are measured at most; it takes most of a second each
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SUMMED_AT_ONCE = 1024
 _TAIL_SATURATING = 2  # tiles of which a unit needs more at once come in waves short enough as they are
 
 
@@ -257,6 +258,21 @@ def is_choice(name: str, numbers: Sequence[int]) -> bool:
 def slice_length(k: int, choice: Choice) -> int:
     """Length of a slice of K: whole steps of the tile, so that no two slices share one."""
     return ceil_div(k, choice.slices * choice.tile.BK) * choice.tile.BK
+
+
+def summed_at_once(arithmetic: Arithmetic, tile: Tile) -> int:
+    """Steps of K that one f32 accumulator sums before it is added to C.
+
+    The rounding error of a sum grows with the root of its length at least, and with its length where the terms share a
+    sign, so a length that grows with the model is cut. Adding to C costs 8 bytes for 2 * length operations. A tile
+    that fills a compute unit alone waits for that, so its blocks are longer. In f16 an accumulator takes the sum of
+    BK steps at once; in int8 of 64, and 0 says that it takes all of K.
+    """
+    if arithmetic == "int8":
+        return 0
+    if arithmetic == "f16":
+        return SUMMED_AT_ONCE * tile.BK
+    return 4 * SUMMED_AT_ONCE if tile.BM * tile.BN >= 256 * 128 else SUMMED_AT_ONCE
 
 
 TileTable = Mapping[str, tuple[int, ...]]
