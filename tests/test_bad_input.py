@@ -133,6 +133,19 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
         ["--adapter-init", "{folder}/other/adapter"],
         ["adapter_model.safetensors", "has shape [4, 48], this model needs [4, 32]", "adapter of another model"],
     ),
+    "full training of an adapter": (
+        lambda f: train(f, "other", device="numpy", steps=1),
+        ["--method", "full", "--adapter-init", "{folder}/other"],
+        ["--method full trains every weight and has no adapter", "--adapter-init"],
+    ),
+    **{
+        f"another {option} than the adapter's": (
+            lambda f: train(f, "other", device="numpy", steps=1),
+            ["--adapter-init", "{folder}/other", f"--{option}", value],
+            [f"--{option}: ", "other has another; leave it out, or --adapter-init"],
+        )
+        for option, value in (("rank", "8"), ("alpha", "3"), ("target", "q"))
+    },
     "no adapter": (lambda f: None, ["--adapter-init", "{folder}"], ["adapter_config.json: not found"]),
     "checkpoint of another run": (
         lambda f: train(f, "other", device="numpy", steps=1, rank=5),

@@ -160,6 +160,7 @@ def train(
     from entrenar_gpu.train import Trainer
 
     made, progress = options.make_config(given, config), Progress(quiet)
+    options.refuse_other_adapter(given, made, config)
     tracer, observers = _tracing(made, progress)  # a wrong --otlp is told before a model is loaded
     trainer = Trainer(made)
     if not quiet:

@@ -125,9 +125,10 @@ def _picked(found: tuple[Gpu, ...], choice: str | None) -> Gpu:
         raise UserError(NO_GPU)
     if choice is None:
         return found[0]
-    matches = [gpu for gpu in found if choice.lower() in gpu.info["device"].lower()]
-    if choice.isdecimal() and int(choice) < len(found):
-        matches = [found[int(choice)]]
+    if choice.isdecimal():  # an index, never digits of a name or a driver's version
+        matches = [gpu for index, gpu in enumerate(found) if index == int(choice)]
+    else:
+        matches = [gpu for gpu in found if choice.lower() in gpu.info["device"].lower()]
     if not matches:
         names = "; ".join(f"{i}: {gpu.info['device']}" for i, gpu in enumerate(found))
         raise UserError(f"{source} {choice!r} matches no GPU of {names}")

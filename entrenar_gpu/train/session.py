@@ -218,7 +218,9 @@ def _gpu_info(device: Device) -> dict[str, str]:
 
 def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec | None, dict[str, Floats]]:
     """The adapter of a run and its first values: given, fresh, or none in full training."""
-    if config.adapter_init is not None and config.method != "full":
+    if config.adapter_init is not None and config.method == "full":
+        raise UserError("--method full trains every weight and has no adapter: leave out --adapter-init or --adapter")
+    if config.adapter_init is not None:
         return load_adapter(Path(config.adapter_init), checkpoint.config)
     spec = adapter_spec(config, checkpoint.config)
     return spec, init_adapter(spec, config.seed, config.lora_init) if spec is not None else {}

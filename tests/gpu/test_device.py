@@ -71,6 +71,9 @@ def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.Mon
     assert choice.choose_gpu("0").gpu.info["device"] == "Radeon RX 7800"
     with pytest.raises(UserError, match="--device 'voodoo' matches no GPU of 0: Radeon"):
         choice.choose_gpu("voodoo")
+    for index in ("3", "7800"):  # digits of a name, which is what an index is not
+        with pytest.raises(UserError, match=f"--device '{index}' matches no GPU of 0: Radeon RX 7800"):
+            choice.choose_gpu(index)
 
 
 def test_no_adapter_names_the_packages(machine: Any) -> None:
