@@ -23,7 +23,7 @@ With t the optimizer step (1 is the first), w the warm-up steps, s = t - w - 1 a
 
 | | |
 |---|---|
-| loss of a step | mean cross-entropy of its unmasked tokens, over all rows and micro-steps together |
+| loss of a step | mean cross-entropy of its unmasked tokens, over all rows and micro-batches together |
 | label smoothing e | a token costs (1 - e) (-log p[target]) + e mean over the vocabulary of (-log p) |
 | adapter | y = W x + scale B A dropout(x); scale = alpha / R, or alpha / sqrt(R) with `--rslora` |
 | warm-up | lr t / w for t <= w, in front of every schedule |

@@ -1,7 +1,7 @@
 """From graphs to buffers: lifetimes, storage shared between tensors that never live at once, and launches.
 
 Planning needs no device: it works on graphs and `Caps` and yields plain data, printable and comparable. Several
-graphs (micro-step, update, evaluation) are planned together, as if they ran one after the other: their temporaries
+graphs (micro-batch, update, evaluation) are planned together, as if they ran one after the other: their temporaries
 share one set of buffers, and the peak is the largest of them.
 """
 

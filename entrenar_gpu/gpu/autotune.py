@@ -1,4 +1,4 @@
-"""Measured choices of tiles: every blocking of the products that a program runs is timed once per adapter and driver.
+"""Measured choices of tiles: every blocking of the matmuls that a program runs is timed once per GPU and driver.
 
 The result is plain data for `PlanOptions.tiles`. It is kept in a JSON file in the user's cache folder, and stored with
 checkpoints: another tile sums in another order, so a run that resumes must use what it began with.
@@ -29,7 +29,7 @@ VERSION = 3  # of the kernels: choices measured with other ones are forgotten
 
 
 def products_of(graphs: Iterable[Graph]) -> list[Product]:
-    """The products that graphs run by blocks, each once: an adapter's small ones have a kernel of their own."""
+    """The matmuls that graphs run by blocks, each once: an adapter's small ones have a kernel of their own."""
     found = {}
     for graph in graphs:
         for node in graph.nodes:
@@ -47,14 +47,14 @@ def products_of(graphs: Iterable[Graph]) -> list[Product]:
 
 
 def autotune(device: Device, wanted: Iterable[Product], kernels: KernelCache | None = None) -> Tiles:
-    """The fastest blocking of each product, from the cache file where it is there, else measured and added to it."""
+    """The fastest blocking of each matmul, from the cache file where it is there, else measured and added to it."""
     kernels = kernels or KernelCache(device)
     path, wanted = cache_path(device), list(wanted)
     known = read_cache(path)
     unknown = [product for product in wanted if _name(product) not in known]
     if unknown:
         new_folder(path.parent)
-        print(f"tune: measuring tiles of {len(unknown)} products, kept in {path}", file=sys.stderr)
+        print(f"tune: measuring tiles of {len(unknown)} matmuls, kept in {path}", file=sys.stderr)
     for product in unknown:
         known[_name(product)] = fastest(device, kernels, product)
         write_cache(path, known)
@@ -66,19 +66,19 @@ def _name(product: Product) -> str:
 
 
 def tuned(fit: Callable[[PlanOptions], FittedPlan], options: PlanOptions, kernels: KernelCache) -> FittedPlan:
-    """What `fit` plans once the products of the graphs that it plans unmeasured are measured."""
+    """What `fit` plans once the matmuls of the graphs that it plans unmeasured are measured."""
     unmeasured = fit(options)
     return fit(replace(options, tiles=autotune(kernels.device, products_of(unmeasured.graphs.values()), kernels)))
 
 
 def fastest(device: Device, kernels: KernelCache, product: Product) -> tuple[int, ...]:
-    """The fastest blocking of one product."""
+    """The fastest blocking of one matmul."""
     tile: tuple[int, ...] = min(sweep(device, kernels, product), key=lambda row: float(row["seconds"]))["tile"]
     return tile
 
 
 def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[dict[str, Any]]:
-    """The plausible blockings of one product, measured."""
+    """The plausible blockings of one matmul, measured."""
     for choice in plausible(product.arithmetic, product.m, product.n, product.k, device.caps):
         numbers = to_numbers(choice)
         row = measure(device, kernels, product, {_name(product): numbers}, check=False, alone=False)
@@ -86,7 +86,7 @@ def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[di
 
 
 def cache_path(device: Device) -> Path:
-    """Where choices for this adapter and driver are kept."""
+    """Where choices for this GPU and driver are kept."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.caps.name} {device.info['description']}").strip("-")
     return cache_folder() / "tiles" / f"{name}.json"
 

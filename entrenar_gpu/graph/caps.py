@@ -37,16 +37,16 @@ class Caps:
     timestamps_inside_passes: bool = False
     matrices: tuple[MatrixConfig, ...] = ()  # what the device's matrix units multiply, where the engine reaches them
     software: bool = False
-    memory_bytes: int | None = None  # what the adapter has, where the system tells
-    free_bytes: int | None = None  # what nobody else uses of a card's own memory, where the system tells
-    flops_per_second: float = 1e11  # assumed pace of matrix products: cuts runs into submits, tells large cards
+    memory_bytes: int | None = None  # of the GPU, where known
+    free_bytes: int | None = None  # of a card's own memory, what nobody else uses, where known
+    flops_per_second: float = 1e11  # assumed pace of matmuls: cuts runs into submits, tells large cards
 
     @property
     def large(self) -> bool:
         """Whether this is a large card, told by its assumed pace."""
         return self.flops_per_second >= 1e12
 
-    def measured_tile(self, product: str) -> tuple[int, ...] | None:
+    def measured_tile(self, matmul: str) -> tuple[int, ...] | None:
         """The tile measured to be fastest for a matmul (its `tiles.key`); None where sizes alone decide."""
         return None
 
@@ -66,5 +66,5 @@ class Target(Caps):
     def of(cls, caps: Caps, tiles: Mapping[str, tuple[int, ...]]) -> Target:
         return cls(**({f.name: getattr(caps, f.name) for f in fields(Caps)} | {"tiles": tiles}))
 
-    def measured_tile(self, product: str) -> tuple[int, ...] | None:
-        return self.tiles.get(product)
+    def measured_tile(self, matmul: str) -> tuple[int, ...] | None:
+        return self.tiles.get(matmul)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, step, micro-step, node, element)."""
+"""Dropout whose mask is a pure function of (seed, step, micro-batch, node, element)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUNDS = 10
 def dropout(x: Tensor, rng: Tensor, probability: float, key: int) -> Tensor:
     """x / (1 - p) where kept, 0 where dropped with probability p.
 
-    rng u32 [3] holds seed, step and micro-step; `key` tells the dropouts of one graph apart. Recomputation, the
+    rng u32 [3] holds seed, step and micro-batch; `key` tells the dropouts of one graph apart. Recomputation, the
     NumPy executor and a resumed run see the same mask.
     """
     return record("dropout", x=x, rng=rng, probability=probability, key=key)[0]

@@ -1,4 +1,4 @@
-"""The graphs of a run, traced: the micro-step, the update, evaluation and last-token logits.
+"""The graphs of a run, traced: the micro-batch, the update, evaluation and last-token logits.
 
 They share weights by name. `RunShape` is what fixes their shapes; everything here is plain data, so that `plan` can
 answer for a model without a GPU or its weights.
@@ -27,7 +27,7 @@ from entrenar_gpu.ops.optimizer import FIRST_SCALE, OPTIMIZERS, STATE
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
 LOSS_SCALE_NAME = "loss_scale"
-MARGIN = 0.9  # of an adapter's memory; the rest is the display's and the driver's
+MARGIN = 0.9  # of a GPU's memory; the rest is the display's and the driver's
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RunShape:
             raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.max_positions} positions")
 
     def precision(self, caps: Caps) -> Arithmetic:
-        """The arithmetic of products with NF4 weights on such a device. Raises UserError where it is not to be had."""
+        """The arithmetic of matmuls with NF4 weights on such a device. Raises UserError where it is not to be had."""
         asked = self.train.precision
         if asked == "auto":
             return "f16" if caps.f16 and not caps.software else "f32"

@@ -42,7 +42,9 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def micro_step(folder: Path, output: Path, kernels: Any, monkeypatch: Any, hand: dict[str, Any], **options: Any) -> Any:
+def micro_batch(
+    folder: Path, output: Path, kernels: Any, monkeypatch: Any, hand: dict[str, Any], **options: Any
+) -> Any:
     """(loss, gradients, peak bytes) of a step's micro-batches, planned by hand."""
 
     def planned(graphs: Any, caps: Any, options: Any) -> Any:
@@ -72,7 +74,7 @@ def test_every_level_gives_the_same_bits(folder, tmp_path, kernels, monkeypatch,
     """Loss and every gradient, dropout included: its masks are drawn again from the same counters."""
     hands = [{}, {"elementwise": 2}, {"elementwise": 3}, {"elementwise": 3, "whole": 1}, {"whole": 3}]
     runs = [
-        micro_step(folder, tmp_path / str(number), kernels, monkeypatch, hand, method=method, dropout=0.2)
+        micro_batches(folder, tmp_path / str(number), kernels, monkeypatch, hand, method=method, dropout=0.2)
         for number, hand in enumerate(hands)
     ]
     loss, grads, peak = runs[0]
@@ -93,8 +95,8 @@ def distances(run: Any, other: Any) -> dict[str, float]:
 def test_half_precision_leaves_the_loss_and_rounds_the_gradients(folder, tmp_path, kernels, monkeypatch):
     """The forward pass reads what it made: its loss has the same bits. The backward pass reads activations that are
     off by 2^-12 of each at most, and a gradient is made of products of a few of them."""
-    kept = micro_step(folder, tmp_path / "keep", kernels, monkeypatch, {})
-    half = micro_step(folder, tmp_path / "fp16", kernels, monkeypatch, {"elementwise": 3, "fp16": True})
+    kept = micro_batches(folder, tmp_path / "keep", kernels, monkeypatch, {})
+    half = micro_batches(folder, tmp_path / "fp16", kernels, monkeypatch, {"elementwise": 3, "fp16": True})
     assert kept[0].tobytes() == half[0].tobytes()
     assert half[2] < kept[2]
     for name, distance in distances(half, kept).items():
@@ -106,9 +108,9 @@ def test_half_precision_rounds_less_than_int8_does(folder, tmp_path, kernels, mo
     """What moves by 2^-12 is one time in sixty quantised to the next of 127 steps, which makes half of the noise that
     all steps make (the root of 12 / 60)."""
     hand = {"elementwise": 3, "fp16": True}
-    exact = micro_step(folder, tmp_path / "f32", kernels, monkeypatch, {})
-    kept = micro_step(folder, tmp_path / "keep", kernels, monkeypatch, {}, precision="int8")
-    half = micro_step(folder, tmp_path / "fp16", kernels, monkeypatch, hand, precision="int8")
+    exact = micro_batches(folder, tmp_path / "f32", kernels, monkeypatch, {})
+    kept = micro_batches(folder, tmp_path / "keep", kernels, monkeypatch, {}, precision="int8")
+    half = micro_batches(folder, tmp_path / "fp16", kernels, monkeypatch, hand, precision="int8")
     assert kept[0].tobytes() == half[0].tobytes()
     moved, off = distances(half, kept), distances(kept, exact)
     assert 1e-5 < np.mean([*moved.values()]) < np.mean([*off.values()]) / 2

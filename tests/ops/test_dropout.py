@@ -56,7 +56,7 @@ def test_nothing_is_dropped_at_probability_zero():
 @pytest.mark.parametrize(
     "other", [{"rng_words": (2, 2, 3)}, {"rng_words": (1, 3, 3)}, {"rng_words": (1, 2, 4)}, {"key": 4}]
 )
-def test_each_of_seed_step_micro_step_and_node_gives_a_mask_of_its_own(other):
+def test_each_of_seed_step_micro_batch_and_node_gives_a_mask_of_its_own(other):
     """Independent masks at one half agree on half of the elements."""
     arguments = {"rng_words": (1, 2, 3), "probability": 0.5} | other
     same = (masked((1, 2, 3), 0.5) == masked(**arguments)).mean()

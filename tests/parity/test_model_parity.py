@@ -82,7 +82,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "label smoothing, two micro-steps": (
+    "label smoothing, two micro-batches": (
         {"target_modules": ["k_proj", "o_proj", "up_proj"]},
         {"label_smoothing": 0.15, "accumulate": 2},
     ),

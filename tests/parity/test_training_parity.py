@@ -57,7 +57,7 @@ def check(trainer: Trainer, model: Any, groups: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3-tied", "qwen2", "llama31"])
 def test_fifty_steps_of_qlora(tmp_path, kernels, architecture):
-    """From one adapter over one batch order, packed, two micro-steps a step."""
+    """From one adapter over one batch order, packed, two micro-batches a step."""
     folder = make_run(tmp_path, architecture)
     base = reference.load_model(folder / "model", quantised=True)
     model = reference.random_adapter(tmp_path / "adapter", base, target_modules="all-linear")

@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 RUNS: dict[str, dict[str, Any]] = {
     "qlora": {"weight_decay": 0.1},
     "qlora, single quantisation, sgd": {"double_quant": False, "optimizer": "sgd", "lr": 0.2},
-    "lora, dropout, two micro-steps": {"method": "lora", "dropout": 0.2, "accumulate": 2, "rank": 3},
+    "lora, dropout, two micro-batches": {"method": "lora", "dropout": 0.2, "accumulate": 2, "rank": 3},
     "lora, unpacked, smoothed": {"method": "lora", "pack": False, "label_smoothing": 0.1, "target": "q,v,down"},
     "full": {"method": "full", "lr": 2e-3, "weight_decay": 0.1},
     "full, adam": {"method": "full", "lr": 2e-3, "weight_decay": 0.01, "optimizer": "adam", "clip": 0.0},
@@ -108,15 +108,15 @@ def test_a_batch_is_learned_by_heart(tmp_path, kernels):
     assert losses[-1] < 0.02
 
 
-def test_micro_steps_are_rows(folder, tmp_path, kernels):
-    """The loss of a step is the mean over all tokens of all its rows, however they are spread over micro-steps."""
+def test_micro_batches_are_rows(folder, tmp_path, kernels):
+    """The loss of a step is the mean over all tokens of all its rows, however they are spread over micro-batches."""
     options = {"shuffle": False, "steps": 4, "lr": 1e-2}
     rows = train(folder, str(tmp_path / "rows"), kernels, batch=2, **options)
     micro = train(folder, str(tmp_path / "micro"), kernels, batch=1, accumulate=2, **options)
     np.testing.assert_allclose(micro, rows, rtol=2e-6)
 
 
-def test_every_step_and_micro_step_drops_other_elements(tmp_path, kernels):
+def test_every_step_and_micro_batch_drops_other_elements(tmp_path, kernels):
     """At a learning rate of zero over one sample, only dropout can change a loss."""
     folder = training_cases.write(tmp_path, "qwen2-lora")
     make_data(folder / "train.jsonl", samples=1, vocab=80, longest=12)
@@ -129,7 +129,7 @@ def test_every_step_and_micro_step_drops_other_elements(tmp_path, kernels):
     dropped = losses("with", dropout=0.3)
     assert len(set(dropped)) == 4
     assert set(dropped).isdisjoint(losses("seed", dropout=0.3, seed=1))
-    # two micro-steps with the masks of the first would have the mean of one
+    # two micro-batches with the masks of the first would have the mean of one
     assert set(dropped).isdisjoint(losses("micro", dropout=0.3, accumulate=2))
 
 

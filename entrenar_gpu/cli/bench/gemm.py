@@ -1,6 +1,6 @@
-"""`entrenar-gpu bench gemm`: matrix products at a model's shapes, timed and checked on sampled rows in one run.
+"""`entrenar-gpu bench gemm`: matmuls at a model's shapes, timed and checked on sampled rows in one run.
 
-A product is timed as its op runs in a training step; for the low precisions `product` is the multiplication alone,
+A matmul is timed as its op runs in a training step; for the low precisions `product` is the multiplication alone,
 without narrowing its operands. Times are of many repetitions submitted together, after warming up: clocks of an idle
 card take a tenth of a second to rise.
 """
@@ -18,7 +18,7 @@ VOCABULARY_SHARD = 8192  # rows of a shard of the vocabulary that is timed
 
 
 def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[Product]:
-    """Every product of a QLoRA step over a model's projections, without doubles: base, adapters, vocabulary."""
+    """Every matmul of a QLoRA step over a model's projections, without doubles: base, adapters, vocabulary."""
     for t in rows:
         for n, k in projection_shapes(model):
             for p in precisions:
@@ -46,7 +46,7 @@ def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
 def bench_gemm(
     device: Device, wanted: Sequence[Product], kernels: KernelCache | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Seconds, TFLOP/s and error of each product, as it is measured."""
+    """Seconds, TFLOP/s and error of each matmul, as it is measured."""
     kernels = kernels or KernelCache(device)
     for product in wanted:
         if product.arithmetic == "f16" and not device.caps.f16:

@@ -1,4 +1,4 @@
-"""`entrenar-gpu bench ops`: the kernels of a training step that are no products, at a model's shapes.
+"""`entrenar-gpu bench ops`: the kernels of a training step that are no matmuls, at a model's shapes.
 
 Each op is recorded with its gradient, over random inputs, and every node is timed by itself over many repetitions. A
 node's bytes are its inputs and outputs once each, so GB/s beside the card's copy speed tells what is left to gain.

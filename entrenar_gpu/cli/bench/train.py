@@ -36,7 +36,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     """Median over `steps` optimizer steps, after two to warm up: tokens/s, seconds by phase, bytes, FLOP/s.
 
     FLOP/s are the model's, without what is computed again, and also told as a share of what the card was measured to
-    reach on a product alone (`measured_ceiling`).
+    reach on a matmul alone (`measured_ceiling`).
 
     Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
     wall time in which the GPU ran nothing of it.
@@ -100,9 +100,9 @@ def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
 
 
 def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic, tokens: int) -> float:
-    """TFLOP/s of the largest projection's product by itself, in the run's arithmetic, as the card runs it just now.
+    """TFLOP/s of the largest projection's matmul by itself, in the run's arithmetic, as the card runs it just now.
 
-    Over CEILING_ROWS rows, enough to fill any card; a software adapter takes the run's own.
+    Over CEILING_ROWS rows, enough to fill any card; a software GPU takes the run's own.
     """
     rows = min(tokens, CEILING_ROWS) if replay.device.caps.software else CEILING_ROWS
     n, k = max(projection_shapes(model), key=math.prod)
@@ -151,7 +151,7 @@ def _random_launch(replay: Replay, tensor: Tensor, seed: int) -> Launch:
 
 
 class Timings(defaultdict[str, list[float]]):
-    """Seconds by name, one entry a step, and the report of the last step."""
+    """Seconds by name, one entry per step, and the report of the last step."""
 
     last: Report
 
