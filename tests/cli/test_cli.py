@@ -11,8 +11,9 @@ import pytest
 from entrenar_gpu import cli
 from entrenar_gpu.cli import main, options
 from entrenar_gpu.cli.demo import MODEL
+from entrenar_gpu.config.options import flag
 from entrenar_gpu.config.presets import SHAPES
-from entrenar_gpu.config.train_config import TrainConfig, flag
+from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from tests import ROOT
 from tests.helpers.tiny import make_data, make_model

@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def micro_batch(
+def micro_batches(
     folder: Path, output: Path, kernels: Any, monkeypatch: Any, hand: dict[str, Any], **options: Any
 ) -> Any:
     """(loss, gradients, peak bytes) of a step's micro-batches, planned by hand."""

@@ -1,0 +1,135 @@
+"""What an option is: a field declared once, with default, help text, unit and bounds; checked when it is set.
+
+The command line derives its flags from the fields, `from_mapping` reads YAML, and scripts/options_table.py prints
+docs/options.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from entrenar_gpu.errors import UserError
+
+MOST = 2**20  # rows, positions and the like: beyond any device, and planned in seconds
+LARGEST = 1e30  # of any number: on the device they are f32
+
+
+def option(default: Any, help: str, unit: str = "", low: float | None = None, high: float = LARGEST) -> Any:
+    """A field of a run's configuration. `low` and `high` are inclusive bounds on a number."""
+    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Options:
+    """A group of options: field `save_every` is the flag `--save-every` and a YAML key."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = _checked(f, hints[f.name], getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> Self:
+        """A configuration from decoded YAML or flags; `source` names it in errors. Unknown keys fail."""
+        return cls(**known_keys(cls, values, source))
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def known_keys(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`values` with keys checked against the fields of `cls`; both save_every and save-every are understood."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            import difflib
+
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{source}: unknown key {key!r}{hint}")
+        result[name] = value
+    return result
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError with the file and line."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            values = yaml.safe_load(stream)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}:{where} not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # of dates, tags, depths
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines")
+    return values
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type hint is `A | B`, which Python 3.11 spells in two ways."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """`value` as the field's type, within its bounds; a UserError naming the flag otherwise."""
+    options = typing.get_args(hint) if is_union(hint) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    (kind,) = [o for o in options if o is not type(None)]
+    name, bad = flag(f.name), UserError(f"{flag(f.name)}: {value!r} is not {_describe(kind)}")
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise bad
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise bad
+        return value
+    if kind is str:
+        value = str(value) if type(value) is int else value  # as YAML reads a name or an index that is all digits
+        if not isinstance(value, str) or "\0" in value:
+            raise bad
+        return value
+    # YAML reads 2e-4 as text; a whole float is a fine int
+    try:
+        number = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number) or (kind is int and number != int(number)):
+        raise bad
+    low, high = f.metadata["low"], f.metadata["high"]
+    if low is not None and number < low:
+        raise UserError(f"{name}: {value} is below {low}")
+    if number > high:
+        raise UserError(f"{name}: {value} is above {high}")
+    return kind(number)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
