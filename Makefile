@@ -5,8 +5,12 @@ PYTEST_WORKERS ?= 2
 # planted fault compare.
 PYTEST_ENV = env -u CI -u BUILD_NUMBER
 
+# A part of the suite that takes a few minutes: one shape of each op, labels and tokens out of bounds, replay, training.
+DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests/train/test_replay_training.py \
+	tests/ops/test_kernels.py -k "not slow and (beyond or replay or ten_steps or qlora or full or -edges or 17x or 33)"
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity check format bench clean tools browser parity-setup profile-setup \
+.PHONY: help setup demo test dawn gpu-test wgsl parity check format bench clean tools browser parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -20,6 +24,20 @@ demo: setup ## Fine-tune the model that ships with the project on Python's docst
 
 test: setup ## Run every test but the comparison with PyTorch
 	@$(PYTEST_ENV) .venv/bin/pytest -m "not parity" --ignore=tests/parity --require-gpu -n $(PYTEST_WORKERS)
+
+dawn: setup ## Run ops, a training run and a resume through the second engine, Dawn, on SwiftShader if need be
+	@scripts/setup.sh dawn
+	@$(PYTEST_ENV) ENTRENAR_ENGINE=dawn scripts/with_dawn_driver .venv/bin/pytest -q --require-gpu -n $(PYTEST_WORKERS) $(DAWN_TESTS)
+
+gpu-test: setup ## Run the tests of kernels and training on this machine's GPU, matrix units included
+	@scripts/setup.sh dawn
+	@$(PYTEST_ENV) .venv/bin/pytest -q --require-gpu tests/ops tests/gpu tests/train
+
+wgsl: setup ## Have Tint, Dawn's compiler, parse and type every shader (needs npm; no GPU)
+	@mkdir -p build/wgsl && cp scripts/wgsl_check.mjs build/wgsl/
+	@cd build/wgsl && npm install --silent --no-save --no-audit --no-fund webgpu@0.6
+	@PYTHONPATH=. .venv/bin/python scripts/wgsl_texts.py >build/wgsl/texts.json
+	@cd build/wgsl && node wgsl_check.mjs <texts.json
 
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
 	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity

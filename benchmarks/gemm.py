@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from entrenar_gpu.cli.bench.gemm import bench_gemm, products
 from entrenar_gpu.files import write_text
-from entrenar_gpu.gpu import Device, KernelCache, Product, choice_of, sweep
+from entrenar_gpu.gpu import Device, KernelCache, Product, choice_of, open_device, sweep
 from entrenar_gpu.model import model_shape
 from entrenar_gpu.ops.gemm.tiles import to_numbers
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no product after this long")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = Device.open(args.device)
+    device = open_device(args.device)
     rows = [int(n) for n in args.rows.split(",")]
     wanted = products(model_shape(args.shape), rows, args.rank, args.precision.split(","))
     chosen = [p for p in wanted if any(text in p.name for text in args.only.split(","))]

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.random_checkpoint import make_checkpoint
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import SHAPES, TrainConfig
-from entrenar_gpu.gpu import Device, Replay
+from entrenar_gpu.gpu import Device, Replay, open_device
 from entrenar_gpu.model import HFCheckpoint, declared_weights
 from entrenar_gpu.train import WeightCache, load_weights, storage_of
 
@@ -80,7 +80,7 @@ def measure(what: str, folder: Path, device: str | None) -> dict[str, Any]:
     if what == "read":
         return {"seconds": _read(checkpoint.files())}
     config = TrainConfig(model=str(folder), method="qlora")
-    storage, opened = storage_of(checkpoint, config, None), Device.open(device)
+    storage, opened = storage_of(checkpoint, config, None), open_device(device)
     weights = declared_weights(checkpoint.config.weights, storage, opened.caps)
     graph = weights[0].tensors[0].graph  # holds them and nothing else
     replay = Replay(opened, make_plan({"weights": graph}, opened.caps))

@@ -17,7 +17,7 @@ from pathlib import Path
 from entrenar_gpu.cli import docstrings
 from entrenar_gpu.cli.demo import RUN
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.gpu import Device, KernelCache
+from entrenar_gpu.gpu import KernelCache, open_device
 from entrenar_gpu.train import Trainer
 
 PRECISIONS = ("f32", "f16", "int8")
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--device")
     args = parser.parse_args(arguments)
-    device = Device.open(args.device)
+    device = open_device(args.device)
     print(f"{device.caps.name}, {device.info['description']}: evaluation loss after {args.steps} steps\n")
     print(f"| seed | {' | '.join(PRECISIONS)} |\n|{'---|' * (len(PRECISIONS) + 1)}", flush=True)
     worst = 0.0

@@ -224,10 +224,10 @@ def _structure(nodes: Sequence[Node], leaves: Sequence[Tensor], results: Sequenc
 
 @functools.cache
 def _device() -> Any:
-    from entrenar_gpu.gpu import Device, KernelCache
+    from entrenar_gpu.gpu import KernelCache, open_device
 
     try:
-        device = Device.open()
+        device = open_device()
     except UserError:
         return None
     return device, KernelCache(device)

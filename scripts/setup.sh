@@ -6,6 +6,7 @@
 #   scripts/setup.sh tools    .venv alone: enough for linters and type checks
 #   scripts/setup.sh parity   .venv-parity with torch, transformers, peft and bitsandbytes, and a GPU adapter
 #   scripts/setup.sh profile  as run, with py-spy; where that cannot be had, profiles go without functions
+#   scripts/setup.sh dawn     wgpudawn into .venv, and Chromium's SwiftShader where there is no other driver for it
 #   scripts/setup.sh browser  Chromium, which the test of the HTML report opens; without it that test is skipped
 #
 # System packages are installed by root on Debian and Ubuntu only; for anyone else the missing ones are named.
@@ -164,6 +165,13 @@ make_browser() {
     require "no Chromium found" chromium
 }
 
+# --- Dawn --------------------------------------------------------------------------------------------------------
+
+make_dawn() {
+    "$1/bin/python" -c 'from entrenar_gpu.gpu.engines import installed_version; installed_version()' 2>/dev/null ||
+        "$1/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dawn]' </dev/null
+}
+
 case "${1:-}" in
     run) make_environment .venv --group dev; make_adapter .venv ;;
     tools) make_environment .venv --group dev ;;
@@ -174,5 +182,6 @@ case "${1:-}" in
         ;;
     profile) make_environment .venv --group dev; make_adapter .venv; make_profiler .venv ;;
     browser) make_browser ;;
-    *) die "usage: scripts/setup.sh run|tools|parity|profile|browser" ;;
+    dawn) make_environment .venv --group dev; make_dawn .venv; make_browser ;;
+    *) die "usage: scripts/setup.sh run|tools|parity|profile|dawn|browser" ;;
 esac

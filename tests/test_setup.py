@@ -14,7 +14,7 @@ TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "rm", "sed", 
 PYTHON = """#!/bin/sh
 echo "python $*" >>"$MACHINE/calls"
 case "$*" in
-    *adapters*) [ -e "$MACHINE/driver" ] || exit 3 ;;
+    *gpus*) [ -e "$MACHINE/driver" ] || exit 3 ;;
     *"version_info < (3, 11)"*) [ ! -e "$MACHINE/old-python" ] ;;
     *"import ensurepip"*) [ -e "$MACHINE/venv-module" ] ;;
     *"-venv"*) echo python3.11-venv ;;

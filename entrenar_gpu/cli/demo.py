@@ -23,7 +23,7 @@ from entrenar_gpu.cli.text import printable
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.gpu import Device, KernelCache
+from entrenar_gpu.gpu import KernelCache, open_device
 from entrenar_gpu.infer import Generator
 from entrenar_gpu.train import Trainer
 
@@ -85,7 +85,7 @@ def run_demo(
     config = replace(RUN, data=str(folder / "data"), output=str(folder), device=device)
     config = config if steps is None else replace(config, steps=steps)
     if kernels is None and device != "numpy":
-        kernels = KernelCache(Device.open(device))
+        kernels = KernelCache(open_device(device))
     found = found or docstrings.collect()
     question = next((pair for pair in found.valid if pair.prompt == SAMPLE), found.valid[0])
     evaluations = _Evaluations()

@@ -335,7 +335,7 @@ def bench_gemm(
 ) -> None:
     """Time every matmul of a training step and check it against float64."""
     from entrenar_gpu.cli.bench import gemm
-    from entrenar_gpu.gpu import TOLERANCES, Device
+    from entrenar_gpu.gpu import TOLERANCES, open_device
     from entrenar_gpu.model import model_shape
 
     kinds = [k for k in TOLERANCES if k in precision.split(",")]
@@ -343,7 +343,7 @@ def bench_gemm(
         raise UserError(f"--precision: {precision!r} is not a list of {', '.join(TOLERANCES)}")
     if not all(part.strip().isdecimal() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows: {rows!r} is not a list of whole numbers")
-    opened = Device.open(device)
+    opened = open_device(device)
     if "f16" in kinds and not opened.caps.f16:
         print(f"{opened.caps.name} has no f16 arithmetic: its matmuls are left out", file=sys.stderr)
     wanted = list(gemm.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
@@ -360,10 +360,10 @@ def bench_ops(
 ) -> None:
     """Time every kernel of a training step other than matmuls."""
     from entrenar_gpu.cli.bench import ops
-    from entrenar_gpu.gpu import Device
+    from entrenar_gpu.gpu import open_device
     from entrenar_gpu.model import model_shape
 
-    _show_rows(ops.bench_ops(Device.open(device), model_shape(shape), rows, seq), as_json)
+    _show_rows(ops.bench_ops(open_device(device), model_shape(shape), rows, seq), as_json)
 
 
 def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:

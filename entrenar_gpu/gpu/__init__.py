@@ -7,6 +7,7 @@ from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import ENGINES, engine
 from entrenar_gpu.gpu.failures import device_errors
 from entrenar_gpu.gpu.kernel import KernelCache, render
+from entrenar_gpu.gpu.matrix_check import open_device
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, choice_of, measure, time_run
 from entrenar_gpu.gpu.memory_info import driver_bytes
 from entrenar_gpu.gpu.replay import Replay, Report
@@ -35,6 +36,7 @@ __all__ = [
     "gpu_caps",
     "gpus",
     "measure",
+    "open_device",
     "pieces",
     "render",
     "step_spans",

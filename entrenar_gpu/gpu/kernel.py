@@ -25,20 +25,22 @@ def shader_files() -> dict[str, Path]:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([SHADER_FOLDER, *(path.parent for path in shader_files().values())]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals["dialect"] = "chromium"  # of matrices: see lib/matrix.wgsl
+    return environment
 
 
 def render(launch: Launch) -> str:
     """The WGSL of a launch: directives and declarations derived from its bindings, then the template."""
     lines = ["enable f16;"] if _uses_f16(launch) else []
     for index, binding in enumerate(launch.bindings):
-        scalar = WGSL_TYPES[binding.tensor.dtype]
+        scalar = "u32" if binding.words else WGSL_TYPES[binding.tensor.dtype]
         element = scalar if binding.vector == 1 else f"vec{binding.vector}<{scalar}>"
         access = "read_write" if binding.write else "read"
         lines.append(f"@group(0) @binding({index}) var<storage, {access}> {binding.name}: array<{element}>;")
@@ -47,7 +49,7 @@ def render(launch: Launch) -> str:
 
 
 def _uses_f16(launch: Launch) -> bool:
-    return any(b.tensor.dtype == "f16" for b in launch.bindings) or bool(launch.constants.get("f16"))
+    return any(b.tensor.dtype == "f16" and not b.words for b in launch.bindings) or bool(launch.constants.get("f16"))
 
 
 class KernelCache:

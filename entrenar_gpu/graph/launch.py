@@ -16,7 +16,7 @@ from entrenar_gpu.integers import ceil_div
 
 @dataclass(frozen=True)
 class Binding:
-    """A tensor bound to a kernel by name. `vector` > 1 declares array<vecN<...>>.
+    """A tensor bound to a kernel by name. `vector` > 1 declares array<vecN<...>>, `words` u32 whatever its dtype.
 
     `offset` in bytes, a multiple of OFFSET_ALIGNMENT, leaves out the beginning: launches over parts of a tensor can
     then share one kernel, where an offset among its constants would make each a kernel of its own.
@@ -27,6 +27,7 @@ class Binding:
     write: bool = False
     vector: int = 1
     offset: int = 0
+    words: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, tuned
+from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, open_device, tuned
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
@@ -181,8 +181,8 @@ def _opened(config: TrainConfig, began_with: str | None) -> Device:
     free = (config.engine or os.environ.get("ENTRENAR_ENGINE") or "auto") == "auto"
     if free and began_with in ENGINES:
         with contextlib.suppress(UserError):
-            return Device.open(config.device, engine=began_with)
-    return Device.open(config.device, engine=config.engine)
+            return open_device(config.device, engine=began_with)
+    return open_device(config.device, engine=config.engine)
 
 
 def _say_other_engine(began_with: str | None, now: str) -> None:

@@ -184,7 +184,7 @@ def test_a_resumed_run_takes_the_engine_it_began_with(monkeypatch: pytest.Monkey
             raise UserError("not installed")
         return str(engine)
 
-    monkeypatch.setattr(session.Device, "open", opened)
+    monkeypatch.setattr(session, "open_device", opened)
     monkeypatch.delenv("ENTRENAR_ENGINE", raising=False)
     assert session._opened(TrainConfig(), "wgpu") == "wgpu"
     assert session._opened(TrainConfig(), "dawn") == "None"

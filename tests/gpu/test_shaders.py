@@ -35,8 +35,8 @@ BYTES = {"f32": 4, "u32": 4, "i32": 4, "vec2<f32>": 8, "vec4<f32>": 16, "vec2<u3
 # `random` fills weights for benchmarks: nothing depends on its values.
 TEMPLATES = sorted(shader_files().keys() - {"random"})
 
-# Kernels for optional features, in test_low_precision.py.
-NEED_FEATURES = {"matmul_f16"}
+# Kernels for optional features, in test_low_precision.py and test_matrix_units.py.
+NEED_FEATURES = {"matmul_f16", "matmul_matrix"}
 
 
 def other_graphs() -> dict[str, Graph]:
@@ -118,6 +118,7 @@ def test_every_template_has_a_planted_fault():
     planted = {row[0] for row in (*test_kernels.FAULTS, *test_optimizer.FAULTS)} | set(test_kernels.SPLIT.values())
     planted |= {row[0] for row in (*test_low_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
+    planted.add("matmul_matrix")  # test_matrix_units.py
     assert planted == set(TEMPLATES)
 
 

@@ -18,7 +18,7 @@ from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter
 from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.gpu import Device, KernelCache, Replay, Report, driver_bytes, measure
+from entrenar_gpu.gpu import KernelCache, Replay, Report, driver_bytes, measure, open_device
 from entrenar_gpu.graph import Launch, Tensor, grid_of, literal, writes
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_weights, model_shape
@@ -41,7 +41,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     Phases are GPU time between timestamps; `encode` is host time to hand a step over; `idle` is the part of a step's
     wall time in which the GPU ran nothing of it.
     """
-    model, device = model_shape(shape_name), Device.open(config.device, engine=config.engine)
+    model, device = model_shape(shape_name), open_device(config.device, engine=config.engine)
     spec = adapter_spec(config, model)
     modules = spec.modules if spec is not None else {}
     storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)

@@ -139,5 +139,14 @@ class Dawn(Engine):
         return max(own, default=None)
 
     def complete(self, code: str) -> str:
-        """naga knows the builtins of subgroups without being told."""
-        return f"enable subgroups;\n{code}" if re.search(r"\bsubgroup[A-Z_]", code) else code
+        """Directives of Chromium's matrices (lib/matrix.wgsl), and of subgroups, for which naga needs none."""
+        lines = []
+        if "subgroup_matrix_" in code:
+            lines += ["enable f16;", "enable chromium_experimental_subgroup_matrix;"]
+            # Offsets by subgroup are not uniform to the compiler, though every invocation of a subgroup has the same.
+            lines.append("diagnostic(off, chromium.subgroup_matrix_uniformity);")
+        if "@subgroup_size" in code:
+            lines.append("enable subgroup_size_control;")
+        if re.search(r"\bsubgroup[A-Z_]|@subgroup_size", code):
+            lines.append("enable subgroups;")
+        return "\n".join([*lines, code])

@@ -8,7 +8,15 @@ from typing import Any
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.integers import ceil_div
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, Tile, choose, slice_length, summed_at_once
+from entrenar_gpu.ops.gemm.tiles import (
+    Arithmetic,
+    Choice,
+    MatrixTile,
+    Tile,
+    choose,
+    slice_length,
+    summed_at_once,
+)
 
 SHADERS: dict[Arithmetic, str] = {"f32": "matmul", "f16": "matmul_f16", "int8": "matmul_int8"}
 
@@ -94,13 +102,26 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     constants |= {"tail": choice.tail, "alpha": matmul.alpha, **_blocks(matmul, choice)}
     # Elements of C that a thread writes at once: in int8, its columns do not lie side by side.
     width = 1 if matmul.arithmetic == "int8" or not matmul.vector else 4
+    shader = SHADERS[matmul.arithmetic]
+    if isinstance(tile, MatrixTile):
+        shader, direct = "matmul_matrix", _stores_sums(matmul, tile)
+        constants["direct"] = direct
+        width = 1 if direct else width
     bindings: list[Binding] = []
     for bound, given in (_operands(matmul, tile), _low_rank(matmul, tile), epilogue(matmul, width)):
         bindings += bound
         constants |= given
     if partial is not None:
         bindings.append(writes("partial", partial, 4))
-    return Launch(SHADERS[matmul.arithmetic], tuple(bindings), constants, _grid(matmul, choice), trusted=True)
+    return Launch(shader, tuple(bindings), constants, _grid(matmul, choice), trusted=True)
+
+
+def _stores_sums(matmul: Matmul, tile: MatrixTile) -> bool:
+    """Whether C takes sums as matrix units hold them: nothing is added to them, and all lie inside."""
+    m, n, _ = matmul.sizes
+    plain = matmul.alpha == 1.0 and matmul.low_rank is None and matmul.bias is None and matmul.residual is None
+    whole_tiles = m % tile.BM == 0 and n % tile.BN == 0
+    return plain and whole_tiles and not matmul.accumulate and matmul.c.tensor.dtype == "f32"
 
 
 def _blocks(matmul: Matmul, choice: Choice) -> dict[str, int]:
@@ -127,7 +148,8 @@ def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
         k, depth = k // 4, depth // 4
     a = _operand(matmul.a, (m, k), (tile.BM, depth), not matmul.transpose_a)
     b = _operand(matmul.b, (n, k), (tile.BN, depth), matmul.transpose_b)
-    bindings = [_bind("a", matmul.a, a), _bind("b", matmul.b, b)]
+    bind = _bind_words if isinstance(tile, MatrixTile) else _bind
+    bindings = [bind("a", matmul.a, a), bind("b", matmul.b, b)]
     bindings += [reads(f"{name}_scale", t) for name, t in zip("ab", matmul.scales or (), strict=False)]
     return bindings, {"A": a, "B": b}
 
@@ -192,6 +214,11 @@ def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_c
 def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
     width = 1 if not operand["vector"] else 2 if operand["format"] in ("bf16", "half") else 4
     return reads(name, block.tensor, width, split_offset(block.base, block.tensor)[0])
+
+
+def _bind_words(name: str, block: Block, operand: dict[str, Any]) -> Binding:
+    """Of an operand whose f16, bf16 or half is read by words, eight elements at once; f32 by four."""
+    return replace(_bind(name, block, operand), vector=4, words=block.tensor.dtype == "f16")
 
 
 def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int, ...], str]]:

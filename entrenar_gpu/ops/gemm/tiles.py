@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
-from entrenar_gpu.graph import Caps
+from entrenar_gpu.graph import Caps, MatrixConfig
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.quant import BLOCK
 
@@ -47,6 +47,28 @@ class Tile:
         if arithmetic == "f16":
             return (2 * self.BM + self.BN) * self.BK * 2
         return (self.BM + self.BN) * self.BK * 4 * self.buffers
+
+
+@dataclass(frozen=True)
+class MatrixTile(Tile):
+    """Blocking of a product on matrix units: a subgroup of SUBGROUP invocations makes TM x TN outputs, by matrices of
+    MM x MK times MK x MN. `pinned`: the device's subgroups vary in size, and this one is asked for."""
+
+    MM: int = 16
+    MN: int = 16
+    MK: int = 16
+    SUBGROUP: int = 32
+    pinned: int = 0
+
+    @property
+    def threads(self) -> int:
+        return super().threads * self.SUBGROUP
+
+    def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
+        """Both tiles, f16, rows padded by 16 bytes; and the sums of a row of matrices of each subgroup, f32."""
+        subgroups = self.threads // self.SUBGROUP
+        b_words = max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))
+        return (self.BM * (self.BK + 8) + b_words) * 2 + subgroups * self.MM * (self.TN + 4) * 4
 
 
 @dataclass(frozen=True)
@@ -130,11 +152,51 @@ def choose(
     """
     measured = caps.measured_tile(key(arithmetic, m, n, k, layout))
     choice = from_numbers(measured) if measured is not None else None
-    if choice is not None and fits(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
+    if choice is not None and _available(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
         return choice if split and (tail or not choice.tail) else Choice(choice.tile)
+    matrix = _matrix_choice(arithmetic, m, n, k, caps, split)
+    if matrix is not None:
+        return matrix
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
     return _predicted(arithmetic, m, n, k, caps, split, tail)
+
+
+def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
+    """Blockings on the device's matrix units, largest first; none where it has none for this arithmetic.
+
+    In f16 those that sum in f32: subgroups make 4 x 4 matrices each, or 2 x 2 where that is too much.
+    """
+    found = []
+    offered = [c for c in caps.matrices if (c.component, c.result) == ("f16", "f32") and c.max_subgroup >= 8]
+    # Of several sizes the largest matrices: they read each operand least often.
+    for config in sorted(offered, key=lambda c: -c.m * c.n * c.k)[:1] if arithmetic == "f16" else ():
+        pinned = int(config.min_subgroup != config.max_subgroup)
+        for edge in (4, 2):
+            down, across = edge * config.m, edge * config.n
+            tile = MatrixTile(2 * down, 2 * across, 32, down, across, 1, 1, config.m, config.n, config.k)
+            tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=pinned)
+            if 32 % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
+                found.append(tile)
+    return sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN)
+
+
+def _can_store(tile: MatrixTile) -> bool:
+    """Whether the lanes of a subgroup share a row of matrices evenly, four columns each."""
+    lanes = tile.TN // 4
+    return tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0 and tile.MN % 8 == 0
+
+
+def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice | None:
+    """The largest tile that makes a workgroup or more for each unit; the smallest, K cut up, where none does."""
+    tiles = [tile for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
+    if not tiles:
+        return None
+    groups = {tile: -(-m // tile.BM) * -(-n // tile.BN) for tile in tiles}
+    tile = next((t for t in tiles if groups[t] >= _units(caps)), tiles[-1])
+    most = _units(caps) // groups[tile] if split else 1
+    fitting = [s for s in _SLICES if s <= max(most, 1) and _long_enough(tile, s, k)]
+    return Choice(tile, max(s for s in fitting if s == 1 or s * m * n * 4 <= _WORKSPACE_BYTES))
 
 
 def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
@@ -179,6 +241,11 @@ def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
     return tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes and tile.threads <= caps.max_invocations
 
 
+def _available(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
+    """Whether the device holds the tile and has what it is made for."""
+    return tile in matrix_tiles(arithmetic, caps) if isinstance(tile, MatrixTile) else fits(arithmetic, tile, caps)
+
+
 def _units(caps: Caps) -> int:
     return _UNITS[caps.large]
 
@@ -199,7 +266,8 @@ def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> lis
     every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
     likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
     unmeasured = choose(arithmetic, m, n, k, "", caps)  # a layout that nothing is measured for
-    return list(dict.fromkeys([unmeasured, *likely]))[:_MEASURED]
+    units = [Choice(tile) for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
+    return list(dict.fromkeys([unmeasured, *units, *likely]))[:_MEASURED]
 
 
 def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
@@ -238,21 +306,32 @@ def to_numbers(choice: Choice) -> tuple[int, ...]:
 
 def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
     *tile, slices, tail = numbers
-    return Choice(Tile(*tile), slices, tail)
+    return Choice(MatrixTile(*tile) if len(tile) > len(fields(Tile)) else Tile(*tile), slices, tail)
 
 
 def is_choice(name: str, numbers: Sequence[int]) -> bool:
     """Whether numbers from a file are a choice that the product of this `key` could have been given."""
     asked, _, sizes = name.split(" ")
     arithmetic = next((a for a in CANDIDATES if a == asked), None)
-    if arithmetic is None or len(numbers) != len(fields(Tile)) + 2:
+    if arithmetic is None or len(numbers) not in (len(fields(Tile)) + 2, len(fields(MatrixTile)) + 2):
         return False
     m, n, k = map(int, sizes.split("x"))
     choice = from_numbers(list(numbers))
     tiles = {c.tile for c in CANDIDATES[arithmetic]} | {software_tile(arithmetic, m, n)}
-    if choice.tile not in tiles or choice.slices not in _SLICES:
+    known = _is_matrix_tile(choice.tile) if isinstance(choice.tile, MatrixTile) else choice.tile in tiles
+    if not known or choice.slices not in _SLICES:
         return False
     return _long_enough(choice.tile, choice.slices, k) and _tail_fits(arithmetic, choice, n)
+
+
+def _is_matrix_tile(tile: MatrixTile) -> bool:
+    """Whether some device's matrix units would be given this tile."""
+    sizes = tile.MM, tile.MN, tile.MK, tile.SUBGROUP
+    if not all(0 < size <= 128 for size in sizes) or tile.pinned not in (0, 1):
+        return False
+    config = MatrixConfig("f16", "f32", tile.MM, tile.MN, tile.MK, 1 if tile.pinned else tile.SUBGROUP, tile.SUBGROUP)
+    largest = Caps(max_workgroup_bytes=1 << 20, max_invocations=1024, matrices=(config,))
+    return tile in matrix_tiles("f16", largest)
 
 
 def slice_length(k: int, choice: Choice) -> int:

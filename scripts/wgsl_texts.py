@@ -1,0 +1,56 @@
+"""Prints, as JSON, the WGSL of every op and of matmuls on matrix units: [[shader, text], ...], for Tint to type.
+
+`make wgsl` gives it to scripts/wgsl_check.mjs. Devices are made up, so that no GPU is needed: WebGPU's guaranteed
+limits, a desktop card, and what NVIDIA, AMD and Intel report of matrix units (tests/ops/test_matrix_units.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from entrenar_gpu.cli.plan_report import PROFILES
+from entrenar_gpu.compiler import make_plan
+from entrenar_gpu.gpu.engines.dawn import Dawn
+from entrenar_gpu.gpu.kernel import render
+from entrenar_gpu.gpu.measure import Product, Program
+from entrenar_gpu.graph import Caps, Graph, MatrixConfig
+from tests.helpers.cases import CASES
+from tests.helpers.equivalence import build
+
+MATRICES = (
+    MatrixConfig("f16", "f32", 16, 16, 16, 32, 32),
+    MatrixConfig("f16", "f32", 16, 16, 16, 32, 64),
+    MatrixConfig("f16", "f32", 8, 16, 16, 8, 32),
+)
+
+
+def graphs() -> Iterator[tuple[Graph, Caps]]:
+    """Every case of every op, forward and backward; then products in low precision by kind of device."""
+    for case in CASES.values():
+        for caps in PROFILES.values():
+            yield build(case).graph, caps
+    card = PROFILES["desktop"]
+    low = [card, *(replace(card, matrices=(c,), max_workgroup_bytes=49152, max_invocations=1024) for c in MATRICES)]
+    for caps in low:
+        for arithmetic in ("f32", "f16", "int8"):
+            for m in (2048, 70):
+                for by_columns in (True, False):
+                    product = Product("", arithmetic, m, 9728, 2560, transpose_b=by_columns, weight=True)
+                    yield Program(product).graph, replace(caps, f16=True)
+
+
+def texts() -> dict[str, str]:
+    """Shader names by WGSL text."""
+    found = {}
+    for graph, caps in graphs():
+        for step in make_plan({"g": graph}, caps).steps["g"]:
+            for launch in step.launches:
+                found[Dawn.complete(None, render(launch))] = launch.shader  # type: ignore[arg-type]
+    return found
+
+
+if __name__ == "__main__":
+    json.dump([[shader, text] for text, shader in texts().items()], sys.stdout)

@@ -1,0 +1,177 @@
+"""Products on matrix units, with their builtins emulated in plain WGSL: staging, edges, slices, what is added to sums.
+
+No software adapter has such units: `make gpu-test` runs the real ones. Sums are f32, so the bar is that of f32 sums of
+the operands rounded to f16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu import ops
+from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.gpu import kernel
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.graph.caps import Caps, MatrixConfig
+from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, partial_shapes, whole
+from entrenar_gpu.ops.gemm.tiles import (
+    Choice,
+    MatrixTile,
+    choose,
+    from_numbers,
+    is_choice,
+    key,
+    matrix_tiles,
+    to_numbers,
+)
+from tests.helpers.equivalence import fault
+from tests.ops.test_low_precision import Layer
+
+# What drivers report (VkCooperativeMatrixPropertiesKHR): component, result, M, N, K, smallest and largest subgroup.
+NVIDIA = MatrixConfig("f16", "f32", 16, 16, 16, 32, 32)
+AMD = MatrixConfig("f16", "f32", 16, 16, 16, 32, 64)
+INTEL = MatrixConfig("f16", "f32", 8, 16, 16, 8, 32)
+APPLE = MatrixConfig("f32", "f32", 8, 8, 8, 32, 32)
+BAR = 1e-6
+
+
+@pytest.fixture
+def emulated(device: Any, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
+    """Kernels whose matrices are spelled in plain WGSL."""
+    monkeypatch.setitem(kernel._environment().globals, "dialect", "emulated")
+    return KernelCache(device)
+
+
+def caps_with(device: Any, config: MatrixConfig) -> Caps:
+    # Not of a software adapter, so that tiles are those of a card; f16 is not needed to emulate, but planned for.
+    return replace(device.caps, matrices=(config,), f16=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [NVIDIA, INTEL], ids=["16x16x16", "8x16x16"])
+@pytest.mark.parametrize("shape", [(70, 128, 64, 8), (64, 192, 128, 16)], ids=["edges", "whole"])
+def test_layers_are_those_of_rounded_operands(device: Any, emulated: KernelCache, config: Any, shape: Any) -> None:
+    """Forward and backward: an adapter, a bias, a residual in place, both layouts of the weight."""
+    if not device.caps.f16:
+        pytest.skip("f16 copies of operands need the feature")
+    layer = Layer(shape, "f16")
+    got, want = layer.on_device(device, emulated, caps_with(device, config)), layer.reference()
+    for name, values in want.items():
+        error = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
+        assert error < BAR, name
+
+
+def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, tile: MatrixTile, **options: Any) -> np.ndarray:
+    """C of one matmul of f16 A with B f16, f32 or bf16, [N, K] or [K, N]."""
+    rng, by_columns = np.random.default_rng(5), options.pop("transpose_b", True)
+    dtype, slices = options.pop("dtype", "f16"), options.pop("slices", 1)
+    graph = Graph("g")
+    a = graph.tensor("a", (m, k), "f16", role="weight")
+    b = graph.tensor("b", (n, k) if by_columns else (k, n), dtype, role="weight")
+    c = graph.tensor("c", (m, n), role="weight")
+    choice = Choice(tile, slices)
+    partial = [graph.tensor("p", *spec, role="weight") for spec in partial_shapes((m, n, k), choice)]
+    ops.scale(c, 1.0)
+    replay = Replay(device, make_plan({"g": graph}, device.caps), kernels)
+    try:
+        matmul = Matmul((m, n, k), whole(a), whole(b), Block(c, 0, n), transpose_b=by_columns, **options)
+        left = rng.standard_normal((m, k)).astype(np.float16)
+        right = rng.standard_normal(b.shape).astype(np.float32)
+        if dtype == "bf16":
+            right = (right.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        replay.write("a", left)
+        replay.write("b", right)
+        replay.write("c", np.full((m, n), np.nan, np.float32))
+        for launch in matmul_launches(matmul, choice, partial[0] if partial else None, device.caps):
+            replay.launch(launch)
+        exact = left.astype(np.float64) @ (right.T if by_columns else right).astype(np.float16).astype(np.float64)
+        got = replay.read("c") / options.get("alpha", 1.0)
+        return np.linalg.norm(got - exact) / np.linalg.norm(exact)
+    finally:
+        replay.close()
+
+
+SMALL = MatrixTile(64, 64, 32, 32, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((128, 128, 64), {}),
+        ((65, 192, 96), {}),
+        ((128, 64, 64), {"transpose_b": False}),
+        ((64, 128, 96), {"transpose_b": False, "dtype": "bf16"}),
+        ((64, 64, 64), {"dtype": "f32"}),
+        ((70, 64, 64), {"dtype": "bf16", "alpha": 0.25}),
+        ((64, 128, 256), {"slices": 2}),
+        ((40, 64, 512), {"slices": 3, "transpose_b": False, "dtype": "f32"}),
+    ],
+    ids=["whole", "edges", "rows", "rows of bf16", "f32", "scaled", "slices", "slices, rows, edges"],
+)
+def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int], options: dict[str, Any]) -> None:
+    if not device.caps.f16:
+        pytest.skip("f16 tensors need the feature")
+    assert product(device, emulated, *sizes, SMALL, **options) < BAR
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("workgroupBarrier();\n    {", "{"),
+        ("tile_b[(thread", "tile_b[1u + (thread"),
+        ("(sm + 16u) * 5u", "(sm + 15u) * 5u"),
+        ("min(m0", "max(m0"),
+    ],
+)
+def test_planted_faults_are_seen(device: Any, emulated: KernelCache, old: str, new: str) -> None:
+    if not device.caps.f16:
+        pytest.skip("f16 tensors need the feature")
+    with fault("matmul_matrix", old, new):
+        assert not product(device, emulated, 65, 64, 96, SMALL) < BAR
+
+
+@pytest.mark.parametrize(
+    ("config", "limits", "blocks"),
+    [
+        (NVIDIA, (49152, 1024), [(128, 128, 64, 64, 32, 0), (64, 64, 32, 32, 32, 0)]),
+        (AMD, (65536, 1024), [(128, 128, 64, 64, 64, 1), (64, 64, 32, 32, 64, 1)]),
+        (INTEL, (32768, 1024), [(64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
+        (NVIDIA, (32768, 256), [(64, 64, 32, 32, 32, 0)]),
+        (APPLE, (32768, 1024), []),
+        (replace(NVIDIA, result="f16"), (49152, 1024), []),
+    ],
+    ids=["NVIDIA", "AMD", "Intel", "small", "Apple", "f16 sums"],
+)
+def test_tiles_are_made_of_what_devices_report(config: MatrixConfig, limits: Any, blocks: Any) -> None:
+    caps = Caps(max_workgroup_bytes=limits[0], max_invocations=limits[1], matrices=(config,), f16=True)
+    tiles = matrix_tiles("f16", caps)
+    assert [(t.BM, t.BN, t.TM, t.TN, t.SUBGROUP, t.pinned) for t in tiles] == blocks
+    for tile in tiles:
+        assert (config.m, config.n, config.k) == (tile.MM, tile.MN, tile.MK)
+        assert tile.workgroup_bytes("f16") <= limits[0]
+        assert tile.threads <= limits[1]
+        assert tile.threads % config.max_subgroup == 0
+    assert not matrix_tiles("f32", caps)
+    assert not matrix_tiles("int8", caps)
+
+
+def test_choices_are_kept_and_give_way_where_there_are_no_matrix_units() -> None:
+    card = Caps(max_workgroup_bytes=49152, max_invocations=1024, matrices=(NVIDIA,), f16=True, flops_per_second=2e12)
+    choice = choose("f16", 2048, 9728, 2560, "nt", card)
+    assert (choice.tile.BM, choice.slices) == (128, 1)
+    numbers, name = to_numbers(choice), key("f16", 2048, 9728, 2560, "nt")
+    assert from_numbers(numbers) == choice
+    assert is_choice(name, numbers)
+    assert not is_choice(name, (*numbers[:7], 1000, *numbers[8:]))
+    assert not is_choice(key("f32", 64, 64, 64, "nt"), (*numbers[:2], 31, *numbers[3:]))
+    without = replace(card, matrices=())
+    assert not isinstance(choose("f16", 2048, 9728, 2560, "nt", without).tile, MatrixTile)
+    assert choose("f16", 64, 64, 4096, "nt", card).slices > 1
