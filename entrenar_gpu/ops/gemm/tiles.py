@@ -347,7 +347,7 @@ def summed_at_once(arithmetic: Arithmetic, tile: Tile) -> int:
     that fills a compute unit alone waits for that, so its blocks are longer. In f16 an accumulator takes the sum of
     BK steps at once; in int8 of 64, and 0 says that it takes all of K.
     """
-    if arithmetic == "int8":
+    if arithmetic == "int8" or isinstance(tile, MatrixTile):  # matrix units add MK products at once
         return 0
     if arithmetic == "f16":
         return SUMMED_AT_ONCE * tile.BK
