@@ -2,7 +2,7 @@
 // d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times `scale` and, in the backward pass, times
 // upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time. Rows whose target is negative cost nothing.
 // Maximum and sum of exponentials are found in one pass, rescaled as the maximum grows (arXiv 1805.02867, algorithm 3).
-// One workgroup of 256 a row. Grid: C, folded.
+// Sums are f32. One workgroup of 256 per row. Grid: C, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
 {% set values = "f32" if VECTOR == 1 else "vec4<f32>" %}

@@ -1,5 +1,6 @@
 // The step's verdict (ops/optimizer.py, decide): norm of all gradients from the partial sums of squares, whether the
-// step is applied, the clip factor, and the counters; sets the accumulated loss back to 0. One workgroup of 256.
+// step is applied, the clip factor, and the counters; sets the accumulated loss back to 0. Sums are f32. `=`.
+// One workgroup of 256.
 // Finiteness is read from the bits: a compiler may assume that NaN does not happen.
 {% include "lib/reduce.wgsl" %}
 {% set unscaled = " / scale[0]" if adapts else "" %}

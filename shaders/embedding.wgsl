@@ -1,11 +1,11 @@
-// Rows of one page of a table, [rows, D], whose first row is row `first` of the whole.
+// Rows of one shard of a table, [rows, D], whose first row is row `first` of the whole.
 {% if mode == "gather" %}
-// out[t] = table[ids[t] - first] where that is in the page (=). The table is f32, bf16 or half.
+// out[t] = table[ids[t] - first] where that is in the shard (=). The table is f32, bf16 or half.
 {% else %}
 // out[id - first] += sum of dy[t] over all t with ids[t] == id: one workgroup takes the run of equal ids that starts at
-// its place of the sorted order, and skips where it does not start one.
+// its place of the sorted order, and skips where it does not start one. Sums are f32.
 {% endif %}
-// One workgroup of 64 a token. Grid: T, folded.
+// One workgroup of 64 per token. Grid: T, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/widen.wgsl" %}
 

@@ -1,6 +1,7 @@
-// RMS and layer normalisation of [ROWS, N] over N, and their gradients with respect to the input. `=`, or `+=`.
+// RMS and layer normalisation of [ROWS, N] over N (arXiv 1910.07467, eq. 4; arXiv 1607.06450, eq. 4), and their gradients
+// with respect to the input. Sums are f32. `=`; a gradient with a residual that lies in dx `+=`.
 //   xhat = (x - average) rstd, y = xhat weight + bias;  dx = rstd (g - xhat mean(g xhat) - mean(g)), g = dy weight
-// RMS has neither average nor bias nor the last term. Vectors of {{ VEC }}; {{ SUMMED }} invocations a row.
+// RMS has neither average nor bias nor the last term. Vectors of {{ VEC }}; {{ SUMMED }} invocations per row.
 // Grid: ceil(ROWS / {{ 256 // SUMMED }}), folded.
 {% set WIDTH = 256 %}
 {% set STEPS = N // VEC %}
@@ -62,8 +63,8 @@ fn main(
   let total = {{ "row_sum(total_part, thread) / %d.0" % N if layer else "0.0" }};
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let g = dy[start + i] * weight[i];
-    let slope = scale * (g - (x[start + i] - mean) * scale * along - total);
-    dx[start + i] = {{ residual ~ "[start + i] + " if residual }}slope;
+    let grad = scale * (g - (x[start + i] - mean) * scale * along - total);
+    dx[start + i] = {{ residual ~ "[start + i] + " if residual }}grad;
   }
 {% endif %}
 }

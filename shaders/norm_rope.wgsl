@@ -1,5 +1,5 @@
 // RMS normalisation of x [ROWS, N] by head, then the rotation of pairs (i, i + N / 2) by the angle of the head's token;
-// or the gradient of both with respect to x (=). Vectors of {{ VEC }}; {{ SUMMED }} invocations a head.
+// or the gradient of both with respect to x (=). Sums are f32. Vectors of {{ VEC }}; {{ SUMMED }} invocations per head.
 //   n = x rstd weight, y = rotation(n);  g = rotation back(dy) weight, dx = rstd (g - xhat mean(g xhat)), xhat = x rstd
 // Grid: ceil(ROWS / {{ 256 // SUMMED }}), folded.
 {% set WIDTH = 256 %}

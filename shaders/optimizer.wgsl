@@ -1,5 +1,6 @@
-// One optimizer step over a page of parameters, in place (ops/optimizer.py has the formulas); the gradient page is left
-// at zero for the next step. Nothing moves when state says not to apply. Grid: ceil(N / 256), folded.
+// One optimizer step over a page of N parameters, in place (ops/optimizer.py has the formulas and their papers); the
+// gradient page is left at zero for the next step. Nothing moves when state says not to apply. f32. `=`.
+// Grid: ceil(N / 256), folded.
 {% include "lib/grid.wgsl" %}
 
 @compute @workgroup_size(256)

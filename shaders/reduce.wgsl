@@ -1,9 +1,9 @@
-// Sums in a fixed order, times a factor; `=`, or `+=` where the output is added to in place.
+// Sums in f32 in a fixed order, times a factor; `=`, or `+=` where the output is added to in place.
 {% if mode == "rows" %}
-// out[r] = sum of source[r*CHUNK .. min((r+1)*CHUNK, TOTAL)). One workgroup of 64 an output. Grid: OUTER, folded.
+// out[r] = sum of source[r*CHUNK .. min((r+1)*CHUNK, TOTAL)). One workgroup of 64 per output. Grid: OUTER, folded.
 {% else %}
 // source [LENGTH, INNER]; out[p, i] = sum of source[l, i] over l in [p*CHUNK, min((p+1)*CHUNK, LENGTH)).
-// One invocation an output. Grid: ceil(PARTS * INNER / 64), folded.
+// One invocation per output. Grid: ceil(PARTS * INNER / 64), folded.
 {% endif %}
 {% include "lib/grid.wgsl" %}
 {% from "lib/blocked_sum.wgsl" import add_sum %}

@@ -1,5 +1,6 @@
-// Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) rotated by the angle of its row's position. `=`.
-// One invocation a pair. Grid: ceil(PAIRS / 256), folded.
+// Rotary embedding of x [T, WIDTH] by head: pair (i, i + HALF) rotated by the angle of its row's position
+// (RoFormer, arXiv 2104.09864, eq. 34). f32, nothing is summed. `=`.
+// One invocation per pair. Grid: ceil(PAIRS / 256), folded.
 {% include "lib/grid.wgsl" %}
 
 @compute @workgroup_size(256)

@@ -1,5 +1,5 @@
-// Softmax over the last axis of [ROWS, N], or its gradient dx = y (dy - sum(y dy)). `=`.
-// One workgroup of 64 a row. Grid: ROWS, folded.
+// Softmax over the last axis of [ROWS, N], or its gradient dx = y (dy - sum(y dy)). Sums are f32. `=`.
+// One workgroup of 64 per row. Grid: ROWS, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
 {% from "lib/blocked_sum.wgsl" import add_sum %}

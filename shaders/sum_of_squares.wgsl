@@ -1,4 +1,5 @@
-// out[p] = sum of page[i]^2 over the p-th CHUNK of a page. `=`. One workgroup of 256 a chunk. Grid: PARTS, folded.
+// out[p] = sum of page[i]^2 over the p-th CHUNK of a page. Sums are f32. `=`.
+// One workgroup of 256 per chunk. Grid: PARTS, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
 

@@ -41,7 +41,7 @@ def cross_entropy(
     arXiv 1512.00567, section 7). Where x requires a gradient and W is frozen, the forward pass leaves d(sum)/dx behind,
     unscaled, since the logits are at hand; with a trainable W the backward pass computes the logits again.
 
-    With `precision` other than "f32", products with a frozen W are made in f16 with f32 sums, and logits are kept in
+    With `precision` other than "f32", matmuls with a frozen W are made in f16 with f32 sums, and logits are kept in
     f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
     """
     trains = any(p.role == "param" or p.requires_grad for p in shards)  # evaluated with the arithmetic it trains in
@@ -109,7 +109,7 @@ def _reference(node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """Logits, the losses of tokens, in f16 the narrowed tokens of a chunk, and partial sums of dx, if any."""
+    """Logits, the losses of tokens, in f16 the low-precision tokens of a chunk, and partial sums of dx, if any."""
     x, shards = node.inputs["x"], node.group("shards")
     low_precision = node.attrs["arithmetic"] == "f16"
     logits = _logits(x.rows, shards, "f16" if low_precision else "f32", caps)

@@ -6,6 +6,7 @@
 // Grid: (H, B, ceil(S / BQ)), the last blocks first, as they see the most keys. BK keys are met at a time: CE columns of
 // them and of the queries, then CV rows of v, lie in workgroup memory together.
 // After {{ parts.AT_ONCE }} keys the sums over them go to `out` and start again, rescaled there as the maximum grows.
+// Sums are f32; with f16 operands {{ parts.CHUNK }} products are summed in f16 before.
 // Exponentials are to the base 2, whose logarithm goes into the scale of q.
 {% set T = parts.T %}
 {% set PITCH_Q = BQ // 4 %}

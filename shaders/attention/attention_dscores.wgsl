@@ -1,5 +1,6 @@
 {% import "lib/attention.wgsl" as parts with context %}
-// The first half of attention's gradient: P and dS of every visible block of 64 queries and 64 keys.
+// The first half of attention's gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2): P and dS of every visible
+// block of 64 queries and 64 keys, from f32 sums, of which f16 takes {{ parts.CHUNK }} at a time.
 //   P = exp(scale q k^T - lse), dP = dout v^T, dS = P (dP - delta), which lacks the factor scale
 // q and dout [rows, S, H, E], k and v [rows, S, K, E], statistics [2, B, H, S]: lse, then delta = sum(out dout).
 // dscores [rows, HEADS, PAIRS, 2, 64, 64]: P, then dS, by query and key, for query blocks FIRST to END - 1 and the key

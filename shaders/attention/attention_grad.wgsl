@@ -1,5 +1,6 @@
 {% import "lib/attention.wgsl" as parts with context %}
-// The second half of attention's gradient: products of the blocks that attention_dscores left.
+// The second half of attention's gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2): matmuls of the blocks that
+// attention_dscores left.
 //   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
 // A workgroup owns 64 tokens of one of the three; dk and dv are by query head, [rows, S, OUT_HEADS, E], to be summed over
 // the group where there is one. `=`; keys before query block FIRST have been met by earlier launches: `+=`. Sums are f32,

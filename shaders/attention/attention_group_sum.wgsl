@@ -1,5 +1,5 @@
-// dk[t, k, e] = sum over the query heads of group k of partial_k[t, h, e], and dv likewise. `=`.
-// One invocation an element of [tokens, HEADS, E], HEADS of the K heads that a token has in dk and dv.
+// dk[t, k, e] = sum over the query heads of group k of partial_k[t, h, e], and dv likewise. Sums are f32. `=`.
+// One invocation per element of [tokens, HEADS, E], HEADS of the K heads that a token has in dk and dv.
 // Grid: ceil(SIZE / 256), folded.
 {% include "lib/grid.wgsl" %}
 

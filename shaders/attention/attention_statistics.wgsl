@@ -1,6 +1,6 @@
 // What attention's backward needs of each query and head: statistics[0] = lse, statistics[1] = sum over E of out dout,
-// both by head, [B, H, S], from [B, S, H, E] and [B, S, H]. `=`.
-// Eight invocations a (token, head). Grid: ceil(B * S * H / 8), folded.
+// both by head, [B, H, S], from [B, S, H, E] and [B, S, H]. Sums are f32. `=`.
+// Eight invocations per (token, head). Grid: ceil(B * S * H / 8), folded.
 {% include "lib/grid.wgsl" %}
 var<workgroup> sums: array<f32, 64>;
 

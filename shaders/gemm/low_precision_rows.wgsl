@@ -1,4 +1,4 @@
-// x [M, K] f32 as operand of a low-precision product that contracts over K, a multiple of 64 (=).
+// x [M, K] f32 as operand of a low-precision matmul that contracts over K, a multiple of 64 (=).
 {% if arithmetic == "f16" %}
 // out [M, K] f16, each value rounded; what passes 65,504 becomes infinite. One invocation four consecutive values.
 {% else %}

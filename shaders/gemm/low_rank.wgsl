@@ -1,10 +1,10 @@
-// Products with adapters, one of whose sides is a rank of a few quads of columns. One launch each: a workgroup of 256
-// splits the long sum among its invocations and adds the parts up in workgroup memory, in a fixed tree order.
+// Matmuls with LoRA's factors, one of whose sides is a rank of a few quads of columns. One launch each: a workgroup of 256
+// splits the long sum among its invocations, in f32, and adds the parts up in workgroup memory, in a fixed tree order.
 {% if mode == "rows" %}
 // c [M, R] = alpha * a [M, K] op(b), with b [R, K] if it is transposed, else [K, R]; `=`.
 // Grid: ceil(M / 4), folded.
 {% else %}
-// c = alpha * wide^T narrow, [N, R] or, with `rank_first`, [R, N]; wide [T, N], narrow [T, R]; `=` or `+=`.
+// c = alpha * wide^T thin, [N, R] or, with `rank_first`, [R, N]; wide [T, N], thin [T, R]; `=` or `+=`.
 // A workgroup makes {{ 4 * COLUMNS }} of the N for {{ 4 * QUADS }} of the R; groups of invocations make four of each
 // and share T.
 // Grid: ceil(N / {{ 4 * COLUMNS }}) * (R / {{ 4 * QUADS }}), folded.
@@ -37,7 +37,7 @@ fn main(
     for (; t + {{ (ahead - 1) * PARTS }}u < {{ T }}u; t += {{ ahead * PARTS }}u) {
 {% for u in range(ahead) %}
       let x{{ u }} = wide[(t + {{ u * PARTS }}u) * {{ N // 4 }}u + column];
-      let p{{ u }} = narrow[(t + {{ u * PARTS }}u) * {{ R // 4 }}u + quad];
+      let p{{ u }} = thin[(t + {{ u * PARTS }}u) * {{ R // 4 }}u + quad];
 {% endfor %}
 {% for u in range(ahead) %}{% for j in range(4) %}
       acc{{ j }} += p{{ u }}.{{ "xyzw"[j] }} * x{{ u }};

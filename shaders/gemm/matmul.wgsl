@@ -1,8 +1,8 @@
 // C = alpha * op(A) op(B) + beta * op(P) op(Q) + bias + residual: the matmul of every op in f32. All sums are f32, over
 // blocks of K of {{ block }}, which C adds up: an accumulator's error grows with what it sums.
 //
-// A [M, K] or, transposed, [K, M]; B [K, N] or, transposed, [N, K]; the optional low-rank pair P, Q has the same layouts
-// with inner length R: an adapter's product rides along in the same accumulators. B may be bf16 or half, two to a u32.
+// A [M, K] or, transposed, [K, M]; B [K, N] or, transposed, [N, K]; the optional low-rank factors P, Q have the same layouts
+// with inner length R: an adapter rides along in the same accumulators. B may be bf16 or half, two to a u32.
 // Offsets and leading dimensions let a launch work on a block of a larger matrix.
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K). C is overwritten (=); with an in-place residual it is added to (+=).
 // With several slices, slice z writes its partial sum to C + z * M * N, and matmul_sum.wgsl adds them up.

@@ -1,4 +1,4 @@
-// Pieces shared by attention's kernels: tiles in workgroup memory and products of two of them.
+// Pieces shared by attention's kernels: tiles in workgroup memory and matmuls of two of them.
 //
 // Tokens and head columns come in fours ("quads"), one vec4 each. A tile lies so that the index summed over is its row
 // and a row is a run of quads; invocation (ty, tx) holds eight rows of a result, in two quads, and a few quads of

@@ -1,4 +1,4 @@
-{# What every matmul does with its sums on their way to C: alpha, an adapter's low-rank product, bias, residual, the format
+{# What every matmul does with its sums on their way to C: alpha, an adapter's low-rank matmul, bias, residual, the format
    of C. The constants are those of `epilogue` in ops/gemm/launches.py.
 
    `rows` and `columns` list a thread's rows and columns of C as expressions, a column being `width` consecutive elements;

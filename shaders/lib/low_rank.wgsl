@@ -1,4 +1,4 @@
-{# Sums over the parts of a workgroup of 256, and a product whose columns are a rank of GROUPS quads. #}
+{# Sums over the parts of a workgroup of 256, and a matmul whose columns are a rank of GROUPS quads. #}
 {% set PARTS = 256 // GROUPS %}
 {% macro parts_added() %}
 var<workgroup> parts: array<vec4<f32>, 1024>;

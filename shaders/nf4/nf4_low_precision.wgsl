@@ -1,4 +1,4 @@
-// An NF4 weight [N, K] as operand of a low-precision product that contracts over K, K a multiple of 64 (=).
+// An NF4 weight [N, K] as operand of a low-precision matmul that contracts over K, K a multiple of 64 (=).
 {% if arithmetic == "f16" %}
 // out [N, K] f16: the weight's values rounded to binary16. One invocation four codes: half a word.
 {% else %}

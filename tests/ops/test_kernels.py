@@ -57,7 +57,7 @@ FAULTS = [
     ("norm", "* scale * along", "* along", "rms_norm-17x33"),
     ("norm", "along - total)", "along)", "layer_norm-17x33"),
     ("norm", "+ bias[i]", "", "layer_norm-17x33"),
-    ("norm", "residual[start + i] + slope", "slope", "layer_norm-residual"),
+    ("norm", "residual[start + i] + grad", "grad", "layer_norm-residual"),
     ("norm_rope", "- second * sine", "+ second * sine", "norm_rope-5x2x24"),
     ("norm_rope", "row / 3u", "row / 2u", "norm_rope-17x3x6"),
     ("norm_rope", "* scale * along", "* along", "norm_rope-33x2x64"),

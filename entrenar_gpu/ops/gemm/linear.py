@@ -1,10 +1,10 @@
-"""Products with an NF4 weight in low precision: f16, or int8 with a scale for every 64 values along the contraction.
+"""Matmuls with an NF4 weight in low precision: f16, or int8 with a scale for every 64 values along the contraction.
 
-The forward product contracts over in-features, along which NF4's own blocks lie: its codes become int8 by a table of
+The forward matmul contracts over in-features, along which NF4's own blocks lie: its codes become int8 by a table of
 16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
 anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
 workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
-inputs (compiler/weight_copies.py). Adapters, biases and residuals stay f32. An adapter's product with x is made by the
+inputs (compiler/weight_copies.py). Adapters, biases and residuals stay f32. x A^T of an adapter is made by the
 launch that converts x, from the same rows: the node's second output, where "lora_a" is among its inputs.
 """
 
@@ -97,7 +97,7 @@ def reading(node: Node, copy: Sequence[Tensor]) -> Node:
 
 
 def product_sizes(node: Node) -> tuple[int, int, int, int]:
-    """M, N, K of the product (the weight transposed if need be), and R of what is of low rank."""
+    """M, N, K of the matmul (the weight transposed if need be), and R of what is of low rank."""
     x, (n, k) = node.inputs["x"], node.attrs["shape"]
     n, k = (k, n) if node.attrs["transposed"] else (n, k)
     q = node.inputs.get("lora_b", node.inputs.get("low_rank.1"))
@@ -207,7 +207,7 @@ def _choice(node: Node, caps: Caps) -> Choice:
 
 
 def _slices(node: Node, caps: Caps) -> int:
-    """Slices of K that are summed apart; 0 where the product writes its output itself."""
+    """Slices of K that are summed apart; 0 where the matmul writes its output itself."""
     k = product_sizes(node)[2]
     slices = ceil_div(k, slice_length(k, _choice(node, caps)))
     operands = 2 + (2 if node.attrs["arithmetic"] == "int8" else 0) + (2 if product_sizes(node)[3] else 0)
@@ -220,7 +220,7 @@ def _added(node: Node) -> int:
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """Narrow copies of x and of the weight, unless it is there already, then the partial sums, if any."""
+    """Low-precision copies of x and of the weight, unless it is there already, then the partial sums, if any."""
     m, n, k, _ = product_sizes(node)
     arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
     specs = low_precision_specs(arithmetic, m, k)
@@ -231,7 +231,7 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
 def low_precision_operands(
     node: Node, workspace: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """What the product multiplies, x and the weight: each its low-precision copy and, in int8, its scales."""
+    """What the matmul multiplies, x and the weight: each its low-precision copy and, in int8, its scales."""
     has_scales = node.attrs["arithmetic"] == "int8"
 
     def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
-"""Operands of products, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, transposed, f32.
+"""Operands of matmuls, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, transposed, f32.
 
-int8 has a scale for every 64 values along the product's inner axis, codes four to a u32, and scales [K / 64, rows].
+int8 has a scale for every 64 values along the matmul's inner axis, codes four to a u32, and scales [K / 64, rows].
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _inverse(absmax: np.ndarray) -> np.ndarray:
 def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes and scales of an NF4 weight [N, K] with `shape`, `rounded` and `transposed` in `attrs`.
 
-    As the product reads it: [N, K] by NF4's own blocks and, transposed, [K, N] quantised again.
+    As the matmul reads it: [N, K] by NF4's own blocks and, transposed, [K, N] quantised again.
     """
     if attrs["transposed"]:
         return quantize_rows(dequantized(attrs, parts).T)
@@ -58,7 +58,7 @@ def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tu
 
 
 def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
-    """What holds [rows, K] as a product's operand: f16, or int8 codes and their scales."""
+    """What holds [rows, K] as a matmul's operand: f16, or int8 codes and their scales."""
     if arithmetic == "f16":
         return [((rows, k), "f16")]
     return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
@@ -95,9 +95,9 @@ def low_precision_rows_launch(
     constants["GROUPS"] = 0
     workgroups = ceil_div(rows * k, 256 * each)
     if down is not None:
-        by, product, transposed = down
-        bindings += [reads("by", by, 4), writes("down", product, 4)]
-        constants |= low_rank.rows_constants(product.columns, transposed)
+        by, made, transposed = down
+        bindings += [reads("by", by, 4), writes("down", made, 4)]
+        constants |= low_rank.rows_constants(made.columns, transposed)
         workgroups += ceil_div(rows, 4)
     return Launch("low_precision_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
 
@@ -132,7 +132,7 @@ def low_precision_weight_launch(
 
 
 def low_precision_weight(weight: Nf4Tensors, arithmetic: Arithmetic, transposed: bool) -> tuple[Tensor, ...]:
-    """The copy of an NF4 weight [N, K] that a product reads, in f16 or int8, as [N, K] or, transposed, [K, N]."""
+    """The copy of an NF4 weight [N, K] that a matmul reads, in f16 or int8, as [N, K] or, transposed, [K, N]."""
     attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "transposed": transposed}
     return record("low_precision_weight", weight=[*weight.parts], **attrs)
 
@@ -158,7 +158,7 @@ register(
 
 
 def dequantize_transposed(weight: Nf4Tensors) -> Tensor:
-    """The weight in f32 as [K, N], both multiples of 64: scratch, and as a product x W^T reads it fastest."""
+    """The weight in f32 as [K, N], both multiples of 64: scratch, and as a matmul x W^T reads it fastest."""
     return record("nf4_dequantize_transposed", weight=[*weight.parts], shape=weight.shape, rounded=weight.rounded)[0]
 
 

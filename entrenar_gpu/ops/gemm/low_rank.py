@@ -1,8 +1,8 @@
-"""Launches of the products that adapters add: x A^T, dy B, and the gradients of A and B, whose one side is a rank.
+"""Launches of the matmuls that adapters add: x A^T, dy B, and the gradients of A and B, whose one side is a rank.
 
 They take no time to multiply: what counts is one pass over the wide operand and one launch, where tiles made for
-square products split the sum into a second one (docs/fusion.md). Where the wide operand is converted anyway, the launch
-that does so makes the product too (low_precision.py).
+square matmuls split the sum into a second one (docs/fusion.md). Where the wide operand is converted anyway, the launch
+that does so makes theirs too (low_precision.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from entrenar_gpu.ops.gemm.tiles import SUMMED_AT_ONCE
 
 RANKS = (4, 8, 16, 32, 64)
 WORKGROUP = 256
-# Sums over more rows than this keep a device busy only when split over workgroups, as a general product does.
+# Sums over more rows than this keep a device busy only when split over workgroups, as the general matmul does.
 MOST_ROWS = 1024
 COLUMNS = 4  # of four, that a workgroup makes of the sums over rows
 ROWS_AHEAD, COLUMNS_AHEAD = 2, 8  # steps whose loads are under way at once
 
 
 def takes(sizes: tuple[int, int, int], transpose_a: bool, transpose_b: bool) -> bool:
-    """Whether a product of M, N, K has a rank on one side, and lies in memory as adapters' products do."""
+    """Whether a matmul of M, N, K has a rank on one side, and lies in memory as adapters' do."""
     m, n, k = sizes
     if transpose_a:
         return k <= MOST_ROWS and not transpose_b and ((n in RANKS and m % 4 == 0) or (m in RANKS and n % 4 == 0))
@@ -32,7 +32,7 @@ def takes(sizes: tuple[int, int, int], transpose_a: bool, transpose_b: bool) -> 
 def launch(
     a: Tensor, b: Tensor, c: Tensor, transpose_a: bool, transpose_b: bool, alpha: float, accumulate: bool, caps: Caps
 ) -> Launch:
-    """c (+)= alpha op(a) op(b), for a product that `takes` accepts; only one over a transposed `a` may accumulate."""
+    """c (+)= alpha op(a) op(b), for a matmul that `takes` accepts; only one over a transposed `a` may accumulate."""
     if transpose_a:
         return _over_rows(a, b, c, alpha, accumulate, caps)
     constants = {"mode": "rows", "M": a.rows, "K": a.columns, **rows_constants(c.columns, transpose_b, alpha)}
@@ -41,18 +41,18 @@ def launch(
 
 
 def rows_constants(rank: int, transpose_b: bool, alpha: float = 1.0) -> dict[str, Any]:
-    """What lib/low_rank.wgsl wants to know of a product whose columns are a rank, besides M and K."""
+    """What lib/low_rank.wgsl wants to know of a matmul whose columns are a rank, besides M and K."""
     return {"GROUPS": rank // 4, "AHEAD": ROWS_AHEAD, "b_transposed": transpose_b, "alpha": alpha}
 
 
 def _over_rows(a: Tensor, b: Tensor, c: Tensor, alpha: float, accumulate: bool, caps: Caps) -> Launch:
     """c (+)= alpha a^T b. Where both sides could be the rank, the second is."""
     rank_first = b.columns not in RANKS or a.columns % 4 != 0
-    wide, narrow = (b, a) if rank_first else (a, b)
-    quads = min(narrow.columns // 4, 4)
-    constants: dict[str, Any] = {"mode": "columns", "T": a.rows, "N": wide.columns, "R": narrow.columns}
+    wide, thin = (b, a) if rank_first else (a, b)
+    quads = min(thin.columns // 4, 4)
+    constants: dict[str, Any] = {"mode": "columns", "T": a.rows, "N": wide.columns, "R": thin.columns}
     constants |= {"COLUMNS": COLUMNS, "QUADS": quads, "GROUPS": COLUMNS * quads, "AHEAD": COLUMNS_AHEAD}
     constants |= {"rank_first": rank_first, "alpha": alpha, "accumulate": accumulate}
-    bindings = (reads("wide", wide, 4), reads("narrow", narrow, 4), writes("c", c, 4 if rank_first else 1))
-    workgroups = ceil_div(wide.columns, 4 * COLUMNS) * (narrow.columns // (4 * quads))
+    bindings = (reads("wide", wide, 4), reads("thin", thin, 4), writes("c", c, 4 if rank_first else 1))
+    workgroups = ceil_div(wide.columns, 4 * COLUMNS) * (thin.columns // (4 * quads))
     return Launch("low_rank", bindings, constants, grid_of(workgroups, caps), trusted=True)

@@ -1,4 +1,4 @@
-"""Matrix products in every transposition, with an optional low-rank product, bias and residual in the epilogue."""
+"""Matmuls in every transposition, with an optional low-rank one, bias and residual in the epilogue."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _infer(node: Node) -> Sequence[Spec]:
 
 
 def check_added(node: Node, m: int, n: int) -> None:
-    """Raises ValueError where the bias or the residual of a product does not fit its output [m, n]."""
+    """Raises ValueError where the bias or the residual of a matmul does not fit its output [m, n]."""
     bias, residual = node.inputs.get("bias"), node.inputs.get("residual")
     if bias is not None and bias.size != n:
         raise ValueError(f"{node.label()}: bias {bias!r} is not [{n}]")
@@ -111,7 +111,7 @@ def with_added(
     bias: np.ndarray | None = None,
     residual: np.ndarray | None = None,
 ) -> Any:
-    """out [M, N] + lora_scale op(p) op(q) + bias + residual: the reference of what rides along with a product."""
+    """out [M, N] + lora_scale op(p) op(q) + bias + residual: the reference of what rides along with a matmul."""
     dtype = out.dtype.type
     if low_rank:
         p, q = low_rank
@@ -150,7 +150,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
 
 
 def gradients_of_added(node: Node, dy: Tensor, context: GradientContext) -> dict[str, Tensor | None]:
-    """The gradients of a product's bias and residual, where they are there."""
+    """The gradients of a matmul's bias and residual, where they are there."""
     found: dict[str, Tensor | None] = {}
     if (bias := node.inputs.get("bias")) is not None:
         found["bias"] = sum_rows(dy) if context.wanted(bias) else None
@@ -173,9 +173,9 @@ def _choice(node: Node, caps: Caps) -> Choice:
 
 
 def is_low_rank(node: Node) -> bool:
-    """Whether this is an adapter's product and nothing else, which has a kernel of its own (low_rank.py)."""
+    """Whether this is an adapter's matmul and nothing else, which has a kernel of its own (low_rank.py)."""
     attrs, out, residual = node.attrs, node.output, node.inputs.get("residual")
-    # A gradient that is added to where it lies; any other sum is the general product's.
+    # A gradient that is added to where it lies; any other sum is the general matmul's.
     in_place = residual is not None and out.updates is not None and out.updates in (residual, residual.updates)
     if "low_rank.0" in node.inputs or "bias" in node.inputs or (residual is not None and not in_place):
         return False

@@ -1,6 +1,6 @@
-"""How matrix products are cut up: tile shapes, slices of K, and the choice of both for a product on a device.
+"""How matmuls are cut up: tile shapes, slices of K, and the choice of both for a matmul on a device.
 
-`choose` is a pure function of the product and of `Caps`: what was measured (`Target.tiles`) wins, else a model of waves
+`choose` is a pure function of the matmul and of `Caps`: what was measured (`Target.tiles`) wins, else a model of waves
 of workgroups picks among the tiles below. So a choice is the same wherever it is made, and a checkpoint that stores
 what was measured resumes with equal arithmetic (another tile sums in another order).
 """
@@ -21,7 +21,7 @@ Arithmetic = Literal["f32", "f16", "int8"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Blocking of a product: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread.
+    """Blocking of a matmul: BM x BN outputs a workgroup over BK-long slices, TM x TN of them a thread.
 
     `unroll` steps of k (in int8, of 16) are written out in the inner loop. With two `buffers` in workgroup memory, one
     barrier a slice is enough.
@@ -131,14 +131,14 @@ _FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12}
 _BYTES_PER_SECOND = 4e12
 _LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
-_MEASURED = 8  # choices of a product that are measured at most; it takes most of a second each
+_MEASURED = 8  # choices of a matmul that are measured at most; it takes most of a second each
 _SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SUMMED_AT_ONCE = 1024
 _TAIL_SATURATING = 2  # tiles of which a unit needs more at once come in waves short enough as they are
 
 
 def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
-    """The name of a product in `Target.tiles`; `layout` says which operands are transposed, as in "nt"."""
+    """The name of a matmul in `Target.tiles`; `layout` says which operands are transposed, as in "nt"."""
     return f"{arithmetic} {layout} {m}x{n}x{k}"
 
 
@@ -200,7 +200,7 @@ def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, s
 
 
 def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
-    """Whether there is none, or it is of a product in f32 whose other columns are whole tiles."""
+    """Whether there is none, or it is of a matmul in f32 whose other columns are whole tiles."""
     whole, fours = n - choice.tail, n % 4 == 0 and choice.tail >= 0
     apart = arithmetic == "f32" and choice.slices > 1 and fours and whole > 0 and whole % choice.tile.BN == 0
     return choice.tail == 0 or apart
@@ -208,7 +208,7 @@ def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _predicted(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool, tail: bool) -> Choice:
-    """The shortest blocking by the model. A search over recomputation plans the same products again and again."""
+    """The shortest blocking by the model. A search over recomputation plans the same matmuls again and again."""
     return min(choices(arithmetic, m, n, k, caps, split, tail), key=lambda c: _cost(arithmetic, c, m, n, k, caps))
 
 
@@ -310,7 +310,7 @@ def from_numbers(numbers: tuple[int, ...] | list[int]) -> Choice:
 
 
 def is_choice(name: str, numbers: Sequence[int]) -> bool:
-    """Whether numbers from a file are a choice that the product of this `key` could have been given."""
+    """Whether numbers from a file are a choice that the matmul of this `key` could have been given."""
     asked, _, sizes = name.split(" ")
     arithmetic = next((a for a in CANDIDATES if a == asked), None)
     if arithmetic is None or len(numbers) not in (len(fields(Tile)) + 2, len(fields(MatrixTile)) + 2):

@@ -1,4 +1,4 @@
-"""Products between tokens and a vocabulary W [V, D] that is kept in shards of rows: logits, and the way back to tokens.
+"""Matmuls between tokens and a vocabulary W [V, D] that is kept in shards of rows: logits, and the way back to tokens.
 
 Both work on a chunk of tokens, shard by shard. In f16 the tokens are converted first, W on its way into a tile, and the
 dscores that come back are scaled by a power of two, so that small probabilities stay normal numbers.
@@ -28,7 +28,7 @@ def vocabulary_of(shards: Sequence[Tensor]) -> int:
 
 
 def arithmetic_of(wanted: Arithmetic, shards: Sequence[Tensor]) -> Arithmetic:
-    """The arithmetic of products with these shards: f16 takes whole tiles only, and int8 is for NF4's blocks."""
+    """The arithmetic of matmuls with these shards: f16 takes whole tiles only, and int8 is for NF4's blocks."""
     fits = all(p.rows % BLOCK == 0 and p.columns % BLOCK == 0 for p in shards)
     return "f16" if wanted != "f32" and fits else "f32"
 
