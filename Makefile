@@ -45,7 +45,7 @@ parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes 
 check: tools ## Lint, check the format and the types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
-	@.venv/bin/mypy
+	@for system in linux darwin win32; do .venv/bin/mypy --platform $$system || exit 1; done
 
 format: tools ## Rewrite the code in the project's format
 	@.venv/bin/ruff check --fix --quiet

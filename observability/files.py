@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     if os.path.exists(path) and not path.is_file():
         raise TraceError(f"{path}: cannot be written: it is no file")
-    temporary = path.with_name(f"{path.name}.tmp")
+    # A name of its own: what is read may bear any, as in `report a.html.tmp --html a.html`.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:

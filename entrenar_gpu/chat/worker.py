@@ -55,14 +55,14 @@ class Service:
     @contextlib.contextmanager
     def _time_limit(self, messages: int) -> Iterator[None]:
         """Ends this process, as SIGPROF does by default, when the block takes too much of the processor's time."""
-        if sys.platform == "win32" or self._cpu_seconds is None:
+        if sys.platform != "win32" and self._cpu_seconds is not None:
+            signal.setitimer(signal.ITIMER_PROF, self._cpu_seconds + CPU_SECONDS_PER_MESSAGE * messages)
+            try:
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        else:
             yield
-            return
-        signal.setitimer(signal.ITIMER_PROF, self._cpu_seconds + CPU_SECONDS_PER_MESSAGE * messages)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _compiled(self, template: dict[str, Any]) -> Conversations | dict[str, Any]:
         """The template of a request, compiled once; or the error that it makes."""

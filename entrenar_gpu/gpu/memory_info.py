@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path("/")  # where /sys and /proc are; tests have others
 
-def memory_bytes(info: Any) -> int | None:
-    """Memory of the adapter where the system tells, else None. WebGPU itself does not say."""
-    if info["adapter_type"] == "CPU":
-        return _meminfo("MemAvailable")
+
+def memory_bytes(info: Any, root: Path = ROOT) -> int | None:
+    """Memory of the adapter where the system tells, else None. WebGPU itself does not say.
+
+    What an adapter shares with the system is bounded by what this process may still use of that.
+    """
+    kind = info["adapter_type"]
+    if kind == "CPU":
+        return available_bytes(root)
     if platform.system() == "Darwin":
         # Metal lets a process use about three quarters of the unified memory
         text = _output(["sysctl", "-n", "hw.memsize"])
         return int(text) * 3 // 4 if text and text.strip().isdigit() else None
+    folder = _amd_folder(info, root)
+    if kind == "IntegratedGPU":
+        return _shared_bytes(folder, root)
     if _is_nvidia(info):
         return _nvidia_smi(info, "memory.total")
-    folder = _amd_folder(info)
-    if folder is not None:
-        return int((folder / "mem_info_vram_total").read_text())
-    if info["adapter_type"] == "IntegratedGPU":
-        return _meminfo("MemAvailable")
-    return None
+    return _number(folder / "mem_info_vram_total") if folder is not None else None
 
 
-def free_bytes(info: Any) -> int | None:
+def _shared_bytes(amd: Path | None, root: Path) -> int | None:
+    """Of an integrated adapter: the system's memory; with AMD's driver what that maps (GTT) and the BIOS's carve-out,
+    often 512 MiB, which alone would be taken for a card's memory."""
+    available = available_bytes(root)
+    mapped = _number(amd / "mem_info_gtt_total") if amd is not None else None
+    if amd is None or mapped is None:
+        return available
+    carved = _number(amd / "mem_info_vram_total") or 0
+    return carved + (mapped if available is None else min(mapped, available))
+
+
+def free_bytes(info: Any, root: Path = ROOT) -> int | None:
     """What nobody uses of the memory that a card has for itself, where the system tells, else None."""
     if info["adapter_type"] != "DiscreteGPU":
         return None
     if _is_nvidia(info):
         return _nvidia_smi(info, "memory.free")
-    folder = _amd_folder(info)
+    folder = _amd_folder(info, root)
     if folder is None:
         return None
-    total, used = (int((folder / f"mem_info_vram_{key}").read_text()) for key in ("total", "used"))
-    return max(total - used, 0)
+    total, used = (_number(folder / f"mem_info_vram_{key}") for key in ("total", "used"))
+    return None if total is None or used is None else max(total - used, 0)
+
+
+def available_bytes(root: Path = ROOT) -> int | None:
+    """What this process may still use of the system's memory: what is there, and what its control groups leave it."""
+    bounds = [_meminfo("MemAvailable", root), *_group_bounds(root)]
+    known = [bound for bound in bounds if bound is not None]
+    return min(known) if known else None
+
+
+def _group_bounds(root: Path) -> Iterator[int]:
+    """What is left of the limit of each control group that this process is in, of version 2 and 1, up to the topmost.
+
+    In a container the groups' own folder is mounted at the top, whatever the path that /proc names.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        group = mount / path.strip("/")
+        if ".." in group.parts or not group.is_dir():
+            group = mount
+        while True:
+            bound = _left_of(group, *names)
+            if bound is not None:
+                yield bound
+            if group == mount:
+                break
+            group = group.parent
+
+
+def _left_of(group: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """Bytes that a group may still use; what it holds of files is given back when it is needed."""
+    most, used = _number(group / limit), _number(group / usage)
+    if most is None or used is None:
+        return None
+    stat = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines() if " " in line)
+    cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(most - max(used - cached, 0), 0)
 
 
 def _is_nvidia(info: Any) -> bool:
@@ -55,21 +114,31 @@ def _nvidia_smi(info: Any, figure: str) -> int | None:
     return None
 
 
-def _amd_folder(info: Any) -> Path | None:
+def _amd_folder(info: Any, root: Path) -> Path | None:
     """Where amdgpu tells of the card's memory."""
-    for path in glob.glob("/sys/class/drm/card*/device/mem_info_vram_total"):
-        ids = [int((Path(path).parent / key).read_text(), 16) for key in ("vendor", "device")]
-        if ids == [info["vendor_id"], info["device_id"]]:
-            return Path(path).parent
+    for path in sorted(root.glob("sys/class/drm/card*/device/mem_info_vram_total")):
+        ids = [_text(path.parent / key).strip() for key in ("vendor", "device")]
+        if ids == [f"0x{info[key]:04x}" for key in ("vendor_id", "device_id")]:
+            return path.parent
     return None
 
 
-def _meminfo(key: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
+def _meminfo(key: str, root: Path) -> int | None:
+    lines = _text(root / "proc/meminfo").splitlines()
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _text(path: Path) -> str:
+    """A file of the system; nothing where it has none, or keeps it to itself."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None  # "max" is no limit
 
 
 def _output(command: list[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,22 @@ SAMPLED = (
     *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "post_attention_layernorm.weight"),
 )
 
+_known: weakref.WeakKeyDictionary[HFCheckpoint, dict[str, Any]] = weakref.WeakKeyDictionary()
+
 
 def model_identity(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """A hash of the configuration and a sample of the weights, as in all checkpoints since the first release."""
+    if checkpoint in _known:  # every save asks, and the files may be gone by then
+        return _known[checkpoint]
     model, wanted = checkpoint.config, {spec.name for spec in checkpoint.config.weights}
     digest = hashlib.sha256(_release_repr(model).encode())
     layers = range(len(model.layers))
     names = [f"model.layers.{layer}.{name}" for layer in layers for name in SAMPLED] + ["model.norm.weight"]
     for name in names:
         if name in wanted:
-            digest.update(np.asarray(checkpoint.stored(name).reshape(-1)[:64]).view(np.uint8).tobytes())
-    return {"sha256": digest.hexdigest()}
+            digest.update(checkpoint.stored(name).reshape(-1)[:64].read().view(np.uint8).tobytes())
+    _known[checkpoint] = {"sha256": digest.hexdigest()}
+    return _known[checkpoint]
 
 
 def _release_repr(model: ModelConfig) -> str:

@@ -22,10 +22,8 @@ from typing import Any
 
 from entrenar_gpu.events import HostStats
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 _BEAT_SECONDS = 0.02  # between two looks of the thread that sleeps
 _HELD_SECONDS = 0.05  # a sleep so much longer than asked for is no scheduler's rounding
@@ -103,7 +101,7 @@ class HostSampler:
 
     def _counters(self) -> tuple[float, ...]:
         switches = (0, 0, 0)
-        if resource is not None:
+        if sys.platform != "win32":
             usage = resource.getrusage(resource.RUSAGE_SELF)
             switches = (usage.ru_majflt, usage.ru_nvcsw, usage.ru_nivcsw)
             self._peak = usage.ru_maxrss * _MAXRSS_UNIT
@@ -116,7 +114,7 @@ class HostSampler:
         self._samples += 1
         for name, task in list(self._tasks.items()):
             try:
-                told = int(os.pread(task[0], 100, 0).split()[1])
+                told = int(_read(task[0], 100).split()[1])
             except (OSError, IndexError, ValueError):  # the thread has ended
                 os.close(self._tasks.pop(name)[0])
                 continue
@@ -136,29 +134,46 @@ class HostSampler:
         if self._stat is None:
             return 0.0
         # cpu user nice system idle iowait irq softirq steal guest guest_nice, in clock ticks; guests are in user
-        _, user, nice, system, _, _, irq, softirq, steal = os.pread(self._stat, 256, 0).split(None, 9)[:9]
-        return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+        _, user, nice, system, _, _, irq, softirq, steal = _read(self._stat, 256).split(None, 9)[:9]
+        return sum(map(int, (user, nice, system, irq, softirq, steal))) / _ticks_per_second()
 
     def _beat(self) -> None:
         """Sleep and see how much longer it took. CLOCK_BOOTTIME also counts the time that a machine sleeps."""
-        clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
         asked_at = -math.inf
         while not self._stop.is_set():
-            before = time.clock_gettime(clock)
+            before = _now()
             if before - asked_at >= _GPU_EVERY_SECONDS and self._read_gpu is not None:
                 asked_at = before
                 with contextlib.suppress(Exception):  # a driver that stops answering is no reason to stop training
                     self._gpu = self._read_gpu()
-                before = time.clock_gettime(clock)
+                before = _now()
             self._stop.wait(_BEAT_SECONDS)
-            late = time.clock_gettime(clock) - before - _BEAT_SECONDS
+            late = _now() - before - _BEAT_SECONDS
             if late > _HELD_SECONDS:
                 self._held += late
 
 
+def _read(descriptor: int, nbytes: int) -> bytes:
+    """The beginning of a file of the system's, which only Linux has."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.read(descriptor, nbytes)
+
+
+def _ticks_per_second() -> int:
+    return os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 100
+
+
+def _now() -> float:
+    """Seconds, of a sleeping machine too where the system counts them."""
+    if sys.platform == "win32":
+        return time.monotonic()
+    else:
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def _opened(path: str) -> int | None:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError:
         return None
 

@@ -11,12 +11,14 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from entrenar_gpu.adapters import RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
@@ -32,6 +34,7 @@ from entrenar_gpu.files import (
     temporary_path,
     write_text,
 )
+from entrenar_gpu.gpu import THREADS
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import is_choice
@@ -43,6 +46,7 @@ from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+WHOLE = ""  # the name of what is no tensor, among checksums
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
 _LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -88,7 +92,7 @@ def save_run(
         save_result(session, temporary)
         kept = {name: session.executor.read(name) for name in _optimizer_tensors(session)}
         save_safetensors(temporary / OPTIMIZER_FILE, kept)
-        state = {
+        state: dict[str, Any] = {
             "step": step,
             "started": started.isoformat(),
             "run_id": run_id,
@@ -98,7 +102,9 @@ def save_run(
             "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
             "budget": None if session.budget is None else session.budget.nbytes,
             "engine": session.engine,
+            "checksums": checksums(temporary),
         }
+        state["checksum"] = _state_checksum(state)
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
         _remove(target)
         os.rename(temporary, target)
@@ -192,7 +198,7 @@ class SavedRun:
     """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
     state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
     `budget` the bytes of device memory that it planned for, where it did, `engine` what ran its graphs, `run_id` the
-    run itself, where it is told."""
+    run itself, where it is told, `checksums` what `checksums` made of the folder."""
 
     path: Path
     step: int
@@ -204,6 +210,7 @@ class SavedRun:
     budget: int | None
     engine: str
     run_id: str | None
+    checksums: dict[str, dict[str, str]]
 
     def lies_in(self, output: Path) -> bool:
         """Whether this is a checkpoint of the run in `output`."""
@@ -230,6 +237,8 @@ def read_state(folder: Path) -> SavedRun:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        if "checksum" in state and state["checksum"] != _state_checksum(state):
+            raise UserError(f"{path}: damaged: its checksum is another than when it was written")
         step, budget, run_id = state["step"], state["budget"], state.get("run_id")
         engine = str(state.get("engine", "wgpu"))  # the only one that the first release had
         started = datetime.fromisoformat(state["started"])
@@ -240,7 +249,10 @@ def read_state(folder: Path) -> SavedRun:
         if not (counts and objects and all(is_choice(*item) for item in tiles.items())):
             raise ValueError
         told = None if run_id is None else str(run_id)
-        return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told)
+        sums = state.get("checksums", {})  # checkpoints of the first release have none
+        if not isinstance(sums, dict) or not all(isinstance(part, dict) for part in sums.values()):
+            raise ValueError
+        return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told, sums)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path}: not the state of a training run") from None
 
@@ -248,6 +260,44 @@ def read_state(folder: Path) -> SavedRun:
 def _is_count(value: object) -> bool:
     """A whole number >= 0 that a float holds exactly."""
     return type(value) is int and 0 <= value < 2**53
+
+
+def checksums(folder: Path) -> dict[str, dict[str, str]]:
+    """XXH3 of what is in a checkpoint's folder: of each tensor and header of its safetensors files, by name, and of
+    every other file as a whole."""
+    return {path.name: _checksums_of(path) for path in sorted(folder.iterdir()) if path.name != STATE_FILE}
+
+
+def _checksums_of(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {WHOLE: xxhash.xxh3_64_hexdigest(path.read_bytes())}
+    file = SafetensorsFile(path)
+
+    def of(name: str) -> str:
+        return xxhash.xxh3_64_hexdigest(file[name].reshape(-1).view(np.uint8).data)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        made = threads.map(of, file.tensors)
+        return {WHOLE: xxhash.xxh3_64_hexdigest(file.header()), **dict(zip(file.tensors, made, strict=True))}
+
+
+def _state_checksum(state: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in state.items() if key != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _verify(saved: SavedRun) -> None:
+    """Raise UserError naming file and tensor where a checkpoint's files are not as they were written."""
+    for name, sums in saved.checksums.items():
+        path = saved.path.parent / Path(name).name
+        try:
+            found = _checksums_of(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        wrong = [part for part in sums.keys() | found.keys() if sums.get(part) != found.get(part)]
+        if wrong:
+            what = f"tensor {min(wrong)!r}" if wrong != [WHOLE] else "its contents"
+            raise UserError(f"{path}: damaged: {what}: the checksum is another than when it was written")
 
 
 def load_run(session: Session, saved: SavedRun) -> None:
@@ -263,6 +313,7 @@ def load_run(session: Session, saved: SavedRun) -> None:
     for key in IDENTITY:
         if saved.config.get(key) != now[key]:
             raise UserError(f"{saved.path}: made with {key} {saved.config.get(key)!r}, this run has {now[key]!r}")
+    _verify(saved)
     _load_weights(session, folder)
     _load_optimizer(session, folder / OPTIMIZER_FILE)
 

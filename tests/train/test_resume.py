@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from entrenar_gpu.train.trainer import Trainer
 from observability.read.step_table import step_table
 from observability.read.trace_reader import read_trace
 from tests import ROOT
-from tests.helpers.runs import config_of, train
+from tests.helpers.runs import config_of, reseal, train
 from tests.helpers.tiny import make_data, make_model
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
@@ -373,6 +374,7 @@ def change_optimizer(run: Path, change: Callable[[dict[str, np.ndarray]], Any]) 
     tensors = {name: np.array(file[name]) for name in file.tensors}
     change(tensors)
     save_safetensors(path, tensors)
+    reseal(path.parent)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -382,6 +384,49 @@ def test_a_damaged_optimizer_is_refused(folder, tmp_path, damage):
     change_optimizer(tmp_path / "run", change)
     with pytest.raises(UserError, match=rf"optimizer\.safetensors: .*{message}"):
         numpy_run(folder, tmp_path / "run", resume="latest")
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_a_flipped_bit_is_one_line_naming_file_and_tensor(folder, tmp_path, method):
+    """Wherever it is: in weights, moments, headers, configuration or state."""
+    options = {"steps": 1, "method": method}
+    numpy_run(folder, tmp_path / "run", **options)
+    checkpoint = tmp_path / "run/checkpoint-000001"
+    for path in sorted(checkpoint.iterdir()):
+        whole = path.read_bytes()
+        places = {len(whole) // 2: re.escape(path.name)}
+        if path.suffix == ".safetensors":
+            file = SafetensorsFile(path)
+            last, info = list(file.tensors.items())[-1]
+            places = {info.start + info.nbytes // 2: f"{re.escape(path.name)}: damaged: tensor {last!r}"}
+            places[info.start] = f"tensor {last!r}"
+            places[40] = re.escape(path.name)  # in the header
+        for at, names in places.items():
+            flip(path, at)
+            with pytest.raises(UserError, match=names) as caught:
+                numpy_run(folder, tmp_path / "run", resume="latest", **(options | {"steps": 2}))
+            assert "\n" not in str(caught.value)
+            path.write_bytes(whole)
+    assert len(numpy_run(folder, tmp_path / "run", resume="latest", **(options | {"steps": 2}))) == 1
+
+
+def test_the_base_is_not_read_again_at_a_save(folder, tmp_path):
+    """It may be gone, or another, by then."""
+    base = tmp_path / "base"
+    make_model(base / "model", **TINY)
+    make_data(base / "train.jsonl", vocab=96)
+    trainer = Trainer(config_of(base, str(tmp_path / "run"), device="numpy", steps=4, save_every=1))
+    for record in trainer.steps():
+        if record.step == 1:
+            trainer.save()
+            os.truncate(base / "model/model.safetensors", 0)
+    assert run_checkpoint.find_checkpoints(tmp_path / "run")[-1].name == "checkpoint-000004"
 
 
 def test_a_run_goes_on_after_a_skipped_step(folder, tmp_path):
