@@ -160,7 +160,10 @@ def _read(descriptor: int, nbytes: int) -> bytes:
 
 
 def _ticks_per_second() -> int:
-    return os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 100
+    if sys.platform == "win32":
+        return 100
+    else:
+        return os.sysconf("SC_CLK_TCK")
 
 
 def _now() -> float:
