@@ -56,7 +56,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class HostStats:
-    """What the host and the GPU did since the step before; NaN and "" where the system does not tell.
+    """What the host and the GPU did while a step ran; NaN and "" where the system does not tell.
 
     `run_delay_seconds` is how long threads of this process were ready to run and waited for a processor, summed over
     them; `held_seconds` how long the whole process was kept from running (stopped, swapped out, outrun by others, the

@@ -1,9 +1,11 @@
 """What the host and the GPU did while a step ran: evidence for why it was slow.
 
-Counters come from the kernel: `getrusage`, and on Linux `/proc`. What a step pays for them is one read of each, about
-20 µs. A thread that does nothing but sleep tells how long the whole process was held up (stopped, swapped out, outrun
-by other programs, the machine asleep): nothing else counts that time. The same thread asks the GPU for its clock,
-temperature and power once a second, as drivers may take milliseconds to answer.
+Counters come from the kernel: `getrusage`, and on Linux `/proc`. A thread reads them 50 times a second, some 20 µs each
+time, and a step gets what they rose by between its beginning and its end: the host is a step or more ahead of the
+device, so that where the host stands when a step is told of says nothing of when it ran. The thread also sees how long
+the whole process was held up (stopped, swapped out, outrun by other programs, the machine asleep), as then it wakes
+late: nothing else counts that time. Once a second it asks the GPU for its clock, temperature and power, as drivers may
+take milliseconds to answer.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,8 @@ if sys.platform != "win32":
 _BEAT_SECONDS = 0.02  # between two looks of the thread that sleeps
 _HELD_SECONDS = 0.05  # a sleep so much longer than asked for is no scheduler's rounding
 _GPU_EVERY_SECONDS = 1.0
-_TASKS_EVERY = 16  # samples between two looks for new threads
+_TASKS_EVERY = 16  # readings between two looks for new threads
+_KEPT = 100_000  # readings, of half an hour: a longer step gets the share of it that they cover
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of `ru_maxrss`'s unit
 # Reasons for a lower clock, nvml.h's nvmlClocksThrottleReason*; idle and application settings are no throttling.
 _NVML_REASONS = {
@@ -51,7 +55,7 @@ class _Gpu:
 
 
 class HostSampler:
-    """Samples the host between two calls of `sample`. Use as a context manager: its thread ends with it."""
+    """Reads the host's counters over time. Use as a context manager: its thread ends with it."""
 
     def __init__(self, gpu: str = "") -> None:
         """`gpu` is the name of the GPU whose clock is asked for, where its driver tells; "" asks none."""
@@ -65,7 +69,9 @@ class HostSampler:
         self._held = 0.0  # seconds, written by the thread only
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="host-stats", daemon=True)
-        self._before = self._counters()
+        self._lock = threading.Lock()
+        self._readings: deque[tuple[float, ...]] = deque(maxlen=_KEPT)  # nanoseconds since the epoch, then counters
+        self._read()
 
     def __enter__(self) -> HostSampler:
         self._thread.start()
@@ -78,26 +84,48 @@ class HostSampler:
             os.close(fd)
         self._tasks, self._stat = {}, None
 
-    def sample(self) -> HostStats:
-        """Figures since the last call, or since this object was made."""
-        now = self._counters()
-        cpu, delay, machine, held, major, waited, preempted = (b - a for a, b in zip(self._before, now, strict=True))
-        self._before = now
+    def between(self, start_ns: int, end_ns: int) -> HostStats:
+        """Figures of an interval that has passed, nanoseconds since the epoch; earlier readings are forgotten.
+
+        Between two readings counters are taken to rise evenly.
+        """
+        if self._readings[-1][0] < end_ns:
+            self._read()
+        with self._lock:
+            while len(self._readings) > 2 and self._readings[1][0] <= start_ns:
+                self._readings.popleft()
+            start, end = self._at(start_ns), self._at(end_ns)
+        cpu, delay, machine, held, major, waited, preempted = (max(b - a, 0.0) for a, b in zip(start, end, strict=True))
         gpu = self._gpu
         return HostStats(
             cpu_seconds=cpu,
             run_delay_seconds=delay if self._tasks else math.nan,
             held_seconds=held,
             others_cpu_seconds=max(machine - cpu, 0.0) if self._stat is not None else math.nan,
-            major_faults=int(major),
-            voluntary_switches=int(waited),
-            involuntary_switches=int(preempted),
+            major_faults=round(major),
+            voluntary_switches=round(waited),
+            involuntary_switches=round(preempted),
             peak_resident_bytes=self._peak,
             gpu_clock_mhz=gpu.clock_mhz,
             gpu_temperature_c=gpu.temperature_c,
             gpu_power_w=gpu.power_w,
             gpu_throttle=gpu.throttle,
         )
+
+    def _at(self, time_ns: int) -> list[float]:
+        """The counters at a time, between the two readings around it."""
+        for index in range(len(self._readings) - 1, 0, -1):  # most are about now
+            if self._readings[index - 1][0] <= time_ns:
+                break
+        else:
+            return list(self._readings[0][1:])
+        before, after = self._readings[index - 1], self._readings[index]
+        share = min((time_ns - before[0]) / max(after[0] - before[0], 1), 1.0)
+        return [a + share * (b - a) for a, b in zip(before[1:], after[1:], strict=True)]
+
+    def _read(self) -> None:
+        with self._lock:
+            self._readings.append((time.time_ns(), *self._counters()))
 
     def _counters(self) -> tuple[float, ...]:
         switches = (0, 0, 0)
@@ -151,6 +179,7 @@ class HostSampler:
             late = _now() - before - _BEAT_SECONDS
             if late > _HELD_SECONDS:
                 self._held += late
+            self._read()
 
 
 def _read(descriptor: int, nbytes: int) -> bytes:

@@ -312,7 +312,7 @@ class Trainer:
             allocated_bytes=self.session.allocated_bytes,
             flops=self._flops,
             spans=times.spans,
-            host=self._host.sample(),
+            host=self._host.between(times.start_ns, times.end_ns),
             positions=batches.positions,
             trained_tokens_per_second=batches.tokens / times.seconds,
         )

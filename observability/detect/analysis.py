@@ -9,11 +9,16 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability import schema
+from observability.detect.causes import waited_for
 from observability.detect.clusters import Clusters, cluster_steps
 from observability.detect.detector import LEAST_STEPS, Scored, detect
 from observability.detect.findings import (
+    BETWEEN_STEPS,
     CAUSES,
     COMPILE,
+    DIVERGENCE,
+    INTERFERENCE,
     LOSS_SPIKE,
     PERIODIC,
     SKIPPED_STEP,
@@ -21,8 +26,9 @@ from observability.detect.findings import (
     duration,
     number_of_steps,
 )
-from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_trace, step_table
+from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_trace, step_table, whole
 
+JSON_SCHEMA: Final = "entrenar-report/2"  # raised when a key changes its meaning or goes; keys may be added
 _MOST_OF_A_PAUSE: Final = 0.5  # of the typical one: steps so much over have the pause that comes back
 
 
@@ -69,7 +75,14 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "schema": JSON_SCHEMA,
+            "run": str(self.table.facts.get(schema.RUN_ID, "")),
+            "outcome": outcome(self) or None,
+            "verdict": verdict(self),
             "steps": len(self.table),
+            "typical_step_seconds": float(np.median(self.table.seconds)),
+            "total_seconds": self.table.total_seconds,
+            "time_lost_seconds": time_lost(self),
             "anomalies": [finding.anomaly() for finding in self.anomalies],
             "causes": [finding.explanation() for finding in self.findings if finding.is_alarm or not finding.severity],
             "clusters": self.clusters.to_json(),
@@ -88,22 +101,51 @@ def analyse(source: str | Path, k: int | None = None) -> Analysis:
     return Analysis(printable(str(source)), spans, table, findings, scored, cluster_steps(table, scored.cold, k))
 
 
+def outcome(analysis: Analysis) -> str:
+    """How the run ended, in words, where it did not end as planned; "" for a finished one and where nothing tells."""
+    facts, last = analysis.table.facts, int(analysis.table.step[-1])
+    status, total = str(facts.get(schema.RUN_STATUS, "")), whole(facts.get(schema.RUN_TOTAL_STEPS), 0)
+    at = f"at step {last:,} of {total:,}" if total else f"at step {last:,}"
+    if status.startswith("failed"):
+        reason = status.removeprefix("failed").removeprefix(":").strip()
+        return f"Failed {at}" + (f": {reason}" if reason else "")
+    if status and status != "finished":
+        return f"{status.capitalize()} {at}"
+    if total and not status:
+        return f"Unfinished: the trace ends {at}, and the run has not told its end (it goes on, or was killed)"
+    if status == "finished" and last < total:
+        return f"Unfinished: called finished {at}"
+    return ""
+
+
 def verdict(analysis: Analysis) -> str:
-    """One sentence: is this run healthy?"""
+    """Is this run healthy? First how it ended, where that is not as planned, and whether it diverged."""
     table, alarms = analysis.table, analysis.alarms
+    ended = [outcome(analysis)] if outcome(analysis) else []
+    ended += [f"Diverged: {finding.evidence}" for finding in alarms if finding.cause == DIVERGENCE]
+    first = "".join(f"{sentence}. " for sentence in ended)
     typical = duration(float(np.median(table.seconds)))
     ran = f"{number_of_steps(len(table))} of typically {typical}"
-    if len(table) < LEAST_STEPS:
-        return f"{ran}: too few to tell normal from slow."
+    if len(table) < LEAST_STEPS and not alarms:
+        return f"{first}{ran}: too few to tell normal from slow."
+    lost, total = time_lost(analysis), table.total_seconds
+    share = f"{duration(lost)} ({lost / total:.1%} of the run)"
     if not alarms:
         low = len(analysis.anomalies)
-        return f"Healthy: {ran}, nothing out of the ordinary" + (f" but {low} slightly slow." if low else ".")
-    lost = time_lost(analysis)
-    total = table.total_seconds
+        if lost > 0:
+            worst = max(analysis.losses.items(), key=lambda item: item[1].seconds)[0]
+            return f"{first}{ran}; {share} went to {CAUSES[worst.cause]}."
+        word = f"{ran}, nothing out of the ordinary" + (f" but {low} slightly slow." if low else ".")
+        return first + (word if ended else f"Healthy: {word}")
     steps = len(np.unique(np.concatenate([analysis.losses[finding].steps for finding in alarms])))
-    worst = max(by_cause(alarms).items(), key=lambda item: sum(lost_in(analysis, f) for f in item[1]))
-    head = f"{ran}; {steps:,} of them out of the ordinary"
-    return f"{head}, costing {duration(lost)} ({lost / total:.1%} of the run), most of it through {CAUSES[worst[0]]}."
+    head = f"{first}{ran}; {steps:,} of them out of the ordinary"
+    if lost <= 0:
+        named = dict.fromkeys(CAUSES[finding.cause] for finding in alarms)
+        return f"{head}: {', '.join(named)}."
+    costs = {
+        cause: sum(lost_in(analysis, f) for f in group) for cause, group in by_cause(list(analysis.losses)).items()
+    }
+    return f"{head}, costing {share}, most of it through {CAUSES[max(costs, key=lambda cause: costs[cause])]}."
 
 
 def by_cause(findings: list[Finding]) -> dict[str, list[Finding]]:
@@ -114,12 +156,13 @@ def by_cause(findings: list[Finding]) -> dict[str, list[Finding]]:
 
 
 def lost_in(analysis: Analysis, finding: Finding) -> float:
-    """Seconds that a finding cost: what its steps took beyond what they should have. What is no alarm costs nothing."""
-    return analysis.losses[finding].seconds if finding.is_alarm else 0.0
+    """Seconds that a finding cost: what its steps took beyond what they should have. What is explained costs nothing,
+    but for what other programs took and what passed between steps."""
+    return analysis.losses[finding].seconds if finding in analysis.losses else 0.0
 
 
 def time_lost(analysis: Analysis) -> float:
-    return sum(lost_in(analysis, finding) for finding in analysis.alarms)
+    return sum(loss.seconds for loss in analysis.losses.values())
 
 
 def _losses(analysis: Analysis) -> dict[Finding, Loss]:
@@ -127,10 +170,13 @@ def _losses(analysis: Analysis) -> dict[Finding, Loss]:
     table = analysis.table
     counted = np.zeros(len(table))
     result = {}
-    for finding in sorted(analysis.alarms, key=lambda f: f.last_step - f.first_step):
+    priced = [finding for finding in analysis.explained if finding.cost is not None]
+    for finding in [*sorted(analysis.alarms, key=lambda f: f.last_step - f.first_step), *priced]:
         rows = np.arange(*np.searchsorted(table.step, (finding.first_step, finding.last_step + 1)))
-        if finding.cause in (LOSS_SPIKE, SKIPPED_STEP):
+        if finding.cause in (LOSS_SPIKE, SKIPPED_STEP, DIVERGENCE):
             result[finding] = Loss(table.step[rows], 0.0)
+        elif finding.cause == BETWEEN_STEPS or (finding.span in PAUSES and finding.cost is not None):
+            result[finding] = Loss(table.step[rows], finding.cost or 0.0)
         elif finding.span in PAUSES:
             result[finding] = Loss(np.array([finding.step]), max(finding.seconds - finding.expected, 0.0))
         else:
@@ -147,6 +193,9 @@ def _losses(analysis: Analysis) -> dict[Finding, Loss]:
 def _over(analysis: Analysis, finding: Finding, rows: Ints) -> Floats:
     """Seconds beyond the moving baseline or, on a stretch that this has followed, beyond what the finding expects."""
     table, scored = analysis.table, analysis.scored
+    if finding.cause == INTERFERENCE and not finding.is_alarm:
+        lost, _ = waited_for(table, scored.step)
+        return lost[rows]
     if finding.first_step == finding.last_step or finding.cause in (COMPILE, PERIODIC):
         return scored.step.excess[rows]
     labels = [kind.label for kind in table.kinds]

@@ -7,12 +7,15 @@ from typing import Final
 import numpy as np
 
 from observability import schema
+from observability.detect import host
 from observability.detect.baseline import Scores, core_scale, uncertainty
 from observability.detect.findings import (
     ALARM_AT,
+    BETWEEN_STEPS,
     CHECKPOINT_STALL,
     DATA_STALL,
     DRIFT,
+    INTERFERENCE,
     LONGER_BATCH,
     MEMORY_PRESSURE,
     NOTICED_AT,
@@ -25,8 +28,9 @@ from observability.detect.findings import (
     severity,
     size,
 )
+from observability.detect.kinds import KindShift
 from observability.detect.periodic import Period
-from observability.detect.sustained import Shift
+from observability.detect.sustained import DRIFT_SHAPE, Shift
 from observability.read import Floats, Pause, StepTable
 
 _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to be at fault
@@ -34,22 +38,36 @@ _BEYOND_USUAL: Final = 0.25  # so much more of the lost time than of a step
 _MEMORY_RISE: Final = 1.05
 _ROUTINE_SPREAD: Final = 0.05  # of the usual cost
 _FELT: Final = 0.02  # of a step: the sigma of a pause is at least that much
+_FELT_BETWEEN: Final = 0.1  # the same, of what passes between two steps
+_LEAST_GAP: Final = 0.5  # of a step: a shorter gap is not worth a line
+_MUCH_BETWEEN: Final = 0.05  # of the run
 _FELT_FIRST: Final = 0.1  # the same, where no other pause tells what is usual
 # What a write takes that no other tells about: any disk that is well does better.
 _WRITE_SECONDS: Final = 0.025
 _WRITE_BYTES_A_SECOND: Final = 100e6
+_OUT_OF_ALL_PROPORTION: Final = 3.0  # typical steps lost at once: worth a line even there
+_UNDISTURBED: Final = 0.02  # of a step: one that waited less was left alone
+_FREQUENT: Final = 0.05  # of the run
+_SLOWER_PAUSES: Final = 1.3  # times those before
+_LEAST_PAUSES: Final = 3
 _LONGER: Final = 1.1  # times the usual tokens: a batch that is worth a line
 _COSTLY: Final = 0.10  # share of the run's time in checkpoints that is worth a line
 
 
-def of_step(table: StepTable, step: Scores, kinds: Scores, row: int) -> Finding:
-    """The finding for one slow step."""
+def of_step(table: StepTable, step: Scores, kinds: Scores, row: int, outside: float = 0.0) -> Finding:
+    """The finding for one slow step; `outside` is by how many sigmas it was slow outside every phase."""
     lost = float(step.excess[row])
     z = float(step.z[row])
     if z < NOTICED_AT and kinds.excess.shape[1]:  # hidden in the step's noise, but clear in one kind of span
         lost = float(np.max(kinds.excess[row]))
+    z = max(z, outside)
     cause, culprit, share = _where(table, kinds.excess[row], lost)
     number = int(table.step[row])
+    found = host.of_step(table, row, lost, outside < ALARM_AT)
+    if found is not None and (culprit is None or table.kinds[culprit].name != schema.DATA):
+        seconds, expected = float(table.seconds[row]), float(step.expected[row])
+        evidence = f"{duration(seconds)} against {duration(expected)}: {found[1]}"
+        return Finding(found[0], number, number, number, "step", seconds, expected, z, severity(z), evidence)
     memory = _memory_rise(table, row, row)
     if culprit is None:
         where = memory or _spread(table, kinds, row, lost)
@@ -64,40 +82,129 @@ def of_step(table: StepTable, step: Scores, kinds: Scores, row: int) -> Finding:
     return Finding(cause, number, number, number, kind.label, seconds, expected, z, severity(z), evidence)
 
 
+def crowded(table: StepTable, findings: list[Finding]) -> list[Finding]:
+    """`findings` of single steps, without those that other programs explain where those run all the time.
+
+    On such a machine a step that waited for a processor is what is normal; what all of them cost is told once, by
+    `interference`.
+    """
+    if not host.busy(table):
+        return findings
+    most = _OUT_OF_ALL_PROPORTION * typical_step(table)
+    return [f for f in findings if f.cause != INTERFERENCE or f.seconds - f.expected >= most]
+
+
+def interference(table: StepTable, step: Scores) -> list[Finding]:
+    """What other programs cost over the whole run, beyond the steps that they left alone; explained, not an alarm."""
+    lost, best = waited_for(table, step)
+    total, run = float(np.sum(lost)), float(np.sum(table.seconds))
+    slow = lost > 0.1 * best
+    if total < _FREQUENT * run or not slow.any():
+        return []
+    text = (
+        f"{int(slow.sum()):,} of {len(table):,} steps waited for a processor that other programs had:"
+        f" {duration(total)}, {total / run:.0%} of the run, beyond steps that were left alone ({duration(best)})"
+    )
+    worst = int(np.argmax(lost))
+    first, last = (int(table.step[row]) for row in (np.flatnonzero(slow)[0], np.flatnonzero(slow)[-1]))
+    seconds = float(table.seconds[worst])
+    return [Finding(INTERFERENCE, first, last, int(table.step[worst]), "step", seconds, best, 0.0, None, text, total)]
+
+
+def waited_for(table: StepTable, step: Scores) -> tuple[Floats, float]:
+    """(seconds that each step lost to other programs, what a step takes that they leave alone); zeros where untold."""
+    waits = table.values.get("run_delay_seconds")
+    base = table.seconds / step.factor
+    if waits is None or not np.any(np.isfinite(waits)):
+        return np.zeros(len(table)), float(np.median(base))
+    waits = np.nan_to_num(waits)
+    undisturbed = waits <= max(_UNDISTURBED * float(np.median(table.seconds)), float(np.quantile(waits, 0.1)))
+    best = float(np.median(base[undisturbed]))
+    lost = np.minimum(np.maximum(base - best, 0.0) * step.factor, waits)
+    return np.where(undisturbed, 0.0, lost), best
+
+
+def of_kind_shift(table: StepTable, slow: KindShift) -> Finding:
+    """The finding for one kind of span that stays slow."""
+    kind, shift = table.kinds[slow.kind], slow.shift
+    cause = DATA_STALL if kind.level == "phase" and kind.name == schema.DATA else SLOW_KERNEL
+    rows = np.arange(shift.first, shift.last + 1)
+    level = float(np.median(table.durations[rows, slow.kind]))
+    lost = float(np.mean(slow.excess[rows]))
+    if shift.kind == DRIFT_SHAPE:
+        cause = DRIFT
+        level = float(np.median(table.durations[rows[-max(len(rows) // 10, 1) :], slow.kind]))
+        lost = float(np.mean(slow.excess[rows[-max(len(rows) // 10, 1) :]]))
+        text = (
+            f"{kind.label} takes longer and longer, {duration(max(level - lost, 0.0))} to {duration(level)} by the end"
+        )
+    else:
+        text = (
+            f"{kind.label} took {duration(level)} instead of {duration(max(level - lost, 0.0))} for {len(rows)} steps"
+        )
+    text += f", {lost / typical_step(table):.0%} of a step"
+    first, last = int(table.step[shift.first]), int(table.step[shift.last])
+    expected = max(level - lost, 0.0)
+    return Finding(cause, first, last, first, kind.label, level, expected, shift.z, severity(shift.z), text)
+
+
 def of_shift(table: StepTable, kinds: Scores, shift: Shift) -> Finding:
-    """The finding for a slowdown that stays."""
+    """The finding for whole steps that stay slow."""
     first, last = shift.first, shift.last
     lost = shift.level - shift.healthy
-    before = slice(0, max(first, 1))
-    tail = slice(max(first, last - (last - first) // 3), last + 1) if shift.kind == DRIFT else slice(first, last + 1)
+    drifts = shift.kind == DRIFT_SHAPE
+    outside = np.ones(len(table), dtype=bool)
+    outside[first : last + 1] = False
+    before = outside if outside.any() else np.arange(len(table)) == 0
+    tail = slice(max(first, last - (last - first) // 3), last + 1) if drifts else slice(first, last + 1)
     risen = np.median(table.durations[tail], axis=0) - np.median(table.durations[before], axis=0)
     cause, culprit, share = _where(table, risen, lost)
-    memory = _memory_rise(table, first, last)
     span, seconds, expected = "step", shift.level, shift.healthy
-    if shift.kind == DRIFT:
+    if drifts:
         cause = DRIFT
         text = f"{shift.slope * 10:+.1%} every 10 steps, {shift.level / shift.healthy - 1:+.0%} by the end"
     else:
         text = f"{lost / shift.healthy:+.0%} for {last - first + 1} steps, {duration(expected)} to {duration(seconds)}"
-    if culprit is not None:
+    found = host.evidence(table, np.arange(len(table))[tail], before, lost)
+    memory = _memory_rise(table, first, last)
+    if culprit is not None and (found is None or found[0] != INTERFERENCE):
         text += f"; {share:.0%} of it in {table.kinds[culprit].label}"
         span = table.kinds[culprit].label
         seconds = float(np.median(table.durations[tail, culprit]))
         expected = seconds - float(risen[culprit])
     elif memory:
         cause, text = MEMORY_PRESSURE, f"{text}; {memory}"
-    elif shift.kind != DRIFT:
+    elif found is not None:
+        cause, text = DRIFT if drifts else found[0], f"{text}; {found[1]}"
+    elif not drifts:
         cause, text = THROTTLE, f"{text}, all phases alike (clock, temperature or another program)"
     first_step, last_step = int(table.step[first]), int(table.step[last])
     return Finding(cause, first_step, last_step, first_step, span, seconds, expected, shift.z, severity(shift.z), text)
 
 
-def of_period(table: StepTable, step: Scores, kinds: Scores, period: Period) -> Finding | None:
-    """The finding for a pause that comes back, or None where its steps do not stand out enough."""
+def of_waits(table: StepTable, shift: Shift) -> Finding:
+    """The finding for steps that wait longer for a processor, for good."""
+    rows = np.arange(shift.first, shift.last + 1)
+    lost = shift.level - shift.healthy
+    seconds = float(np.median(table.seconds[rows]))
+    others = table.values.get("others_cpu_seconds", np.zeros(0))
+    text = f"{lost / shift.healthy:+.0%} for {len(rows)} steps: {host.WAITED} {duration(lost)} more for a processor"
+    if len(others) and np.any(np.isfinite(others[rows])):
+        text += f"; other programs used {duration(float(np.nanmedian(others[rows])))} of processors in a step"
+    first, last = int(table.step[shift.first]), int(table.step[shift.last])
+    expected = max(seconds - lost, 0.0)
+    return Finding(INTERFERENCE, first, last, first, "step", seconds, expected, shift.z, severity(shift.z), text)
+
+
+def of_period(table: StepTable, step: Scores, kinds: Scores, period: Period, one: float = 0.0) -> Finding | None:
+    """The finding for a pause that comes back, or None where its steps do not stand out enough.
+
+    `one` is how many sigmas its typical pause is where it was found: in the whole step, its data, or outside phases.
+    """
     rows = period.rows
     lost = float(np.median(step.excess[rows]))
     scale = float(np.median(step.scale[rows]))
-    z = lost / scale * np.sqrt(len(rows))  # of the median pause, not of one
+    z = max(lost / scale, one if lost >= _FELT * typical_step(table) else 0.0) * np.sqrt(len(rows))  # of the median
     if severity(z) is None:
         return None
     _, culprit, _ = _where(table, np.median(kinds.excess[rows], axis=0), lost)
@@ -120,6 +227,10 @@ def of_pauses(table: StepTable, scale: float) -> list[Finding]:
             finding = judge_pause(pause, others, typical_step(table), scale)
             if finding is not None:
                 findings.append(finding)
+        slower = _slower_from(pauses, typical_step(table))
+        if slower is not None:
+            findings = [f for f in findings if f.span != name or f.step < slower.first_step]
+            findings.append(slower)
     written = [pause for pause in table.pauses if pause.name == schema.CHECKPOINT]
     total, wall = sum(pause.seconds for pause in written), table.total_seconds
     if total > _COSTLY * wall:
@@ -127,6 +238,30 @@ def of_pauses(table: StepTable, scale: float) -> list[Finding]:
         first, last, typical = written[0].step, written[-1].step, total / len(written)
         findings.append(Finding(CHECKPOINT_STALL, first, last, first, schema.CHECKPOINT, typical, 0.0, 0.0, None, text))
     return findings
+
+
+def _slower_from(pauses: list[Pause], step_seconds: float) -> Finding | None:
+    """The finding for checkpoints or evaluations that became slow and stayed so, None where they did not."""
+    times = np.array([pause.seconds for pause in pauses])
+    best, found = ALARM_AT, None
+    for cut in range(_LEAST_PAUSES, len(times) - _LEAST_PAUSES + 1):
+        before, after = times[:cut], times[cut:]
+        was, now = float(np.median(before)), float(np.median(after))
+        if now < _SLOWER_PAUSES * was or np.quantile(after, 0.2) <= np.quantile(before, 0.8):
+            continue
+        noise = max(core_scale(before) + core_scale(after), 2 * _ROUTINE_SPREAD * was, _FELT * step_seconds) / 2
+        z = (now - was) / (noise * uncertainty(len(times))) / float(np.sqrt(1 / len(before) + 1 / len(after)))
+        if z > best:
+            best, found = z, (cut, was, now)
+    if found is None:
+        return None
+    cut, was, now = found
+    cause = CHECKPOINT_STALL if pauses[0].name == schema.CHECKPOINT else SPIKE
+    what = "checkpoints" if pauses[0].name == schema.CHECKPOINT else "evaluations"
+    text = f"{what} took {duration(was)}, and {duration(now)} from step {pauses[cut].step} on"
+    cost = float(np.sum(np.maximum(times[cut:] - was, 0.0)))
+    first, last = pauses[cut].step, pauses[-1].step
+    return Finding(cause, first, last, first, pauses[0].name, now, was, best, severity(best), text, cost)
 
 
 def _warm(table: StepTable, pauses: list[Pause]) -> list[Pause]:
@@ -170,6 +305,31 @@ def judge_pause(pause: Pause, others: list[float], step_seconds: float, scale: f
 
 def typical_step(table: StepTable) -> float:
     return float(np.median(table.seconds))
+
+
+def between_steps(table: StepTable) -> list[Finding]:
+    """Time that lies in no span: gaps that stand out, and all of them together where they are much of the run."""
+    gaps = table.between
+    if not len(gaps) or len(table) < 2:
+        return []
+    usual = typical_step(table)
+    excess = gaps - float(np.median(gaps))
+    scale = max(core_scale(excess), _FELT_BETWEEN * usual)
+    findings = []
+    for row in np.flatnonzero((excess >= ALARM_AT * scale) & (excess >= _LEAST_GAP * usual)):
+        seconds, step = float(gaps[row]), int(table.step[row])
+        z = float(excess[row]) / scale
+        text = f"{duration(seconds)} passed between steps {table.step[row - 1]:,} and {step:,}, in no span"
+        expected = max(seconds - float(excess[row]), 0.0)
+        lost = seconds - expected
+        findings.append(Finding(BETWEEN_STEPS, step, step, step, "step", seconds, expected, z, severity(z), text, lost))
+    rest = float(np.sum(gaps)) - sum(finding.cost or 0.0 for finding in findings)
+    if rest > _MUCH_BETWEEN * table.total_seconds:
+        first, last = int(table.step[0]), int(table.step[-1])
+        text = f"{duration(rest)}, {rest / table.total_seconds:.0%} of the run, passed between steps, in no span"
+        each = float(np.median(gaps))
+        findings.append(Finding(BETWEEN_STEPS, first, last, first, "step", each, 0.0, 0.0, None, text, rest))
+    return findings
 
 
 def longer_batches(table: StepTable, step: Scores, work: Floats) -> list[Finding]:

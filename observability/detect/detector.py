@@ -1,8 +1,6 @@
 """The detector: from a table of steps to findings, each with its cause and the evidence for it.
 
-Order matters, as each stage takes its steps away from the next: first-step compilation, slowdowns that stay, pauses
-that come back, single steps. Times are corrected for the work of a step before any of them, so a longer batch is
-explained, not flagged.
+First-step compilation, then the stages of stages.py on what is left, pauses and the health of the training.
 """
 
 from __future__ import annotations
@@ -14,17 +12,14 @@ from typing import Final
 import numpy as np
 
 from observability.detect import causes, health
-from observability.detect.baseline import Mask, Scores, core_scale, noise_scale, pools_of, relative_work, score
-from observability.detect.findings import ALARM_AT, COMPILE, NOTICED_AT, Finding, severity
-from observability.detect.periodic import find_period
-from observability.detect.sustained import Shift, find_shifts
+from observability.detect.baseline import Mask, Scores, noise_scale
+from observability.detect.findings import ALARM_AT, COMPILE, Finding, severity
+from observability.detect.stages import STAGES, Body
 from observability.read import Floats, StepTable
 
 LEAST_STEPS: Final = 8  # fewer say nothing about what is normal
 _WARM_UP: Final = 10  # steps at most
 _COMPILE_FACTOR: Final = 1.5  # a first step that compiles takes at least so many times the typical step
-MATERIAL: Final = 3.0  # sigmas of the step by which a kind of span must be over to matter to the step
-_PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
 
 
 @dataclass(frozen=True)
@@ -47,48 +42,23 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
     cold = cold_steps(table)
     body = table.rows(~cold)
     if len(body) < LEAST_STEPS:
-        return health.findings(table), Scored(_unscored(table.seconds), _unscored(table.durations), cold)
+        findings = [*health.findings(table), *causes.between_steps(table)]
+        return findings, Scored(_unscored(table.seconds), _unscored(table.durations), cold)
     findings, times, kinds = _timed(body)
     scored = Scored(_placed(times, table.seconds, cold), _placed(kinds, table.durations, cold), cold)
     findings += _compilation(table, scored)
     findings += causes.of_pauses(table, float(np.median(times.scale)))
+    findings += causes.between_steps(table)
+    findings += causes.interference(table, scored.step)
     findings += health.findings(table)
     return sorted(findings, key=lambda finding: finding.first_step), scored
 
 
 def _timed(table: StepTable) -> tuple[list[Finding], Scores, Scores]:
     """Findings on the time of steps, and the scores of steps and of kinds of span."""
-    seconds, work, pools = table.seconds, relative_work(table), pools_of(table)
-    times = score(seconds, work)
-    kinds = score(table.durations, work, pools=pools)
-    plain = plainly_explained(times, kinds)
-    # A burst of steps that one layer explains is no slowdown of the run.
-    shifts = find_shifts(np.where(plain, times.expected, seconds) / times.factor)
-    core = max(core_scale(times.excess), 1e-9)
-    period = find_period(np.where(_outside(shifts, len(seconds)), times.excess, 0.0) / core)
-    taken = np.zeros(len(seconds), dtype=bool)
-    if period is not None:
-        taken[period.rows] = True
-        kinds = score(table.durations, work, taken, pools)
-    times = score(seconds, work, taken | plain)
-
-    findings = [causes.of_shift(table, kinds, shift) for shift in shifts]
-    if period is not None:
-        finding = causes.of_period(table, times, kinds, period)
-        if finding is not None:
-            findings.append(finding)
-        else:
-            taken[:] = False
-    findings += _single_steps(table, times, kinds, ~taken)
-    findings += causes.longer_batches(table, times, work)
-    return findings, times, kinds
-
-
-def plainly_explained(times: Scores, kinds: Scores) -> Mask:
-    """Steps that one kind of span was so slow in that nothing else need be asked."""
-    core = max(core_scale(times.excess), 1e-9)
-    result: Mask = np.any((kinds.z >= _PLAIN_AT) & (kinds.excess >= _PLAIN_AT * core), axis=1)
-    return result
+    body = Body(table)
+    findings = [finding for stage in STAGES for finding in stage.find(body)]
+    return findings, body.times, body.kinds
 
 
 def cold_steps(table: StepTable) -> Mask:
@@ -108,14 +78,6 @@ def warm_up_steps(seconds: Floats) -> int:
     limit = max(_COMPILE_FACTOR * typical, typical + ALARM_AT * noise_scale(rest - typical, typical))
     slow = seconds[:_WARM_UP] > limit
     return int(np.argmin(slow)) if not slow.all() else 0
-
-
-def _outside(shifts: list[Shift], count: int) -> Mask:
-    mask = np.ones(count, dtype=bool)
-    for shift in shifts:
-        # the moving median needs some steps to follow
-        mask[max(0, shift.first - 2) : shift.first + 3] = False
-    return mask
 
 
 def _placed(scores: Scores, times: Floats, cold: Mask) -> Scores:
@@ -150,13 +112,3 @@ def _compilation(table: StepTable, scored: Scored) -> list[Finding]:
             Finding(COMPILE, first_step, last_step, step, "step", seconds, expected, z, severity(z), evidence)
         )
     return findings
-
-
-def _single_steps(table: StepTable, times: Scores, kinds: Scores, free: Mask) -> list[Finding]:
-    """Steps in the mask `free`, or kinds of span that matter to their step, that are over their baseline."""
-    step_z = np.where(free, times.z, 0.0)
-    material = kinds.excess >= MATERIAL * times.scale[:, None]
-    kind_z = np.where(material & free[:, None], kinds.z, 0.0)
-    top = kind_z.max(axis=1, initial=0.0)
-    rows = np.flatnonzero((step_z >= NOTICED_AT) | (top >= ALARM_AT))
-    return [causes.of_step(table, times, kinds, int(row)) for row in rows]

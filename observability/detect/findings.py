@@ -19,6 +19,9 @@ LONGER_BATCH: Final = "longer-batch"
 MEMORY_PRESSURE: Final = "memory-pressure"
 LOSS_SPIKE: Final = "loss-spike"
 SKIPPED_STEP: Final = "skipped-step"
+INTERFERENCE: Final = "interference"
+BETWEEN_STEPS: Final = "between-steps"
+DIVERGENCE: Final = "divergence"
 
 # In words, as the report's headings have them.
 CAUSES: Final = {
@@ -34,6 +37,9 @@ CAUSES: Final = {
     MEMORY_PRESSURE: "memory pressure",
     LOSS_SPIKE: "spikes of loss or gradient",
     SKIPPED_STEP: "skipped steps",
+    INTERFERENCE: "other programs, or the process held up",
+    BETWEEN_STEPS: "time between steps",
+    DIVERGENCE: "training that diverged",
 }
 
 LOW: Final = "low"
@@ -62,6 +68,7 @@ class Finding:
     z: float
     severity: str | None
     evidence: str
+    cost: float | None = None  # seconds lost, where that is more than its worst step tells
 
     @property
     def is_alarm(self) -> bool:

@@ -6,19 +6,68 @@ from typing import Final
 
 import numpy as np
 
-from observability.detect.baseline import moving_median, noise_scale
-from observability.detect.findings import HIGH, LOSS_SPIKE, MEMORY_PRESSURE, SKIPPED_STEP, Finding, severity, size
+from observability.detect.baseline import NEAR_TAIL, moving_median, noise_scale
+from observability.detect.findings import (
+    DIVERGENCE,
+    HIGH,
+    LOSS_SPIKE,
+    MEMORY_PRESSURE,
+    SKIPPED_STEP,
+    Finding,
+    severity,
+    size,
+)
 from observability.read import StepTable
 
 _WINDOW: Final = 31  # steps: short, as losses fall fast at first
 _LEAST_STEPS: Final = 20
 _LEAST_LOSS_RISE: Final = 0.25  # of the loss around it
 _LEAST_NORM_RISE: Final = np.log(3.0)
+_SKIPPED_IN_A_ROW: Final = 3
+_MANY_SKIPPED: Final = 0.1  # of the steps
 _LEAK: Final = 1.2  # growth of memory from the first tenth to the last that is worth a line
 
 
 def findings(table: StepTable) -> list[Finding]:
-    return _skipped(table) + _spikes(table) + _growth(table)
+    return _skipped(table) + _spikes(table) + _growth(table) + divergence(table)
+
+
+def divergence(table: StepTable) -> list[Finding]:
+    """Training that went wrong for good: updates that are skipped again and again, or a loss that rose and stayed."""
+    skipped = table.skipped
+    end = int(table.step[-1])
+    runs = np.flatnonzero(np.diff(np.concatenate([[0], skipped.astype(int), [0]])))
+    for begin, stop in zip(runs[::2].tolist(), runs[1::2].tolist(), strict=True):
+        if stop - begin >= _SKIPPED_IN_A_ROW:
+            text = f"loss or gradient was not finite in {stop - begin} steps in a row: no update was made"
+            return [_diverged(table, begin, stop - 1, text)]
+    if len(table) >= _LEAST_STEPS and np.sum(skipped) > _MANY_SKIPPED * len(table):
+        first = int(np.flatnonzero(skipped)[0])
+        return [
+            _diverged(table, first, len(table) - 1, f"{int(np.sum(skipped))} updates were skipped up to step {end}")
+        ]
+    loss = table.values["loss"]
+    rows = np.flatnonzero(~skipped & np.isfinite(loss))
+    if len(rows) < 2 * _LEAST_STEPS:
+        return []
+    smooth = moving_median(loss[rows], _WINDOW)
+    last = float(np.median(loss[rows][-max(len(rows) // 10, 10) :]))
+    best = int(np.argmin(smooth[: -max(len(rows) // 10, 10)]))
+    noise = noise_scale(loss[rows] - smooth, abs(last), NEAR_TAIL)
+    low = float(smooth[best])
+    if last - low >= max(_LEAST_LOSS_RISE * abs(low), 2 * noise):
+        over = np.flatnonzero(smooth[best:] >= low + 0.5 * (last - low))
+        first = int(rows[best + int(over[0])]) if len(over) else int(rows[best])
+        text = f"the loss rose from {low:.3g} at step {table.step[rows[best]]:,} to {last:.3g} and stayed there"
+        return [_diverged(table, first, len(table) - 1, text)]
+    return []
+
+
+def _diverged(table: StepTable, first: int, last: int, text: str) -> Finding:
+    """A finding on rows `first` to `last`; no time is lost."""
+    seconds = float(np.median(table.seconds))
+    begin, end = int(table.step[first]), int(table.step[last])
+    return Finding(DIVERGENCE, begin, end, begin, "step", seconds, seconds, float("inf"), HIGH, text)
 
 
 def _finding(table: StepTable, row: int, cause: str, z: float, grade: str | None, evidence: str) -> Finding:

@@ -18,21 +18,16 @@ import numpy as np
 
 from observability import schema
 from observability.detect import causes, health
-from observability.detect.baseline import core_scale, pools_of, relative_work, score
-from observability.detect.detector import MATERIAL, plainly_explained
 from observability.detect.findings import ALARM_AT, DRIFT, LOSS_SPIKE, NOTICED_AT, SKIPPED_STEP, Finding, duration
 from observability.detect.history import LOOK_BACK, STEPS, Baseline, History, Row, row_of, seconds_of
-from observability.detect.periodic import find_period
-from observability.detect.sustained import find_shifts
+from observability.detect.stages import PERIODIC, SINGLE_STEPS, SUSTAINED, Body
 from observability.read import Pause, StepTable
 
 _RENEW_EVERY: Final = 5  # steps between renewals of the baseline
-_SUSTAINED_EVERY: Final = 100  # steps between looks for slowdowns that stay
-_PERIOD_AT: Final = (100, 200, 300)  # steps after which pauses that come back are looked for; it takes some time
-_PERIOD_EVERY: Final = 500  # steps between further looks
 _LEAST_HISTORY: Final = 20  # steps after the warm-up before anything is said of step times
 _WARM_UP: Final = 3
 _LINES_A_MINUTE: Final = 6
+_WORTH_A_LOOK: Final = 0.1  # of a step, in one phase or in none
 _SAME_PAUSE: Final = 2.0  # times the usual of a pause that comes back: one this long is another matter
 _FAR_WORSE: Final = 2.0  # times the seconds lost to what has been told: worth a line of its own
 
@@ -83,9 +78,9 @@ class LiveDetector:
             if self._baseline is None or self._history.seen % _RENEW_EVERY == 0:
                 self._baseline = self._history.baseline(_WARM_UP)
             self._judge_step(row, self._baseline)
-        if self._history.seen % _SUSTAINED_EVERY == 0:
+        if SUSTAINED.due(self._history.seen):
             self._judge_stretch()
-        if self._history.seen % _PERIOD_EVERY == 0 or self._history.seen in _PERIOD_AT:
+        if PERIODIC.due(self._history.seen):
             self._judge_period()
 
     def checkpoint_saved(self, record: Any) -> None:
@@ -118,9 +113,13 @@ class LiveDetector:
     def _judge_step(self, row: Row, baseline: Baseline) -> None:
         factor = max(row.values["row_tokens"] / baseline.work, 1.0) if baseline.work > 0 else 1.0
         over = row.seconds - baseline.step * factor
+        phases = sum(row.durations.get(kind, 0.0) for kind in baseline.phases)
         suspicious = over >= ALARM_AT * baseline.step_scale or any(
-            row.durations.get(kind, 0.0) - centre * factor >= max(ALARM_AT * scale, MATERIAL * baseline.step_scale)
-            for kind, (centre, scale) in baseline.phases.items()
+            extra >= max(ALARM_AT * scale, _WORTH_A_LOOK * baseline.step)
+            for extra, scale in (
+                *((row.durations.get(kind, 0.0) - c * factor, scale) for kind, (c, scale) in baseline.phases.items()),
+                (row.seconds - phases if phases else 0.0, 0.0),
+            )
         )
         if not suspicious or self._comes_back(row.step, over):
             return
@@ -166,40 +165,25 @@ class LiveDetector:
 
     def _judge_stretch(self) -> None:
         """Tell of slowdowns that stay; of one that goes on, again when it has lasted long."""
-        table = self._history.table(with_kinds=False)
-        work = relative_work(table)
-        step = score(table.seconds, work)
-        if not find_shifts(table.seconds / step.factor):
-            return
-        table = self._history.table()
-        kinds = score(table.durations, work, pools=pools_of(table))
-        for shift in find_shifts(np.where(plainly_explained(step, kinds), step.expected, table.seconds) / step.factor):
-            first, last = int(table.step[shift.first]), int(table.step[shift.last])
+        for finding in sorted(SUSTAINED.find(Body(self._history.table())), key=lambda f: f.first_step):
+            last = finding.last_step
             if last <= self._sustained_to:
                 continue
-            goes_on = first <= self._sustained_to
+            goes_on = finding.first_step <= self._sustained_to
             self._sustained_to = last
             if goes_on and last < self._sustained_again:
                 continue
-            finding = causes.of_shift(table, kinds, shift)
             if finding.is_alarm:
                 self._sustained_again = last + (STEPS if finding.cause == DRIFT else STEPS // 2)
                 self._count(finding, f"steps {finding.first_step} to {finding.last_step}: {finding.evidence}")
 
     def _judge_period(self) -> None:
         """Tell of a pause that comes back, once for each period."""
-        table = self._history.table(with_kinds=False)
-        work = relative_work(table)
-        step = score(table.seconds, work)
-        period = find_period(step.excess / max(core_scale(step.excess), 1e-9))
-        if period is None or (self._period is not None and self._period[1] == period.period):
-            return
-        table = self._history.table()
-        step = score(table.seconds, work, np.isin(np.arange(len(table)), period.rows))
-        finding = causes.of_period(table, step, score(table.durations, work), period)
-        if finding is not None and finding.is_alarm:
-            self._period = finding, period.period
-            self._count(finding, f"steps {finding.first_step} to {finding.last_step}: {finding.evidence}")
+        body = Body(self._history.table())
+        for finding in PERIODIC.find(body):
+            if finding.is_alarm and (self._period is None or self._period[1] != body.period):
+                self._period = finding, body.period
+                self._count(finding, f"steps {finding.first_step} to {finding.last_step}: {finding.evidence}")
 
     def _tell(self, finding: Finding, seconds: float, expected: float, z: float) -> None:
         text = finding.evidence.split(", beside steps of")[0]
@@ -232,12 +216,7 @@ class LiveDetector:
 
 def _explained(table: StepTable, step_scale: float) -> Finding | None:
     """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it."""
-    work = relative_work(table)
-    step = score(table.seconds, work)
-    kinds = score(table.durations, work, pools=pools_of(table))
-    newest = len(table) - 1
-    step.scale[newest] = step_scale
-    material = kinds.excess[newest] >= MATERIAL * step_scale
-    if step.z[newest] < NOTICED_AT and not np.any(material & (kinds.z[newest] >= ALARM_AT)):
-        return None
-    return causes.of_step(table, step, kinds, newest)
+    body = Body(table)
+    body.times.scale[-1] = max(step_scale, float(body.times.scale[-1]))
+    body.taken[:-1] = True
+    return next(iter(SINGLE_STEPS.find(body)), None)

@@ -1,31 +1,40 @@
 """Slowdowns that stay: a level that steps up (throttling) or creeps up (drift), seen against the healthy start.
 
-Medians of blocks of steps are split into stretches of one level (binary segmentation), and stretches above the fixed
-baseline are joined and told apart by which fits better, a step or a ramp.
+Lower quartiles of blocks of steps are split into stretches of one level (binary segmentation), and stretches above the
+fixed baseline are joined and told apart by which fits better, a step or a ramp. Kinds of span are looked at one by one,
+each against its like, so that what holds up all alike hides none of them (kinds.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from observability.detect.baseline import HEALTHY_START, MAD_TO_SIGMA, core_scale
+from observability.detect.baseline import HEALTHY_START, MAD_TO_SIGMA
 from observability.read import Floats, Ints
 
 _BLOCK: Final = 10  # steps a block; fewer in a short run
 _BLOCKS: Final = 40  # in a short run, if it has steps for them
 _LEAST_BLOCK: Final = 4
-_SPLIT_AT: Final = 5.0  # sigmas of the difference of two means at which a stretch is split
+_SPLIT_AT: Final = 4.0  # sigmas of the difference of two means at which a stretch is split
 _LEAST_BLOCKS: Final = 3
-_LEAST_RISE: Final = 0.03  # a smaller slowdown is not worth a line
-_RISE_OF_NOISE: Final = 2.0  # sigmas of the bulk of single steps: a smaller one is within what steps do anyway
-_RISE_AT: Final = 4.0  # sigmas of one block's median
+LEAST_RISE: Final = 0.03  # a smaller slowdown is not worth a line
+_RISE_OF_NOISE: Final = 1.5  # sigmas of a block: a smaller rise is within what blocks of steps do anyway
+# Of the steps of a block: noise mostly adds to a step, and its lower quartile wanders far less than its median.
+LOW: Final = 0.25
+_SURE_AT: Final = 5.0  # sigmas of the difference of the two levels
 _FEW_BLOCKS: Final = 8  # so many more would be needed to know their noise well
 _NINETIETH: Final = 1.645  # sigmas of a Gaussian within which nine tenths of it lie
+_CLIP: Final = 4.0  # sigmas: further out a block is an event, and says nothing of how levels wander
 _LONG: Final = 0.2  # of the run: so long a faster stretch is what the run can do
 _LEAST_RAMP_BLOCKS: Final = 6  # a shorter ramp cannot be told from a step
+_RAMP_BETTER: Final = 0.9  # a ramp must leave at most so much of what a step leaves unexplained
+
+
+LEVEL_SHAPE: Final = "level"
+DRIFT_SHAPE: Final = "drift"
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Shift:
     For a drift, `level` is where it ended and `slope` the relative rise a step.
     """
 
-    kind: str  # throttle or drift
+    kind: str  # LEVEL_SHAPE or DRIFT_SHAPE
     first: int
     last: int
     healthy: float
@@ -44,22 +53,74 @@ class Shift:
     slope: float = 0.0
 
 
-def find_shifts(times: Floats) -> list[Shift]:
-    """Sustained slowdowns in the times of consecutive steps, already corrected for their work. Seconds."""
+def find_shifts(times: Floats, least: float = LEAST_RISE, quantile: float = LOW) -> list[Shift]:
+    """Sustained slowdowns in the times of consecutive steps, already corrected for their work. Seconds.
+
+    A rise must be at least `least` of the healthy level, and more than levels wander on their own: the difference of
+    the two levels is held against the noise of blocks and their autocorrelation, see `_surety`. `quantile` is what
+    stands for a block of steps.
+    """
     block = min(max(len(times) // _BLOCKS, _LEAST_BLOCK), _BLOCK)
     count = len(times) // block
     if count < 3 * _LEAST_BLOCKS:
         return []
-    blocks = np.log(np.median(times[: count * block].reshape(count, block), axis=1))
+    parts = times[: count * block].reshape(count, block)
+    blocks = np.log(np.quantile(parts, quantile, axis=1))
+    typical = float(np.exp(np.median(np.log(np.median(parts, axis=1)) - blocks)))  # what people are told are medians
     sigma = _block_noise(blocks)
     stretches = _split(blocks, 0, count, sigma)
     healthy = _healthy(blocks, stretches, HEALTHY_START // block)
-    steps = np.diff(np.log(times))
-    threshold = max(np.log1p(_LEAST_RISE), _RISE_AT * sigma, _RISE_OF_NOISE * core_scale(steps) / np.sqrt(2))
-    shifts = []
-    for first, last in _elevated(blocks, stretches, healthy, threshold):
-        shifts.append(_shape(blocks, first, last, healthy, sigma, block, len(times)))
-    return shifts
+    threshold = max(np.log1p(least), _RISE_OF_NOISE * sigma)
+    elevated = _elevated(blocks, stretches, healthy, threshold)
+    shifts = [_shape(blocks, first, end, healthy, block, len(times)) for first, end in elevated]
+    surety = _surety(blocks, elevated, shifts, healthy, sigma, block)
+    return [
+        replace(shift, z=z, healthy=shift.healthy * typical, level=shift.level * typical)
+        for shift, z in zip(shifts, surety, strict=True)
+        if z >= _SURE_AT and np.log(shift.level / shift.healthy) >= threshold
+    ]
+
+
+def _surety(
+    blocks: Floats, stretches: list[tuple[int, int]], shifts: list[Shift], healthy: float, sigma: float, block: int
+) -> list[float]:
+    """How many sigmas each elevated stretch of blocks lies above the others, by an honest count of blocks.
+
+    What the levels and ramps found leave unexplained is the noise; where it is autocorrelated, as of a level that
+    wanders, so many blocks tell as little as n / (1 + 2 sum rho) independent ones.
+    """
+    rest = blocks - healthy
+    outside = np.ones(len(blocks), dtype=bool)
+    for (first, end), shift in zip(stretches, shifts, strict=True):
+        outside[first:end] = False
+        place = np.arange(first, end)
+        if shift.kind == DRIFT_SHAPE:
+            part = (place - shift.first / block + 0.5) * block * shift.slope
+            rest[first:end] = blocks[first:end] - np.log(shift.healthy * (1 + np.maximum(part, 0.0)))
+        else:
+            rest[first:end] = blocks[first:end] - np.median(blocks[first:end])
+    noise = max(MAD_TO_SIGMA * float(np.median(np.abs(rest))), sigma)
+    rest = np.clip(rest, -_CLIP * noise, _CLIP * noise)
+    inflation = _inflation(rest)
+    result = []
+    for first, end in stretches:
+        rise = float(np.mean(blocks[first:end])) - healthy
+        error = noise * np.sqrt(inflation * (1 / (end - first) + 1 / max(int(outside.sum()), _LEAST_BLOCKS)))
+        result.append(rise / float(error))
+    return result
+
+
+def _inflation(rest: Floats) -> float:
+    """1 + 2 sum of autocorrelations, up to the first that is not positive (Geyer 1992, section 3.3, by single lags)."""
+    total, count = float(np.dot(rest, rest)), len(rest)
+    inflation = 1.0
+    for lag in range(1, count // 3):
+        # the bias of an estimate from so few blocks is about -1/count
+        rho = float(np.dot(rest[:-lag], rest[lag:])) / max(total, 1e-30) + 1 / count
+        if rho <= 0.05:
+            break
+        inflation += 2 * rho
+    return inflation
 
 
 def _healthy(blocks: Floats, stretches: list[tuple[int, int]], start: int) -> float:
@@ -110,25 +171,23 @@ def _elevated(
     return [(a, b) for a, b in joined if float(np.quantile(blocks[a:b], 0.75)) - healthy >= threshold]
 
 
-def _shape(blocks: Floats, first: int, end: int, healthy: float, sigma: float, block: int, rows: int) -> Shift:
-    """Step or ramp, whichever leaves less unexplained over the slow stretch and as much before it.
+def _shape(blocks: Floats, first: int, end: int, healthy: float, block: int, rows: int) -> Shift:
+    """Step or ramp, whichever leaves less unexplained over the slow stretch and as much before it; z is not yet known.
 
-    `block` is the steps of a block, `rows` the steps of the run.
+    `block` is the steps of a block, `rows` the steps of the run. Ramps are fitted to seconds, not to their logarithms:
+    what fills up or leaks adds as much with each step.
     """
     begin = max(0, first - (end - first))
-    part = blocks[begin:end]
+    part, base = np.exp(blocks[begin:end]), float(np.exp(healthy))
     position = np.arange(begin, end)
-    level = float(np.median(blocks[first:end]))
-    as_step = _best_step(part, healthy)
-    onset, slope, as_ramp = _best_ramp(part, position, healthy)
+    level = float(np.exp(np.median(blocks[first:end])))
+    as_step = _best_step(part, base)
+    onset, slope, as_ramp = _best_ramp(part, position, base)
     last = rows - 1 if end == len(blocks) else end * block - 1
-    rise = np.sqrt(end - first) * (level - healthy) / sigma
-    if end - first >= _LEAST_RAMP_BLOCKS and as_ramp < as_step and slope > 0:
-        top = healthy + slope * (end - onset)
-        return Shift(
-            "drift", onset * block, last, float(np.exp(healthy)), float(np.exp(top)), float(rise), slope / block
-        )
-    return Shift("throttle", first * block, last, float(np.exp(healthy)), float(np.exp(level)), float(rise))
+    if end - first >= _LEAST_RAMP_BLOCKS and as_ramp < _RAMP_BETTER * as_step and slope > 0:
+        top = base + slope * (end - 0.5 - onset)
+        return Shift(DRIFT_SHAPE, onset * block, last, base, top, 0.0, slope / block / base)
+    return Shift(LEVEL_SHAPE, first * block, last, base, level, 0.0)
 
 
 def _best_step(part: Floats, healthy: float) -> float:

@@ -83,6 +83,7 @@ class StepTable:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     began_ns: int = 0
+    between: Floats = field(default_factory=lambda: np.zeros(0))  # seconds before each step, in no span
     throttle: npt.NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, dtype=str))  # why, by step; or empty
 
     def __len__(self) -> int:
@@ -90,9 +91,9 @@ class StepTable:
 
     @property
     def total_seconds(self) -> float:
-        """Steps, checkpoints and evaluations together."""
+        """The run's: steps, checkpoints, evaluations, and what lay between them in no span."""
         pauses = sum(pause.seconds for pause in self.pauses)
-        return float(np.sum(self.seconds)) + pauses
+        return float(np.sum(self.seconds)) + pauses + float(np.sum(self.between))
 
     def rows(self, kept: npt.NDArray[np.bool_]) -> StepTable:
         """The steps that the mask `kept` holds."""
@@ -138,8 +139,11 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         notes.append(f"{backwards} time(s) the clock went backwards between steps (durations are used as they are)")
     wall = (spans.end[rows] - start) / 1e9
     kinds, durations, pauses, inside = _children(spans, newest, rows, step, notes)
+    pauses_beside = _pause_intervals(spans, newest)
     attributes = [spans.attributes.get(int(row), {}) for row in rows]
     checkpoints = pause_seconds(pauses, step, schema.CHECKPOINT)
+    restarts = tuple(np.searchsorted(step, began_again).tolist())
+    between = _between(start, spans.end[rows], pauses_beside, restarts)
     return StepTable(
         step=step,
         start=(start - start[0]) / 1e9,
@@ -150,12 +154,42 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         kinds=kinds,
         durations=durations,
         pauses=tuple(pauses),
-        restarts=tuple(np.searchsorted(step, began_again).tolist()),
+        restarts=restarts,
+        between=between,
         facts=_facts(spans, newest),
         notes=tuple(notes),
         began_ns=int(start[0]),
         throttle=np.array([str(a.get(schema.GPU_THROTTLE, "")) for a in attributes]),
     )
+
+
+def _pause_intervals(spans: SpanTable, run: int) -> Ints:
+    """[pauses, 2] when checkpoints and evaluations of the run began and ended, nanoseconds, in order."""
+    names = [i for i, label in enumerate(spans.labels) if label in PAUSES]
+    rows = np.flatnonzero((spans.run == run) & (spans.level == PHASE) & np.isin(spans.name, names))
+    rows = rows[np.argsort(spans.start[rows], kind="stable")]
+    return np.stack([spans.start[rows], spans.end[rows]], axis=1)
+
+
+def _between(start: Ints, end: Ints, pauses: Ints, restarts: tuple[int, ...]) -> Floats:
+    """Seconds before each step, from the end of the one before, in which no checkpoint or evaluation ran either.
+
+    None before the first step of the run or of a resumed part: what came before was no step's.
+    """
+    result = np.zeros(len(start))
+    for row in range(1, len(start)):
+        if row in restarts or start[row] <= end[row - 1]:
+            continue
+        low, high = int(end[row - 1]), int(start[row])
+        first = int(np.searchsorted(pauses[:, 1], low, side="right"))
+        covered, at = 0, low
+        for begin, stop in pauses[first:].tolist():
+            if begin >= high:
+                break
+            covered += max(min(stop, high) - max(begin, at), 0)
+            at = max(at, min(stop, high))
+        result[row] = (high - low - covered) / 1e9
+    return result
 
 
 def _with_earlier_parts(spans: SpanTable, newest: int) -> tuple[SpanTable, list[int]]:

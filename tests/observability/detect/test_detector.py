@@ -546,7 +546,7 @@ def test_json_has_the_promised_form(tmp_path: Path) -> None:
 
 def test_causes_have_the_names_that_others_rely_on() -> None:
     names = "data-stall checkpoint-stall slow-kernel throttle periodic spike drift compile longer-batch memory-pressure"
-    assert " ".join(CAUSES) == names + " loss-spike skipped-step"
+    assert " ".join(CAUSES) == names + " loss-spike skipped-step interference between-steps divergence"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Kinds of span that stay slow, each held against its like: a layer against the other layers of its pass.
+
+What holds up a whole step (another program, a clock) makes all kinds slower alike, and cancels; so a layer a third
+slower shows on a machine where steps differ by more than that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from observability import schema
+from observability.detect import host
+from observability.detect.baseline import core_scale, moving_median
+from observability.detect.sustained import LOW, Shift, find_shifts
+from observability.read import Floats, StepTable
+
+_OFFSET: Final = 0.002  # of a step, added to each time: what takes next to nothing has no ratio to speak of
+_MATERIAL: Final = 0.003  # of a step, lost in each of the slow steps
+_SHARED: Final = 0.04  # the same, on a machine that other programs share all the time
+_OF_NOISE: Final = 0.3  # of the sigma of the bulk of steps: less is lost in what they do anyway
+_OWN_PART: Final = 0.5  # of the rise against its like, in logarithms, that the kind's own times must show
+_BEYOND: Final = 1.2  # times the rise of the rest of the step
+_LEAST_PEERS: Final = 2
+
+
+@dataclass(frozen=True)
+class KindShift:
+    """Kind number `kind` of the table is slow as `shift` says; `excess` [steps] are the seconds that it lost."""
+
+    kind: int
+    shift: Shift
+    excess: Floats
+
+
+def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
+    """Kinds that stay slow, from the deepest level up: what a layer lost is not its phase's. `factor` [steps, kinds]
+    is what the work of a step makes of a time.
+    """
+    typical = float(np.median(table.seconds))
+    times = table.durations / np.where(factor > 0, factor, 1.0)
+    logs = np.log(times + _OFFSET * typical)
+    lost = np.zeros_like(times)
+    least = max(
+        (_SHARED if host.busy(table) else _MATERIAL) * typical,
+        _OF_NOISE * core_scale(table.seconds - moving_median(table.seconds)),
+    )
+    found: list[KindShift] = []
+    for level in ("kernel", "layer", "phase"):
+        for k in (i for i, kind in enumerate(table.kinds) if kind.level == level):
+            own = np.maximum(times[:, k] - lost[:, k], 0.0)
+            if float(np.quantile(own, 0.9)) < _MATERIAL * typical:
+                continue
+            like = _like(table, k, times, logs, own, typical)
+            # Against its like noise goes both ways, so that the middle of a block is what wanders least.
+            quantile = 0.5 if np.ptp(like) else LOW
+            for shift in find_shifts((own + _OFFSET * typical) * np.exp(np.median(like) - like), quantile=quantile):
+                if not _is_its_own(own + _OFFSET * typical, shift):
+                    continue
+                if not np.ptp(like) and not _beyond(own, table.seconds - times[:, k], shift):
+                    continue
+                excess = _excess(own, shift, _OFFSET * typical, steady=table.kinds[k].name != schema.DATA)
+                if level == "phase" and _in_layers(table, k, times, shift) > 0.5 * (shift.level - shift.healthy):
+                    continue  # a whole pass that is slow is no fault of its own
+                if float(np.mean(excess[shift.first : shift.last + 1])) < least:
+                    continue
+                found.append(KindShift(k, shift, excess))
+                for outer in _around(table, k):
+                    lost[:, outer] += excess
+    return found
+
+
+def _like(table: StepTable, k: int, times: Floats, logs: Floats, own: Floats, typical: float) -> Floats:
+    """Logarithm of what kind `k` is held against, by step: its like, or the rest of the step."""
+    kind = table.kinds[k]
+    if kind.name == schema.DATA and kind.level == "phase":
+        return np.zeros(len(own))  # the host makes batches while the GPU computes
+    pool = (kind.level, kind.phase)
+    peers = [i for i, other in enumerate(table.kinds) if i != k and (other.level, other.phase) == pool]
+    material = [i for i in peers if float(np.median(times[:, i])) > _MATERIAL * typical]
+    if kind.level != "phase" and len(material) >= _LEAST_PEERS:
+        middle = logs[:, material] - np.median(logs[:, material], axis=0)
+        like: Floats = np.median(middle, axis=1)
+        return like
+    rest: Floats = np.log(np.maximum(table.seconds - times[:, k], _OFFSET * typical))
+    return rest
+
+
+def _is_its_own(own: Floats, shift: Shift) -> bool:
+    """Whether the kind's own times rose, and not only its like fell."""
+    inside = np.zeros(len(own), dtype=bool)
+    inside[(shift.first + shift.last) // 2 if shift.slope else shift.first : shift.last + 1] = True
+    rise = float(np.log(np.median(own[inside])) - np.log(np.median(own[~inside])))
+    return rise >= _OWN_PART * float(np.log(shift.level / shift.healthy))
+
+
+def _beyond(own: Floats, rest: Floats, shift: Shift) -> bool:
+    """Whether a kind that was held against itself alone rose by more than the rest of its steps did."""
+    inside = np.zeros(len(own), dtype=bool)
+    inside[shift.first : shift.last + 1] = True
+
+    def rise(times: Floats) -> float:
+        was = float(np.median(times[~inside]))
+        return float(np.median(times[inside])) / was if was > 0 else float("inf")
+
+    return rise(own) > _BEYOND * rise(rest)
+
+
+def _excess(own: Floats, shift: Shift, offset: float, steady: bool) -> Floats:
+    """Seconds lost by step: in proportion where the kind varies with the machine (`steady`), else over its level."""
+    result = np.zeros(len(own))
+    rows = np.arange(shift.first, shift.last + 1)
+    if steady and not shift.slope:
+        result[rows] = own[rows] * (1 - shift.healthy / shift.level)
+    else:
+        result[rows] = np.maximum(own[rows] + offset - shift.healthy, 0.0)
+    return result
+
+
+def _in_layers(table: StepTable, k: int, times: Floats, shift: Shift) -> float:
+    """Seconds that the layers of phase `k` rose by with the shift."""
+    layers = [i for i in _inside(table, k) if table.kinds[i].level == "layer"]
+    inside = slice(shift.first, shift.last + 1)
+    outside = np.ones(len(times), dtype=bool)
+    outside[inside] = False
+    rise = np.median(times[inside][:, layers], axis=0) - np.median(times[outside][:, layers], axis=0)
+    return float(np.sum(np.maximum(rise, 0.0)))
+
+
+def _inside(table: StepTable, k: int) -> list[int]:
+    phase = table.kinds[k].name
+    return [i for i, kind in enumerate(table.kinds) if kind.level == "layer" and kind.phase == phase]
+
+
+def _around(table: StepTable, k: int) -> list[int]:
+    """The phase that a layer lies in; where a kernel lies is not kept."""
+    kind = table.kinds[k]
+    return [
+        i for i, o in enumerate(table.kinds) if kind.level == "layer" and o.level == "phase" and o.name == kind.phase
+    ]
