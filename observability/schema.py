@@ -150,6 +150,12 @@ HOST_KEYS: Final = {
     "gpu_throttle": GPU_THROTTLE,
 }
 
+NON_FINITE = _attribute(
+    "entrenar.span.non_finite",
+    "int",
+    "exported spans",
+    "attributes left out as they were NaN or infinite; the file has them",
+)
 LAYER_INDEX = _attribute("entrenar.layer.index", "int", "layer", "which transformer layer, from 0")
 KERNEL_NAME = _attribute("entrenar.kernel.name", "string", "kernel", "the shader and variant that ran")
 KERNEL_SHAPE = _attribute("entrenar.kernel.shape", "string", "kernel", "its problem size, as 512x9728x2560")

@@ -1,8 +1,9 @@
 """A trace for ui.perfetto.dev (and chrome://tracing): the Trace Event format, host and GPU apart.
 
 Format: "Trace Event Format" (Google, docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU); times
-are microseconds. Events of one track must nest or follow one another, which spans timed by two clocks do not quite do,
-so every level gets tracks of its own, and a span that overlaps its neighbour moves to a further one.
+are microseconds, kept in whole nanoseconds here. Events of one track must nest or follow one another, which spans timed
+by two clocks do not quite do, so every level gets tracks of its own, and a span that overlaps its neighbour moves to a
+further one.
 """
 
 from __future__ import annotations
@@ -41,10 +42,22 @@ def write_perfetto(analysis: Analysis, path: Path) -> None:
         with opener(temporary, "wt", encoding="utf-8") as stream:
             stream.write('{"displayTimeUnit":"ms","traceEvents":[\n')
             for index, event in enumerate(_events(analysis)):
-                stream.write((",\n" if index else "") + json.dumps(event, separators=(",", ":"), allow_nan=False))
+                stream.write((",\n" if index else "") + _text(event))
             stream.write("\n]}\n")
 
     write_whole(path, write)
+
+
+def _text(event: dict[str, Any]) -> str:
+    """An event as JSON. Its times, nanoseconds so far, become microseconds with three decimals, every digit written:
+    as floats some spans would end after the next one on their track begins, and be dropped.
+    """
+    times = {key: event[key] for key in ("ts", "dur") if key in event}
+    text = json.dumps({k: v for k, v in event.items() if k not in times}, separators=(",", ":"), allow_nan=False)
+    exact = "".join(
+        f',"{key}":{"-" if ns < 0 else ""}{abs(ns) // 1000}.{abs(ns) % 1000:03d}' for key, ns in times.items()
+    )
+    return f"{text[:-1]}{exact}}}"
 
 
 def _events(analysis: Analysis) -> Iterator[dict[str, Any]]:
@@ -87,8 +100,8 @@ def _level_events(spans: SpanTable, rows: Any, process: int, level: int, zero: i
             "tid": thread,
             "name": name,
             "cat": _TRACK_NAMES[level],
-            "ts": (start - zero) / 1000,
-            "dur": (end - start) / 1000,
+            "ts": start - zero,
+            "dur": end - start,
             "args": arguments,
         }
 
@@ -97,7 +110,7 @@ def _step_events(analysis: Analysis, zero: int) -> Iterator[dict[str, Any]]:
     """Counters by step, and a mark on every step with an anomaly."""
     table = analysis.table
     # From the table: the trace may have steps of these numbers in other runs too.
-    begins = (table.began_ns - zero) / 1000 + 1e6 * table.start
+    begins = table.began_ns - zero + np.round(1e9 * table.start).astype(np.int64)
     starts = dict(zip(table.step.tolist(), begins.tolist(), strict=True))
     for key, name in _COUNTERS.items():
         for step, value in zip(table.step.tolist(), table.values[key].tolist(), strict=True):

@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from observability.errors import TraceError
+from observability.write.otlp_settings import last_words
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,13 @@ class TraceFile:
         else:
             self.written += len(spans)
 
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # a pipe, or a disk that fails: spans may be lost, the run goes on
+            _log.debug("%s: %s", self.path, error)
+
     def close(self) -> None:
         self._file.close()
 
@@ -197,5 +205,7 @@ class Sender:
                 self.sent += len(batch)
                 continue
             if not self._failed:
-                _log.warning("%s does not take spans; they are dropped, training goes on", self._target)
+                why = last_words()
+                said = f" ({why})" if why else ""
+                _log.warning("%s does not take spans%s; they are dropped, training goes on", self._target, said)
             self._failed += len(batch)

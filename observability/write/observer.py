@@ -27,7 +27,7 @@ from observability.errors import TraceError
 from observability.write import otlp_settings
 from observability.write.export import Sender, TraceFile, line_head
 from observability.write.metrics import RunMetrics, run_metrics
-from observability.write.tracing import OwnSpans, SpanBuilder, SpanSource, span_source
+from observability.write.tracing import OwnSpans, SpanBuilder, SpanSource, exported, span_source
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
@@ -78,8 +78,9 @@ def observe(
     """
     if level not in schema.LEVELS:
         raise TraceError(f"--trace-level: expected {', '.join(schema.LEVELS)}, not {level!r}")
-    if otlp is not None:
-        otlp_settings.target("traces", otlp)  # complains now, not when the run starts
+    if not otlp_settings.sdk_disabled():  # complains now, before a model is loaded
+        otlp_settings.target("traces", otlp)
+        otlp_settings.target("metrics", otlp)
     return TraceObserver(Path(output_dir), level, otlp, tuple(processors), flush_seconds)
 
 
@@ -116,22 +117,22 @@ class TraceObserver:
 
         Raises TraceError, and leaves no file behind, where one of them cannot be had.
         """
-        if self._disabled:
-            return
-        source = span_source()
+        source: SpanSource = OwnSpans() if self._disabled else span_source()
         around = trace.get_current_span().get_span_context()
         builder = SpanBuilder(info, self._level, around if around.is_valid else None, source)
         ours = isinstance(source, OwnSpans)
         if ours:
             otlp_settings.quiet_exporters()
-        spans_to = otlp_settings.target("traces", self._otlp) if ours or self._otlp is not None else None
-        metrics_to = otlp_settings.target("metrics", self._otlp)
+        sends = not self._disabled and (ours or self._otlp is not None)
+        spans_to = otlp_settings.target("traces", self._otlp) if sends else None
+        metrics_to = otlp_settings.target("metrics", self._otlp) if not self._disabled else None
         head = line_head(builder.resource, schema.SCOPE_NAME, info.project_version)
         with ExitStack() as undo:
             sender = _sender(spans_to)
             if sender is not None:
                 undo.callback(sender.close, 0.0)
-            metrics = run_metrics(builder.resource, otlp_settings.metric_exporter(metrics_to) if metrics_to else None)
+            metrics_exporter = otlp_settings.metric_exporter(metrics_to) if metrics_to else None
+            metrics = None if self._disabled else run_metrics(builder.resource, metrics_exporter)
             if metrics is not None:
                 undo.callback(metrics.close, 0.0)
             file = TraceFile(self._output_dir / schema.TRACE_FILE, head)
@@ -157,6 +158,11 @@ class TraceObserver:
         if self._pipeline is not None:
             self._pipeline.put("finish", summary, 1)
             self.close()
+
+    def flush(self) -> None:
+        """Have all that was told so far on disk before this returns, or give up after the time that the end gets."""
+        if self._pipeline is not None:
+            self._pipeline.flush()
 
     def anomaly(self, cause: str, severity: str) -> None:
         """Count an anomaly in the metrics; what the live detector calls."""
@@ -214,23 +220,33 @@ class _Pipeline:
         self._taken_spans = 0
         self._lost = 0
         self._stop = threading.Event()
+        self._look = threading.Event()  # there is something that cannot wait for the next look
         self._thread = threading.Thread(target=self._run, name="tracing", daemon=True)
         self._thread.start()
 
     def put(self, kind: str, record: Any, spans: int, promised: SpanContext | None = None) -> None:
         """Queue a record that makes about `spans` spans, or drop it where too many wait."""
-        if self._put_spans - self._taken_spans > _BACKLOG_SPANS and kind != "finish":
+        if self._put_spans - self._taken_spans > _BACKLOG_SPANS and kind not in ("finish", "flush"):
             self._lost += spans
             return
         self._finished = self._finished or kind == "finish"
         self._put_spans += spans
         self._queue.append((kind, record, spans, promised))
 
+    def flush(self) -> None:
+        """Write what is queued, and have the file on disk, not only handed to the operating system."""
+        done = threading.Event()
+        self.put("flush", done, 0)
+        self._look.set()
+        if not done.wait(_FILE_SECONDS):
+            _log.warning("trace: the disk did not take what was queued within %.0f s", _FILE_SECONDS)
+
     def close(self, timeout_seconds: float) -> TraceSummary:
         """Write what is queued, then wait for the collector, `timeout_seconds` at most."""
         if not self._finished:
             self.put("finish", None, 1)
         self._stop.set()
+        self._look.set()
         self._thread.join(_FILE_SECONDS)
         deadline = time.monotonic() + timeout_seconds
         if self._sender is not None:
@@ -242,7 +258,9 @@ class _Pipeline:
         return TraceSummary(self._file.written, sent, dropped, self._lost + self._file.lost + waiting)
 
     def _run(self) -> None:
-        while not self._stop.wait(_LOOK_SECONDS):
+        while not self._stop.is_set():
+            self._look.wait(_LOOK_SECONDS)
+            self._look.clear()
             self._drain()
         self._drain()
         self._file.close()
@@ -269,6 +287,9 @@ class _Pipeline:
                 self.metrics.evaluation(record)
         elif kind == "checkpoint":
             self._give(self.builder.checkpoint(record))
+        elif kind == "flush":
+            self._file.sync()
+            record.set()
         else:
             self._give(self.builder.finish(record))
             for processor in self._processors:
@@ -279,7 +300,7 @@ class _Pipeline:
             return
         self._file.write(spans)
         if self._sender is not None:
-            self._sender.put(spans)
+            self._sender.put([exported(span) for span in spans])
         for processor in self._processors:
             for span in spans:
                 processor.on_end(span)

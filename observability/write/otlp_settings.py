@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.trace.export import SpanExporter
@@ -35,7 +36,7 @@ class Target:
 
 
 def sdk_disabled() -> bool:
-    """Whether OTEL_SDK_DISABLED switches all of OpenTelemetry off."""
+    """Whether OTEL_SDK_DISABLED switches OpenTelemetry off: nothing is sent then, and the run's file is written."""
     return os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
@@ -47,11 +48,14 @@ def target(signal: Signal, url: str | None) -> Target | None:
     if url is not None:
         return _from_url(signal, url)
     endpoint = _variable(signal, "ENDPOINT")
-    exporter = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER")
+    variable = f"OTEL_{signal.upper()}_EXPORTER"
+    exporter = os.environ.get(variable, "").strip() or None
+    if exporter not in (None, "otlp", "none"):
+        raise TraceError(f"{variable}: expected otlp or none, not {exporter!r}")
     if exporter == "none" or (exporter != "otlp" and endpoint is None):
         return None
     protocol = _protocol(signal)
-    return Target(signal, protocol, None, endpoint or f"the collector on this machine ({protocol})")
+    return Target(signal, protocol, None, without_secrets(endpoint or f"the collector on this machine ({protocol})"))
 
 
 def _from_url(signal: Signal, url: str) -> Target:
@@ -60,15 +64,17 @@ def _from_url(signal: Signal, url: str) -> Target:
         host = parts.hostname
         _ = parts.port  # raises where it is not a number
     except ValueError as error:
-        raise TraceError(f"--otlp: {url!r} is no address: {error}") from None
+        raise TraceError(f"--otlp: {without_secrets(url)!r} is no address: {error}") from None
     if parts.scheme not in _SCHEMES or not host:
-        raise TraceError(f"--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS), not {url!r}")
+        told = without_secrets(url)
+        raise TraceError(f"--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS), not {told!r}")
     if parts.scheme in _GRPC:
-        return Target(signal, "grpc", f"{_GRPC[parts.scheme]}://{parts.netloc}", url)
+        return Target(signal, "grpc", f"{_GRPC[parts.scheme]}://{parts.netloc}", without_secrets(url))
     if _protocol(signal) == "grpc":
-        return Target(signal, "grpc", url, url)
-    base = url.rstrip("/").removesuffix("/v1/traces")
-    return Target(signal, "http", f"{base}/v1/{signal}", url)
+        return Target(signal, "grpc", url, without_secrets(url))
+    path = parts.path.rstrip("/").removesuffix("/v1/traces")
+    address = urlunsplit((parts.scheme, parts.netloc, f"{path}/v1/{signal}", parts.query, ""))
+    return Target(signal, "http", address, without_secrets(url))
 
 
 def _variable(signal: Signal, name: str) -> str | None:
@@ -94,6 +100,18 @@ def environ_int(name: str, default: int) -> int:
     return int(text)
 
 
+class _LastWords(logging.Handler):
+    """Keeps what an exporter last said, so that the one line about it can say why."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = " ".join(record.getMessage().split())[:200]
+
+
+_LAST_WORDS = _LastWords()
+
+
 def quiet_exporters() -> None:
     """Keep the SDK's exporters from logging each failed try: Sender warns once and the summary has the counts.
 
@@ -101,7 +119,20 @@ def quiet_exporters() -> None:
     """
     logger = logging.getLogger("opentelemetry.exporter")
     if logger.level == logging.NOTSET:
-        logger.setLevel(logging.CRITICAL)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(_LAST_WORDS)
+
+
+def last_words() -> str:
+    """What an exporter last said of a failure, such as "Failed to export span batch code: 404, reason: Not Found"."""
+    return without_secrets(_LAST_WORDS.text)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with what may be a credential in its addresses left out: user and password, and values of a query."""
+    text = re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*", r"\1=...", text)
 
 
 def span_exporter(to: Target) -> SpanExporter:

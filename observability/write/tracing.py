@@ -10,6 +10,7 @@ spans.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from observability import schema
+from observability.write.otlp_settings import without_secrets
 
 _UNSET = Status(StatusCode.UNSET)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
@@ -73,10 +75,36 @@ class CallerSpans:
 
     def finish(self, context: SpanContext, end_ns: int, attributes: Mapping[str, Any], status: Status) -> None:
         span = self._open.pop(context.span_id)
-        span.set_attributes(dict(attributes))
+        span.set_attributes(finite(attributes))
         if status is not _UNSET:
             span.set_status(status)
         span.end(end_ns)
+
+
+def finite(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """`attributes` without NaN and infinities, which backends answer with errors, and with how many those were."""
+    kept = {key: value for key, value in attributes.items() if not isinstance(value, float) or math.isfinite(value)}
+    if len(kept) < len(attributes):
+        kept[schema.NON_FINITE] = len(attributes) - len(kept)
+    return kept
+
+
+def exported(span: ReadableSpan) -> ReadableSpan:
+    """`span` as backends get it, see `finite`."""
+    attributes = span.attributes or {}
+    if all(math.isfinite(value) for value in attributes.values() if isinstance(value, float)):
+        return span
+    return ReadableSpan(
+        span.name,
+        span.context,
+        span.parent,
+        span.resource,
+        finite(attributes),
+        status=span.status,
+        start_time=span.start_time,
+        end_time=span.end_time,
+        instrumentation_scope=span.instrumentation_scope,
+    )
 
 
 def span_source() -> SpanSource:
@@ -191,7 +219,7 @@ class SpanBuilder:
         status = "interrupted" if summary is None else clean(summary.status)
         attributes = run_attributes(self._info) | {
             schema.SPAN_LEVEL: "run",
-            schema.RUN_CONFIG: clean(json.dumps(dict(self._info.config), default=str, sort_keys=True)),
+            schema.RUN_CONFIG: clean(without_secrets(json.dumps(dict(self._info.config), default=str, sort_keys=True))),
             schema.RUN_STATUS: status,
         }
         end_ns = self._last_end_ns

@@ -21,8 +21,9 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from entrenar_gpu.events import HostStats, Span
 from observability import observe, schema
 from observability.errors import TraceError
+from observability.write import otlp_settings
 from observability.write.logs import TraceIdFilter
-from observability.write.tracing import OwnSpans, SpanBuilder, clean
+from observability.write.tracing import OwnSpans, SpanBuilder, clean, exported
 from tests.helpers.step_records import (
     KERNELS,
     START_NS,
@@ -119,7 +120,7 @@ def test_attributes_are_those_of_the_schema_with_its_types() -> None:
         for name, value in (span.attributes or {}).items():
             assert type(value) is types[schema.ATTRIBUTES[name].type], name
             seen.add(name)
-    resource = {name for name, row in schema.ATTRIBUTES.items() if row.on == "resource"}
+    resource = {name for name, row in schema.ATTRIBUTES.items() if row.on in ("resource", "exported spans")}
     assert seen == set(schema.ATTRIBUTES) - resource
     assert schema.RUN_RESUMES not in (builder().finish(run_summary(1))[-1].attributes or {})
     step = spans[0].attributes or {}
@@ -329,14 +330,69 @@ def test_logs_carry_the_ids_of_the_step_being_computed(tmp_path: Path) -> None:
     assert len(set(ids)) == 2
 
 
-def test_otel_sdk_disabled_switches_everything_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_otel_sdk_disabled_stops_export_and_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    observer = observe(tmp_path)
+    observer = observe(tmp_path, otlp="http://127.0.0.1:9")
     observer.run_started(run_info())
     observer.step_finished(step_record(1))
     observer.run_finished(run_summary(1))
-    assert not (tmp_path / schema.TRACE_FILE).exists()
-    assert observer.close().written == 0
+    summary = observer.close()
+    assert (tmp_path / schema.TRACE_FILE).exists()
+    assert summary.written > 0
+    assert summary.sent == summary.dropped == 0
+
+
+def test_a_flush_has_what_was_told_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(fd) or real(fd))  # type: ignore[func-returns-value]
+    observer = observe(tmp_path)
+    observer.run_started(run_info())
+    observer.step_finished(step_record(1))
+    observer.flush()
+    assert file_spans(tmp_path / schema.TRACE_FILE)[0]["name"] == "step"
+    assert synced
+    observer.close()
+    observer.flush()  # after the end there is nothing to write
+
+
+def test_what_is_not_finite_stays_out_of_exported_spans_and_is_counted(tmp_path: Path) -> None:
+    span = builder().step(skipped_step(3))[0]
+    sent = exported(span)
+    assert math.isnan((span.attributes or {})[schema.LOSS])
+    assert schema.LOSS not in (sent.attributes or {})
+    assert (sent.attributes or {})[schema.NON_FINITE] == 2
+    assert sent.context == span.context
+    fine = builder().step(step_record(3))[0]
+    assert exported(fine) is fine
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@host:4318", "http://host:4318/?token=hunter2", "ftp://host/?token=hunter2"]
+)
+def test_credentials_of_an_address_are_told_to_nobody(url: str, tmp_path: Path) -> None:
+    try:
+        told = str(otlp_settings.target("traces", url).name)  # type: ignore[union-attr]
+    except TraceError as error:
+        told = str(error)
+    assert "hunter2" not in told
+    builder_ = SpanBuilder(run_info(config={"otlp": url}), "step", None, OwnSpans())
+    assert "hunter2" not in str(builder_.finish(run_summary(1))[-1].attributes)
+
+
+def test_a_token_in_the_query_reaches_the_collector() -> None:
+    to = otlp_settings.target("metrics", "http://host:4318/?token=hunter2")
+    assert to is not None
+    assert to.endpoint == "http://host:4318/v1/metrics?token=hunter2"
+
+
+@pytest.mark.parametrize("value", ["zipkin", "otlp,console"])
+def test_an_exporter_that_there_is_not_is_told_at_once(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", value)
+    with pytest.raises(TraceError, match="OTEL_TRACES_EXPORTER: expected otlp or none"):
+        observe(tmp_path)
 
 
 def test_service_name_and_resource_attributes_of_the_environment_win(
