@@ -10,16 +10,23 @@ names it, and the kind of span at fault where there is one.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import numpy as np
 
 from benchmarks.detection import recording
+from benchmarks.detection.rivals import RIVALS, events_above, median_shift
+from benchmarks.detection.scoring import Event
 from observability.detect import Finding, host
+from observability.detect.detector import detect
 from observability.detect.findings import (
     CHECKPOINT_STALL,
     COMPILE,
@@ -32,7 +39,7 @@ from observability.detect.findings import (
     SPIKE,
     THROTTLE,
 )
-from observability.read import Pause, StepTable
+from observability.read import HOST_VALUES, Pause, StepTable
 
 RECORDINGS: Final = Path(__file__).with_name("recordings")
 MACHINES: Final = ("quiet", "loaded")
@@ -379,5 +386,108 @@ def shared(alarm: Finding, fault: Placed) -> int:
     return max(min(alarm.last_step - 1, fault.last) - max(alarm.first_step - 1, fault.first) + 1, 0)
 
 
+def records(table: StepTable) -> Iterator[Any]:
+    """The steps of a recording as the trainer hands them to observers."""
+    now = 1_700_000_000 * 10**9
+    told = [key for key in HOST_VALUES if key in table.values]
+    for row in range(len(table)):
+        end = now + round(table.seconds[row] * 1e9)
+        spans, at = [], {"": None}
+        for index, kind in sorted(enumerate(table.kinds), key=lambda item: item[1].level != "phase"):
+            seconds = float(table.durations[row, index])
+            at.setdefault(kind.name, len(spans))
+            spans.append(
+                SimpleNamespace(
+                    name=kind.name,
+                    kind=kind.level,
+                    start_ns=now,
+                    end_ns=now + round(seconds * 1e9),
+                    parent=at[kind.phase],
+                    attributes={},
+                )
+            )
+        host_stats = SimpleNamespace(**{key: float(table.values[key][row]) for key in told})
+        work = float(table.values["row_tokens"][row])
+        yield SimpleNamespace(
+            step=int(table.step[row]), start_ns=now, end_ns=end, loss=1.0, grad_norm=1.0, tokens=work, row_tokens=work,
+            allocated_bytes=1, skipped=False, spans=spans, host=host_stats,
+        )  # fmt: skip
+        now = end
+
+
 def _rng(*parts: object) -> Rng:
     return np.random.default_rng(zlib.crc32(repr(parts).encode()))
+
+
+def as_findings(events: Sequence[Event]) -> list[Finding]:
+    """A rival's events as alarms: they name no cause."""
+    return [Finding("", e.first + 1, e.last + 1, e.first + 1, "step", 0.0, 0.0, 9.0, "high", "") for e in events]
+
+
+def rivals(machine: str, length: int) -> dict[str, Detect]:
+    """What others make of the same windows, each with the threshold that gives one false alarm per 1,000 clean steps.
+
+    Thresholds come from the tuning recording. Isolation forest and z-score score single steps; a sustained fault counts
+    as found by them when a third of its steps are alarms.
+    """
+    clean = windows(machine, "tuning", length)
+    found: dict[str, Detect] = {}
+    for name in ("IsolationForest", "plain z-score"):
+        scorer = RIVALS[name]
+        allowed = max(round(sum(map(len, clean)) / 1000), 1)
+        threshold = float(np.sort(np.concatenate([scorer(table) for table in clean]))[-allowed])
+        found[name] = lambda table, s=scorer, t=threshold: _joined(events_above(s(table), t))
+    for threshold in (4.0, 6.0, 8.0, 12.0, 20.0, 50.0):
+        if sum(len(median_shift(table, threshold)) for table in clean) <= max(sum(map(len, clean)) / 1000, 1):
+            break
+    found["median shift"] = lambda table, t=threshold: as_findings(median_shift(table, t))
+    return found
+
+
+def _joined(events: Sequence[Event]) -> list[Finding]:
+    """Single alarms, and one over the stretch that a third of whose steps are alarms."""
+    alarms = as_findings(events)
+    rows = sum(e.last - e.first + 1 for e in events)
+    if events and rows >= (events[-1].last - events[0].first + 1) / 3 and len(events) > 1:
+        alarms.append(as_findings([Event(events[0].first, events[-1].last, {})])[0])
+    return alarms
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.detection.grid", description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=40, help="windows with each fault, on each machine")
+    parser.add_argument("--length", type=int, default=WINDOW, help="steps of a window")
+    parser.add_argument("--tuning", action="store_true", help="the tuning recordings, without the rivals")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args()
+    which = "tuning" if options.tuning else "reported"
+    figures: dict[str, Any] = {"which": which, "length": options.length, "draws": options.draws}
+    for machine in MACHINES:
+        detectors: dict[str, Detect] = {"this detector": lambda table: detect(table)[0]}
+        if not options.tuning:
+            detectors |= rivals(machine, options.length)
+        figures[machine] = {}
+        for case in (*CLEAN, *SUSTAINED, *OTHER):
+            scores = {n: measure(case, machine, which, options.draws, options.length, d) for n, d in detectors.items()}
+            figures[machine][case.name] = {name: score.figures() for name, score in scores.items()}
+            print(_line(machine, case, figures[machine][case.name]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _line(machine: str, case: Case, figures: dict[str, dict[str, float]]) -> str:
+    ours = figures["this detector"]
+    others = " ".join(
+        f"{name} {f['false_per_thousand'] if case in CLEAN else f['found']:.2f}"
+        for name, f in list(figures.items())[1:]
+    )
+    if case in CLEAN:
+        return f"{machine:7} {case.name:30} {ours['false_per_thousand']:.2f} alarms per 1,000 steps   {others}"
+    bar = case.quiet_bar if machine == "quiet" else case.loaded_bar
+    asked = f"(asked {bar})" if bar is not None else ""
+    return f"{machine:7} {case.name:30} found {ours['found']:.2f} right {ours['right']:.2f} {asked:14} {others}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

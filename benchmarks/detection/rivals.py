@@ -54,3 +54,19 @@ RIVALS: Final[dict[str, Scorer]] = {
 def events_above(scores: np.ndarray, threshold: float) -> list[Event]:
     rows = np.flatnonzero(scores > threshold)
     return merged([(int(row), int(row), "") for row in rows])
+
+
+def median_shift(table: StepTable, threshold: float = 6.0) -> list[Event]:
+    """A plain test of each kind of span, and of the step: is the median of the second half above that of the first?
+
+    The difference over its standard error, for a Gaussian of the same median absolute deviation.
+    """
+    half = len(table) // 2
+    columns = np.column_stack([table.seconds, table.durations])
+    first, second = columns[:half], columns[half:]
+    was, now = np.median(first, axis=0), np.median(second, axis=0)
+    spread = [1.4826 * np.median(np.abs(part - np.median(part, axis=0)), axis=0) for part in (first, second)]
+    error = 1.2533 * np.sqrt(spread[0] ** 2 / half + spread[1] ** 2 / (len(table) - half))
+    material = now - was >= 0.005 * np.median(table.seconds)
+    shifted = np.any(material & (now - was >= threshold * np.maximum(error, 1e-9)))
+    return [Event(half, len(table) - 1, {"": len(table) - half})] if shifted else []

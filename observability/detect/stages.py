@@ -26,7 +26,7 @@ from observability.read import Floats, StepTable
 MATERIAL: Final = 3.0  # sigmas of the bulk of steps by which a kind of span must be over to matter to the step
 _FELT: Final = 0.025  # of a step: the least sigma of a step, and of what any kind of span adds to one
 # On a machine that other programs share all the time levels wander by tens of percent: a rise must be larger.
-_SHARED_RISE: Final = 0.2
+_SHARED_RISE: Final = 0.3
 _SHARED_WAITS: Final = 0.5
 _SHARED_TOTAL: Final = 0.4
 _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise

@@ -489,9 +489,8 @@ def test_a_bad_variable_is_one_line_and_leaves_nothing(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     monkeypatch.setenv(name, value)
     threads = threading.active_count()
-    observer = observe(tmp_path / "run")
     with pytest.raises(TraceError, match=f"^{message}$"):
-        observer.run_started(run_info())
+        observe(tmp_path / "run").run_started(run_info())
     assert not (tmp_path / "run").exists()
     _await(lambda: threading.active_count() <= threads)
 
