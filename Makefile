@@ -5,9 +5,9 @@ PYTEST_WORKERS ?= 2
 # planted fault compare.
 PYTEST_ENV = env -u CI -u BUILD_NUMBER
 
-# A part of the suite that takes a few minutes: one shape of each op, labels and tokens out of bounds, replay, training.
-DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests/train/test_replay_training.py \
-	tests/ops/test_kernels.py -k "not slow and (beyond or replay or ten_steps or qlora or full or -edges or 17x or 33)"
+# A part of the suite that takes a few minutes: every op, indices out of bounds, replay, and a run that is resumed.
+DAWN_TESTS ?= tests/ops/test_kernels.py::test_every_tensor_equals_the_reference tests/ops/test_indices_from_data.py \
+	tests/gpu/test_replay.py tests/train/test_replay_training.py tests/train/test_resume.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test dawn gpu-test wgsl parity check format bench clean tools browser parity-setup profile-setup \
