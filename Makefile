@@ -42,6 +42,12 @@ wgsl: setup ## Have Tint, Dawn's compiler, parse and type every shader (needs np
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
 	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity
 
+fuzz: setup ## Damage files for every reader for MINUTES (default 1); what is found is kept as a test
+	@.venv/bin/python -m tests.fuzz.readers --minutes $(or $(MINUTES),1)
+
+kills: setup ## End a small run at N (default 20) random moments, and see that it goes on to the bit
+	@.venv/bin/python -m tests.fuzz.kills $(or $(N),20)
+
 check: tools ## Lint, check the format and the types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
