@@ -14,11 +14,11 @@ from entrenar_gpu.adapters.lora import peft_config
 from entrenar_gpu.adapters.spec import CONFIG_FILE, PEFT_PREFIX, AdapterSpec
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, TensorSource, new_file, new_folder, write_tensors
+from entrenar_gpu.graph import STORED_FLOATS
 from entrenar_gpu.model import ModelConfig
 from entrenar_gpu.quant import Floats
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterSpec, dict[str, Floats]]:
@@ -45,8 +45,8 @@ def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterSpec, d
                 f"{path}: tensor {name!r} has shape {list(info.shape)}, this model needs {list(shape)};"
                 " is it the adapter of another model?"
             )
-        if info.dtype not in FLOAT_DTYPES:
-            raise UserError(f"{path}: tensor {name!r} has dtype {info.dtype}; supported: {', '.join(FLOAT_DTYPES)}")
+        if info.dtype not in STORED_FLOATS:
+            raise UserError(f"{path}: tensor {name!r} has dtype {info.dtype}; supported: {', '.join(STORED_FLOATS)}")
         values = file[name].astype(np.float32)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")

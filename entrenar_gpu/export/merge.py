@@ -12,11 +12,11 @@ from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files import TensorSource
+from entrenar_gpu.graph import TORCH_NAMES
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
 from entrenar_gpu.quant import Nf4Weight
 
 Floats = np.ndarray
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_quant: bool | None = None) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
+from entrenar_gpu.graph import STORED_FLOATS
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model.config import EMBEDDING, HEAD, PREFIX, ModelConfig
 from entrenar_gpu.model.registry import load_model_config
@@ -22,7 +23,6 @@ from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4W
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = ("F32", "F16", "BF16")
 COMPARED_ROWS = 4096  # of two tables at once
 
 # Suffixes of a bitsandbytes weight; the state's ends in the quantisation type.
@@ -123,7 +123,7 @@ class HFCheckpoint:
         if not (self._has(HEAD) and self._has(EMBEDDING)) or self._place(HEAD) == self._place(EMBEDDING):
             return False
         head, embedding = self.info(HEAD), self.info(EMBEDDING)
-        if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= set(FLOAT_DTYPES):
+        if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= STORED_FLOATS.keys():
             return False
         ours, theirs = self.stored(HEAD), self.stored(EMBEDDING)
         rows = range(0, config.vocab_size, COMPARED_ROWS)
@@ -139,10 +139,10 @@ class HFCheckpoint:
         info = self.info(name)
         if any(self._has(f"{name}{STATE}{kind}") for kind in ("nf4", "fp4")):
             stored = self._nf4(name).shape
-        elif info.dtype in FLOAT_DTYPES:
+        elif info.dtype in STORED_FLOATS:
             stored = info.shape
         else:
-            wanted = ", ".join(FLOAT_DTYPES)
+            wanted = ", ".join(STORED_FLOATS)
             raise UserError(f"{info.file}: tensor {name!r} has dtype {info.dtype}; supported: {wanted}, NF4")
         if stored != shape:
             raise UserError(f"{info.file}: tensor {name!r} has shape {list(stored)}, config.json needs {list(shape)}")

@@ -19,7 +19,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.files import NAMES, StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, finite, pieces
-from entrenar_gpu.graph import NUMPY_TYPES, Graph
+from entrenar_gpu.graph import NUMPY_TYPES, STORED_FLOATS, Graph
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
@@ -28,7 +28,6 @@ from entrenar_gpu.train.weight_cache import WeightCache
 
 CHUNK_BYTES = 32 << 20
 AHEAD = 8  # tensors that the system is told to read while one is on its way
-STORED = {"BF16": "bf16", "F16": "half", "F32": "f32"}
 
 Values = np.ndarray | StoredArray
 
@@ -39,7 +38,7 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
     Whoever quantised a checkpoint chose what to leave out; what it holds dense stays dense.
     """
     names = [spec.name for spec in checkpoint.config.weights]
-    dtypes = {n: STORED[checkpoint.info(n).dtype] for n in names if not checkpoint.is_nf4(n)}
+    dtypes = {n: STORED_FLOATS[checkpoint.info(n).dtype] for n in names if not checkpoint.is_nf4(n)}
     states = {}
     for name in names:
         weight = checkpoint.nf4(name)
@@ -175,7 +174,7 @@ class DeviceTarget:
         self._uploader.write_part(self.executor, name, first, values)
 
     def quantize(self, name: str, weight: Values, double: bool) -> None:
-        dtype = STORED[NAMES[weight.dtype]]
+        dtype = STORED_FLOATS[NAMES[weight.dtype]]
         names = nf4_part_names(name, double)
         scales = self._scales(ceil_div(weight.size, nf4.BLOCK)) if double else None
         owner, absmax = (scales, "absmax") if scales is not None else (self.executor, names[1])
