@@ -6,20 +6,20 @@ from collections import Counter
 
 import pytest
 
-from entrenar_gpu.adapters.lora import AdapterSpec
+from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Node
-from entrenar_gpu.model.config import ModelConfig, parse_model_config
-from entrenar_gpu.model.parameters import Storage
+from entrenar_gpu.model import ModelConfig, Storage, parse_model_config
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train.graphs import RunShape, evaluate_graph, logits_graph, micro_graph
 from tests.helpers.tiny import QWEN3
 
 MATRIX_OPS = ("matmul", "linear", "attention", "cross_entropy")
 CAPS = Caps(f16=True)
-MODEL = parse_model_config({**QWEN3, "head_dim": 64, "intermediate_size": 192}, "a test")
+RAW = {**QWEN3, "head_dim": 64, "intermediate_size": 192}
+MODEL = parse_model_config(RAW, "a test")
 RUNS = [(method, precision) for method in ("qlora", "lora", "full") for precision in ("f32", "f16", "int8")]
 
 
@@ -33,14 +33,14 @@ def matrix_flops(nodes: list[Node]) -> int:
     return sum(OPS[n.op].flops(n) for n in nodes if n.op in MATRIX_OPS)
 
 
-def forward_flops(c: ModelConfig, rows: int, seq: int, rank: int) -> int:
-    """Of the products of a forward pass, from the model's shapes alone; of S x S scores half are attended."""
-    tokens, d, f = rows * seq, c.hidden_size, c.intermediate_size
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    weights = [(q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)]
-    products = sum(n * k + rank * (n + k) for n, k in weights)
-    attended = 2 * rows * c.num_heads * seq * seq * c.head_dim
-    return c.num_layers * (2 * tokens * products + attended) + 2 * tokens * d * c.vocab_size
+def forward_flops(model: ModelConfig, rows: int, seq: int, rank: int) -> int:
+    """Of the matmuls of a forward pass, from the model's sizes alone; of S x S scores half are attended."""
+    tokens, d, f = rows * seq, model.hidden_size, RAW["intermediate_size"]
+    heads, kv_heads, e = RAW["num_attention_heads"], RAW["num_key_value_heads"], RAW["head_dim"]
+    weights = [(heads * e, d), (kv_heads * e, d), (kv_heads * e, d), (d, heads * e), (f, d), (f, d), (d, f)]
+    sums = sum(n * k + rank * (n + k) for n, k in weights)
+    attended = 2 * rows * heads * seq * seq * e
+    return len(model.layers) * (2 * tokens * sums + attended) + 2 * tokens * d * model.vocab_size
 
 
 @pytest.mark.parametrize(("method", "precision"), RUNS)
