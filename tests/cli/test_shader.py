@@ -15,7 +15,8 @@ from entrenar_gpu.gpu.kernel import shader_files
 from entrenar_gpu.graph.tensor import Graph
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
-MADE_ELSEWHERE = {"random", "decide"}  # weights of benchmarks, and an op on many small tensors
+# Weights of benchmarks, an op on many small tensors, and matmuls of devices that grant matrix units.
+MADE_ELSEWHERE = {"random", "decide", "matmul_matrix"}
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ FAULTS = [
     ("reduce", "l += 64u", "l += 65u", "sum-65"),
     ("reduce", "total * f32", "f32", "mean-17x33"),
     ("reduce", "at % 65u", "at % 64u", "sum_rows-129x65"),
-    ("reduce", "(part + 1u)", "part", "sum_rows-129x65"),
+    ("reduce", "(first + 1u)", "first", "sum_rows-129x65"),
     ("reduce", "half > 0u", "half > 1u", "sum-63"),
     ("softmax", "/ total", "/ (total + 0.001)", "softmax-17x33"),
     ("softmax", "- dot", "+ dot", "softmax-17x33"),

@@ -225,7 +225,7 @@ def test_arrays_larger_than_the_ring_arrive_whole(device, kernels, monkeypatch, 
 def test_an_interrupt_while_loading_is_raised(tmp_path, kernels, monkeypatch):
     """It leaves a buffer of the ring mapped, which must not hide it behind an error of its own, and no memory taken."""
 
-    def interrupted(self, memory, piece):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     make_model(tmp_path / "model", **TINY)

@@ -442,6 +442,7 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
     """Llama 3's template writes the date: with today's, the data of a resumed run would be other data."""
     seen: list[datetime] = []
     monkeypatch.setattr("entrenar_gpu.train.trainer.load_data", lambda config, started: seen.append(started) or 1 / 0)
+    model = make_model(tmp_path / "model")
     folder = tmp_path / "run" / "checkpoint-000001"
     folder.mkdir(parents=True)
     state = {
@@ -455,7 +456,7 @@ def test_a_resumed_run_shows_templates_the_day_it_began(tmp_path: Path, monkeypa
     }
     (folder / "trainer_state.json").write_text(json.dumps(state))
     for resume in (None, str(folder)):
-        config = TrainConfig(model="m", data="d", output=str(tmp_path / "new"), resume=resume)
+        config = TrainConfig(model=str(model), data="d", output=str(tmp_path / "new"), resume=resume)
         with pytest.raises(ZeroDivisionError):
             Trainer(config)
     assert abs((seen[0] - datetime.now()).total_seconds()) < 60
