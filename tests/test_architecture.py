@@ -160,3 +160,20 @@ def test_the_trainer_leaves_observers_to_the_command_line() -> None:
         if re.search(r"^\s*(from|import) observability", p.read_text(), re.M)
     }
     assert wiring <= {"cli.main"}
+
+
+def test_files_that_pages_and_code_point_to_are_there() -> None:
+    """A file is named alone or with some of its folder; what was moved takes its pointers along."""
+    folders = ("entrenar_gpu", "observability", "shaders", "tests", "benchmarks", "scripts", "examples")
+    suffixes = (".py", ".wgsl")
+    files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes]
+    there = [p.relative_to(ROOT).as_posix() for p in files]
+    pages = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *(ROOT / "docs").glob("*.md")]
+    code = [p for p in files if p.relative_to(ROOT).parts[0] in folders[:3]]
+    gone = set()
+    for path in (*pages, *code):
+        for named in re.findall(r"(?<![\w*./}])((?:[\w-]+/)*[\w-]+\.(?:py|wgsl))\b", path.read_text(encoding="utf-8")):
+            attribute = named == "dtype.wgsl"  # of a table's rows
+            if not attribute and not any(f"/{file}".endswith(f"/{named}") for file in there):
+                gone.add(f"{path.relative_to(ROOT)}: {named}")
+    assert not gone

@@ -47,7 +47,7 @@ def attention(
 
 
 def shape_of(node: Node) -> dict[str, int]:
-    """The letters of model_config.py for this node."""
+    """The letters of model/config.py for this node."""
     q = node.inputs["q"]
     heads, kv_heads, rows = node.attrs["heads"], node.attrs["kv_heads"], node.attrs["rows"]
     return {"B": rows, "S": q.rows // rows, "H": heads, "K": kv_heads, "E": q.columns // heads}
