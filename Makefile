@@ -10,7 +10,7 @@ DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests
 DAWN_OPS ?= softmax or mean or gelu or attention-short or dropout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test dawn gpu-test wgsl parity check format bench clean tools browser parity-setup profile-setup \
+.PHONY: help setup demo test dawn gpu-test wgsl parity check format bench clean tools browser models parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -74,6 +74,10 @@ profile-llama-otlp: profile-setup ## The same, with spans sent to an OpenTelemet
 
 profile-llama-anomaly: profile-setup ## The same, with the anomaly report
 	@scripts/profile_llama --anomaly
+
+models: ## Fetch two small pretrained models and convert them, once, into artifacts/models (about 1 GB with what it needs)
+	@scripts/setup.sh models
+	@.venv-parity/bin/python scripts/make_models.py
 
 browser: ## Install Chromium, which the test of the HTML report opens
 	@scripts/setup.sh browser

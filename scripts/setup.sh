@@ -5,6 +5,7 @@
 #   scripts/setup.sh run      .venv with the project and its test tools, and a GPU adapter, real or software
 #   scripts/setup.sh tools    .venv alone: enough for linters and type checks
 #   scripts/setup.sh parity   .venv-parity with torch, transformers, peft and bitsandbytes, and a GPU adapter
+#   scripts/setup.sh models   .venv-parity as parity without an adapter, with what reads GGUF files
 #   scripts/setup.sh profile  as run, with py-spy; where that cannot be had, profiles go without functions
 #   scripts/setup.sh dawn     wgpudawn into .venv, and Chromium's SwiftShader where there is no other driver for it
 #   scripts/setup.sh browser  Chromium, which the test of the HTML report opens; without it that test is skipped
@@ -172,6 +173,13 @@ make_dawn() {
         "$1/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dawn]' </dev/null
 }
 
+# --- conversion of GGUF files ------------------------------------------------------------------------------------
+
+make_converter() {
+    "$1/bin/python" -c 'import gguf' 2>/dev/null ||
+        "$1/bin/python" -m pip install --quiet --disable-pip-version-check --group models </dev/null
+}
+
 case "${1:-}" in
     run) make_environment .venv --group dev; make_adapter .venv ;;
     tools) make_environment .venv --group dev ;;
@@ -180,8 +188,13 @@ case "${1:-}" in
         make_environment .venv-parity --group parity ${TORCH:-$torch}
         make_adapter .venv-parity
         ;;
+    models)
+        # shellcheck disable=SC2086
+        make_environment .venv-parity --group parity ${TORCH:-$torch}
+        make_converter .venv-parity
+        ;;
     profile) make_environment .venv --group dev; make_adapter .venv; make_profiler .venv ;;
     browser) make_browser ;;
     dawn) make_environment .venv --group dev; make_dawn .venv; make_browser ;;
-    *) die "usage: scripts/setup.sh run|tools|parity|profile|dawn|browser" ;;
+    *) die "usage: scripts/setup.sh run|tools|parity|models|profile|dawn|browser" ;;
 esac
