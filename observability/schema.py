@@ -11,6 +11,7 @@ The tree of spans:
         data | forward | backward | optimizer | checkpoint | eval        phases
           layer 0 ... layer N      inside forward and backward
             <kernel>               one dispatch; its parent is a layer, or the phase where it belongs to no layer
+      anomaly                      one anomaly told while the run trained; without duration, at the time of telling
 
 A trace holds the levels down to the chosen one: `step`, `phase`, `layer` (default) or `kernel`. A span whose parent is
 left out hangs on the nearest ancestor that is kept. All times are nanoseconds since the epoch on the host clock,
@@ -49,6 +50,7 @@ BACKWARD: Final = "backward"
 OPTIMIZER: Final = "optimizer"
 CHECKPOINT: Final = "checkpoint"
 EVAL: Final = "eval"
+ANOMALY: Final = "anomaly"
 PHASES: Final = (DATA, FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT, EVAL)
 LAYER_PREFIX: Final = "layer "  # followed by the index, from 0
 
@@ -76,9 +78,9 @@ SERVICE_VERSION = _attribute("service.version", "string", "resource", "version o
 SERVICE_INSTANCE = _attribute("service.instance.id", "string", "resource", "the run's id")
 
 RUN_ID = _attribute("entrenar.run.id", "string", "resource, train, step", "the run's id, as its folder and log have it")
-SPAN_LEVEL = _attribute("entrenar.span.level", "string", "every span", "run, step, phase, layer or kernel")
+SPAN_LEVEL = _attribute("entrenar.span.level", "string", "every span", "run, step, phase, layer, kernel or anomaly")
 CLOCK = _attribute("entrenar.span.clock", "string", "phase and below", "gpu: GPU timestamps; absent: the host's clock")
-STEP_NUMBER = _attribute("entrenar.step.number", "int", "step, phase", "the optimizer step, from 1")
+STEP_NUMBER = _attribute("entrenar.step.number", "int", "step, phase, anomaly", "the optimizer step, from 1")
 
 RUN_MODEL = _attribute("entrenar.run.model", "string", "resource, train", "model folder or shape")
 RUN_METHOD = _attribute("entrenar.run.method", "string", "resource, train", "qlora, lora or full")
@@ -167,6 +169,13 @@ CHECKPOINT_BYTES = _attribute("entrenar.checkpoint.bytes", "int", "checkpoint", 
 EVAL_LOSS = _attribute("entrenar.eval.loss", "double", "eval", "mean over the evaluation data, nats a token")
 EVAL_PERPLEXITY = _attribute("entrenar.eval.perplexity", "double", "eval", "exp of the loss")
 EVAL_TOKENS = _attribute("entrenar.eval.tokens", "int", "eval", "tokens evaluated")
+
+ANOMALY_CAUSE = _attribute("entrenar.anomaly.cause", "string", "anomaly", "as docs/anomalies.md lists them")
+ANOMALY_SEVERITY = _attribute("entrenar.anomaly.severity", "string", "anomaly", "low, medium or high")
+ANOMALY_FIRST_STEP = _attribute("entrenar.anomaly.first_step", "int", "anomaly", "first step that it is about")
+ANOMALY_LAST_STEP = _attribute("entrenar.anomaly.last_step", "int", "anomaly", "last step that it is about")
+ANOMALY_SPAN = _attribute("entrenar.anomaly.span", "string", "anomaly", "the kind of span at fault, or step")
+ANOMALY_EVIDENCE = _attribute("entrenar.anomaly.evidence", "string", "anomaly", "why, in words")
 
 # What the trainer may put in a span's `attributes`, by its short key. Another key k stands as `entrenar.span.<k>`.
 SPAN_KEYS: Final = {

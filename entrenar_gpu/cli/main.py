@@ -182,7 +182,7 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
     detector = LiveDetector(
         emit=lambda line: progress.say(line, "magenta"),
-        on_finding=lambda finding: tracer.anomaly(finding.cause, finding.severity or "noticed"),
+        on_finding=tracer.told,
     )
     # At the end of the run the detector still finds anomalies, which the tracer counts until it has ended itself.
     return tracer, [detector, tracer]

@@ -22,9 +22,11 @@ from observability.detect.findings import (
     size,
 )
 from observability.detect.live import LiveDetector
+from observability.detect.told import CONFIRMED, Judged
 
 __all__ = [
     "CAUSES",
+    "CONFIRMED",
     "HIGH",
     "LOSS_SPIKE",
     "LOW",
@@ -35,6 +37,7 @@ __all__ = [
     "Analysis",
     "AnomalyProcessor",
     "Finding",
+    "Judged",
     "LiveDetector",
     "analyse",
     "by_cause",

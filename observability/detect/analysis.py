@@ -26,6 +26,7 @@ from observability.detect.findings import (
     duration,
     number_of_steps,
 )
+from observability.detect.told import Judged, judge_told
 from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_trace, step_table, whole
 
 JSON_SCHEMA: Final = "entrenar-report/2"  # raised when a key changes its meaning or goes; keys may be added
@@ -68,6 +69,11 @@ class Analysis:
     def alarms(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.is_alarm]
 
+    @cached_property
+    def judged(self) -> list[Judged]:
+        """What was told while the run trained, confirmed or withdrawn."""
+        return judge_told(self.table, self.findings, self.scored)
+
     @property
     def explained(self) -> list[Finding]:
         """What looks odd and is not: longer batches, routine checkpoints that cost much."""
@@ -85,6 +91,7 @@ class Analysis:
             "time_lost_seconds": time_lost(self),
             "anomalies": [finding.anomaly() for finding in self.anomalies],
             "causes": [finding.explanation() for finding in self.findings if finding.is_alarm or not finding.severity],
+            "told_live": [judged.to_json() for judged in self.judged],
             "clusters": self.clusters.to_json(),
             "notes": list(self.table.notes),
         }

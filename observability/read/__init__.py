@@ -17,7 +17,17 @@ from observability.read.span_table import (
     printable,
     whole,
 )
-from observability.read.step_table import HOST_VALUES, PAUSES, Kind, Pause, StepTable, number, pause_seconds, step_table
+from observability.read.step_table import (
+    HOST_VALUES,
+    PAUSES,
+    Kind,
+    Pause,
+    StepTable,
+    Told,
+    number,
+    pause_seconds,
+    step_table,
+)
 from observability.read.trace_reader import is_address, newest_run, read_trace, trace_path
 
 __all__ = [
@@ -36,6 +46,7 @@ __all__ = [
     "Pause",
     "SpanTable",
     "StepTable",
+    "Told",
     "is_address",
     "newest_run",
     "number",

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 OTHER, RUN, RUN_STEP, PHASE, LAYER, KERNEL = range(6)
 _LEVELS: Final = {"run": RUN, "step": RUN_STEP, "phase": PHASE, "layer": LAYER, "kernel": KERNEL}
 _BY_NAME: Final = {schema.TRAIN: RUN, schema.STEP: RUN_STEP} | dict.fromkeys(schema.PHASES, PHASE)
-_KEEP_ATTRIBUTES: Final = frozenset({schema.TRAIN, schema.STEP, schema.CHECKPOINT, schema.EVAL})
+_KEEP_ATTRIBUTES: Final = frozenset({schema.TRAIN, schema.STEP, schema.CHECKPOINT, schema.EVAL, schema.ANOMALY})
 _MAX_DEPTH: Final = 64
 NO_STEP: Final = -1
 

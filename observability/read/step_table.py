@@ -16,7 +16,18 @@ import numpy.typing as npt
 
 from observability import schema
 from observability.errors import TraceError
-from observability.read.span_table import KERNEL, LAYER, NO_STEP, PHASE, RUN_STEP, Floats, Ints, SpanTable, whole
+from observability.read.span_table import (
+    KERNEL,
+    LAYER,
+    NO_STEP,
+    PHASE,
+    RUN_STEP,
+    Floats,
+    Ints,
+    SpanTable,
+    one_line,
+    whole,
+)
 
 PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
 _MAX_KINDS: Final = 1000
@@ -63,6 +74,19 @@ class Pause:
 
 
 @dataclass(frozen=True)
+class Told:
+    """An anomaly that the live detector told of while the run trained, as it saw it then."""
+
+    cause: str
+    severity: str
+    step: int
+    first_step: int
+    last_step: int
+    span: str
+    evidence: str
+
+
+@dataclass(frozen=True)
 class StepTable:
     """A run's steps in order. `durations[i, k]` are the seconds that step i spent in spans of `kinds[k]`.
 
@@ -85,6 +109,7 @@ class StepTable:
     began_ns: int = 0
     between: Floats = field(default_factory=lambda: np.zeros(0))  # seconds before each step, in no span
     throttle: npt.NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, dtype=str))  # why, by step; or empty
+    told: tuple[Told, ...] = ()
 
     def __len__(self) -> int:
         return len(self.step)
@@ -160,7 +185,24 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         notes=tuple(notes),
         began_ns=int(start[0]),
         throttle=np.array([str(a.get(schema.GPU_THROTTLE, "")) for a in attributes]),
+        told=_told(spans, newest),
     )
+
+
+def _told(spans: SpanTable, run: int) -> tuple[Told, ...]:
+    """What was told of the run while it trained, in order."""
+    result = []
+    for row, attributes in spans.attributes.items():
+        if spans.label(row) != schema.ANOMALY or spans.run[row] != run:
+            continue
+        step = whole(attributes.get(schema.STEP_NUMBER), NO_STEP)
+        first, last = (
+            whole(attributes.get(key), step) for key in (schema.ANOMALY_FIRST_STEP, schema.ANOMALY_LAST_STEP)
+        )
+        words = (schema.ANOMALY_CAUSE, schema.ANOMALY_SEVERITY, schema.ANOMALY_SPAN, schema.ANOMALY_EVIDENCE)
+        cause, severity, span, evidence = (one_line(str(attributes.get(key, ""))) for key in words)
+        result.append(Told(cause, severity, step, first, max(first, last), span, evidence))
+    return tuple(result)
 
 
 def _pause_intervals(spans: SpanTable, run: int) -> Ints:

@@ -20,6 +20,7 @@ import numpy as np
 from observability import schema
 from observability.detect import (
     CAUSES,
+    CONFIRMED,
     HIGH,
     Analysis,
     Finding,
@@ -167,6 +168,7 @@ def _body(analysis: Analysis, comparison: Comparison | None, plots: dict[str, fi
         _plot("memory", plots),
         "</div>",
         _anomaly_table(analysis),
+        _told(analysis),
         _facts(analysis),
         _notes(analysis),
     ]
@@ -295,6 +297,23 @@ def _anomaly_table(analysis: Analysis) -> str:
     if len(anomalies) > _ROWS:
         hint += f" The {_ROWS} worst of {len(anomalies):,}."
     return _section("Anomalies", f'<div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
+
+
+def _told(analysis: Analysis) -> str:
+    """What was told while the run trained, and what the whole run makes of it."""
+    judged = analysis.judged
+    if not judged:
+        return ""
+    withdrawn_first = sorted(judged, key=lambda item: item.status == CONFIRMED)[:_ROWS]
+    rows = [
+        f'<tr><td class="number">{html.escape(item.place.removeprefix("steps ").removeprefix("step "))}</td>'
+        f"<td>{html.escape(item.told.cause)}</td><td>{html.escape(item.told.evidence)}</td><td>{item.status}</td>"
+        f"<td>{html.escape(item.reason)}</td></tr>"
+        for item in sorted(withdrawn_first, key=lambda item: item.told.first_step)
+    ]
+    head = '<th class="number">Step</th><th>Cause</th><th>Told</th><th>Now</th><th>Why</th>'
+    hint = "Lines that were shown or counted while the run trained, when only earlier steps were known."
+    return _section("Told while it ran", f'<div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
 
 
 def _facts(analysis: Analysis) -> str:

@@ -8,11 +8,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from observability.detect import HIGH, MEDIUM, Analysis, duration, in_a_row, number_of_steps, verdict
+from observability.detect import CONFIRMED, HIGH, MEDIUM, Analysis, duration, in_a_row, number_of_steps, verdict
 from observability.report.compare import Comparison
 
 _ROWS = 40
 _STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
+
+
+def told_lines(analysis: Analysis) -> list[str]:
+    """What was told while the run trained: how much of it stands, and why the rest does not."""
+    judged = analysis.judged
+    if not judged:
+        return []
+    confirmed = sum(item.status == CONFIRMED for item in judged)
+    lines = [f"told while it ran: {len(judged)}, confirmed {confirmed}, withdrawn {len(judged) - confirmed}"]
+    withdrawn = [item for item in judged if item.status != CONFIRMED][:_ROWS]
+    return lines + [f"  withdrawn: {item.told.cause} at {item.place}: {item.reason}" for item in withdrawn]
 
 
 def print_report(analysis: Analysis, comparison: Comparison | None, console: Console) -> None:
@@ -35,6 +46,8 @@ def print_report(analysis: Analysis, comparison: Comparison | None, console: Con
     for finding in analysis.explained:
         place = f"{finding.first_step}" + (f"-{finding.last_step}" if finding.last_step > finding.first_step else "")
         console.print(Text(f"explained: {finding.cause} at step {place}: {finding.evidence}"))
+    for line in told_lines(analysis):
+        console.print(Text(line))
     clusters, high = analysis.clusters, analysis.clusters.high_latency
     if high is not None and clusters.silhouette is not None:
         text = f"{clusters.k} kinds of steps (silhouette {clusters.silhouette:.2f}: {clusters.meaning})"

@@ -169,6 +169,12 @@ class TraceObserver:
         if self._pipeline is not None and self._pipeline.metrics is not None:
             self._pipeline.metrics.anomaly(cause, severity)
 
+    def told(self, finding: Any) -> None:
+        """Keep an anomaly that the live detector tells of, so that the report can confirm or withdraw it; count it."""
+        if self._pipeline is not None:
+            self._pipeline.put("anomaly", (finding, time.time_ns()), 1)
+            self.anomaly(finding.cause, finding.severity or "noticed")
+
     def close(self) -> TraceSummary:
         """End the run's span if `run_finished` has not, flush within bounded time, and say what became of it all.
 
@@ -287,6 +293,8 @@ class _Pipeline:
                 self.metrics.evaluation(record)
         elif kind == "checkpoint":
             self._give(self.builder.checkpoint(record))
+        elif kind == "anomaly":
+            self._give(self.builder.anomaly(*record))
         elif kind == "flush":
             self._file.sync()
             record.set()

@@ -213,6 +213,20 @@ class SpanBuilder:
         attributes = {schema.CHECKPOINT_PATH: clean(record.path), schema.CHECKPOINT_BYTES: record.bytes}
         return self._record(record, schema.CHECKPOINT, attributes)
 
+    def anomaly(self, finding: Any, at_ns: int) -> list[ReadableSpan]:
+        """The span of an anomaly that was told at the time `at_ns`."""
+        attributes = {
+            schema.SPAN_LEVEL: schema.ANOMALY,
+            schema.STEP_NUMBER: finding.step,
+            schema.ANOMALY_CAUSE: finding.cause,
+            schema.ANOMALY_SEVERITY: finding.severity or "noticed",
+            schema.ANOMALY_FIRST_STEP: finding.first_step,
+            schema.ANOMALY_LAST_STEP: finding.last_step,
+            schema.ANOMALY_SPAN: clean(finding.span),
+            schema.ANOMALY_EVIDENCE: clean(finding.evidence),
+        }
+        return [self._emit(schema.ANOMALY, at_ns, at_ns, self.train, attributes)]
+
     def finish(self, summary: Any | None) -> list[ReadableSpan]:
         """What still waits, then the `train` span; `summary` is None where the run ended without a word."""
         spans = [self._phase(late) for late in self._waiting]

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from entrenar_gpu.events import HostStats, Span
 from observability import observe, schema
+from observability.detect import Finding
 from observability.errors import TraceError
 from observability.write import otlp_settings
 from observability.write.logs import TraceIdFilter
@@ -113,6 +114,7 @@ def test_attributes_are_those_of_the_schema_with_its_types() -> None:
     host = HostStats(0.5, 0.1, 0.0, 0.2, 3, 40, 5, 1 << 20, 1980.0, 61.0, 120.0, "power cap")
     record = step_record(1, kernels=("rope",), host=host)
     spans = [*build.step(record), *build.checkpoint(checkpoint_record(1)), *build.evaluation(eval_record(1))]
+    spans += build.anomaly(Finding("spike", 1, 1, 1, "step", 0.2, 0.1, 9.0, "high", "twice as long"), START_NS)
     spans += build.finish(run_summary(1))
     types = {"string": str, "int": int, "double": float, "bool": bool}
     seen = set()
