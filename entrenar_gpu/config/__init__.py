@@ -2,10 +2,12 @@
 
 from entrenar_gpu.config.options import flag, is_union, known_keys, load_yaml
 from entrenar_gpu.config.presets import SHAPES
+from entrenar_gpu.config.sampling_options import SamplingOptions
 from entrenar_gpu.config.train_config import TrainConfig
 
 __all__ = [
     "SHAPES",
+    "SamplingOptions",
     "TrainConfig",
     "flag",
     "is_union",

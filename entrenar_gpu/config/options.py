@@ -35,8 +35,9 @@ class Options:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = _checked(f, hints[f.name], getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
+            if f.metadata:  # what `option` declared; lists and mappings are their class's own to check
+                value = _checked(f, hints[f.name], getattr(self, f.name))
+                object.__setattr__(self, f.name, value)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> Self:
