@@ -7,6 +7,7 @@
 {% set STEPS = N // VEC %}
 {% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
 {% set layer = mode.startswith("layer") %}
+{% macro weight(at) %}{{ "(weight[%s] + %s)" % (at, offset) if offset else "weight[%s]" % at }}{% endmacro %}
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
 {% include "lib/row_sum.wgsl" %}
@@ -35,7 +36,7 @@ fn main(
   }
   let scale = 1.0 / sqrt(row_sum(square, thread) / {{ N }}.0 + {{ eps }});
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
-    y[start + i] = (x[start + i] - mean) * scale * weight[i]{{ " + bias[i]" if layer else "" }};
+    y[start + i] = (x[start + i] - mean) * scale * {{ weight("i") }}{{ " + bias[i]" if layer else "" }};
   }
   if (end > 0u && lane == 0u) {
     rstd[row] = scale;
@@ -55,14 +56,14 @@ fn main(
   var along_part = {{ floats }}();
   var total_part = {{ floats }}();
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
-    let g = dy[start + i] * weight[i];
+    let g = dy[start + i] * {{ weight("i") }};
     along_part += g * (x[start + i] - mean) * scale;
     total_part += g;
   }
   let along = row_sum(along_part, thread) / {{ N }}.0;
   let total = {{ "row_sum(total_part, thread) / %d.0" % N if layer else "0.0" }};
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
-    let g = dy[start + i] * weight[i];
+    let g = dy[start + i] * {{ weight("i") }};
     let grad = scale * (g - (x[start + i] - mean) * scale * along - total);
     dx[start + i] = {{ residual ~ "[start + i] + " if residual }}grad;
   }

@@ -4,6 +4,7 @@
 // Grid: ceil(ROWS / {{ 256 // SUMMED }}), folded.
 {% set WIDTH = 256 %}
 {% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
+{% macro weight(at) %}{{ "(weight[%s] + %s)" % (at, offset) if offset else "weight[%s]" % at }}{% endmacro %}
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
 {% include "lib/row_sum.wgsl" %}
@@ -30,8 +31,8 @@ fn main(
   }
   let scale = 1.0 / sqrt(row_sum(part, thread) / {{ N }}.0 + {{ eps }});
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
-    let first = x[start + i] * scale * weight[i];
-    let second = x[start + {{ HALF }}u + i] * scale * weight[{{ HALF }}u + i];
+    let first = x[start + i] * scale * {{ weight("i") }};
+    let second = x[start + {{ HALF }}u + i] * scale * {{ weight("%du + i" % HALF) }};
     let cosine = table[angle + i];
     let sine = table[angle + {{ HALF }}u + i];
     y[start + i] = first * cosine - second * sine;
@@ -44,16 +45,16 @@ fn main(
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let cosine = table[angle + i];
     let sine = table[angle + {{ HALF }}u + i];
-    let first = (dy[start + i] * cosine + dy[start + {{ HALF }}u + i] * sine) * weight[i];
-    let second = (dy[start + {{ HALF }}u + i] * cosine - dy[start + i] * sine) * weight[{{ HALF }}u + i];
+    let first = (dy[start + i] * cosine + dy[start + {{ HALF }}u + i] * sine) * {{ weight("i") }};
+    let second = (dy[start + {{ HALF }}u + i] * cosine - dy[start + i] * sine) * {{ weight("%du + i" % HALF) }};
     part += (first * x[start + i] + second * x[start + {{ HALF }}u + i]) * scale;
   }
   let along = row_sum(part, thread) / {{ N }}.0;
   for (var i = lane; i < end; i += {{ SUMMED }}u) {
     let cosine = table[angle + i];
     let sine = table[angle + {{ HALF }}u + i];
-    let first = (dy[start + i] * cosine + dy[start + {{ HALF }}u + i] * sine) * weight[i];
-    let second = (dy[start + {{ HALF }}u + i] * cosine - dy[start + i] * sine) * weight[{{ HALF }}u + i];
+    let first = (dy[start + i] * cosine + dy[start + {{ HALF }}u + i] * sine) * {{ weight("i") }};
+    let second = (dy[start + {{ HALF }}u + i] * cosine - dy[start + i] * sine) * {{ weight("%du + i" % HALF) }};
     dx[start + i] = scale * (first - x[start + i] * scale * along);
     dx[start + {{ HALF }}u + i] = scale * (second - x[start + {{ HALF }}u + i] * scale * along);
   }

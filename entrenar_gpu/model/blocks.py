@@ -6,14 +6,16 @@ listed in the order in which it uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.model.config_file import MOST_HEAD_DIM, ConfigFile, shown
 from entrenar_gpu.model.parameters import Parameters
 from entrenar_gpu.model.projection import Product
+from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
@@ -28,27 +30,28 @@ class Trace:
     precision: Arithmetic
     positions: Tensor
     segment_start: Tensor
-    rope_table: Tensor
+    rope_tables: Mapping[Rope, Tensor]
     dropped: Callable[[Tensor], Tensor] | None  # adapter dropout
 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """x / rms(x) * w over `size` values (arXiv 1910.07467)."""
+    """x / rms(x) * (w + offset) over `size` values (arXiv 1910.07467)."""
 
     size: int
     eps: float
+    offset: float = 0.0
 
     @classmethod
-    def read(cls, file: ConfigFile, size: int | None = None) -> RmsNorm:
+    def read(cls, file: ConfigFile, size: int | None = None, offset: float = 0.0) -> RmsNorm:
         """Over the hidden size unless told otherwise."""
-        return cls(size or file.count("hidden_size"), file.real("rms_norm_eps", 1e-6))
+        return cls(size or file.count("hidden_size"), file.real("rms_norm_eps", 1e-6), offset)
 
     def weight(self, name: str) -> WeightSpec:
         return WeightSpec(name, (self.size,), "norm")
 
     def trace(self, trace: Trace, x: Tensor, name: str) -> Tensor:
-        return ops.rms_norm(x, trace.parameters.vector(name), self.eps)
+        return ops.rms_norm(x, trace.parameters.vector(name), self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,23 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions.
+    """Grouped-query attention (arXiv 2305.13245).
 
-    `qkv_bias`: biases on the query, key and value projections. `qk_norm`: the norm over each head's queries and keys
-    before they are rotated.
+    `rope`: how queries and keys are rotated by their positions; None, not at all. `qkv_bias`: biases on the query, key
+    and value projections. `qk_norm`: the norm over each head's queries and keys before they are rotated. `window`,
+    `scale` and `softcap` are those of `ops.attention`.
     """
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope: Rope | None
     qkv_bias: bool = False
     qk_norm: RmsNorm | None = None
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     @classmethod
     def read(cls, file: ConfigFile, qkv_bias: bool = False, qk_norm: bool = False) -> Attention:
@@ -103,7 +111,9 @@ class Attention:
         if head_dim % 2:
             raise file.error(f"head_dim {head_dim} is odd; rotary embedding needs pairs")
         _refuse_other_attention(file)
-        return cls(hidden, heads, kv_heads, head_dim, qkv_bias, RmsNorm.read(file, head_dim) if qk_norm else None)
+        rope = Rope.read(file, head_dim)
+        norm = RmsNorm.read(file, head_dim) if qk_norm else None
+        return cls(hidden, heads, kv_heads, head_dim, rope, qkv_bias, norm)
 
     @property
     def q(self) -> Linear:
@@ -130,19 +140,36 @@ class Attention:
         yield from self.o.weights(prefix)
 
     def trace(self, trace: Trace, x: Tensor, prefix: str, residual: Tensor) -> Tensor:
-        q, k, v = (linear.trace(trace, x, prefix) for linear in (self.q, self.k, self.v))
-        q = self._rotated(trace, q, f"{prefix}.self_attn.q_norm.weight")
-        k = self._rotated(trace, k, f"{prefix}.self_attn.k_norm.weight")
+        q, k, v = self.projected(trace, x, prefix)
+        variant = self.variant(q.rows // trace.rows)
         heads = (self.num_heads, self.num_kv_heads)
-        attended = ops.attention(q, k, v, trace.segment_start, trace.rows, *heads, trace.precision)
+        attended = ops.attention(q, k, v, trace.segment_start, trace.rows, *heads, trace.precision, **variant)
         return self.o.trace(trace, attended, prefix, residual)
 
-    def _rotated(self, trace: Trace, x: Tensor, norm: str) -> Tensor:
-        """Queries or keys by their positions, after their norm where the model has one."""
-        if self.qk_norm is None:
-            return ops.rope(x, trace.rope_table, trace.positions)
-        weight = trace.parameters.vector(norm)
-        return ops.norm_rope(x, weight, self.qk_norm.eps, trace.rope_table, trace.positions)
+    def variant(self, positions: int) -> dict[str, Any]:
+        """`window`, `scale` and `softcap` as the op takes them; no window where rows of `positions` are not longer."""
+        window = self.window if self.window is not None and self.window < positions else None
+        return {"scale": self.scale, "window": window, "softcap": self.softcap}
+
+    def projected(self, trace: Trace, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H*E], keys and values [T, K*E], normalised and rotated."""
+        q, k, v = (linear.trace(trace, x, prefix) for linear in (self.q, self.k, self.v))
+        q = self._positioned(trace, q, f"{prefix}.self_attn.q_norm.weight")
+        k = self._positioned(trace, k, f"{prefix}.self_attn.k_norm.weight")
+        return q, k, v
+
+    def _positioned(self, trace: Trace, x: Tensor, norm_weight: str) -> Tensor:
+        """Queries or keys after their norm and their rotation, where the layer has them; in one op where that can."""
+        norm, rope = self.qk_norm, self.rope
+        whole_heads = rope is not None and rope.rotary_dim == self.head_dim and not rope.interleaved
+        if norm is not None and norm.size == self.head_dim and rope is not None and whole_heads:
+            weight, table = trace.parameters.vector(norm_weight), trace.rope_tables[rope]
+            return ops.norm_rope(x, weight, norm.eps, table, trace.positions, norm.offset)
+        if norm is not None:
+            x = norm.trace(trace, x, norm_weight)
+        if rope is None:
+            return x
+        return ops.rope(x, trace.rope_tables[rope], trace.positions, self.head_dim, rope.interleaved)
 
 
 def _refuse_other_attention(file: ConfigFile) -> None:

@@ -31,7 +31,6 @@ class ModelConfig:
     hidden_size: int
     layers: tuple[Layer, ...]
     norm: RmsNorm
-    rope: Rope
     tie_word_embeddings: bool
     max_positions: int
 
@@ -44,7 +43,6 @@ class ModelConfig:
             hidden_size=file.count("hidden_size"),
             layers=tuple(layers),
             norm=RmsNorm.read(file),
-            rope=Rope.read(file, layers[0].attention.head_dim),
             tie_word_embeddings=file.flag("tie_word_embeddings"),
             max_positions=file.count("max_position_embeddings", 32768, most=2**40),
         )
@@ -59,6 +57,12 @@ class ModelConfig:
         inner = [spec for index, layer in enumerate(self.layers) for spec in layer.weights(layer_path(index))]
         head = [] if self.tie_word_embeddings else [WeightSpec(HEAD, table, "head")]
         return (WeightSpec(EMBEDDING, table, "embedding"), *inner, self.norm.weight(FINAL_NORM), *head)
+
+    @property
+    def rope_tables(self) -> dict[str, Rope]:
+        """The rotations that layers need, each once, by the names of the tensors that hold their tables."""
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.layers if layer.attention.rope is not None)
+        return {f"rope_table.{number}" if number else "rope_table": rope for number, rope in enumerate(ropes)}
 
     @property
     def parameters(self) -> int:

@@ -19,7 +19,7 @@ class Transformer:
 
     Inputs by name: input_ids u32 [T], positions u32 [T], segment_start u32 [T]; for training also targets i32 [T],
     inv_tokens f32 [1] (1 / unmasked tokens of the whole step), rng u32 [3] with dropout, and id_order u32 [T] (a
-    stable argsort of the ids) when the embedding is trained. rope_table f32 [S, E] is written once.
+    stable argsort of the ids) when the embedding is trained. The tables of `ModelConfig.rope_tables` are written once.
     """
 
     def __init__(
@@ -40,11 +40,14 @@ class Transformer:
         self.input_ids = graph.tensor("input_ids", (self._tokens,), "u32")
         positions = graph.tensor("positions", (self._tokens,), "u32")
         segment_start = graph.tensor("segment_start", (self._tokens,), "u32")
-        rope_table = graph.tensor("rope_table", (seq, config.rope.head_dim), "f32", "weight")
+        rope_tables = {
+            rope: graph.tensor(name, (seq, rope.rotary_dim), "f32", "weight")
+            for name, rope in config.rope_tables.items()
+        }
         self._rng = graph.tensor("rng", (3,), "u32") if dropout else None
         self._dropouts = 0
         dropped = self._dropped if dropout else None
-        self._trace = Trace(graph, self.parameters, rows, precision, positions, segment_start, rope_table, dropped)
+        self._trace = Trace(graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped)
 
     def hidden(self) -> Tensor:
         """The final normalised hidden states [T, D]."""

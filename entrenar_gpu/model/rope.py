@@ -1,83 +1,303 @@
-"""Rotary position embedding: the frequencies of a model, and what its config.json says of them."""
+"""Rotary position embedding: the frequencies of a model, and what its config.json says of them.
+
+A scaling changes the frequencies that theta gives, to reach beyond the positions that a model was first trained for;
+each is a class of its own, with its paper. Frequencies are radians per position, in float64.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from entrenar_gpu import ops
 from entrenar_gpu.model.config_file import ConfigFile, shown
+
+
+class Scaling(Protocol):
+    """A change to the frequencies of a rope in rows of so many positions."""
+
+    @property
+    def attention_factor(self) -> float:
+        """What cosines and sines are multiplied by, and so queries and keys."""
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        """The frequencies in place of `rope.base()`."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of the first `rotary_dim` columns of each head by their positions.
+
+    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if `interleaved`.
+    """
+
+    rotary_dim: int
+    theta: float
+    scaling: Scaling | None = None
+    interleaved: bool = False
+
+    def base(self, theta: float | None = None) -> list[float]:
+        """theta^(-2i / rotary_dim): RoFormer (arXiv 2104.09864), equation 15."""
+        return [(theta or self.theta) ** (-2.0 * i / self.rotary_dim) for i in range(self.rotary_dim // 2)]
+
+    def frequencies(self, positions: int) -> list[float]:
+        """Angular frequency of each of the rotary_dim / 2 pairs, in rows of so many positions."""
+        return self.base() if self.scaling is None else self.scaling.scaled(self, positions)
+
+    def table(self, positions: int) -> np.ndarray:
+        """f32 [positions, rotary_dim], as `ops.rope` reads it."""
+        factor = 1.0 if self.scaling is None else self.scaling.attention_factor
+        return ops.rope_table(self.frequencies(positions), positions, factor)
+
+    @classmethod
+    def read(
+        cls,
+        file: ConfigFile,
+        head_dim: int,
+        kind: str | None = None,
+        interleaved: bool = False,
+        theta: float = 10000.0,
+        share: float = 1.0,
+    ) -> Rope:
+        """Rotary base and scaling, in the old layout (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
+
+        Of a file whose parameters differ by the `kind` of layer ("full_attention", "sliding_attention"), that kind's.
+        `theta` and `share`, the part of a head that is rotated, are the family's where the file gives none.
+        """
+        parameters = _parameters(file, kind)
+        raw = file.raw
+        theta = float(file.checked("rope_theta", _first(parameters.get("rope_theta"), raw.get("rope_theta"), theta)))
+        given = _first(parameters.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), share)
+        share = file.checked("partial_rotary_factor", given or share, most=1)
+        name = _first(parameters.get("rope_type"), parameters.get("type"), "default")
+        if not isinstance(name, str) or name not in SCALINGS:
+            raise file.error(f"rope scaling {shown(name)} is not supported; supported: {', '.join(SCALINGS)}")
+        rotary_dim = head_dim if name == "proportional" else int(head_dim * share)
+        if rotary_dim % 2 or rotary_dim < 2:
+            raise file.error(f"partial_rotary_factor {shown(share)} of heads of {head_dim} leaves no pairs")
+        return cls(rotary_dim, theta, SCALINGS[name](_Reader(file, parameters, rotary_dim, share, theta)), interleaved)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _parameters(file: ConfigFile, kind: str | None) -> dict[str, Any]:
+    """The object that describes the rotation of a kind of layer."""
+    parameters = _first(file.raw.get("rope_parameters"), file.raw.get("rope_scaling"), {})
+    if isinstance(parameters, dict) and kind is not None and isinstance(parameters.get(kind), dict):
+        parameters = parameters[kind]
+    if not isinstance(parameters, dict):
+        raise file.error(f"rope_scaling must be an object, not {shown(parameters)}")
+    return parameters
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What scalings read of: the object that describes them and the file around it."""
+
+    file: ConfigFile
+    parameters: dict[str, Any]
+    rotary_dim: int
+    share: float
+    theta: float
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = _first(self.parameters.get(key), default)
+        if value is None:
+            raise self.file.error(f"rope_scaling lacks {key!r}")
+        return float(self.file.checked(f"rope_scaling.{key}", value))
+
+    def perhaps(self, key: str) -> float | None:
+        return None if self.parameters.get(key) is None else self.number(key)
+
+    def original(self, of_file: bool = False) -> int:
+        """Positions that the model was first trained for; `of_file`: said beside the object, as Phi's files have it."""
+        key = "original_max_position_embeddings"
+        value = _first(self.file.raw.get(key) if of_file else None, self.parameters.get(key))
+        value = value if value is not None else self.file.count("max_position_embeddings", most=2**40)
+        return int(self.file.checked(f"rope_scaling.{key}", value, most=2**40, whole=True))
+
+    def factors(self, key: str) -> tuple[float, ...]:
+        """A number for each pair."""
+        values, pairs = self.parameters.get(key), self.rotary_dim // 2
+        if not isinstance(values, list) or len(values) != pairs:
+            raise self.file.error(f"rope_scaling.{key} must be a list of {pairs} numbers, not {shown(values)}")
+        return tuple(float(self.file.checked(f"rope_scaling.{key}", value)) for value in values)
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+    attention_factor = 1.0
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        return [frequency / self.factor for frequency in rope.base()]
+
+    @classmethod
+    def read(cls, given: _Reader) -> LinearScaling:
+        return cls(given.number("factor"))
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """A theta that grows with the row beyond `original` positions (the NTK-aware scaling of arXiv 2309.00071, 3.3)."""
+
+    factor: float
+    original: int
+    attention_factor = 1.0
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        stretch = self.factor * max(positions, self.original) / self.original - (self.factor - 1)
+        return rope.base(rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2)))
+
+    @classmethod
+    def read(cls, given: _Reader) -> DynamicScaling:
+        if given.rotary_dim < 4:
+            raise given.file.error("rope scaling 'dynamic' needs two pairs to rotate")
+        return cls(given.number("factor"), given.file.count("max_position_embeddings", most=2**40))
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv 2309.00071): pairs that turn often are kept, those that turn seldom are divided by
+    `factor`, and those between the bounds `kept_to` and `divided_from`, in pairs, are blended."""
+
+    factor: float
+    kept_to: float
+    divided_from: float
+    attention_factor: float
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        span = max(self.divided_from - self.kept_to, 1e-3)
+        blended = []
+        for pair, frequency in enumerate(rope.base()):
+            divided = min(1.0, max(0.0, (pair - self.kept_to) / span))
+            blended.append(frequency * (1.0 - divided + divided / self.factor))
+        return blended
+
+    @classmethod
+    def read(cls, given: _Reader) -> YarnScaling:
+        factor, original, dim = given.number("factor"), given.original(), given.rotary_dim
+
+        if given.theta <= 1:
+            raise given.file.error(f"rope_theta {given.theta} is not above 1, as yarn needs it")
+
+        def pair_of(turns: float) -> float:
+            """The pair that turns so often within the original positions (equation 17)."""
+            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(given.theta))
+
+        low, high = pair_of(given.number("beta_fast", 32)), pair_of(given.number("beta_slow", 1))
+        if given.parameters.get("truncate", True) is not False:
+            low, high = math.floor(low), math.ceil(high)
+        return cls(factor, max(low, 0), min(high, dim - 1), _yarn_attention(given, factor))
+
+
+def _yarn_attention(given: _Reader, factor: float) -> float:
+    """The temperature of equation 22, as queries and keys share it; DeepSeek's files give two weights of it."""
+
+    def temperature(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    said, above, below = (given.perhaps(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if said is not None:
+        return said
+    return temperature(above) / temperature(below) if above and below else temperature(1.0)
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al., arXiv 2402.13753): each frequency divided by a factor of its own, one of `short` in rows
+    of up to `original` positions and of `long` in longer ones."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    attention_factor: float
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        factors = self.long if positions > self.original else self.short
+        return [frequency / factor for frequency, factor in zip(rope.base(), factors, strict=True)]
+
+    @classmethod
+    def read(cls, given: _Reader) -> LongRopeScaling:
+        original = given.original(of_file=True)
+        factor = given.perhaps("factor")
+        if factor is None:
+            factor = given.file.count("max_position_embeddings", most=2**40) / original
+        attention = given.perhaps("attention_factor")
+        if attention is None:
+            attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        return cls(given.factors("short_factor"), given.factors("long_factor"), original, attention)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
+    """Llama 3.1's: wavelengths shorter than original / high_freq_factor are kept, longer than original /
+    low_freq_factor are divided by `factor`, and those between are blended linearly in original / wavelength."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    @property
+    def attention_factor(self) -> float:
+        return 1.0
 
-@dataclass(frozen=True)
-class Rope:
-    """The rotation of heads of `head_dim` by their positions."""
-
-    head_dim: int
-    theta: float
-    scaling: RopeScaling | None = None
-
-    def frequencies(self) -> list[float]:
-        """Angular frequency of each of the E/2 rotary pairs, radians per position, in float64.
-
-        RoFormer (arXiv 2104.09864) equation 15; with `scaling`, Llama 3.1's three bands: wavelengths shorter
-        than original/high_freq_factor are kept, longer than original/low_freq_factor are divided by `factor`, and
-        those between are blended linearly in original/wavelength.
-        """
-        base = [self.theta ** (-2.0 * i / self.head_dim) for i in range(self.head_dim // 2)]
-        scaling = self.scaling
-        if scaling is None:
-            return base
-        span = scaling.high_freq_factor - scaling.low_freq_factor
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        span = self.high_freq_factor - self.low_freq_factor
         scaled = []
-        for frequency in base:
+        for frequency in rope.base():
             wavelength = 2 * math.pi / frequency
-            turns = scaling.original_max_position_embeddings / wavelength
-            kept = min(1.0, max(0.0, (turns - scaling.low_freq_factor) / span))
-            scaled.append(frequency * (kept + (1.0 - kept) / scaling.factor))
+            turns = self.original_max_position_embeddings / wavelength
+            kept = min(1.0, max(0.0, (turns - self.low_freq_factor) / span))
+            scaled.append(frequency * (kept + (1.0 - kept) / self.factor))
         return scaled
 
     @classmethod
-    def read(cls, file: ConfigFile, head_dim: int) -> Rope:
-        """Rotary base and scaling, in the old layout (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`)."""
-        raw = file.raw
-        parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise file.error(f"rope_scaling must be an object, not {shown(parameters)}")
-        theta = file.checked("rope_theta", parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-        if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 0, 1):
-            raise file.error("partial_rotary_factor is not supported")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise file.error(f"rope scaling {shown(kind)} is not supported (default and llama3 are)")
-        return cls(head_dim, float(theta), _llama3(file, parameters) if kind == "llama3" else None)
+    def read(cls, given: _Reader) -> RopeScaling:
+        scaling = cls(
+            factor=given.number("factor"),
+            low_freq_factor=given.number("low_freq_factor"),
+            high_freq_factor=given.number("high_freq_factor"),
+            original_max_position_embeddings=given.original(),
+        )
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise given.file.error("rope_scaling.high_freq_factor must exceed low_freq_factor")
+        return scaling
 
 
-def _llama3(file: ConfigFile, parameters: dict[str, Any]) -> RopeScaling:
-    def number(key: str) -> float:
-        if parameters.get(key) is None:
-            raise file.error(f"rope_scaling lacks {key!r}")
-        return float(file.checked(f"rope_scaling.{key}", parameters[key]))
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """Heads rotated in their first `pairs` alone, at the frequencies that a whole head would have there, divided by
+    `factor` (Gemma 4)."""
 
-    original = parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings", most=2**40)
-    scaling = RopeScaling(
-        factor=number("factor"),
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
-        original_max_position_embeddings=int(
-            file.checked("rope_scaling.original_max_position_embeddings", original, whole=True)
-        ),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise file.error("rope_scaling.high_freq_factor must exceed low_freq_factor")
-    return scaling
+    pairs: int
+    factor: float
+    attention_factor = 1.0
+
+    def scaled(self, rope: Rope, positions: int) -> list[float]:
+        return [f / self.factor if pair < self.pairs else 0.0 for pair, f in enumerate(rope.base())]
+
+    @classmethod
+    def read(cls, given: _Reader) -> ProportionalScaling:
+        return cls(int(given.share * given.rotary_dim // 2), given.number("factor", 1.0))
+
+
+# By `rope_type` of config.json.
+SCALINGS: dict[str, Callable[[_Reader], Scaling | None]] = {
+    "default": lambda given: None,
+    "linear": LinearScaling.read,
+    "dynamic": DynamicScaling.read,
+    "yarn": YarnScaling.read,
+    "longrope": LongRopeScaling.read,
+    "llama3": RopeScaling.read,
+    "proportional": ProportionalScaling.read,
+}

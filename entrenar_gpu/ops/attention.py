@@ -24,11 +24,17 @@ def attention(
     heads: int,
     kv_heads: int,
     precision: Arithmetic = "f32",
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, where a query sees the keys of its row from its segment's start up to itself.
+    """softmax(scale q k^T) v, where a query sees the keys of its row from its segment's start up to itself.
 
     q [T, H*E], k and v [T, K*E] with T = rows * S; H a multiple of K: query head h reads key/value head h // (H/K)
     (Ainslie et al., arXiv 2305.13245). segment_start u32 [T], positions within the row and in order. Returns [T, H*E].
+
+    `scale` is 1 / sqrt(E) unless given. Of a `window` a query sees the last keys alone, itself included (Beltagy et
+    al., arXiv 2004.05150). `softcap` c bends scores s to c tanh(s / c) (Bello et al., arXiv 1611.09940).
 
     With "f16" and "int8", on a device that has f16, the products of both passes take f16 operands and sum 32 of them in
     f16, then in f32 (docs/attention.md gives the error).
@@ -43,6 +49,9 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         low_precision=precision != "f32",
+        scale=scale,
+        window=window,
+        softcap=softcap,
     )[0]
 
 
@@ -64,6 +73,15 @@ def _infer(node: Node) -> Sequence[Spec]:
     return [(q.shape, "f32"), ((tokens, s["H"]), "f32")]
 
 
+def scale_of(node: Node) -> float:
+    """What q k^T is multiplied by."""
+    return 1 / _divisor(node)
+
+
+def _divisor(node: Node) -> float:
+    return 1 / float(node.attrs["scale"]) if "scale" in node.attrs else math.sqrt(shape_of(node)["E"])
+
+
 def split(s: Mapping[str, int], x: np.ndarray) -> np.ndarray:
     """[B*S, n*E] -> [B, H, S, E], key/value heads repeated for their group."""
     heads = x.reshape(s["B"], s["S"], -1, s["E"]).transpose(0, 2, 1, 3)
@@ -76,14 +94,20 @@ def join(x: np.ndarray, like: np.ndarray, group: int) -> np.ndarray:
     return x.reshape(b, h // group, group, s, e).sum(axis=2).transpose(0, 2, 1, 3).reshape(like.shape)
 
 
-def softmax_weights(
-    s: dict[str, int], q: np.ndarray, k: np.ndarray, segments: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def scores_of(node: Node, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Scores [B, H, S, S], bent where they are capped."""
+    s, softcap = shape_of(node), node.attrs.get("softcap")
+    scores = split(s, q) @ split(s, k).swapaxes(-1, -2) * q.dtype.type(scale_of(node))
+    return scores if softcap is None else q.dtype.type(softcap) * np.tanh(scores / q.dtype.type(softcap))
+
+
+def softmax_weights(node: Node, scores: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(softmax weights [B, H, S, S], lse [B, H, S])."""
-    scores = split(s, q) @ split(s, k).swapaxes(-1, -2) * q.dtype.type(1 / math.sqrt(s["E"]))
+    s = shape_of(node)
     place = np.arange(s["S"])
     seen = (place[None, :] <= place[:, None]) & (place >= segments.reshape(s["B"], s["S"], 1))
-    scores = np.where(seen[:, None], scores, q.dtype.type(-np.inf))
+    seen &= place[None, :] + node.attrs.get("window", s["S"]) > place[:, None]
+    scores = np.where(seen[:, None], scores, scores.dtype.type(-np.inf))
     peak = scores.max(axis=-1, keepdims=True)
     e = np.exp(scores - peak)
     total = e.sum(axis=-1, keepdims=True)
@@ -94,7 +118,7 @@ def _reference(
     node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, segment_start: np.ndarray
 ) -> Sequence[np.ndarray]:
     s = shape_of(node)
-    weights, lse = softmax_weights(s, q, k, segment_start)
+    weights, lse = softmax_weights(node, scores_of(node, q, k), segment_start)
     out = join(weights @ split(s, v), q, 1)
     return [out, lse.transpose(0, 2, 1).reshape(-1, s["H"])]
 
@@ -126,8 +150,15 @@ def head_constants(node: Node, caps: Caps) -> dict[str, Any]:
     """What every kernel of attention is specialised with."""
     s = shape_of(node)
     f16 = low_precision(node, caps)
-    scale = math.log2(math.e) / math.sqrt(s["E"])
-    return {**s, "EP": padded(s["E"]), "f16": f16, "scale": literal(scale), "UNROLL": _unroll(f16, caps)}
+    scale = math.log2(math.e) / _divisor(node)
+    sizes = {**s, "EP": padded(s["E"]), "WINDOW": node.attrs.get("window", 0)}
+    return {**sizes, "f16": f16, "scale": literal(scale), "UNROLL": _unroll(f16, caps), **_cap(node)}
+
+
+def _cap(node: Node) -> dict[str, str]:
+    """The soft cap of scores to the base 2, and its inverse; empty where there is none."""
+    cap = node.attrs.get("softcap", 0.0) * math.log2(math.e)
+    return {"cap": literal(cap) if cap else "", "inverse_cap": literal(1 / cap) if cap else ""}
 
 
 def _unroll(f16: bool, caps: Caps) -> int:
@@ -187,11 +218,12 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
 
 
 def flops(products: int) -> Callable[[Node], int]:
-    """Causal: half of each of the S x S products."""
+    """Causal: half of each of the S x S products, less what lies outside of a window."""
 
     def count(node: Node) -> int:
         s = shape_of(node)
-        return products * s["B"] * s["H"] * s["S"] * s["S"] * s["E"]
+        window = min(node.attrs.get("window", s["S"]), s["S"])
+        return products * s["B"] * s["H"] * (2 * s["S"] - window) * window * s["E"]
 
     return count
 

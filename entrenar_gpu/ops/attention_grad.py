@@ -21,6 +21,8 @@ from entrenar_gpu.ops.attention import (
     join,
     low_precision,
     padded,
+    scale_of,
+    scores_of,
     shape_of,
     softmax_weights,
     split,
@@ -68,10 +70,13 @@ def _reference(
 ) -> Sequence[np.ndarray]:
     s = shape_of(node)
     group = s["H"] // s["K"]
-    weights, _ = softmax_weights(s, q, k, segment_start)
+    scores = scores_of(node, q, k)
+    weights, _ = softmax_weights(node, scores, segment_start)
     d_heads = split(s, dout)
     dscores = weights * (d_heads @ split(s, v).swapaxes(-1, -2) - statistics[1][..., None])
-    dscores *= q.dtype.type(1 / math.sqrt(s["E"]))
+    if "softcap" in node.attrs:
+        dscores *= 1 - (scores / q.dtype.type(node.attrs["softcap"])) ** 2
+    dscores *= q.dtype.type(scale_of(node))
     return [
         join(dscores @ split(s, k), q, 1),
         join(dscores.swapaxes(-1, -2) @ split(s, q), k, group),
@@ -217,7 +222,7 @@ def _products(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -
         bindings += [bind.by_kv_head(n, t, write=True) for n, t in zip(("dk", "dv"), node.outputs[1:], strict=True)]
     lanes, heads = padded(constants["E"]) // 8, constants["HEADS"]
     constants |= {"TX": lanes, "THREADS": 8 * lanes, "CK": _steps(constants["E"], constants["f16"])}
-    constants |= {"OUT_HEADS": heads if partial else constants["K"], "scale": literal(1 / math.sqrt(constants["E"]))}
+    constants |= {"OUT_HEADS": heads if partial else constants["K"], "scale": literal(scale_of(node))}
     grid = (len(part.rows) * heads, 3, part.blocks.stop)
     return Launch("attention_grad", tuple(bindings), {**constants, "BASES": bind.bases}, grid, trusted=True)
 

@@ -17,13 +17,13 @@ WORKGROUP = 256
 _STATISTICS = ("rstd", "average")  # what a norm leaves for its gradient; RMS norms have no average
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
 
     x [.., N]; weight [W] with N a multiple of W: the axis that is normalised is W long, so that a [T, H*E] tensor is
-    normalised head by head with a weight of E.
+    normalised head by head with a weight of E. Gemma's weights are stored less the `offset` of 1.
     """
-    return record("rms_norm", x=x, weight=weight, eps=eps)[0]
+    return record("rms_norm", x=x, weight=weight, eps=eps, offset=offset or None)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -49,7 +49,17 @@ def _infer(node: Node) -> Sequence[Spec]:
 def _rms_reference(node: Node, x: np.ndarray, weight: np.ndarray) -> Sequence[np.ndarray]:
     rows = x.reshape(-1, weight.size)
     rstd = 1 / np.sqrt((rows * rows).mean(axis=-1) + x.dtype.type(node.attrs["eps"]))
-    return [(rows * rstd[:, None] * weight).reshape(x.shape), rstd]
+    return [(rows * rstd[:, None] * offset_weight(node, weight)).reshape(x.shape), rstd]
+
+
+def offset_weight(node: Node, weight: np.ndarray) -> np.ndarray:
+    """What is multiplied by: the weight as stored and the node's offset."""
+    return weight + weight.dtype.type(node.attrs["offset"]) if "offset" in node.attrs else weight
+
+
+def offset_literal(node: Node) -> str:
+    """The same for shaders, empty where there is no offset."""
+    return literal(node.attrs["offset"]) if "offset" in node.attrs else ""
 
 
 def _layer_reference(node: Node, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Sequence[np.ndarray]:
@@ -74,6 +84,7 @@ def lanes(steps: int) -> int:
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     constants: dict[str, Any] = {**_blocking(node), "mode": node.op, "eps": literal(node.attrs["eps"])}
+    constants["offset"] = offset_literal(node)
     width = constants["VEC"]
     bindings = [reads(name, tensor, width) for name, tensor in node.inputs.items()]
     bindings += [writes("y", node.output, width)]
@@ -88,7 +99,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
     statistics = dict(zip(_STATISTICS, node.outputs[1:], strict=False))
     dx = dweight = dbias = None
     if context.wanted(x):
-        dx = record("norm_grad", x=x, weight=weight, dy=dy, **statistics)[0]
+        dx = record("norm_grad", x=x, weight=weight, dy=dy, **statistics, offset=node.attrs.get("offset"))[0]
     if context.wanted(weight):
         xhat = record("norm_hat", x=x, **statistics, length=weight.size)[0]
         dweight = sum_rows(mul(dy, xhat), weight.shape)
@@ -112,7 +123,7 @@ def _grad_reference(
     residual: np.ndarray | None = None,
 ) -> Sequence[np.ndarray]:
     xhat = _hat(x, weight.size, rstd, average)
-    g = dy.reshape(xhat.shape) * weight
+    g = dy.reshape(xhat.shape) * offset_weight(node, weight)
     dx = g - xhat * (g * xhat).mean(axis=-1, keepdims=True)
     if average is not None:
         dx -= g.mean(axis=-1, keepdims=True)
@@ -122,7 +133,7 @@ def _grad_reference(
 
 def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     """With a residual, which is added to where it lies if it is not read again."""
-    constants: dict[str, Any] = {**_blocking(node), "eps": "", "residual": ""}
+    constants: dict[str, Any] = {**_blocking(node), "eps": "", "residual": "", "offset": offset_literal(node)}
     width, residual = constants["VEC"], node.inputs.get("residual")
     bindings = [reads(name, node.inputs[name], width) for name in ("x", "weight", "dy")]
     if residual is not None:

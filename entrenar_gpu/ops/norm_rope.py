@@ -10,14 +10,17 @@ import numpy as np
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, writes
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.elementwise import mul
-from entrenar_gpu.ops.norm import WORKGROUP, lanes
+from entrenar_gpu.ops.norm import WORKGROUP, lanes, offset_literal
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import OPS, GradientContext, Gradients, Op, Placement, Spec, record, register
 
 
-def norm_rope(x: Tensor, weight: Tensor, eps: float, table: Tensor, positions: Tensor) -> Tensor:
-    """rope(rms_norm(x, weight, eps), table, positions): x [T, H*E], weight [E], table [P, E], positions u32 [T]."""
-    return record("norm_rope", x=x, weight=weight, table=table, positions=positions, eps=eps)[0]
+def norm_rope(x: Tensor, weight: Tensor, eps: float, table: Tensor, positions: Tensor, offset: float = 0.0) -> Tensor:
+    """rope(rms_norm(x, weight, eps, offset), table, positions), for heads that are rotated whole, by halves.
+
+    x [T, H*E], weight [E], table [P, E], positions u32 [T].
+    """
+    return record("norm_rope", x=x, weight=weight, table=table, positions=positions, eps=eps, offset=offset or None)[0]
 
 
 def _infer(node: Node) -> Sequence[Spec]:
@@ -59,7 +62,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     shared = lanes(half // width)
     constants: dict[str, Any] = {"mode": node.op, "ROWS": x.size // weight.size, "HEADS": x.columns // weight.size}
     constants |= {"HALF": half // width, "N": weight.size, "VEC": width, "SUMMED": shared}
-    constants["eps"] = literal(node.attrs["eps"])
+    constants |= {"eps": literal(node.attrs["eps"]), "offset": offset_literal(node)}
     bindings = [reads("x", x, width), reads("weight", weight, width), reads("table", table, width)]
     bindings.append(reads("positions", positions))
     if given:
@@ -75,7 +78,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
     (x, weight, table, positions), dy, rstd = node.inputs.values(), upstream[0], node.outputs[1]
     dx = dweight = None
     if context.wanted(x):
-        dx = record("norm_rope_grad", **node.inputs, dy=dy, rstd=rstd, eps=node.attrs["eps"])[0]
+        dx = record("norm_rope_grad", **node.inputs, dy=dy, rstd=rstd, **node.attrs)[0]
     if context.wanted(weight):
         back = record("rope", x=dy, table=table, positions=positions, inverse=True)[0]
         xhat = record("norm_hat", x=x, rstd=rstd, length=weight.size)[0]

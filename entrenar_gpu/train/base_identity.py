@@ -40,6 +40,7 @@ def _release_repr(model: ModelConfig) -> str:
     """A configuration as `repr` wrote it in the first release, when it was flat and all layers were alike."""
     layer = model.layers[0]
     attention, mlp = layer.attention, layer.mlp
+    rope = next(iter(model.rope_tables.values()), None)
     values = {
         "architecture": model.architecture,
         "vocab_size": model.vocab_size,
@@ -50,8 +51,8 @@ def _release_repr(model: ModelConfig) -> str:
         "num_kv_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
         "rms_norm_eps": model.norm.eps,
-        "rope_theta": model.rope.theta,
-        "rope_scaling": model.rope.scaling,
+        "rope_theta": rope and rope.theta,
+        "rope_scaling": rope and rope.scaling,
         "tie_word_embeddings": model.tie_word_embeddings,
         "qkv_bias": attention.qkv_bias,
         "qk_norm": attention.qk_norm is not None,

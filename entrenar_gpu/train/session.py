@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter, load_adapter
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
@@ -117,7 +116,8 @@ class Session:
         cached = config.cache and config.method == "qlora"
         cache = WeightCache(self.checkpoint, config.double_quant, config.cache_dir) if cached else None
         self.weights_from = loader.load_weights(executor, self.checkpoint, self.weights, cache)
-        executor.write("rope_table", ops.rope_table(model.rope.frequencies(), config.seq))
+        for name, rope in model.rope_tables.items():
+            executor.write(name, rope.table(config.seq))
         for name, array in adapter.items():
             executor.write(name, array)
         if LOSS_SCALE_NAME in executor.tensors:

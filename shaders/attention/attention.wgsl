@@ -43,7 +43,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var held0 = highest0;
   var held1 = highest1;
 {% endif %}
-  for (var k0 = min(segment_start[row_start + q0], q0) / {{ BK }}u * {{ BK }}u; k0 <= last; k0 += {{ BK }}u) {
+  for (var k0 = min({{ parts.first_key("segment_start[row_start + q0]", "q0") }}, q0) / {{ BK }}u * {{ BK }}u; k0 <= last; k0 += {{ BK }}u) {
     {{ parts.declare("s", 1) }}
     for (var e0 = 0u; e0 < {{ EP }}u; e0 += {{ CE }}u) {
       workgroupBarrier();
@@ -52,12 +52,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       workgroupBarrier();
       {{ parts.multiply("s", "tile_q", "0u", PITCH_Q, "tile_kv", "0u", TX, true, 1, CE) }}
     }
-    if (k0 + {{ BK - 1 }}u > q0 || k0 < last_segment) {
+{% if cap %}
+{% for i in range(8) %}
+    s{{ i }}_0 = {{ parts.capped("s%d_0" % i) }};
+{% endfor %}
+{% endif %}
+    if (k0 + {{ BK - 1 }}u > q0 || k0 < last_segment{{ " || k0 + %du <= last" % WINDOW if WINDOW }}) {
       let key = vec4<u32>(k0 + tx * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
 {% for i in range(8) %}
       {
         let query = q0 + {{ parts.row(i) }};
-        let segment = segment_start[row_start + min(query, {{ S - 1 }}u)];
+        let segment = {{ parts.first_key("segment_start[row_start + min(query, %du)]" % (S - 1), "query") }};
         let seen = (key <= vec4<u32>(query)) & (key >= vec4<u32>(segment));
         s{{ i }}_0 = select(vec4<f32>(MASKED), s{{ i }}_0, seen);
       }

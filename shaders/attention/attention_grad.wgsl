@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let of_query = group.y == 0u;
   let own = select(group.z, {{ END - 1 }}u - min(group.z, {{ END - 1 }}u), of_query);
   let segments = {{ BASES.segment_start }}row_start;
-  let earliest = min(segment_start[segments + own * 64u], own * 64u) / 64u;
+  let earliest = min({{ parts.first_key("segment_start[segments + own * 64u]", "own * 64u") }}, own * 64u) / 64u;
   let begin = select(max(own, {{ FIRST }}u), earliest, of_query);
   var stop = select({{ END }}u, own + 1u, of_query);
   if (of_query && own < {{ FIRST }}u) { stop = begin; }
@@ -47,7 +47,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var flushed = false;
 {% endif %}
   for (var block = begin; block < stop; block++) {
-    if (!of_query && segment_start[segments + block * 64u] >= own * 64u + 64u) { break; }
+    if (!of_query && {{ parts.first_key("segment_start[segments + block * 64u]", "block * 64u") }} >= own * 64u + 64u) { break; }
     let i = select(block, own, of_query);
     let j = select(own, block, of_query);
     let pair = i * (i + 1u) / 2u - {{ FIRST * (FIRST + 1) // 2 }}u + j;

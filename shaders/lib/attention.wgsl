@@ -10,6 +10,16 @@
 {# Tokens after which an accumulator is emptied: it takes 1,024 numbers, as its rounding error grows with what it sums. #}
 {% set AT_ONCE = 1024 * (CHUNK if f16 else 1) %}
 
+{# The first key that a query sees: of its segment, and of its window where there is one. #}
+{% macro first_key(segment, query) -%}
+{{ "max(%s, max(%s, %du) - %du)" % (segment, query, WINDOW - 1, WINDOW - 1) if WINDOW else segment }}
+{%- endmacro %}
+
+{# Scores after the soft cap; tanh overflows to NaN on some drivers for large arguments. #}
+{% macro capped(scores) -%}
+tanh(clamp({{ scores }} * {{ inverse_cap }}, vec4<f32>(-20.0), vec4<f32>(20.0))) * {{ cap }}
+{%- endmacro %}
+
 {% macro quad(lane, lanes, j, count) -%}
 {{ "(%s * %du + %du)" % (lane, count, j) if f16 else "(%s + %du)" % (lane, lanes * j) }}
 {%- endmacro %}

@@ -153,6 +153,8 @@ def norms() -> list[Case]:
     cases.append(Case("rms_norm-by-head", (x(7, 3 * 24), param(24)), rms))
     cases.append(Case("rms_norm-many-rows", (x(131, 16), x(16)), rms))
     cases.append(Case("rms_norm-frozen", (x(5, 65), frozen(65)), rms))
+    shifted = functools.partial(ops.rms_norm, eps=1e-6, offset=1.0)
+    cases.append(Case("rms_norm-offset", (x(7, 40), param(40)), shifted))
     cases.append(Case("rms_norm-residual", (x(5, 64), param(64)), lambda a, w: ops.add(a, ops.swish(rms(a, w)))))
     cases.append(Case("layer_norm-residual", (x(7, 33), param(33), param(33)), _residual_layer))
     return cases
@@ -177,11 +179,21 @@ def ropes() -> list[Case]:
             continue
         learnt = param(size) if heads > 1 else frozen(size)
         cases.append(Case(f"norm_rope-{tokens}x{heads}x{size}", (inputs[0], learnt, *inputs[1:]), _norm_rope))
+    table, at = Input((50, 12), "weight", "f32", _table), below(50, 17)
+    shifted = functools.partial(_norm_rope, offset=1.0)
+    cases.append(Case("norm_rope-offset", (x(17, 36), param(12), table, at), shifted))
+    for name, size, interleaved in [
+        ("partial", 20, False),
+        ("interleaved", 12, True),
+        ("partial-interleaved", 14, True),
+    ]:
+        apply = functools.partial(ops.rope, head_dim=size, interleaved=interleaved)
+        cases.append(Case(f"rope-{name}", (x(17, 3 * size), table, at), apply))
     return cases
 
 
-def _norm_rope(a: Tensor, weight: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    return ops.norm_rope(a, weight, 1e-6, table, positions)
+def _norm_rope(a: Tensor, weight: Tensor, table: Tensor, positions: Tensor, offset: float = 0.0) -> Tensor:
+    return ops.norm_rope(a, weight, 1e-6, table, positions, offset)
 
 
 def segment_starts(lengths: Sequence[Sequence[int]]) -> Input:
@@ -211,11 +223,29 @@ def attentions() -> list[Case]:
         "packed-across": ([[50, 40, 38]], 2, 1, 8),
         "single-tokens": ([[1] * 35], 2, 1, 8),
     }
+    variants: dict[str, tuple[list[list[int]], dict[str, float]]] = {
+        "window-1": ([[33]], {"window": 1}),
+        "window-short": ([[1, 5, 1, 1, 20, 32, 5], [40, 1, 24]], {"window": 7}),
+        "window-long": ([[200]], {"window": 67}),
+        "window-of-a-tile": ([[129, 63]], {"window": 64}),
+        "window-beyond": ([[50, 40, 38]], {"window": 45}),
+        "softcap": ([[50, 40, 38]], {"softcap": 1.5}),
+        "scale": ([[33]], {"scale": 0.21}),
+        "window-softcap-scale": (
+            [[1, 63, 1, 64, 4], [32, 32, 32, 1, 36]],
+            {"window": 20, "softcap": 2.0, "scale": 0.5},
+        ),
+    }
     cases = []
     for name, (rows, heads, kv_heads, size) in table.items():
         tokens, segments = len(rows) * sum(rows[0]), segment_starts(rows)
         inputs = (x(tokens, heads * size), x(tokens, kv_heads * size), x(tokens, kv_heads * size), segments)
         apply = functools.partial(ops.attention, rows=len(rows), heads=heads, kv_heads=kv_heads)
+        cases.append(Case(f"attention-{name}", inputs, apply))
+    for name, (rows, options) in variants.items():
+        tokens, segments = len(rows) * sum(rows[0]), segment_starts(rows)
+        inputs = (x(tokens, 16), x(tokens, 8), x(tokens, 8), segments)
+        apply = functools.partial(ops.attention, rows=len(rows), heads=2, kv_heads=1, **options)
         cases.append(Case(f"attention-{name}", inputs, apply))
     return cases
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter
 from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
@@ -92,7 +91,8 @@ def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
     """Everything that a run finds on the device when it begins."""
     randomise(replay, declared_weights(shape.model.weights, shape.storage, replay.device.caps))
     replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
-    replay.write("rope_table", ops.rope_table(shape.model.rope.frequencies(), shape.train.seq))
+    for name, rope in shape.model.rope_tables.items():
+        replay.write(name, rope.table(shape.train.seq))
     for name, values in (init_adapter(spec, 0) if spec is not None else {}).items():
         replay.write(name, values)
     if weight_copies.GRAPH in replay.plan.steps:
