@@ -45,7 +45,7 @@ parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes 
 	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity
 
 fuzz: setup ## Damage files for every reader for MINUTES (default 1); what is found is kept as a test
-	@.venv/bin/python -m tests.fuzz.readers --minutes $(or $(MINUTES),1)
+	@.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 
 kills: setup ## End a small run at N (default 20) random moments, and see that it goes on to the bit
 	@.venv/bin/python -m tests.fuzz.kills $(or $(N),20)

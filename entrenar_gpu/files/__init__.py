@@ -11,7 +11,7 @@ from entrenar_gpu.files.atomic import (
     temporary_path,
     write_text,
 )
-from entrenar_gpu.files.json_file import read_json_object
+from entrenar_gpu.files.json_file import read_json, read_json_object, read_text
 from entrenar_gpu.files.lock import FolderLock
 from entrenar_gpu.files.safetensors_file import NAMES, SafetensorsFile, TensorInfo
 from entrenar_gpu.files.stored import StoredArray
@@ -28,7 +28,9 @@ __all__ = [
     "cannot_write",
     "new_file",
     "new_folder",
+    "read_json",
     "read_json_object",
+    "read_text",
     "remove",
     "save_safetensors",
     "sweep",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.compiler import FittedPlan, PlanOptions
-from entrenar_gpu.files import cache_folder, new_folder, write_text
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import Product, measure
@@ -94,12 +95,12 @@ def cache_path(device: Device) -> Path:
 def read_cache(path: Path) -> Tiles:
     """The choices in a cache file; none where it is missing, damaged or of other kernels. It can be made again."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         if held["version"] != VERSION:
             return {}
         tiles = {str(name): tuple(int(v) for v in numbers) for name, numbers in held["tiles"].items()}
         return {name: numbers for name, numbers in tiles.items() if is_choice(name, numbers)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
 
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from entrenar_gpu.compiler import make_plan
-from entrenar_gpu.files import cache_folder, new_folder, write_text
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, Program
@@ -79,9 +80,9 @@ def check_path(device: Device) -> Path:
 def read_outcome(path: Path) -> str | None:
     """What was found before; None where nothing was, or of other kernels."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         return str(held["outcome"]) if held["version"] == VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

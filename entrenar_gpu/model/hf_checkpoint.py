@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -270,7 +271,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise UserError(f"{index}: tensor {name!r}: {shard!r} is not the name of a file in the model folder")
         if shard not in opened:
-            if not (index.parent / shard).exists():
+            if not os.path.exists(index.parent / shard):  # a name too long for any file is one that is not there
                 raise UserError(f"{index.parent / shard}: missing; {index.name} names it")
             opened[shard] = SafetensorsFile(index.parent / shard)
         if name not in opened[shard].tensors:

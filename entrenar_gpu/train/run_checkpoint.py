@@ -28,6 +28,7 @@ from entrenar_gpu.files import (
     TensorSource,
     cannot_write,
     new_folder,
+    read_json,
     remove,
     save_safetensors,
     sync_folder,
@@ -234,9 +235,10 @@ def forget_after(saved: SavedRun | None, output: Path) -> None:
 
 def read_state(folder: Path) -> SavedRun:
     """The state in a checkpoint folder. Raises UserError when the file holds something else."""
-    path = folder / STATE_FILE
+    path, state = folder / STATE_FILE, None
+    with contextlib.suppress(UserError):  # whatever it is, it is no state
+        state = read_json(path)
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
         if "checksum" in state and state["checksum"] != _state_checksum(state):
             raise UserError(f"{path}: damaged: its checksum is another than when it was written")
         step, budget, run_id = state["step"], state["budget"], state.get("run_id")
@@ -253,7 +255,7 @@ def read_state(folder: Path) -> SavedRun:
         if not isinstance(sums, dict) or not all(isinstance(part, dict) for part in sums.values()):
             raise ValueError
         return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told, sums)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: not the state of a training run") from None
 
 

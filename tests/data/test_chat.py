@@ -333,7 +333,7 @@ def test_an_id_that_cannot_be_is_one_line(tmp_path, value):
 def test_files_that_are_no_files_or_too_large_are_refused(tmp_path, monkeypatch):
     folder = model_folder(tmp_path)
     os.mkfifo(folder / "generation_config.json")
-    with pytest.raises(UserError, match=r"generation_config\.json: not a file"):
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read: it is no file"):
         Tokenizer.load(folder)
     (folder / "generation_config.json").unlink()
     monkeypatch.setitem(tokenizer_files._MOST_BYTES, "JSON", 10)

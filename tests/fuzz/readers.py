@@ -1,133 +1,89 @@
-"""Damaged files for every reader of the run: `python -m tests.fuzz.readers [--minutes N] [--seed S]`.
+"""Every reader of the project, each with a valid file of its kind that it reads.
 
-Each input is a valid file with a few changes: bytes flipped, cut, doubled or put elsewhere, numbers and words replaced
-by what no writer writes. A reader may return or raise UserError; anything else is a fault, as is a read that takes more
-than SECONDS. What was found is kept in `found/`, and read again by every test run.
+A reader may return or raise the error that becomes one line (UserError, TraceError); anything else is a fault.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from entrenar_gpu.adapters import load_adapter
 from entrenar_gpu.cli.options import make_config
-from entrenar_gpu.data import load_samples
+from entrenar_gpu.data import Tokenizer, load_samples
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import SafetensorsFile, read_json_object
+from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.files import SafetensorsFile, save_safetensors
+from entrenar_gpu.gpu.autotune import read_cache
 from entrenar_gpu.model import HFCheckpoint, load_model_config
-from entrenar_gpu.train.run_checkpoint import read_state
-from tests.helpers.runs import train
-from tests.helpers.tiny import make_data, make_model
+from entrenar_gpu.quant.nf4 import CODEBOOK, Nf4Weight
+from entrenar_gpu.train.metrics_file import MetricsFile
+from entrenar_gpu.train.run_checkpoint import load_run, read_state
+from entrenar_gpu.train.trainer import Trainer
+from observability.detect import analyse
+from observability.errors import TraceError
+from tests.fuzz.mutations import changed_header, changed_json, damaged
+from tests.helpers import chat_templates, made_traces
+from tests.helpers.runs import config_of, train
+from tests.helpers.tiny import make_data, make_model, projections
 
 SECONDS = 20.0
-FOUND = Path(__file__).parent / "found"
+MEMORY_BYTES = 2 << 30
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
-ODD = [
-    b"null",
-    b"true",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"9" * 400,
-    b"[]",
-    b"{}",
-    b'""',
-    b"[" * 3000,
-    b"\x00",
-    b"\xff\xfe",
-    b"NaN",
+VOCAB = 300
+CHAT = [
+    {"role": "system", "content": "Short."},
+    {"role": "user", "content": "What is a reef?"},
+    {"role": "assistant", "content": "A ridge beneath the sea."},
 ]
-
-Reader = Callable[[Path], object]
-
-
-def corpus(folder: Path) -> dict[str, tuple[Path, Reader]]:
-    """By kind: a valid file, and what reads it (or the folder that it is in)."""
-    make_model(folder / "model", **TINY)
-    make_data(folder / "train.jsonl", vocab=96, samples=8)
-    train(folder, device="numpy", steps=1)
-    model = load_model_config(folder / "model")
-    (folder / "run.yaml").write_text("steps: 3\nrank: 4\nlr: 1e-3\ntarget: [q, v]\nseed: 7\n")
-    checkpoint = folder / "run/checkpoint-000001"
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    del state["checksum"]  # else it alone would be read
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    names = list(SafetensorsFile(folder / "model/model.safetensors").tensors)
-    (folder / "indexed").mkdir()
-    (folder / "indexed/config.json").write_bytes((folder / "model/config.json").read_bytes())
-    (folder / "indexed/a.safetensors").write_bytes((folder / "model/model.safetensors").read_bytes())
-    index = folder / "indexed/model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
-    return {
-        "safetensors": (folder / "model/model.safetensors", lambda path: HFCheckpoint.open(path.parent)),
-        "config": (folder / "model/config.json", lambda path: load_model_config(path.parent)),
-        "index": (index, lambda path: HFCheckpoint.open(path.parent)),
-        "adapter weights": (checkpoint / "adapter_model.safetensors", lambda path: load_adapter(path.parent, model)),
-        "adapter config": (checkpoint / "adapter_config.json", lambda path: load_adapter(path.parent, model)),
-        "state": (checkpoint / "trainer_state.json", lambda path: read_state(path.parent)),
-        "options": (folder / "run.yaml", lambda path: make_config({}, str(path))),
-        "rows": (
-            folder / "train.jsonl",
-            lambda path: load_samples(path, None, vocab_size=96, seq=32, loss_on="completion"),
-        ),
-        "json": (folder / "run/run.json", read_json_object),
-    }
+ROWS: list[dict[str, Any]] = [
+    {"messages": CHAT, "tools": None},
+    {"messages": [*CHAT[1:], {"role": "user", "content": [{"type": "text", "text": "More?"}]}, CHAT[2]]},
+    {"prompt": "Name a reef.", "completion": " The Great Barrier Reef"},
+    {"text": "Corals are animals; a reef is what they leave."},
+    {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
+]
+TEXTS = ["Reefs, and what lives there. " * 40, "a" * 2000, "héllo\u00a0wörld 🪸 " * 20]
 
 
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """A few changes; the first kilobyte gets most, where formats have their headers."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        at = rng.randrange(min(len(data), 1024) if rng.random() < 0.7 else len(data)) if data else 0
-        kind = rng.randrange(6)
-        if kind == 0 and data:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at : at + rng.choice((1, 2, 8, 200))]
-        elif kind == 2:
-            data[at:at] = data[at : at + rng.choice((1, 8, 100))]
-        elif kind == 3:
-            data[at : at + rng.choice((0, 1, 4))] = rng.choice(ODD)
-        elif kind == 4:
-            del data[at:]
-        else:
-            data[at : at + 8] = rng.randbytes(8)
-    return bytes(data)
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: `path` is one, `read` takes that path, `change` makes damaged ones beside changes of bytes."""
+
+    path: Path
+    read: Callable[[Path], object]
+    change: Callable[[bytes, random.Random], bytes] | None = None
+
+    def mutated(self, content: bytes, rng: random.Random) -> bytes:
+        return (damaged if self.change is None or rng.random() < 0.5 else self.change)(content, rng)
 
 
-def faults(
-    minutes: float | None = None, inputs: int | None = None, seed: int = 0
-) -> Iterator[tuple[int, str, bytes, str]]:
-    """(inputs tried, kind, input, what happened) of every fault; a last one without a kind says how many were tried."""
-    rng, begin, tried = random.Random(seed), time.monotonic(), 0
-    with tempfile.TemporaryDirectory() as temporary:
-        kinds = corpus(Path(temporary))
-        contents = {kind: path.read_bytes() for kind, (path, _) in kinds.items()}
-        while (inputs is None or tried < inputs) and (minutes is None or time.monotonic() - begin < 60 * minutes):
-            kind = rng.choice(list(kinds))
-            data = mutated(contents[kind], rng)
-            what = outcome(*kinds[kind], data)
-            tried += 1
-            if what:
-                yield tried, kind, data, what
-            kinds[kind][0].write_bytes(contents[kind])
-    yield tried, "", b"", ""
+def corpus(folder: Path) -> dict[str, Kind]:
+    """The kinds of files by name. Files that are there already, made by an earlier call, are taken."""
+    if not (folder / "made").exists():
+        _make_files(folder)
+        (folder / "made").touch()
+    return _model_kinds(folder) | _run_kinds(folder) | _text_kinds(folder)
 
 
-def outcome(path: Path, read: Reader, data: bytes) -> str:
+def outcome(kind: Kind, data: bytes) -> str:
     """What is wrong with how an input is read; empty where nothing is."""
-    path.write_bytes(data)
+    kind.path.write_bytes(data)
     begin = time.monotonic()
     try:
-        read(path)
-    except UserError:
+        kind.read(kind.path)
+    except (UserError, TraceError):
         pass
     except Exception:
         return traceback.format_exc()
@@ -135,21 +91,165 @@ def outcome(path: Path, read: Reader, data: bytes) -> str:
     return f"took {seconds:.1f} s" if seconds > SECONDS else ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    args = parser.parse_args()
-    count = tried = 0
-    for tried, kind, data, what in faults(args.minutes, seed=args.seed):
-        if kind:
-            count += 1
-            FOUND.mkdir(exist_ok=True)
-            (FOUND / f"{kind.replace(' ', '_')}-{args.seed}-{tried}").write_bytes(data)
-            print(f"{kind}: {what}", flush=True)
-    print(f"{tried:,} inputs, {count} faults, seed {args.seed}")
-    raise SystemExit(1 if count else 0)
+def _make_files(folder: Path) -> None:
+    make_model(folder / "model", **TINY)
+    make_data(folder / "train.jsonl", vocab=96, samples=8)
+    train(folder, device="numpy", steps=1)
+    checkpoint = folder / "run/checkpoint-000001"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["checksum"], state["checksums"]  # else they alone would be read
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "run.yaml").write_text("steps: 3\nrank: 4\nlr: 1e-3\ntarget: q,v\nseed: 7\n")
+    (folder / "tiles.json").write_text(json.dumps({"version": 1, "tiles": {"f32 1x1x1": [64, 64, 16, 4, 4]}}))
+    _make_indexed(folder / "model", folder / "indexed")
+    _make_quantised(folder / "model", folder / "nf4")
+    for name, backend in tokenizer_backends().items():
+        (folder / name).mkdir()
+        backend.save(str(folder / name / "tokenizer.json"))
+        _make_beside(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    made_traces.write(folder / "trace.jsonl", made_traces.plain_steps(12))
 
 
-if __name__ == "__main__":
-    main()
+def _make_indexed(model: Path, folder: Path) -> None:
+    folder.mkdir()
+    for source, name in (("config.json", "config.json"), ("model.safetensors", "a.safetensors")):
+        (folder / name).write_bytes((model / source).read_bytes())
+    names = list(SafetensorsFile(folder / "a.safetensors").tensors)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+
+
+def _make_quantised(model: Path, folder: Path) -> None:
+    """The model as bitsandbytes would store it, with double quantisation."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    file, tensors = SafetensorsFile(model / "model.safetensors"), {}
+    for name in file.tensors:
+        if name not in projections(load_model_config(model)):
+            tensors[name] = np.array(file[name])
+            continue
+        weight = Nf4Weight.from_dense(file[name], double=True)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": weight.offset}
+        assert weight.absmax_codes is not None
+        assert weight.nested_absmax is not None
+        assert weight.nested_code is not None
+        parts: dict[str, np.ndarray] = {
+            "": weight.codes[:, None],
+            ".absmax": weight.absmax_codes,
+            ".quant_map": CODEBOOK,
+            ".nested_absmax": weight.nested_absmax,
+            ".nested_quant_map": weight.nested_code,
+            ".quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+        }
+        tensors |= {f"{name}{suffix}": part for suffix, part in parts.items()}
+    save_safetensors(folder / "model.safetensors", tensors)
+
+
+def tokenizer_backends() -> dict[str, tokenizers.Tokenizer]:
+    """One tokenizer of each common make, by the name of its folder."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate([*alphabet, "ab"])}, [("a", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    pieces = [
+        ("<unk>", 0.0),
+        *((piece, -2.0 - i / 100) for i, piece in enumerate(["▁", *"abcdefghilnorstuvwh.,", "▁a"])),
+    ]
+    unigram = tokenizers.Tokenizer(models.Unigram(pieces, 0, byte_fallback=False))
+    unigram.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    unigram.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    words = {word: i for i, word in enumerate(["[UNK]", "reef", "##s", "a", "and", "what", "##a", ".", ","])}
+    wordpiece = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.decoder = decoders.WordPiece()
+    made = {"bpe": bpe, "unigram": unigram, "wordpiece": wordpiece}
+    for backend in made.values():
+        backend.add_special_tokens(list(chat_templates.SPECIAL_TOKENS))
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    return made
+
+
+def _make_beside(folder: Path) -> None:
+    """What stands beside a tokenizer.json."""
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "model_max_length": 10**30}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7], "temperature": 0.7}))
+    (folder / "chat_template.jinja").write_text(chat_templates.QWEN3.strip())
+
+
+def _model_kinds(folder: Path) -> dict[str, Kind]:
+    model = load_model_config(folder / "model")
+
+    def weights(path: Path) -> None:
+        checkpoint = HFCheckpoint.open(path.parent)
+        for spec in checkpoint.config.weights:
+            checkpoint.f32(spec.name)
+
+    def adapter(path: Path) -> object:
+        return load_adapter(path.parent, model)
+
+    adapter_files = folder / "run/checkpoint-000001"
+    return {
+        "safetensors": Kind(folder / "model/model.safetensors", weights, changed_header),
+        "nf4": Kind(folder / "nf4/model.safetensors", weights, changed_header),
+        "config": Kind(folder / "model/config.json", lambda path: load_model_config(path.parent), changed_json),
+        "index": Kind(folder / "indexed/model.safetensors.index.json", weights, changed_json),
+        "adapter weights": Kind(adapter_files / "adapter_model.safetensors", adapter, changed_header),
+        "adapter config": Kind(adapter_files / "adapter_config.json", adapter, changed_json),
+    }
+
+
+def _run_kinds(folder: Path) -> dict[str, Kind]:
+    checkpoint = folder / "run/checkpoint-000001"
+    session = Trainer(config_of(folder, "again", device="numpy", steps=1)).session
+    assert isinstance(session.executor, NumpyExecutor)
+
+    def resume(path: Path) -> None:
+        load_run(session, read_state(path.parent))
+
+    return {
+        "state": Kind(checkpoint / "trainer_state.json", resume, changed_json),
+        "optimizer": Kind(checkpoint / "optimizer.safetensors", resume, changed_header),
+        "metrics": Kind(folder / "run/metrics.jsonl", lambda path: MetricsFile(path.parent).truncate(1), changed_json),
+        "options": Kind(folder / "run.yaml", lambda path: make_config({}, str(path))),
+        "tiles": Kind(folder / "tiles.json", read_cache, changed_json),
+        "trace": Kind(folder / "trace.jsonl", lambda path: analyse(path).to_json(), changed_json),
+    }
+
+
+def _text_kinds(folder: Path) -> dict[str, Kind]:
+    tokenizer = Tokenizer.load(folder / "bpe")
+
+    def ids(path: Path) -> object:
+        return load_samples(path, None, vocab_size=96, seq=32, loss_on="completions")
+
+    def rows(path: Path) -> object:
+        return load_samples(path, tokenizer, vocab_size=VOCAB, seq=64)
+
+    def encode(path: Path) -> None:
+        used = Tokenizer.load(path.parent, datetime(2024, 2, 29))
+        for text in TEXTS:
+            used.decode(used.encode(text))
+        used.encode_beginnings(TEXTS, 64)
+        if used.has_chat_template:
+            used.render_turns(CHAT)
+            used.render(CHAT[:2], add_generation_prompt=True)
+
+    kinds = {
+        "ids": Kind(folder / "train.jsonl", ids, changed_json),
+        "rows": Kind(folder / "rows.jsonl", rows, changed_json),
+        "template": Kind(folder / "bpe/chat_template.jinja", encode),
+    }
+    for name in ("bpe", "unigram", "wordpiece"):
+        kinds[f"{name} tokenizer"] = Kind(folder / name / "tokenizer.json", encode, changed_json)
+    for name in ("tokenizer_config", "special_tokens_map", "generation_config"):
+        kinds[name.replace("_", " ")] = Kind(folder / "bpe" / f"{name}.json", encode, changed_json)
+    return kinds

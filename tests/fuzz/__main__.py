@@ -1,0 +1,158 @@
+"""Damaged files for every reader: `python -m tests.fuzz [--minutes N] [--jobs N] [--seed S]`.
+
+Inputs are tried in processes of their own. One that takes more than SECONDS or MEMORY_BYTES, ends its process, or
+raises anything but the error that becomes one line, is a fault: it is printed and kept in `found/`, from where every
+test run reads it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import resource
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+from tests.fuzz.readers import MEMORY_BYTES, SECONDS, corpus, outcome
+
+FOUND = Path(__file__).parent / "found"
+_ROOM = 1 << 30  # of address space beyond MEMORY_BYTES: threads reserve some that they never touch
+
+
+class Worker:
+    """A process that tries inputs, and who watches it. `tried` counts inputs by kind."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.tried: Counter[str] = Counter()
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        self._since = multiprocessing.Value("d", 0.0)  # when the input that is being read was given; 0: none is
+        self._process = multiprocessing.Process(target=_work, args=(folder, seed, sender, self._since), daemon=True)
+        self._process.start()
+        sender.close()
+        self._kind = ""
+
+    def faults(self) -> list[tuple[str, bytes | None, str]]:
+        """(kind, input, what happened) since the last call; an input of None lies at its kind's path."""
+        found: list[tuple[str, bytes | None, str]] = []
+        try:
+            while self._receiver.poll():
+                kind, data, what = self._receiver.recv()
+                self._kind = kind
+                if what == "begins":
+                    self.tried[kind] += 1
+                else:
+                    found.append((kind, data, what))
+        except EOFError:
+            self._process.join()
+        if not self._process.is_alive() and self._process.exitcode != 0:
+            found.append((self._kind, None, f"ended its process: status {self._process.exitcode}"))
+        elif self._since.value and time.monotonic() - self._since.value > SECONDS + 5:
+            self.stop()
+            found.append((self._kind, None, f"no end after {SECONDS:.0f} s"))
+        return found
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _work(folder: Path, seed: int, sender: Connection, since: Synchronized[float]) -> None:
+    kinds = corpus(folder)
+    contents = {name: kind.path.read_bytes() for name, kind in kinds.items()}
+    for name, content in contents.items():
+        if what := outcome(kinds[name], content):
+            raise SystemExit(f"{name}: a valid one is refused: {what}")
+    used, rng = _status("VmSize"), random.Random(seed)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES + _ROOM,) * 2)
+    while True:
+        name = rng.choice(list(kinds))
+        data = kinds[name].mutated(contents[name], rng)
+        before = _reset_peak()
+        sender.send((name, None, "begins"))
+        since.value = time.monotonic()
+        what = outcome(kinds[name], data)
+        since.value = 0.0
+        if not what and _status("VmHWM") - before > MEMORY_BYTES:
+            what = f"took {(_status('VmHWM') - before) / 2**30:.1f} GiB"
+        if what:
+            sender.send((name, data, what))
+        kinds[name].path.write_bytes(contents[name])
+
+
+def _status(field: str) -> int:
+    """Bytes, by a name in the kernel's account of this process."""
+    with open("/proc/self/status", encoding="ascii") as stream:
+        return next(int(line.split()[1]) << 10 for line in stream if line.startswith(f"{field}:"))
+
+
+def _reset_peak() -> int:
+    """Have the peak of memory begin anew; returns where."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
+        stream.write("5")
+    return _status("VmRSS")
+
+
+def keep(name: str, data: bytes, seed: int) -> Path:
+    FOUND.mkdir(exist_ok=True)
+    path = FOUND / f"{name.replace(' ', '_')}-{seed}-{len(list(FOUND.iterdir()))}"
+    path.write_bytes(data)
+    return path
+
+
+def campaign(minutes: float, jobs: int, seed: int) -> tuple[int, int]:
+    """(inputs tried, faults). Prints each fault, once per kind and last line of what happened."""
+    end, seen, total = time.monotonic() + 60 * minutes, Counter[tuple[str, str]](), 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(job) for job in range(jobs)]
+        for folder in folders:
+            folder.mkdir()
+        workers = [Worker(folder, seed + job) for job, folder in enumerate(folders)]
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            for job, (folder, worker) in enumerate(zip(folders, workers, strict=True)):
+                for name, data, what in worker.faults():
+                    if not name:
+                        raise SystemExit("the files that are to be damaged cannot be made")
+                    key = (name, what.strip().splitlines()[-1][:80])
+                    seen[key] += 1
+                    if seen[key] == 1:
+                        data = corpus_path(folder, name).read_bytes() if data is None else data
+                        print(f"{name}: {what}\n  kept as {keep(name, data, seed)}", flush=True)
+                if not worker.alive:
+                    total += sum(worker.tried.values())
+                    seed += jobs
+                    workers[job] = Worker(folder, seed + job)
+        for worker in workers:
+            worker.stop()
+            total += sum(worker.tried.values())
+    return total, sum(seen.values())
+
+
+def corpus_path(folder: Path, name: str) -> Path:
+    """Where the input lies that a process was reading when it ended."""
+    return corpus(folder)[name].path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    args = parser.parse_args()
+    tried, faults = campaign(args.minutes, args.jobs, args.seed)
+    print(f"{tried:,} inputs, {faults} faults, seed {args.seed}")
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
