@@ -235,7 +235,8 @@ def forget_after(saved: SavedRun | None, output: Path) -> None:
 
 def read_state(folder: Path) -> SavedRun:
     """The state in a checkpoint folder. Raises UserError when the file holds something else."""
-    path, state = folder / STATE_FILE, None
+    path = folder / STATE_FILE
+    state: Any = None
     with contextlib.suppress(UserError):  # whatever it is, it is no state
         state = read_json(path)
     try:

@@ -10,7 +10,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from entrenar_gpu.chat import ChatTemplate
-from entrenar_gpu.data import tokenizer_files
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from tests.helpers import chat_templates
@@ -330,14 +329,14 @@ def test_an_id_that_cannot_be_is_one_line(tmp_path, value):
     assert len(str(error.value).removeprefix(str(tmp_path))) < 300
 
 
-def test_files_that_are_no_files_or_too_large_are_refused(tmp_path, monkeypatch):
+def test_files_that_are_no_files_or_too_large_are_refused(tmp_path):
     folder = model_folder(tmp_path)
     os.mkfifo(folder / "generation_config.json")
     with pytest.raises(UserError, match=r"generation_config\.json: cannot be read: it is no file"):
         Tokenizer.load(folder)
     (folder / "generation_config.json").unlink()
-    monkeypatch.setitem(tokenizer_files._MOST_BYTES, "JSON", 10)
-    (folder / "special_tokens_map.json").write_text('{"a": "bcdefgh"}')
+    with (folder / "special_tokens_map.json").open("wb") as stream:
+        stream.truncate((64 << 20) + 1)
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"special_tokens_map\.json: too large"):
         Tokenizer.load(folder)
