@@ -68,6 +68,11 @@ class NumpyExecutor:
         """Write consecutive elements of a persistent tensor, from the `first` on, in its own dtype."""
         self._store[name].reshape(-1)[first : first + values.size] = values
 
+    def copy_rows(self, name: str, source: int, target: int, count: int) -> None:
+        """Copy rows of a persistent tensor to others of it, which may not overlap: [.., W] as rows of W."""
+        rows = self._store[name].reshape(-1, self.tensors[name].columns)
+        rows[target : target + count] = rows[source : source + count]
+
     def read(self, name: str) -> np.ndarray:
         return self._store[name].copy()
 

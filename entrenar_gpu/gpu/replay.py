@@ -20,7 +20,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import Command
 from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.graph import NUMPY_TYPES, Launch, Tensor
+from entrenar_gpu.graph import ELEMENT_BYTES, NUMPY_TYPES, Launch, Tensor
 from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS
 
@@ -134,6 +134,22 @@ class Replay:
                 into, into_start, _ = self.buffer_of(target)
                 encoder.copy_buffer_to_buffer(buffer, start, into, into_start + offset, nbytes)
             self.device.handle.queue.submit([encoder.finish()])
+
+    def copy_rows(self, name: str, source: int, target: int, count: int) -> None:
+        """Copy rows of a persistent tensor to others of it, which may not overlap: [.., W] as rows of W.
+
+        Through a buffer beside it: WebGPU copies no buffer to itself.
+        """
+        tensor = self.tensors[name]
+        size = tensor.columns * ELEMENT_BYTES[tensor.dtype]
+        buffer, start, _ = self.buffer_of(name)
+        between = self.device.buffer(count * size, "rows")
+        with self.device.watched():
+            encoder = self.device.handle.create_command_encoder()
+            encoder.copy_buffer_to_buffer(buffer, start + source * size, between, 0, count * size)
+            encoder.copy_buffer_to_buffer(between, 0, buffer, start + target * size, count * size)
+            self.device.handle.queue.submit([encoder.finish()])
+        self.device.release(between)
 
     def read(self, name: str) -> np.ndarray:
         return self.read_temporary(self.tensors[name])

@@ -4,6 +4,7 @@ from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
+from entrenar_gpu.model.kv_cache import cache_names
 from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
 from entrenar_gpu.model.projection import ModuleAdapter, Product
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
@@ -20,6 +21,7 @@ __all__ = [
     "Transformer",
     "WeightSpec",
     "WeightTensors",
+    "cache_names",
     "declared_weights",
     "load_model_config",
     "model_shape",

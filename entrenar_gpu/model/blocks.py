@@ -13,6 +13,7 @@ from typing import Any
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.model.config_file import MOST_HEAD_DIM, ConfigFile, shown
+from entrenar_gpu.model.kv_cache import KeyValueCache
 from entrenar_gpu.model.parameters import Parameters
 from entrenar_gpu.model.projection import Product
 from entrenar_gpu.model.rope import Rope
@@ -29,9 +30,21 @@ class Trace:
     rows: int
     precision: Arithmetic
     positions: Tensor
-    segment_start: Tensor
+    segment_start: Tensor | None  # where rows are packed of segments
     rope_tables: Mapping[Rope, Tensor]
     dropped: Callable[[Tensor], Tensor] | None  # adapter dropout
+    cache: KeyValueCache | None = None  # where tokens attend to what a cache keeps of those before them
+
+    def row_length(self, x: Tensor) -> int:
+        """Positions that a row of x [T, ..] may have."""
+        return x.rows // self.rows if self.cache is None else self.cache.context
+
+    def attend(self, path: str, q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, **options: Any) -> Tensor:
+        """What the queries of the module at `path` attend to, [T, H*E]; `options` are those of `ops.attention`."""
+        if self.cache is not None:
+            return self.cache.attend(self.graph, path, q, k, v, self.positions, heads, kv_heads, **options)
+        assert self.segment_start is not None
+        return ops.attention(q, k, v, self.segment_start, self.rows, heads, kv_heads, self.precision, **options)
 
 
 @dataclass(frozen=True)
@@ -141,9 +154,8 @@ class Attention:
 
     def trace(self, trace: Trace, x: Tensor, prefix: str, residual: Tensor) -> Tensor:
         q, k, v = self.projected(trace, x, prefix)
-        variant = self.variant(q.rows // trace.rows)
-        heads = (self.num_heads, self.num_kv_heads)
-        attended = ops.attention(q, k, v, trace.segment_start, trace.rows, *heads, trace.precision, **variant)
+        variant = self.variant(trace.row_length(q))
+        attended = trace.attend(f"{prefix}.self_attn", q, k, v, self.num_heads, self.num_kv_heads, **variant)
         return self.o.trace(trace, attended, prefix, residual)
 
     def variant(self, positions: int) -> dict[str, Any]:

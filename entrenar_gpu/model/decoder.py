@@ -10,16 +10,21 @@ from entrenar_gpu import ops
 from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.blocks import Trace
 from entrenar_gpu.model.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, layer_path
+from entrenar_gpu.model.kv_cache import KeyValueCache
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
 
 class Transformer:
-    """A decoder traced into one graph for rows of a fixed length.
+    """A decoder traced into one graph, for rows of a fixed length or for tokens that a cache remembers.
 
     Inputs by name: input_ids u32 [T], positions u32 [T], segment_start u32 [T]; for training also targets i32 [T],
     inv_tokens f32 [1] (1 / unmasked tokens of the whole step), rng u32 [3] with dropout, and id_order u32 [T] (a
     stable argsort of the ids) when the embedding is trained. The tables of `ModelConfig.rope_tables` are written once.
+
+    With `cached`, a pass takes so many tokens of any of the `rows` sequences of a cache, each of up to `seq` tokens.
+    T is their number, and input_ids, positions and slots u32 [T] are the inputs, their names ending with it, since
+    graphs for several numbers share a plan. That is for inference alone.
     """
 
     def __init__(
@@ -32,14 +37,18 @@ class Transformer:
         seq: int,
         dropout: float = 0.0,
         precision: Arithmetic = "f32",
+        cached: int | None = None,
+        cache_dtype: str = "f32",
     ) -> None:
         self._head_precision: Arithmetic = precision if caps.f16 else "f32"  # the loss knows f16 and f32 alone
         self.graph, self.config, self.storage = graph, config, storage
-        self._tokens, self._dropout = rows * seq, dropout
+        self._tokens, self._dropout = rows * seq if cached is None else cached, dropout
         self.parameters = Parameters(graph, config.weights, storage, caps)
-        self.input_ids = graph.tensor("input_ids", (self._tokens,), "u32")
-        positions = graph.tensor("positions", (self._tokens,), "u32")
-        segment_start = graph.tensor("segment_start", (self._tokens,), "u32")
+        self.input_ids, positions = self._input("input_ids", cached), self._input("positions", cached)
+        segment_start = self._input("segment_start") if cached is None else None
+        cache = None
+        if cached is not None:
+            cache = KeyValueCache(rows, seq, cache_dtype, self._input("slots", cached))
         rope_tables = {
             rope: graph.tensor(name, (seq, rope.rotary_dim), "f32", "weight")
             for name, rope in config.rope_tables.items()
@@ -47,7 +56,13 @@ class Transformer:
         self._rng = graph.tensor("rng", (3,), "u32") if dropout else None
         self._dropouts = 0
         dropped = self._dropped if dropout else None
-        self._trace = Trace(graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped)
+        self._trace = Trace(
+            graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped, cache
+        )
+
+    def _input(self, name: str, cached: int | None = None) -> Tensor:
+        """u32 [T]."""
+        return self.graph.tensor(name if cached is None else f"{name}.{cached}", (self._tokens,), "u32")
 
     def hidden(self) -> Tensor:
         """The final normalised hidden states [T, D]."""
@@ -70,9 +85,12 @@ class Transformer:
     def last_logits(self) -> Tensor:
         """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""
         at = self.graph.tensor("logits_at", (1,), "u32")
-        x = ops.embedding(at, [self.hidden()])
+        return self.logits(ops.embedding(at, [self.hidden()]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            return ops.project(x, self._head())
+            return ops.project(hidden, self._head())
 
     def _head(self) -> list[Tensor]:
         return self.parameters.table(EMBEDDING if self.config.tie_word_embeddings else HEAD)

@@ -3,6 +3,7 @@
 import entrenar_gpu.ops.attention_grad
 import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.attention import attention
+from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
 from entrenar_gpu.ops.dropout import dropout
 from entrenar_gpu.ops.elementwise import (
     add,
@@ -39,6 +40,8 @@ __all__ = [
     "add",
     "attention",
     "broadcast",
+    "cache_write",
+    "cached_attention",
     "cross_entropy",
     "decide",
     "div",

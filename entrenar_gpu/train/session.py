@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape, Trace, 
 from entrenar_gpu.train.weight_cache import WeightCache
 
 Floats = np.ndarray
+Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]
 DEFAULT_BUDGET_GIB = 16.0
 HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True)
 
@@ -73,6 +74,7 @@ class Session:
         with_adapter: bool = True,
         kernels: KernelCache | None = None,
         engine: str | None = None,
+        fit: Fit = fit_run,
     ) -> Session:
         """Open the model of `config`, plan the graphs that `trace` makes, allocate, and load weights and adapter.
 
@@ -81,7 +83,7 @@ class Session:
         `config.tune`, and its budget, where the GPU has as much, for what that has, since what a plan rounds or sums
         in another order follows from both. So it does from the `engine` that the run began with, which is taken where
         it is there and no other is asked for. `kernels` is given by whoever has opened a device and goes on using it;
-        it wins over `config.device`.
+        it wins over `config.device`. `fit` makes the plan, within the budget that is known then.
         """
         if config.cache and config.cache_dir == "":
             raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
@@ -91,7 +93,7 @@ class Session:
         executor: Replay | NumpyExecutor
         if config.device == "numpy" and kernels is None:
             budget, info = None, HOST_INFO
-            fitted = fit_run(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
+            fitted = fit(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
             executor = NumpyExecutor(fitted.graphs)
         else:
             kernels = kernels if kernels is not None else KernelCache(_opened(config, engine))
@@ -99,7 +101,7 @@ class Session:
                 _say_other_engine(engine, kernels.device.engine.name)
             budget = _budget(config, kernels.device.caps, began)
             with kernels.device.watched():
-                fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles)
+                fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles, fit)
                 executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
         session = cls(config, checkpoint, spec, shape, executor, fitted, budget, info)
         try:
@@ -199,14 +201,19 @@ def _budget(config: TrainConfig, caps: Caps, began: PlanOptions | None) -> Budge
 
 
 def fit_on(
-    kernels: KernelCache, trace: Trace, shape: RunShape, budget: Budget, tiles: TileTable | None = None
+    kernels: KernelCache,
+    trace: Trace,
+    shape: RunShape,
+    budget: Budget,
+    tiles: TileTable | None = None,
+    fit: Fit = fit_run,
 ) -> FittedPlan:
     """The plan of a run on an open device, with `tiles`, or measured ones where none are given and --tune asks."""
     caps = kernels.device.caps
     options = shape.plan_options(caps, budget.nbytes, tiles)
 
     def fitted(options: PlanOptions) -> FittedPlan:
-        return fit_run(trace, shape, caps, options)
+        return fit(trace, shape, caps, options)
 
     return tuned(fitted, options, kernels) if shape.train.tune and tiles is None else fitted(options)
 

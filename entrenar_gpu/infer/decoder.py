@@ -1,0 +1,147 @@
+"""A model that goes on from what it has read: tokens in, logits out, keys and values kept on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.infer.graphs import HEAD_ROWS, LOGITS_AT, CacheShape, decoder_graphs, fit_decoder, pass_name
+from entrenar_gpu.model import cache_names
+from entrenar_gpu.train import Session
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One token on its way through the model: what it is, where it stands, and whether its logits are asked for."""
+
+    slot: int
+    position: int
+    token: int
+    wanted: bool
+
+
+class Decoder:
+    """Sequences that grow, side by side: slot b holds the first `lengths[b]` tokens of one, up to `context`."""
+
+    def __init__(self, session: Session, cache: CacheShape) -> None:
+        """For a session whose graphs are those of `decoder_graphs` for this cache; `open` makes one."""
+        self.session, self.cache = session, cache
+        self.lengths = [0] * session.config.batch
+        self.vocabulary = session.checkpoint.config.vocab_size
+
+    @classmethod
+    def open(
+        cls,
+        config: TrainConfig,
+        slots: int,
+        context: int,
+        chunk: int = CHUNK,
+        with_adapter: bool = True,
+        kernels: KernelCache | None = None,
+        cache_dtype: str = "f32",
+    ) -> Decoder:
+        """The model of `config`, and the adapter of `config.adapter_init` when `with_adapter`, for `slots` sequences of
+        up to `context` tokens; prompts are read `chunk` tokens at a time. `kernels` as for a Session.
+
+        Raises UserError where such a context does not fit, naming the longest that does.
+        """
+        cache = CacheShape(min(chunk, context), cache_dtype)
+        config = replace(config, batch=slots, seq=context)
+        trace = functools.partial(decoder_graphs, cache)
+        return cls(Session.open(config, trace, with_adapter=with_adapter, kernels=kernels, fit=fit_decoder), cache)
+
+    @property
+    def slots(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a slot has room for."""
+        return self.session.config.seq
+
+    def extend(self, batch: Mapping[int, Sequence[int]], all_logits: bool = False) -> dict[int, np.ndarray]:
+        """Append tokens to slots. Returns, for each, the logits after its last token, f32 [1, V], or after every one of
+        those given, [n, V].
+
+        A slot's logits are bit for bit the same whatever other slots are extended with it, and however its tokens are
+        spread over calls. Raises ValueError for tokens, slots or lengths that there are none of; nothing is appended
+        then.
+        """
+        rows = [row for slot, tokens in batch.items() for row in self._rows(slot, tokens, all_logits)]
+        found: dict[int, list[np.ndarray]] = {slot: [] for slot in batch}
+        for start in range(0, len(rows), self.cache.chunk):
+            self._run(rows[start : start + self.cache.chunk], found)
+        for slot, tokens in batch.items():
+            self.lengths[slot] += len(tokens)
+        return {slot: np.stack(logits) for slot, logits in found.items()}
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a slot: what was proposed and rejected, or, for 0, everything."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens, not {length}")
+        self.lengths[slot] = length
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of a slot all that another holds, without reading them again."""
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(f"slot {source} holds {self.lengths[source]} tokens, not {length}")
+        if source != target and length:
+            executor = self.session.executor
+            for name in cache_names(executor.tensors):
+                executor.copy_rows(name, source * self.context, target * self.context, length)
+        self.lengths[target] = length
+
+    def close(self) -> None:
+        self.session.close()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _rows(self, slot: int, tokens: Sequence[int], all_logits: bool) -> list[_Row]:
+        """The tokens to append to a slot, each with its place."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"there is no slot {slot} of {self.slots}")
+        if not len(tokens):
+            raise ValueError(f"slot {slot}: no tokens to append")
+        if outside := [token for token in tokens if not 0 <= token < self.vocabulary]:
+            raise ValueError(f"slot {slot}: token id {outside[0]} is outside the vocabulary of {self.vocabulary}")
+        first = self.lengths[slot]
+        if first + len(tokens) > self.context:
+            raise ValueError(f"slot {slot}: {first} + {len(tokens)} tokens exceed the context of {self.context}")
+        last = len(tokens) - 1
+        return [_Row(slot, first + i, int(token), all_logits or i == last) for i, token in enumerate(tokens)]
+
+    def _run(self, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
+        """One pass. Appends the logits asked for to those of their slots."""
+        executor = self.session.executor
+        size = next(size for size in self.cache.sizes if size >= len(rows))
+        fields = {"input_ids": (0, "token"), "positions": (0, "position"), "slots": (self.slots, "slot")}
+        for name, (padding, field) in fields.items():
+            values = np.full(size, padding, np.uint32)
+            values[: len(rows)] = [getattr(row, field) for row in rows]
+            executor.write(f"{name}.{size}", values)
+        report = executor.run(pass_name(size))
+        wanted = [place for place, row in enumerate(rows) if row.wanted]
+        if report is not None and wanted:
+            logits = report.result()
+            for place in wanted:
+                found[rows[place].slot].append(logits[place])
+            return
+        for start in range(0, len(wanted), HEAD_ROWS):
+            places = wanted[start : start + HEAD_ROWS]
+            executor.write(LOGITS_AT, np.resize(np.array(places, np.uint32), HEAD_ROWS))
+            report = executor.run("head")
+            assert report is not None
+            for place, logits in zip(places, report.result(), strict=False):
+                found[rows[place].slot].append(logits)

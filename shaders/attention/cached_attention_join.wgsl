@@ -1,0 +1,37 @@
+// out [T, H E] = the sums of a token's runs of keys, put together in their order and divided by their weights; `=`.
+// Zeros for a token whose slot the cache does not have. One invocation per vector. Grid: ceil(T H E / {{ 64 * VEC }}), folded.
+{% set floats = "vec4<f32>" if VEC == 4 else "f32" %}
+{% include "lib/grid.wgsl" %}
+{% include "lib/online_softmax.wgsl" %}
+
+@compute @workgroup_size(64)
+fn main(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let i = linear_workgroup(group, groups) * 64u + thread;
+  if (i >= {{ T * H * COLUMNS }}u) { return; }
+  let t = i / {{ H * COLUMNS }}u;
+  let there = slots[t] < {{ SLOTS }}u;
+  let end = select(0u, min(positions[t], {{ CONTEXT - 1 }}u) + 1u, there);
+{% if WINDOW %}
+  let start = max(end, {{ WINDOW }}u) - {{ WINDOW }}u;
+{% else %}
+  let start = 0u;
+{% endif %}
+  var peak = -3e38;
+  var weight = 0.0;
+  var sum = {{ floats }}();
+  let last_run = (end + {{ SPLIT - 1 }}u) / {{ SPLIT }}u;
+  for (var run = start / {{ SPLIT }}u; run < last_run; run++) {
+    let at = i / {{ COLUMNS }}u * {{ RUNS }}u + run;
+    let larger = max(peak, weights[at * 2u]);
+    let old = exp2(peak - larger);
+    let fresh = exp2(weights[at * 2u] - larger);
+    weight = added_weight(weight, old, weights[at * 2u + 1u], fresh);
+    sum = added_values(sum, old, sums[at * {{ COLUMNS }}u + i % {{ COLUMNS }}u], fresh);
+    peak = larger;
+  }
+  out[i] = select({{ floats }}(), sum / weight, there);
+}

@@ -1,0 +1,120 @@
+"""Decoding with a cache: the logits of the whole row, however its tokens came and whoever's stand beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.infer.decoder import Decoder
+from entrenar_gpu.infer.generate import next_logits
+from entrenar_gpu.train.graphs import logits_graph
+from entrenar_gpu.train.session import Session
+from tests.helpers.tiny import make_model
+
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("decoder") / "model", hidden_size=128, intermediate_size=192)
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    return np.random.default_rng(1).integers(0, 320, CONTEXT).tolist()
+
+
+def config_of(folder: Path, **options: Any) -> TrainConfig:
+    return TrainConfig(**({"model": str(folder), "device": "numpy", "seq": CONTEXT, "precision": "f32"} | options))
+
+
+def opened(folder: Path, kernels: Any = None, slots: int = 3, chunk: int = 24, **options: Any) -> Decoder:
+    with_adapter = "adapter_init" in options
+    return Decoder.open(config_of(folder, **options), slots, CONTEXT, chunk, with_adapter, kernels)
+
+
+def whole_row(folder: Path, ids: list[int], **options: Any) -> np.ndarray:
+    """The logits after the last token, by a pass over all of them without a cache."""
+    config = config_of(folder, batch=1, **options)
+    session = Session.open(config, lambda s, c: {"logits": logits_graph(s, c)}, with_adapter="adapter_init" in options)
+    return next_logits(session, ids)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_logits_are_those_of_the_whole_row(folder, ids, method):
+    decoder = opened(folder, method=method)
+    for stop in (1, 5, 17, 30, CONTEXT):
+        want = whole_row(folder, ids[:stop], method=method)
+        got = decoder.extend({1: ids[decoder.lengths[1] : stop]})[1]
+        np.testing.assert_allclose(got, [want], rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_row_is_the_same_alone_in_a_batch_and_in_pieces(folder, ids, kernels, method):
+    """Bit for bit on a device; and NumPy's within the bar of whole models."""
+    with opened(folder, kernels, method=method) as decoder:
+        want = decoder.extend({0: ids}, all_logits=True)[0]
+        decoder.extend({1: ids[:7], 2: ids[20:]})
+        pieces = decoder.extend({2: ids[3:8], 1: ids[7:40]}, all_logits=True)
+        last = [decoder.extend({1: [token]})[1][0] for token in ids[40:]]
+        np.testing.assert_array_equal(np.concatenate([pieces[1], last]), want[7:])
+    numpy = opened(folder, method=method).extend({0: ids}, all_logits=True)[0]
+    np.testing.assert_allclose(want, numpy, rtol=0, atol=1e-5 * np.abs(numpy).max())
+
+
+def test_what_is_dropped_is_forgotten_and_what_is_copied_is_shared(folder, ids):
+    decoder = opened(folder)
+    want = decoder.extend({0: ids[:12]})[0]
+    decoder.truncate(0, 5)
+    decoder.extend({0: [1, 2, 3]})
+    decoder.truncate(0, 5)
+    np.testing.assert_allclose(decoder.extend({0: ids[5:12]})[0], want, rtol=0, atol=1e-5 * np.abs(want).max())
+    decoder.copy(0, 2, 9)
+    assert decoder.lengths == [12, 0, 9]
+    np.testing.assert_allclose(decoder.extend({2: ids[9:12]})[2], want, rtol=0, atol=1e-5 * np.abs(want).max())
+    with pytest.raises(ValueError, match="holds 12 tokens, not 13"):
+        decoder.truncate(0, 13)
+    with pytest.raises(ValueError, match="holds 0 tokens, not 1"):
+        decoder.copy(1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({3: [1]}, "no slot 3"),
+        ({0: []}, "no tokens"),
+        ({0: [1], 1: [320]}, "slot 1: token id 320 is outside"),
+        ({0: [-1]}, "token id -1"),
+        ({0: [1] * 49}, "exceed the context of 48"),
+    ],
+)
+def test_what_cannot_be_appended_is_refused_whole(folder, batch, message):
+    decoder = opened(folder)
+    with pytest.raises(ValueError, match=message):
+        decoder.extend(batch)
+    assert decoder.lengths == [0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_planned_is_allocated_and_too_long_a_context_is_refused(folder, kernels):
+    before = kernels.device.allocated_bytes
+    with opened(folder, kernels) as decoder:
+        planned = decoder.session.plan.peak_bytes
+        assert kernels.device.allocated_bytes - before == planned
+    small = config_of(folder, memory_budget=0.01)  # GiB: 40 slots of 480 tokens take more
+    with pytest.raises(
+        UserError, match=r"--context 480: needs .* over the budget of 0.01 GiB; --context \d+ fits"
+    ) as told:
+        Decoder.open(small, 40, 480, 24, False, kernels)
+    longest = int(str(told.value).split("--context ")[2].split()[0])
+    assert 100 < longest < 480
+    Decoder.open(small, 40, longest, 24, False, kernels).close()
+    with pytest.raises(UserError, match=f"--context {longest + 1}: needs"):
+        Decoder.open(small, 40, longest + 1, 24, False, kernels)
+    assert kernels.device.allocated_bytes == before
