@@ -107,7 +107,7 @@ def _trainer(
 ) -> Trainer:
     """A trainer on `found`, written to the run folder, which was empty before and is gone again when this fails."""
     try:
-        found.write(config.data)
+        found.write(config.data_names[0])
         return Trainer(config, observers, kernels)
     except BaseException:
         shutil.rmtree(config.output, ignore_errors=True)

@@ -225,7 +225,7 @@ def _run_config(given: Mapping[str, Any], adapter: str | None) -> Any:
 
 
 @app.command("eval")
-@options.with_options(*options.RUNTIME, "data", "batch", "seq", "loss_on", "completions", "pack")
+@options.with_options(*options.RUNTIME, "data", "split", "map", "batch", "seq", "loss_on", "completions", "pack")
 def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
     """Mean loss over all unmasked tokens of a data set, and its perplexity."""
     from entrenar_gpu.train import evaluate_data

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from entrenar_gpu.config import TrainConfig, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.config import SEVERAL, TrainConfig, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.errors import UserError
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -24,10 +24,15 @@ def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
     """(type that the command line parses, choices) of a field."""
     hint = _HINTS[name]
     if is_union(hint):
-        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+        hint = next(o for o in typing.get_args(hint) if o not in (type(None), SEVERAL))
     if typing.get_origin(hint) is typing.Literal:
         return str, typing.get_args(hint)
     return hint, ()
+
+
+def _is_several(name: str) -> bool:
+    """Whether the flag may be given again."""
+    return SEVERAL in typing.get_args(_HINTS[name])
 
 
 def help_of(name: str) -> str:
@@ -58,7 +63,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
             declared = f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name)
             # None tells a flag that was not given; numbers are text here, so that config.py alone judges them
             option = typer.Option(None, declared, help=help_of(name), show_default=False)
-            annotation = bool | None if kind is bool else str | None
+            annotation = bool | None if kind is bool else list[str] | None if _is_several(name) else str | None
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
             )

@@ -21,11 +21,15 @@ from entrenar_gpu.errors import UserError
 
 MOST = 2**20  # rows, positions and the like: beyond any device, and planned in seconds
 LARGEST = 1e30  # of any number: on the device they are f32
+SEVERAL = tuple[str, ...]  # what a flag that may be given again adds to the type of its field
 
 
-def option(default: Any, help: str, unit: str = "", low: float | None = None, high: float = LARGEST) -> Any:
-    """A field of a run's configuration. `low` and `high` are inclusive bounds on a number."""
-    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high})
+def option(
+    default: Any, help: str, unit: str = "", low: float | None = None, high: float = LARGEST, listed: bool = False
+) -> Any:
+    """A field of a run's configuration. `low` and `high` are inclusive bounds on a number; text that is `listed` may
+    also be given as a list of its parts, or as a mapping."""
+    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high, "listed": listed})
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if is_union(hint) else (hint,)
     if value is None and type(None) in options:
         return None
+    if isinstance(value, (list, tuple)) and SEVERAL in options:
+        texts = tuple(_checked(f, str, text) for text in value)
+        return texts[0] if len(texts) == 1 else texts
+    options = tuple(option for option in options if option != SEVERAL)
     (kind,) = [o for o in options if o is not type(None)]
     name, bad = flag(f.name), UserError(f"{flag(f.name)}: {value!r} is not {_describe(kind)}")
     if typing.get_origin(kind) is Literal:
@@ -111,6 +119,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise bad
         return value
     if kind is str:
+        value = _joined(value) if f.metadata["listed"] else value
         value = str(value) if type(value) is int else value  # as YAML reads a name or an index that is all digits
         if not isinstance(value, str) or "\0" in value:
             raise bad
@@ -128,6 +137,13 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if number > high:
         raise UserError(f"{name}: {value} is above {high}")
     return kind(number)
+
+
+def _joined(value: Any) -> Any:
+    """A list or a mapping as the command line would have it."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={inner}" for key, inner in value.items())
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _describe(kind: Any) -> str:

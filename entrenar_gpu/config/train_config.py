@@ -18,7 +18,14 @@ class TrainConfig(Options):
     """What `entrenar-gpu train` can be told: field `save_every` is the flag `--save-every` and a YAML key."""
 
     model: str = option("", "model folder in Hugging Face layout, or a Hub id (downloaded once)")
-    data: str = option("", "JSONL file, or a folder with train.jsonl and valid.jsonl")
+    data: str | tuple[str, ...] = option(
+        "",
+        "file of rows (JSON lines or array, CSV, Parquet), a folder with train and valid files, or a data set of the"
+        " Hub, as OWNER/NAME or OWNER/NAME:SUBSET; may be given again",
+    )
+    split: str | None = option(None, "split of a data set of the Hub (default: train)")
+    mix: str | None = option(None, "share of samples of each --data, as in 0.7,0.3 (default: all of all)", listed=True)
+    map: str | None = option(None, "columns by other names, as in prompt=question,completion=answer", listed=True)
     output: str = option("", "run folder: adapter or weights, metrics.jsonl, checkpoints")
     method: Method = option("qlora", "qlora: NF4 base and adapters; lora: base as stored; full: every weight")
 
@@ -27,6 +34,7 @@ class TrainConfig(Options):
     target: str = option(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
         "projections that get adapters: any of q,k,v,o,gate,up,down (or their full names)",
+        listed=True,
     )
     rslora: bool = option(False, "scale by alpha/sqrt(R) instead of alpha/R (arXiv 2312.03732)")
     dropout: float = option(0.0, "dropout on the input of each adapter", "probability", 0, 0.99)
@@ -75,7 +83,8 @@ class TrainConfig(Options):
     shuffle: bool = option(True, "draw samples in seeded random order (--no-shuffle: file order)")
     seed: int = option(0, "seeds adapter init, shuffling and dropout", low=0, high=2**32 - 1)
 
-    eval_data: str | None = option(None, "evaluation JSONL (default: valid.jsonl of a --data folder)")
+    eval_data: str | None = option(None, "evaluation data, likewise (default: the valid file of a --data folder)")
+    eval_split: str | None = option(None, "split of a data set of the Hub to evaluate on; alone, of --data")
     eval_every: int | None = option(None, "evaluate every N steps, and at step 0 and the end", "steps", low=1)
     save_every: int | None = option(None, "checkpoint every N steps; the end is always saved", "steps", low=1)
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints", "checkpoints", low=1)
@@ -110,6 +119,11 @@ class TrainConfig(Options):
         "WebGPU library; auto: dawn where it is installed and grants matrix units or wgpu finds no GPU, else wgpu"
         " (default: ENTRENAR_ENGINE, else auto)",
     )
+
+    @property
+    def data_names(self) -> tuple[str, ...]:
+        """Everything that --data names."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
 
     @property
     def lora_alpha(self) -> float:

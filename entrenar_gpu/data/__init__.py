@@ -1,16 +1,28 @@
-"""From JSON lines to packed batches."""
+"""From rows to packed batches."""
 
-from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches
-from entrenar_gpu.data.jsonl import data_files, load_samples
+from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches, pack_rows
+from entrenar_gpu.data.load import load_samples, read_samples
+from entrenar_gpu.data.order import parse_mix
+from entrenar_gpu.data.records import Reading
+from entrenar_gpu.data.rows import RowSource
 from entrenar_gpu.data.samples import Samples
+from entrenar_gpu.data.shapes import parse_columns
+from entrenar_gpu.data.sources import files_of, find_sources
 from entrenar_gpu.data.tokenizer import Tokenizer
 
 __all__ = [
+    "Reading",
+    "RowSource",
     "Samples",
     "Step",
     "Tokenizer",
     "TrainBatches",
-    "data_files",
     "eval_batches",
+    "files_of",
+    "find_sources",
     "load_samples",
+    "pack_rows",
+    "parse_columns",
+    "parse_mix",
+    "read_samples",
 ]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entrenar_gpu.data.order import mixed_order, shuffled, words_of
 from entrenar_gpu.data.samples import Samples
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.ops.loss import IGNORE
@@ -98,9 +99,10 @@ class Step:
 class TrainBatches:
     """An endless iterator over optimizer steps of `accumulate` micro-batches of `batch` rows.
 
-    An epoch is one pass: every sample once, in an order drawn from (seed, epoch), or that of the file. Epochs run on
-    into each other, so every step is full, also where the data fill less than one. What comes next depends only on
-    the arguments and on `state`, a small JSON object.
+    An epoch is one pass: every sample once, in an order drawn from (seed, epoch), or that of the file; with `mix`, as
+    many samples, of which each of `samples.groups` has its share. Epochs run on into each other, so every step is full,
+    also where the data fill less than one. What comes next depends only on the arguments and on `state`, a small JSON
+    object.
     """
 
     def __init__(
@@ -113,9 +115,10 @@ class TrainBatches:
         seed: int = 0,
         shuffle: bool = True,
         pack: bool = True,
+        mix: Sequence[float] | None = None,
     ) -> None:
         self.samples, self.batch, self.seq, self.accumulate = samples, batch, seq, accumulate
-        self._seed, self._shuffle, self._pack = seed, shuffle, pack
+        self._seed, self._shuffle, self._pack, self._mix = seed, shuffle, pack, mix
         self._epoch, self._next = 0, 0
         self._rows = self._epoch_rows(0)
 
@@ -146,7 +149,7 @@ class TrainBatches:
         if state.get("order") != self.fingerprint:
             raise UserError(
                 "--resume: the checkpoint was made with other data, or another --seq, --seed, --pack, --shuffle,"
-                " --loss-on or --completions"
+                " --mix, --map, --loss-on or --completions"
             )
         epoch, row = state.get("epoch"), state.get("row")
         if type(epoch) is int and 0 <= epoch < 2**53:
@@ -160,6 +163,8 @@ class TrainBatches:
     def fingerprint(self) -> str:
         """A hash of the data and of all that determines the order of rows."""
         order = f"{self.samples.fingerprint} {self.seq} {self._seed} {self._shuffle} {self._pack}"
+        if self._mix is not None:
+            order += f" {self.samples.groups} {self._mix}"
         return hashlib.sha256(order.encode()).hexdigest()
 
     def _next_row(self) -> list[int]:
@@ -170,14 +175,15 @@ class TrainBatches:
         return self._rows[self._next - 1]
 
     def _epoch_rows(self, epoch: int) -> list[list[int]]:
-        if not self._shuffle:
-            return _rows(self.samples, range(len(self.samples)), self.seq, self._pack, keep_order=True)
-        # Ranks of raw random words: NumPy promises these streams to stay the same between versions, permutations not.
-        words = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
-        order = np.argsort(words.random_raw(len(self.samples)), kind="stable").tolist()
-        rows = _rows(self.samples, order, self.seq, self._pack, keep_order=False)
+        words = words_of(self._seed, epoch)
+        order: Iterable[int] = range(len(self.samples))
+        if self._mix is not None:
+            order = mixed_order(self.samples.groups, self._mix, epoch, self._seed, self._shuffle)
+        elif self._shuffle:
+            order = shuffled(len(self.samples), words)
+        rows = _rows(self.samples, order, self.seq, self._pack, keep_order=not self._shuffle)
         # Packing leaves the rows that nothing fitted into for last; shuffled again, no part of an epoch is special.
-        return [rows[i] for i in np.argsort(words.random_raw(len(rows)), kind="stable")]
+        return [rows[i] for i in shuffled(len(rows), words)] if self._shuffle else rows
 
 
 def _rows(samples: Samples, order: Iterable[int], seq: int, pack: bool, keep_order: bool) -> list[list[int]]:

@@ -1,11 +1,11 @@
-"""Lines of a JSONL file, in bounded memory: of a text that is too long for any row, only the beginning is kept."""
+"""Lines of JSON, in bounded memory: of a text that is too long for any row, only the beginning is kept."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, Protocol
 
 from entrenar_gpu.errors import UserError
 
@@ -13,6 +13,7 @@ LONG_LINE = 8 << 20  # bytes; longer ones are shortened
 KEPT_OF_TEXT = 4 << 20  # bytes of each text in a shortened line
 MOST_OF_LINE = 64 << 20  # bytes of a shortened line: what is not text is never cut
 _PIECE = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _HIGH, _ANY = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[0-9a-fA-F]{4}"
 _WHOLE_ESCAPES = re.compile(
@@ -21,33 +22,40 @@ _WHOLE_ESCAPES = re.compile(
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line that is not blank, and its number from 1. `shortened` where a text in it is not whole."""
+class Row:
+    """A row and its number from 1: JSON text, or what it says already. `shortened` where a text in it is not whole."""
 
     number: int
-    content: bytes
+    content: bytes | Any
     shortened: bool = False
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes it holds."""
+        return len(self.content) if isinstance(self.content, bytes) else _weight(self.content)
 
-def read_lines(path: str) -> Iterator[Line]:
-    """Every line that is not blank. Raises UserError naming the file."""
-    try:
-        with open(path, "rb") as stream:
-            number = 0
-            while content := stream.readline(LONG_LINE):
-                number += 1
-                shortened = len(content) == LONG_LINE and not content.endswith(b"\n")
-                # Windows editors begin a file with a byte order mark
-                content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
-                if shortened:
-                    shortener = _Shortener(f"{path}:{number}")
-                    shortener.feed(content)
-                    shortener.feed_line(stream)
-                    content, shortened = bytes(shortener.kept), shortener.dropped
-                if content.strip():
-                    yield Line(number, content, shortened)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+class Lines(Protocol):
+    """What lines are read from: at most so many bytes of one, its newline included; b"" at the end."""
+
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+def read_lines(stream: Lines, place: Callable[[int], str]) -> Iterator[Row]:
+    """Every line that is not blank. `place` is how errors call a line by its number."""
+    number = 0
+    while content := stream.readline(LONG_LINE):
+        number += 1
+        shortened = len(content) >= LONG_LINE and not content.endswith(b"\n")
+        # Windows editors begin a file with a byte order mark
+        content = content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content
+        if shortened:
+            shortener = _Shortener(place(number))
+            shortener.feed(content)
+            shortener.feed_line(stream)
+            content, shortened = bytes(shortener.kept), shortener.dropped
+        if content.strip():
+            yield Row(number, content, shortened)
 
 
 class _Shortener:
@@ -61,7 +69,7 @@ class _Shortener:
         self._backslashes = 0  # at the end of the last piece
         self._cut = False  # whether the open string was
 
-    def feed_line(self, stream: BinaryIO) -> None:
+    def feed_line(self, stream: Lines) -> None:
         """The rest of the line that `stream` is in."""
         while piece := stream.readline(_PIECE):
             self.feed(piece)
@@ -128,3 +136,13 @@ def _trim(text: bytearray, start: int) -> None:
         text.pop()
     if len(text) > start and text[-1] >= 0xC0:
         text.pop()
+
+
+def _weight(value: Any) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + _weight(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return 8 * len(value) if value and isinstance(value[0], int) else sum(map(_weight, value))
+    return int(getattr(value, "nbytes", 8))

@@ -124,4 +124,6 @@ def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     if value == []:
         return "an empty list"
-    return names.get(type(value), "a number")
+    if type(value) in names:
+        return names[type(value)]
+    return "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}"

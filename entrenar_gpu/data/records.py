@@ -1,46 +1,49 @@
-"""What each line of a JSONL file means, which of it is trained, and what is wrong with it.
+"""What each row of a source means, which of it is trained, and what is wrong with it.
 
-A line is one object in one of four shapes, and a file may mix them. Keys that are null do not count, and the first of
-these shapes that is there with all its keys is taken:
+A row has one of these shapes, the first that is there with all its keys (shapes.py), and a source may mix them:
 
-    {"input_ids": [...], "labels": [...]?}  loss where the label is not -100; labels stand at their own token
-    {"messages": [...], "tools": [...]?}    loss on what the assistant says
-    {"prompt": ..., "completion": ...}      loss on the completion; texts, or lists of messages
-    {"text": ...}                           loss on every token
+    {"input_ids": [...], "labels": [...]?}    loss where the label is not -100; labels stand at their own token
+    {"messages": [...], "tools": [...]?}      loss on what the assistant says
+    {"conversations": [...], "tools"?}        the same, as ShareGPT writes it
+    {"prompt": ..., "completion": ...}        loss on the completion; texts, or lists of messages
+    {"instruction": ..., "input"?, "output"}  the same, as Alpaca writes it
+    {"text": ...}                             loss on every token
 
-Other keys are ignored. EOS is appended to texts and completions, unless a chat template has already closed the turn.
-`--loss-on all` trains every token of the last three shapes; labels that are written out are kept as they are, and
-turns that are marked as not to be learned are not.
+A `system` beside a conversation or a prompt is its system message. Other keys are ignored. EOS is appended to texts
+and completions, unless a chat template has already closed the turn. `--loss-on all` trains every token of all shapes
+but the first; labels that are written out are kept as they are, and turns marked as not to be learned are not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from entrenar_gpu.chat import Conversation, FailedRow, Message, Span
-from entrenar_gpu.data.lines import Line, read_lines
+from entrenar_gpu.data.lines import Row
 from entrenar_gpu.data.messages import kind_of, read_messages, read_tools, read_variables, trained_turns
+from entrenar_gpu.data.rows import RowSource
+from entrenar_gpu.data.shapes import from_alpaca, from_sharegpt, renamed, shape_of, with_system
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.ops.loss import IGNORE
 
-_SHAPES = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))
 _MASKS = ("completion_mask", "assistant_masks")  # beside input_ids: 1 where a token is trained
-# Lines that are tokenised together, on all cores: up to so many, or so many bytes of them.
-_LINES_AT_ONCE, _BYTES_AT_ONCE = 1024, 1 << 20
+# Rows that are tokenised together, on all cores: up to so many, or so many bytes of them.
+ROWS_AT_ONCE = 1024
+_BYTES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A line before tokenisation: its text, the characters to train (None: all), whether EOS ends it.
+    """A row before tokenisation: its text, the characters to train (None: all), whether EOS ends it.
 
     `rendered` text comes from a chat template, which writes its own special tokens; `shortened` text goes on.
     """
 
-    line: int
+    row: int
     text: str
     spans: list[Span] | None
     eos: bool
@@ -50,7 +53,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A line that was tokenised already."""
+    """A row that was tokenised already."""
 
     ids: list[int]
     labels: list[int]
@@ -61,7 +64,7 @@ class _Chat:
     """A conversation before it is rendered: which of the assistant's turns are trained; whether a completion's end
     is to be made sure of."""
 
-    line: int
+    row: int
     conversation: Conversation
     trained: list[bool]
     marked: bool
@@ -69,14 +72,27 @@ class _Chat:
     shortened: bool = False
 
 
-class Reader:
-    """Turns the lines of one file into drafts and tokens."""
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a run are to be read: the model's vocabulary, and what the options say."""
 
-    def __init__(self, path: str, tokenizer: Tokenizer | None, vocab_size: int, train_all: bool, as_chat: bool) -> None:
-        self.path, self.vocab_size, self.train_all = path, vocab_size, train_all
+    vocab_size: int
+    loss_on: str = "completions"
+    completions: str = "chat"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+class Reader:
+    """Turns the rows of one source into drafts and tokens."""
+
+    def __init__(self, source: RowSource, tokenizer: Tokenizer | None, reading: Reading) -> None:
+        self.source, self.reading, self.vocab_size = source, reading, reading.vocab_size
+        self.train_all = reading.loss_on == "all"
         self._tokenizer = tokenizer
-        self._as_chat = as_chat and tokenizer is not None and tokenizer.has_chat_template
+        has_template = tokenizer is not None and tokenizer.has_chat_template
+        self._as_chat = reading.completions == "chat" and has_template
         self._completions = 0  # rows of prompt and completion texts
+        self._missing = set(reading.columns.values())  # columns that no row has had so far
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -85,7 +101,7 @@ class Reader:
         return self._tokenizer
 
     def notes(self) -> tuple[str, ...]:
-        """What was decided about the file's lines that a user may want to know."""
+        """What was decided about the rows that a user may want to know."""
         if not self._completions:
             return ()
         if self._as_chat:
@@ -93,61 +109,84 @@ class Reader:
         has_template = self._tokenizer is not None and self._tokenizer.has_chat_template
         return ("completions as they are" + ("" if has_template else ": the model has no chat template"),)
 
-    def chunks(self) -> Iterator[list[Draft | Tokens]]:
-        """The lines in order, some at a time. Raises UserError naming the first line that is wrong."""
+    def chunks(self, at_once: int = ROWS_AT_ONCE) -> Iterator[list[Draft | Tokens]]:
+        """The rows in order, some at a time. Raises UserError naming the first row that is wrong."""
         chunk: list[Draft | Tokens | _Chat] = []
         size = 0
-        for line in read_lines(self.path):
+        rows = iter(self.source)
+        while True:
             try:
-                chunk.append(self._read(line))
-            except UserError as error:
-                yield self._rendered(chunk)  # what is wrong with lines before this one comes first
-                raise UserError(f"{self.path}:{line.number}: {error}") from None
-            size += len(line.content)
-            if len(chunk) == _LINES_AT_ONCE or size > _BYTES_AT_ONCE:
+                row = next(rows, None)
+                if row is None:
+                    break
+                chunk.append(self._named(row))
+            except UserError:
+                yield self._rendered(chunk)  # what is wrong with rows before this one comes first
+                raise
+            size += row.weight
+            if len(chunk) == at_once or size > _BYTES_AT_ONCE:
                 yield self._rendered(chunk)
                 chunk, size = [], 0
         yield self._rendered(chunk)
+        if self._missing:
+            raise UserError(f"--map: no row of {self.source.name} has a column {min(self._missing)!r}")
 
-    def _read(self, line: Line) -> Draft | Tokens | _Chat:
-        record = _parse(line.content)
-        kind = _shape(record)
+    def _named(self, row: Row) -> Draft | Tokens | _Chat:
+        try:
+            return self._read(row)
+        except UserError as error:
+            raise UserError(f"{self.source.place(row.number)}: {error}") from None
+        except RecursionError:
+            raise UserError(f"{self.source.place(row.number)}: nested too deeply") from None
+
+    def _read(self, row: Row) -> Draft | Tokens | _Chat:
+        record = _parse(row.content)
+        if self.reading.columns:
+            self._missing -= record.keys()
+            record = renamed(record, self.reading.columns)
+        kind = shape_of(record)
         if kind == "input_ids":
             return self._tokens(record)
         tokenizer = self.tokenizer
         if kind == "text":
-            draft: Draft | _Chat = Draft(line.number, _text(record, "text"), None, eos=True, rendered=False)
-        elif kind == "messages":
-            messages = read_messages(record["messages"], "messages")
-            draft = self._conversation(line.number, messages, trained_turns(messages, "messages"), record)
+            draft: Draft | _Chat = Draft(row.number, _text(record, "text"), None, eos=True, rendered=False)
+        elif kind in ("messages", "conversations"):
+            turns = record["messages"] if kind == "messages" else from_sharegpt(record)
+            messages = read_messages(with_system(turns, record), kind)
+            draft = self._conversation(row.number, messages, trained_turns(messages, kind), record)
         else:
-            draft = self._completion(line.number, record)
+            record = from_alpaca(record, self._as_chat) if kind == "instruction" else record
+            draft = self._completion(row.number, record)
         if isinstance(draft, Draft):
             _encodable(draft.text)
         else:
             tokenizer.template(draft.conversation.tools)
-        return replace(draft, shortened=True) if line.shortened else draft
+        return replace(draft, shortened=True) if row.shortened else draft
 
-    def _completion(self, number: int, record: dict[str, Any]) -> Draft | _Chat:
+    def _completion(self, number: int, record: Mapping[str, Any]) -> Draft | _Chat:
         if isinstance(record["prompt"], list) or isinstance(record["completion"], list):
-            prompt, completion = (read_messages(record[key], key) for key in ("prompt", "completion"))
+            prompt = read_messages(with_system(record["prompt"], record), "prompt")
+            completion = read_messages(record["completion"], "completion")
             earlier = [False] * len(trained_turns(prompt, "prompt"))
             trained = [*earlier, *trained_turns(completion, "completion")]
             return self._conversation(number, [*prompt, *completion], trained, record, completion=True)
         asked, said = _text(record, "prompt"), _text(record, "completion")
         self._completions += 1
-        if not self._as_chat:
-            spans = None if self.train_all else [(len(asked), len(asked) + len(said))]
-            return Draft(number, asked + said, spans, eos=True, rendered=False)
         messages: list[Message] = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-        return self._conversation(number, messages, [True], record, completion=True)
+        messages = with_system(messages, record)
+        if self._as_chat:
+            return self._conversation(number, messages, [True], record, completion=True)
+        if len(messages) == 3:
+            asked = f"{messages[0]['content']}\n\n{asked}"
+        spans = None if self.train_all else [(len(asked), len(asked) + len(said))]
+        return Draft(number, asked + said, spans, eos=True, rendered=False)
 
     def _conversation(
         self,
         number: int,
         messages: list[Message],
         trained: list[bool],
-        record: dict[str, Any],
+        record: Mapping[str, Any],
         completion: bool = False,
     ) -> _Chat:
         variables = read_variables(record.get("chat_template_kwargs"))
@@ -155,7 +194,7 @@ class Reader:
         marked = any(not mark for mark in (trained_turns(messages, "messages") if completion else trained))
         return _Chat(number, conversation, trained, marked, completion)
 
-    def _tokens(self, record: dict[str, Any]) -> Tokens:
+    def _tokens(self, record: Mapping[str, Any]) -> Tokens:
         ids = _integers(record, "input_ids")
         bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if bad is not None:
@@ -178,7 +217,7 @@ class Reader:
         """The chunk with every conversation rendered, those of one template together."""
         done: dict[int, Draft] = {}
         failed: list[tuple[int, UserError]] = []
-        chats = [line for line in chunk if isinstance(line, _Chat)]
+        chats = [row for row in chunk if isinstance(row, _Chat)]
         groups: dict[tuple[bool, str], list[_Chat]] = {}
         for chat in chats:
             with_tools = chat.conversation.tools is not None
@@ -189,17 +228,17 @@ class Reader:
             try:
                 texts = template.render_all([chat.conversation for chat in group], ask)
             except FailedRow as error:
-                failed.append((group[error.row].line, error))
+                failed.append((group[error.row].row, error))
                 continue
             for chat, rendered in zip(group, texts, strict=True):
                 try:
-                    done[chat.line] = self._drafted(chat, rendered.text, None if ask == "text" else rendered.spans)
+                    done[chat.row] = self._drafted(chat, rendered.text, None if ask == "text" else rendered.spans)
                 except UserError as error:
-                    failed.append((chat.line, error))
+                    failed.append((chat.row, error))
         if failed:
-            line, reason = min(failed, key=lambda pair: pair[0])
-            raise UserError(f"{self.path}:{line}: {reason}") from None
-        return [done[line.line] if isinstance(line, _Chat) else line for line in chunk]
+            number, reason = min(failed, key=lambda pair: pair[0])
+            raise UserError(f"{self.source.place(number)}: {reason}") from None
+        return [done[row.row] if isinstance(row, _Chat) else row for row in chunk]
 
     def _drafted(self, chat: _Chat, text: str, spans: list[Span] | None) -> Draft:
         """A rendered conversation with the characters to train."""
@@ -220,7 +259,7 @@ class Reader:
         if eos and spans:
             # EOS comes last: what the template writes before it (a newline) is said too
             spans = [*spans[:-1], (spans[-1][0], len(text))]
-        return Draft(chat.line, text, spans, eos=eos, rendered=True, shortened=chat.shortened)
+        return Draft(chat.row, text, spans, eos=eos, rendered=True, shortened=chat.shortened)
 
 
 def _marks_of(chat: _Chat) -> list[bool]:
@@ -241,51 +280,43 @@ def _encodable(text: str) -> None:
         raise UserError("holds half a surrogate pair (\\ud800 to \\udfff alone), which is not text") from None
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from None
-    if not isinstance(record, dict):
+def _parse(content: Any) -> Mapping[str, Any]:
+    record = content
+    if isinstance(content, bytes):
+        try:
+            record = json.loads(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"not valid JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"not valid JSON: {error}") from None
+    if not isinstance(record, Mapping):
         raise UserError(f"expected a JSON object, not {kind_of(record)}")
     return record
 
 
-def _shape(record: dict[str, Any]) -> str:
-    """The first key of the shape that a line is taken in."""
-    there = {key for key, value in record.items() if value is not None}
-    for shape in _SHAPES:
-        if there.issuperset(shape):
-            return shape[0]
-    begun = {"prompt", "completion"} & there
-    if begun:
-        (missing,) = {"prompt", "completion"} - begun
-        reason = f"{missing} must be text, not null" if missing in record else f"{missing!r} is missing"
-        raise UserError(f"prompt and completion go together; {reason}")
-    found = f"keys {', '.join(map(repr, record))[:200] or 'none'}" + (", all null" if record and not there else "")
-    raise UserError(f"expected one of messages; prompt and completion; text; input_ids (and labels); found {found}")
-
-
-def _text(record: dict[str, Any], key: str) -> str:
+def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
         raise UserError(f"{key} must be text, not {kind_of(record[key])}")
     return str(record[key])
 
 
-def _integers(record: dict[str, Any], key: str) -> list[int]:
-    value = record[key]
+def _integers(record: Mapping[str, Any], key: str) -> list[int]:
+    value = listed(record[key])
     if not isinstance(value, list) or not all(type(i) is int for i in value):
         raise UserError(f"{key} must be a list of whole numbers")
     return value
 
 
-def _bits(record: dict[str, Any], key: str, length: int) -> list[int]:
+def listed(value: Any) -> Any:
+    """A list of what an array or a tuple holds; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+
+
+def _bits(record: Mapping[str, Any], key: str, length: int) -> list[int]:
     """A mask beside input_ids: 0 or 1 for each."""
-    value = record[key]
+    value = listed(record[key])
     if not isinstance(value, list) or not all(bit in (0, 1) and not isinstance(bit, float) for bit in value):
         raise UserError(f"{key} must be a list of 0 and 1")
     if len(value) != length:

@@ -21,7 +21,9 @@ class Samples:
 
     `tokens` [N] are token ids; `targets` [N] the token to predict at each position, IGNORE where there is no loss:
     the sample's next label, so the last position of a sample has none. `skipped` samples had nothing to train and are
-    not here; `cut` ones were longer than allowed. `notes` say how the file's lines were read, for people.
+    not here, `lost` ones of them because what they train lay behind the cut; `cut` ones were longer than allowed.
+    `notes` say how the rows were read, for people. `groups` are the numbers of samples that came from each of several
+    sources, in order.
     """
 
     tokens: NDArray[np.uint32]
@@ -30,6 +32,8 @@ class Samples:
     skipped: int = 0
     cut: int = 0
     notes: tuple[str, ...] = ()
+    lost: int = 0
+    groups: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -61,14 +65,17 @@ class SampleBuilder:
     """Gathers samples into flat arrays: cuts at `seq`, shifts labels to targets, leaves out what has no target."""
 
     def __init__(self, seq: int) -> None:
-        self.seq, self.skipped, self.cut = seq, 0, 0
+        self.seq, self.skipped, self.cut, self.lost = seq, 0, 0, 0
         self.tokens, self.targets, self.starts = array("I"), array("i"), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
     def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
         """One sample; `labels` stand at their own token, IGNORE where it is not trained."""
         targets = [*labels[1 : self.seq], IGNORE]
         if all(target == IGNORE for target in targets):
-            self.skipped += 1
+            self._skip(any(label != IGNORE for label in labels[self.seq :]))
             return
         self.cut += len(ids) > self.seq
         self.tokens.extend(ids[: self.seq])
@@ -86,14 +93,18 @@ class SampleBuilder:
                 targets[first - 1 : last - 1] = tokens[first:last]
                 trained = True
         if not trained:
-            self.skipped += 1
+            self._skip(len(ids) > self.seq)
             return
         self.cut += len(ids) > self.seq
         self.tokens.frombytes(tokens.tobytes())
         self.targets.frombytes(targets.tobytes())
         self.starts.append(len(self.tokens))
 
-    def samples(self, notes: tuple[str, ...] = ()) -> Samples:
+    def _skip(self, trains_behind_the_cut: bool) -> None:
+        self.skipped += 1
+        self.lost += trains_behind_the_cut
+
+    def samples(self, notes: tuple[str, ...] = (), groups: tuple[int, ...] = ()) -> Samples:
         """What was added so far."""
         return Samples(
             _view(self.tokens, np.uint32),
@@ -102,6 +113,8 @@ class SampleBuilder:
             self.skipped,
             self.cut,
             notes,
+            self.lost,
+            groups,
         )
 
 

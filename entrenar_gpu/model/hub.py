@@ -26,7 +26,7 @@ def resolve_model(name: str, flag: str = "--model", weights: bool = True) -> Pat
     import huggingface_hub  # slow to import, and most runs name a folder
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS if weights else ["*.json"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS if weights else PATTERNS[1:]))
     except Exception as error:  # whatever a network, proxy or disk can raise, under several libraries' names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag}: {name}: no such folder, and not to be had from the Hub: {reason}") from error

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.data import Samples, Tokenizer, eval_batches, load_samples
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.data import Samples, eval_batches
 from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
+from entrenar_gpu.train.run_data import DataReader
 from entrenar_gpu.train.session import Session
 
 
 def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
     """{"loss", "perplexity", "tokens", "samples"} of --data; the loss is the mean over all unmasked tokens."""
-    folder = resolve_model(config.model)
-    if not config.data:
-        raise UserError("--data: missing")
-    path = Path(config.data)
-    path = path / "valid.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"--data: {path} not found")
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    vocabulary = load_model_config(folder).vocab_size
-    samples = load_samples(
-        path, tokenizer, vocab_size=vocabulary, seq=config.seq, loss_on=config.loss_on, completions=config.completions
-    )
+    samples = DataReader(config).named("valid")
 
     def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
         return {"evaluate": evaluate_graph(shape, caps)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from entrenar_gpu.cli import docstrings
-from entrenar_gpu.data.jsonl import load_samples
+from entrenar_gpu.data.load import load_samples
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entrenar_gpu.data.batches import TrainBatches, collate, eval_batches, pack_rows
-from entrenar_gpu.data.jsonl import data_files, load_samples
+from entrenar_gpu.data.load import load_samples
 from entrenar_gpu.data.samples import IGNORE, SampleBuilder, Samples
+from entrenar_gpu.data.sources import find_sources
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 from tests.data.test_chat import NO_THOUGHT, model_folder
@@ -282,21 +283,23 @@ def test_a_tokenizer_larger_than_the_model_is_caught(tmp_path, chat):
 
 
 def test_which_files(tmp_path):
+    def names(*arguments, **more):
+        return [Path(source.name).name for source in find_sources(*arguments, **more)]
+
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(UserError, match=r"--data: .*train\.jsonl not found"):
-        data_files(folder)
-    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
-    train.touch()
-    assert data_files(folder) == (train, None)
-    valid.touch()
-    assert data_files(folder) == (train, valid)
-    assert data_files(train) == (train, None)
-    assert data_files(folder, train) == (train, train)
+        find_sources(folder)
+    for name in ("train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl", "validation.csv"):
+        (folder / name).touch()
+    assert names(folder) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert names(folder, "valid") == ["validation.csv"]
+    (folder / "train.jsonl").touch()
+    (folder / "valid.jsonl").touch()
+    assert (names(folder), names(folder, "valid")) == (["train.jsonl"], ["valid.jsonl"])
+    assert names(folder / "train.jsonl") == ["train.jsonl"]
     with pytest.raises(UserError, match=r"--eval-data: .*nothing not found"):
-        data_files(folder, tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"--data: .*nothing not found"):
-        data_files(tmp_path / "nothing")
+        find_sources(tmp_path / "nothing", flag="--eval-data")
 
 
 # --- rows and batches

@@ -12,9 +12,9 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.data import lines
-from entrenar_gpu.data.jsonl import load_samples
-from entrenar_gpu.data.lines import read_lines
+from entrenar_gpu.data.load import load_samples
 from entrenar_gpu.data.prefix import PrefixEncoder
+from entrenar_gpu.data.rows import JsonFile
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 
@@ -129,7 +129,7 @@ def test_a_shortened_line_holds_the_beginning_of_each_text(tmp_path, short_lines
     whole = json.dumps(record, ensure_ascii=ascii_only)
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "before"}\n' + whole + '\n\n{"text": "after"}', encoding="utf-8")
-    before, line, after = read_lines(str(path))
+    before, line, after = JsonFile(path)
     assert [before.content, after.content, after.number] == [b'{"text": "before"}\n', b'{"text": "after"}', 4]
     found = json.loads(line.content)
     assert line.shortened == (text != "abc")

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from entrenar_gpu.data.batches import TrainBatches
-from entrenar_gpu.data.jsonl import load_samples
+from entrenar_gpu.data.load import load_samples
 from tests.golden.training_cases import BASE, CASES, FILE, OPTIONS, write
 from tests.parity.reference import gradients, load_model, loss_of
 

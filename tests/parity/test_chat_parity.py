@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from entrenar_gpu.data.jsonl import load_samples
+from entrenar_gpu.data.load import load_samples
 from entrenar_gpu.data.samples import IGNORE
 from entrenar_gpu.data.tokenizer import Tokenizer
 from tests.data.test_chat import CALL, TURNS, assistant, model_folder, tool, user

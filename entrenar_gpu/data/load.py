@@ -1,41 +1,25 @@
-"""JSONL in, tokenised samples out.
+"""Rows in, tokenised samples out.
 
-A file is read in the order of its lines, a thousand at a time: one thread parses them and has their conversations
-rendered (records.py), while this one tokenises the lines before. Memory holds no more of the file than that.
+A source is read in the order of its rows, a thousand at a time: one thread parses them and has their conversations
+rendered (records.py), while this one tokenises the rows before. Memory holds no more of the source than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from entrenar_gpu.chat import Span
 from entrenar_gpu.data.prefix import Encoded
-from entrenar_gpu.data.records import Draft, Reader, Tokens
+from entrenar_gpu.data.records import Draft, Reader, Reading, Tokens
+from entrenar_gpu.data.rows import RowSource, open_file
 from entrenar_gpu.data.samples import SampleBuilder, Samples
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
 
 T = TypeVar("T")
-
-
-def data_files(data: str | Path, eval_data: str | Path | None = None) -> tuple[Path, Path | None]:
-    """The training file that `--data` names and the evaluation file, if there is one (`--eval-data` wins)."""
-    path = Path(data)
-    if not path.exists():
-        raise UserError(f"--data: {path} not found")
-    held_out = None if eval_data is None else Path(eval_data)
-    if path.is_dir():
-        beside = path / "valid.jsonl"
-        held_out = beside if held_out is None and beside.exists() else held_out
-        path /= "train.jsonl"
-        if not path.is_file():
-            raise UserError(f"--data: {path} not found; a data folder holds train.jsonl and maybe valid.jsonl")
-    if held_out is not None and not held_out.is_file():
-        raise UserError(f"--eval-data: {held_out} not found")
-    return path, held_out
 
 
 def load_samples(
@@ -47,20 +31,38 @@ def load_samples(
     loss_on: str = "completions",
     completions: str = "chat",
 ) -> Samples:
-    """Read and tokenise a JSONL file; samples longer than `seq` tokens are cut there.
+    """Read and tokenise one file of rows; see `read_samples`."""
+    reading = Reading(vocab_size, loss_on, completions)
+    return read_samples([[open_file(Path(path))]], tokenizer, reading, seq)
 
-    `vocab_size` is the model's; `tokenizer` may be None where every line holds input_ids; `loss_on` is "completions"
-    or "all"; `completions` is "chat" or "raw". Raises UserError: FILE:LINE and what is wrong with the line, or that
-    the file holds nothing to train.
+
+def read_samples(
+    groups: Sequence[Sequence[RowSource]], tokenizer: Tokenizer | None, reading: Reading, seq: int
+) -> Samples:
+    """Read and tokenise every source, one after the other; samples longer than `seq` tokens are cut there.
+
+    Sources of a group count as one in `Samples.groups`. `tokenizer` may be None where every row holds input_ids.
+    Raises UserError: the row's place and what is wrong with it, or that a group holds nothing to train.
     """
-    reader = Reader(str(path), tokenizer, vocab_size, loss_on == "all", completions == "chat")
     builder = SampleBuilder(seq)
-    for chunk in _ahead(reader.chunks()):
-        _add(chunk, reader, builder)
-    samples = builder.samples(reader.notes())
-    if not len(samples):
-        raise UserError(f"{path}: holds no token to train ({samples.skipped} samples without any)")
-    return samples
+    counts: list[int] = []
+    notes: dict[str, None] = {}
+    for group in groups:
+        before, skipped = len(builder), builder.skipped
+        for source in group:
+            reader = Reader(source, tokenizer, reading)
+            for chunk in _ahead(reader.chunks()):
+                add_chunk(chunk, reader, builder)
+            notes |= dict.fromkeys(reader.notes())
+        counts.append(len(builder) - before)
+        if not counts[-1]:
+            skipped = builder.skipped - skipped
+            raise UserError(f"{_names(group)}: holds no token to train ({skipped} samples without any)")
+    return builder.samples(tuple(notes), tuple(counts))
+
+
+def _names(group: Sequence[RowSource]) -> str:
+    return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -72,20 +74,20 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _add(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilder) -> None:
-    """Tokenise the lines of a chunk together and add them in their order."""
+def add_chunk(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilder) -> None:
+    """Tokenise the rows of a chunk together and add them in their order."""
     encoded: dict[int, Encoded] = {}
     for with_spans in (False, True):
         drafts = [d for d in chunk if isinstance(d, Draft) and (d.spans is not None) == with_spans]
         if drafts:
             spans = [draft.spans or [] for draft in drafts] if with_spans else None
             batch = reader.tokenizer.encode_beginnings([draft.text for draft in drafts], builder.seq, spans)
-            encoded.update((draft.line, encoding) for draft, encoding in zip(drafts, batch, strict=True))
-    for line in chunk:
-        if isinstance(line, Tokens):
-            builder.add(line.ids, line.labels)
+            encoded.update((draft.row, encoding) for draft, encoding in zip(drafts, batch, strict=True))
+    for row in chunk:
+        if isinstance(row, Tokens):
+            builder.add(row.ids, row.labels)
         else:
-            builder.add_spans(*_ended(line, *encoded.pop(line.line), reader, builder.seq))
+            builder.add_spans(*_ended(row, *encoded.pop(row.row), reader, builder.seq))
 
 
 def _ended(draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq: int) -> tuple[list[int], list[Span]]:
@@ -94,7 +96,7 @@ def _ended(draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq:
     A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer. What ends a
     text is trained, what begins it is not where a prompt follows.
     """
-    where, tokenizer = f"{reader.path}:{draft.line}", reader.tokenizer
+    where, tokenizer = reader.source.place(draft.row), reader.tokenizer
     if draft.shortened and len(ids) < seq:
         raise UserError(
             f"{where}: the line is too long: the part of its text that is read holds less than --seq tokens"
