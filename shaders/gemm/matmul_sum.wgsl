@@ -14,11 +14,11 @@ fn main(
 ) {
   let i = linear_workgroup(group, groups) * 256u + thread;
   if (i >= {{ M * N // WIDTH }}u) { return; }
-  var value = partial[i];
+  var sum = partial[i];
 {% for slice in range(1, slices) %}
-  value += partial[i + {{ slice * M * N // WIDTH }}u];
+  sum += partial[i + {{ slice * M * N // WIDTH }}u];
 {% endfor %}
   let column = i % {{ N // WIDTH }}u;
   let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;
-  {{ epilogue.put("value", "%du + column" % (first_column // WIDTH), "at", WIDTH) }}
+  {{ epilogue.put("sum", "%du + column" % (first_column // WIDTH), "at", WIDTH) }}
 }

@@ -179,8 +179,8 @@ def test_work_split_to_fill_a_gpu_adds_up(name, device, kernels):
 @pytest.mark.parametrize(
     ("shader", "old", "new", "name"),
     [
-        ("matmul_sum", "+ bias[", "- bias[", "matmul-long-odd"),
-        ("matmul_sum", "value += partial[i + ", "value += partial[0u * ", "matmul-long-fours"),
+        ("matmul_sum", "+= bias[", "-= bias[", "matmul-long-odd"),
+        ("matmul_sum", "sum += partial[i + ", "sum += partial[0u * ", "matmul-long-fours"),
     ],
 )
 def test_a_fault_in_adding_up_is_caught(shader, old, new, name, device, kernels):

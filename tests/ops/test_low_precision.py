@@ -152,7 +152,7 @@ FAULTS = [
     ("matmul_int8", "r < 8u", "r < 7u", "int8"),
     ("matmul_f16", "k / 4u", "k / 8u", "f16"),
     ("matmul_f16", "to_k; k0 += 32u", "to_k - 32u; k0 += 32u", "f16"),
-    ("matmul_f16", "+ bias[", "- bias[", "f16"),
+    ("matmul_f16", "+= bias[", "-= bias[", "f16"),
     ("low_precision_rows", "thread & 252u", "thread & 254u", "int8"),
     ("low_precision_rows", "vec4<f16>(x[i])", "vec4<f16>(x[i] * 1.01)", "f16"),
     ("low_precision_rows", "workgroup - 17u", "workgroup - 18u", "f16"),
