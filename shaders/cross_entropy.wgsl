@@ -1,6 +1,6 @@
 // One row of logits [C, V] of the tokens first .. first + C: its loss and log-sum-exp (=), and, in place of the logits,
 // d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times `scale` and, in the backward pass, times
-// upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time. Rows whose target is negative cost nothing.
+// upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time, and bent to cap tanh(logit / cap) where there is a cap. Rows whose target is negative cost nothing.
 // Maximum and sum of exponentials are found in one pass, rescaled as the maximum grows (arXiv 1805.02867, algorithm 3).
 // Sums are f32. One workgroup of 256 per row. Grid: C, folded.
 {% include "lib/grid.wgsl" %}
@@ -9,6 +9,7 @@
 {% set stored = format if VECTOR == 1 else "vec4<%s>" % format %}
 {% macro largest(v) %}{{ v if VECTOR == 1 else "max(max(%s.x, %s.y), max(%s.z, %s.w))" % (v, v, v, v) }}{% endmacro %}
 {% macro sum_of(v) %}{{ v if VECTOR == 1 else "dot(%s, vec4<f32>(1.0))" % v }}{% endmacro %}
+{% macro capped(v) %}{{ "(tanh(clamp(%s * %s, %s(-20.0), %s(20.0))) * %s)" % (v, inverse_cap, values, values, cap) if cap else v }}{% endmacro %}
 
 @compute @workgroup_size({{ WIDTH }})
 fn main(
@@ -33,7 +34,7 @@ fn main(
   var sum = 0.0;
 {% endif %}
   for (var i = thread; i < end; i += {{ WIDTH }}u) {
-    let value = {{ values }}(logits[start + i]);
+    let value = {{ capped("%s(logits[start + i])" % values) }};
     let before = highest;
     highest = max(highest, {{ largest("value") }});
     let e = exp(value - highest);
@@ -54,10 +55,11 @@ fn main(
     var loss = 0.0;
     if (goal >= 0) {
 {% if VECTOR == 1 %}
-      loss = top - f32(logits[start + u32(goal)]);
+      let chosen = f32(logits[start + u32(goal)]);
 {% else %}
-      loss = top - f32(logits[start + u32(goal) / 4u][u32(goal) % 4u]);
+      let chosen = f32(logits[start + u32(goal) / 4u][u32(goal) % 4u]);
 {% endif %}
+      loss = top - {{ capped("chosen").replace("vec4<f32>", "f32") }};
 {% if smoothed %}
       loss = {{ keep }} * loss + {{ smoothing }} * (top - mean);
 {% endif %}
@@ -70,11 +72,15 @@ fn main(
   workgroupBarrier();
   storageBarrier();
   for (var i = thread; i < end; i += {{ WIDTH }}u) {
-    var dscore = exp({{ values }}(logits[start + i]) - top){{ " - " ~ share if smoothed else "" }};
+    let logit = {{ capped("%s(logits[start + i])" % values) }};
+    var dscore = exp(logit - top){{ " - " ~ share if smoothed else "" }};
 {% if VECTOR == 1 %}
     if (i32(i) == goal) { dscore -= {{ keep }}; }
 {% else %}
     dscore -= select(vec4<f32>(), vec4<f32>({{ keep }}), vec4<i32>(i32(i) * 4) + vec4<i32>(0, 1, 2, 3) == vec4<i32>(goal));
+{% endif %}
+{% if cap %}
+    dscore *= {{ values }}(1.0) - logit * logit * {{ inverse_cap }} * {{ inverse_cap }};
 {% endif %}
     logits[start + i] = {{ stored }}(dscore * factor);
   }

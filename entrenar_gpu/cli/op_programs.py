@@ -157,7 +157,7 @@ _UNARY = {
     name: getattr(ops, name)
     for name in ("relu", "gelu", "gelu_tanh", "swish", "sum", "mean", "sum_rows", "sum_columns", "softmax")
 }
-_BINARY = {name: getattr(ops, name) for name in ("add", "sub", "mul", "swiglu")}
+_BINARY = {name: getattr(ops, name) for name in ("add", "sub", "mul", "swiglu", "geglu", "geglu_tanh")}
 
 PROGRAMS: dict[str, OpProgram] = {
     "linear": OpProgram(_linear, ("tokens", "out", "in", "[rank]"), (512, 9728, 2560, 16), _LOW),

@@ -172,6 +172,26 @@ register(
 )
 
 
+def _softcapped(cap: float) -> str:
+    return f"tanh(clamp(x * {literal(1 / cap)}, -20.0, 20.0)) * {literal(cap)}"
+
+
+def softcapped(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap) (Bello et al., arXiv 1611.09940). Of what is not differentiated."""
+    return record("softcapped", x=x, cap=cap)[0]
+
+
+register(
+    Op(
+        "softcapped",
+        same_as("x"),
+        lambda node, x: [x.dtype.type(node.attrs["cap"]) * np.tanh(x / x.dtype.type(node.attrs["cap"]))],
+        lambda node, caps, placed: elementwise_launch(node, caps, placed, [_softcapped(node.attrs["cap"])]),
+        inplace=_inplace,
+    )
+)
+
+
 def fill(like: Tensor, value: float) -> Tensor:
     """A tensor of `like`'s shape holding `value` everywhere."""
     return record("fill", like=like, value=float(value), shape=like.shape)[0]
@@ -241,9 +261,25 @@ _ROOT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715  # Hendrycks & Gimpel, arXiv 1606.08415
 # tanh overflows to NaN on some drivers for large arguments
 _BENT = f"{_TANH_SCALE!r} * (x + {_TANH_CUBE!r} * x * x * x)"
-_BENT_SLOPE = f"{_TANH_SCALE!r} * (1.0 + {3 * _TANH_CUBE!r} * x * x)"
 _TANH = f"fn bend(x: f32) -> f32 {{ return tanh(clamp({_BENT}, -20.0, 20.0)); }}"
 _SIGMOID = "fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-clamp(x, -80.0, 80.0))); }"
+
+
+def _gelu_of(x: str) -> str:
+    return f"0.5 * {x} * (1.0 + erf({x} * {_ROOT_HALF!r}))"
+
+
+def _gelu_slope_of(x: str) -> str:
+    return f"0.5 * (1.0 + erf({x} * {_ROOT_HALF!r})) + {x} * {_DENSITY!r} * exp(-0.5 * {x} * {x})"
+
+
+def _gelu_tanh_of(x: str) -> str:
+    return f"0.5 * {x} * (1.0 + bend({x}))"
+
+
+def _gelu_tanh_slope_of(x: str) -> str:
+    slope = f"{_TANH_SCALE!r} * (1.0 + {3 * _TANH_CUBE!r} * {x} * {x})"
+    return f"0.5 * (1.0 + bend({x})) + 0.5 * {x} * (1.0 - bend({x}) * bend({x})) * {slope}"
 
 
 def np_erf(x: np.ndarray) -> np.ndarray:
@@ -257,6 +293,14 @@ def np_sigmoid(x: np.ndarray) -> np.ndarray:
 
 def _np_bend(x: np.ndarray) -> np.ndarray:
     return np.tanh(x.dtype.type(_TANH_SCALE) * (x + x.dtype.type(_TANH_CUBE) * x**3))
+
+
+def _np_gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np_erf(x * x.dtype.type(_ROOT_HALF))) / 2
+
+
+def _np_gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x * (1 + _np_bend(x)) / 2
 
 
 def _np_gelu_slope(x: np.ndarray) -> np.ndarray:
@@ -303,21 +347,17 @@ relu = _activation(
     lambda x: np.maximum(x, 0),
     lambda x: (x > 0).astype(x.dtype),
 )
-gelu = _activation(
-    "gelu",
-    f"0.5 * x * (1.0 + erf(x * {_ROOT_HALF!r}))",
-    f"0.5 * (1.0 + erf(x * {_ROOT_HALF!r})) + x * {_DENSITY!r} * exp(-0.5 * x * x)",
-    _erf_source(),
-    lambda x: x * (1 + np_erf(x * x.dtype.type(_ROOT_HALF))) / 2,
-    _np_gelu_slope,
+relu_squared = _activation(  # So et al., arXiv 2109.08668
+    "relu_squared",
+    "max(x, 0.0) * max(x, 0.0)",
+    "2.0 * max(x, 0.0)",
+    "",
+    lambda x: np.maximum(x, 0) ** 2,
+    lambda x: 2 * np.maximum(x, 0),
 )
+gelu = _activation("gelu", _gelu_of("x"), _gelu_slope_of("x"), _erf_source(), _np_gelu, _np_gelu_slope)
 gelu_tanh = _activation(
-    "gelu_tanh",
-    "0.5 * x * (1.0 + bend(x))",
-    f"0.5 * (1.0 + bend(x)) + 0.5 * x * (1.0 - bend(x) * bend(x)) * {_BENT_SLOPE}",
-    _TANH,
-    lambda x: x * (1 + _np_bend(x)) / 2,
-    _np_gelu_tanh_slope,
+    "gelu_tanh", _gelu_tanh_of("x"), _gelu_tanh_slope_of("x"), _TANH, _np_gelu_tanh, _np_gelu_tanh_slope
 )
 swish = _activation(
     "swish",
@@ -329,44 +369,67 @@ swish = _activation(
 )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """swish(gate) * up, the feed-forward gate of Shazeer (arXiv 2002.05202)."""
-    return record("swiglu", gate=gate, up=up)[0]
+def _gated(
+    name: str, value: str, slope: str, functions: str, np_value: Callable[..., Any], np_gradient: Callable[..., Any]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Register f(gate) * up and its two gradients as ops; returns the function that records the first.
+
+    `value` and `slope` are f and f' as WGSL over `a`, `np_value` is f, and `np_gradient` has both gradients.
+    """
+
+    def forward(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, placed, [f"{value} * b"], functions, "ab")
+
+    def backward(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+        return elementwise_launch(node, caps, placed, [f"c * b * {slope}", f"c * {value}"], functions, "abc")
+
+    def gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
+        dgate, dup = record(f"{name}_grad", **node.inputs, dy=upstream[0])
+        return {"gate": dgate, "up": dup}
+
+    def np_forward(node: Node, gate: np.ndarray, up: np.ndarray) -> Sequence[np.ndarray]:
+        return [np_value(gate) * up]
+
+    register(Op(name, same_as("gate"), np_forward, forward, gradient, inplace=_inplace))
+    register(
+        Op(
+            f"{name}_grad",
+            same_as("gate", "up"),
+            lambda node, gate, up, dy: np_gradient(gate, up, dy),
+            backward,
+            inplace=lambda node: [(0, "gate"), (1, "up")],
+        )
+    )
+    return lambda gate, up: record(name, gate=gate, up=up)[0]
 
 
-def _swiglu_gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
-    dgate, dup = record("swiglu_grad", **node.inputs, dy=upstream[0])
-    return {"gate": dgate, "up": dup}
-
-
-def _np_swiglu_grad(node: Node, gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
+def _np_swiglu_gradient(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> Sequence[np.ndarray]:
     s = np_sigmoid(gate)
     return [dy * up * s * (1 + gate * (1 - s)), dy * gate * s]
 
 
-register(
-    Op(
-        "swiglu",
-        same_as("gate"),
-        lambda node, gate, up: [gate * np_sigmoid(gate) * up],
-        lambda node, caps, placed: elementwise_launch(node, caps, placed, ["a * sigmoid(a) * b"], _SIGMOID, "ab"),
-        _swiglu_gradient,
-        inplace=_inplace,
-    )
+# The feed-forward gates of Shazeer (arXiv 2002.05202): f(gate) * up with f the swish, or GELU, exact or by tanh.
+swiglu = _gated(
+    "swiglu",
+    "a * sigmoid(a)",
+    "sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))",
+    _SIGMOID,
+    lambda gate: gate * np_sigmoid(gate),
+    _np_swiglu_gradient,
 )
-register(
-    Op(
-        "swiglu_grad",
-        same_as("gate", "up"),
-        _np_swiglu_grad,
-        lambda node, caps, placed: elementwise_launch(
-            node,
-            caps,
-            placed,
-            ["c * b * sigmoid(a) * (1.0 + a * (1.0 - sigmoid(a)))", "c * a * sigmoid(a)"],
-            _SIGMOID,
-            "abc",
-        ),
-        inplace=lambda node: [(0, "gate"), (1, "up")],
-    )
+geglu = _gated(
+    "geglu",
+    _gelu_of("a"),
+    f"({_gelu_slope_of('a')})",
+    _erf_source(),
+    _np_gelu,
+    lambda gate, up, dy: [dy * up * _np_gelu_slope(gate), dy * _np_gelu(gate)],
+)
+geglu_tanh = _gated(
+    "geglu_tanh",
+    _gelu_tanh_of("a"),
+    f"({_gelu_tanh_slope_of('a')})",
+    _TANH,
+    _np_gelu_tanh,
+    lambda gate, up, dy: [dy * up * _np_gelu_tanh_slope(gate), dy * _np_gelu_tanh(gate)],
 )

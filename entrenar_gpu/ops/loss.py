@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
-from entrenar_gpu.ops.elementwise import copy_launch, mul
+from entrenar_gpu.ops.elementwise import copy_launch, mul, softcapped
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
@@ -32,9 +32,14 @@ LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of
 
 
 def cross_entropy(
-    x: Tensor, targets: Tensor, shards: Sequence[Tensor], smoothing: float = 0.0, precision: Arithmetic = "f32"
+    x: Tensor,
+    targets: Tensor,
+    shards: Sequence[Tensor],
+    smoothing: float = 0.0,
+    precision: Arithmetic = "f32",
+    softcap: float | None = None,
 ) -> Tensor:
-    """Sum over tokens of the cross-entropy of x W^T, shape [1].
+    """Sum over tokens of the cross-entropy of x W^T, shape [1]; with `softcap` c, of c tanh(x W^T / c).
 
     x [T, D]; W [V, D] as consecutive shards of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
@@ -47,7 +52,7 @@ def cross_entropy(
     trains = any(p.role == "param" or p.requires_grad for p in shards)  # evaluated with the arithmetic it trains in
     arithmetic = "f32" if trains else arithmetic_of(precision, shards)
     emit = x.requires_grad and not trains
-    attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic}
+    attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic, "softcap": softcap}
     return record("cross_entropy", x=x, targets=targets, shards=list(shards), **attrs)[0]
 
 
@@ -65,8 +70,12 @@ def _infer(node: Node) -> Sequence[Spec]:
     return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
 
 
-def _dscores(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(loss by token, lse by token, d(sum of losses)/d(logits))."""
+def _dscores(node: Node, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(loss by token, lse by token, d(sum of losses)/d(logits)), for logits before their soft cap."""
+    softcap, slope = node.attrs.get("softcap"), None
+    if softcap is not None:
+        bent = np.tanh(logits / logits.dtype.type(softcap))
+        logits, slope = logits.dtype.type(softcap) * bent, 1 - bent * bent
     targets = targets.reshape(-1)
     counted = targets != IGNORE
     peak = logits.max(axis=-1)
@@ -74,10 +83,12 @@ def _dscores(logits: np.ndarray, targets: np.ndarray, smoothing: float) -> tuple
     lse = peak + np.log(e.sum(axis=-1))
     place = np.where(counted, targets, 0)
     rows = np.arange(len(targets))
-    s = logits.dtype.type(smoothing)
+    s = logits.dtype.type(node.attrs["smoothing"])
     losses = (1 - s) * (lse - logits[rows, place]) + s * (lse - logits.mean(axis=-1))
     dscores = e / e.sum(axis=-1, keepdims=True) - s / logits.shape[1]
     dscores[rows, place] -= 1 - s
+    if slope is not None:
+        dscores *= slope
     return np.where(counted, losses, 0).astype(logits.dtype), lse, dscores * counted[:, None]
 
 
@@ -88,7 +99,7 @@ def _low_precision_reference(node: Node, x: np.ndarray, targets: np.ndarray, tab
         return values.astype(np.float16).astype(np.float32)
 
     table, rows = rounded(table), rounded(x.reshape(-1, x.shape[-1]))
-    losses, lse, dscores = _dscores(rounded(rows @ table.T), targets, node.attrs["smoothing"])
+    losses, lse, dscores = _dscores(node, rounded(rows @ table.T), targets)
     dx = rounded(dscores * np.float32(DSCORE_SCALE)) @ table / np.float32(DSCORE_SCALE)
     return [losses, lse, dx.reshape(x.shape)]
 
@@ -102,7 +113,7 @@ def _reference(node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[
     if node.attrs["arithmetic"] == "f16":
         losses, lse, dx = _low_precision_reference(node, x, targets, table)
     else:
-        losses, lse, dscores = _dscores(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
+        losses, lse, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets)
         dx = (dscores @ table).reshape(x.shape)
     emitted = [dx.astype(x.dtype)] if node.attrs["emit"] else []
     return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *emitted]
@@ -137,6 +148,8 @@ def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -
         "keep": literal(1 - s),
         "smoothing": literal(s),
         "share": literal(s / vocabulary),
+        "cap": literal(node.attrs["softcap"]) if "softcap" in node.attrs else "",
+        "inverse_cap": literal(1 / node.attrs["softcap"]) if "softcap" in node.attrs else "",
         "WIDTH": 256,
     }
 
@@ -186,6 +199,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
             shards=[*shards],
             held=held,
             smoothing=node.attrs["smoothing"],
+            softcap=node.attrs.get("softcap"),
         )
         kept = [
             in_place(t, h) if h.persistent or h.updates is not None else t for t, h in zip(totals, held, strict=True)
@@ -204,7 +218,7 @@ def _grad_reference(
     held: Sequence[np.ndarray],
 ) -> Sequence[np.ndarray]:
     table = _table(x, shards)
-    _, _, dscores = _dscores(x.reshape(-1, x.shape[-1]) @ table.T, targets, node.attrs["smoothing"])
+    _, _, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets)
     dscores = dscores.astype(x.dtype) * upstream
     whole = dscores.T @ x.reshape(-1, x.shape[-1])
     edges = np.cumsum([len(p) for p in shards])[:-1]
@@ -273,9 +287,10 @@ register(
 )
 
 
-def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
+def project(x: Tensor, shards: Sequence[Tensor], softcap: float | None = None) -> Tensor:
     """x W^T for a W [V, D] kept in shards of rows: logits [T, V], for the few tokens that are wanted whole."""
-    return record("project", x=x, shards=list(shards))[0]
+    logits: Tensor = record("project", x=x, shards=list(shards))[0]
+    return logits if softcap is None else softcapped(logits, softcap)
 
 
 def _project_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:

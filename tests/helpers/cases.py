@@ -94,10 +94,17 @@ def elementwise() -> list[Case]:
     cases += [Case(f"div-{_dims(s)}", (x(*s), x(*s, make=positive)), ops.div) for s in shapes]
     cases += [Case(f"div-broadcast-{_dims(b)}", (x(2, 31, 33), x(*b, make=positive)), ops.div) for b in [(33,), (1,)]]
     cases += [Case(f"scale-{_dims(s)}", (x(*s),), lambda a: ops.scale(a, -0.3)) for s in shapes]
-    for op, make in [("relu", off_zero), ("gelu", normal), ("gelu_tanh", normal), ("swish", normal)]:
+    for op, make in [
+        ("relu", off_zero),
+        ("relu_squared", normal),
+        ("gelu", normal),
+        ("gelu_tanh", normal),
+        ("swish", normal),
+    ]:
         cases += [Case(f"{op}-{_dims(s)}", (x(*s, make=make),), getattr(ops, op)) for s in shapes]
     cases += [Case(f"{op}-wide", (x(5, 129, make=wide),), getattr(ops, op)) for op in ("gelu", "gelu_tanh", "swish")]
-    cases += [Case(f"swiglu-{_dims(s)}", (x(*s), x(*s)), ops.swiglu) for s in shapes]
+    for gate in ("swiglu", "geglu", "geglu_tanh"):
+        cases += [Case(f"{gate}-{_dims(s)}", (x(*s), x(*s)), getattr(ops, gate)) for s in shapes]
     cases.append(Case("swiglu-itself", (x(5, 33),), lambda a: ops.swiglu(a, a)))
     return cases
 
@@ -397,12 +404,16 @@ def losses() -> list[Case]:
             cases.append(Case(f"cross_entropy-{name}-{role}", (*fixed, *tables), apply, size))
     frozen_x = Input((17, 24), "input")
     tail = (targets(17, 65, 0.2), frozen(65, 24))
+    for name, rows, role in [("fours", 64, "weight"), ("odd", 65, "weight"), ("odd", 65, "param")]:
+        fixed = (x(17, 24), targets(17, rows, 0.2), Input((rows, 24), role))
+        apply = functools.partial(_cross_entropy, smoothing=0.1, softcap=3.0)
+        cases.append(Case(f"cross_entropy-softcap-{name}-{role}", fixed, apply))
     cases.append(Case("cross_entropy-evaluation", (frozen_x, *tail), functools.partial(_cross_entropy, smoothing=0.1)))
     return cases
 
 
-def _cross_entropy(a: Tensor, ids: Tensor, *pages: Tensor, smoothing: float) -> Tensor:
-    return ops.cross_entropy(a, ids, pages, smoothing)
+def _cross_entropy(a: Tensor, ids: Tensor, *pages: Tensor, smoothing: float, softcap: float | None = None) -> Tensor:
+    return ops.cross_entropy(a, ids, pages, smoothing, softcap=softcap)
 
 
 def quantised() -> list[Case]:

@@ -34,6 +34,10 @@ FACTORS = {
     "gelu_grad": 2,
     "gelu_tanh": 2,  # 1 + tanh cancels for negative x
     "gelu_tanh_grad": 2,
+    "geglu": 2,
+    "geglu_grad": 2,
+    "geglu_tanh": 2,
+    "geglu_tanh_grad": 2,
     "softmax": 2,
     "attention": 4,  # two products and a softmax
     "attention_statistics": 4,
