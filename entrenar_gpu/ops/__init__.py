@@ -2,27 +2,11 @@
 
 import entrenar_gpu.ops.attention_grad
 import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
+from entrenar_gpu.ops.activations import geglu, geglu_tanh, gelu, gelu_tanh, relu, relu_squared, swiglu, swish
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
 from entrenar_gpu.ops.dropout import dropout
-from entrenar_gpu.ops.elementwise import (
-    add,
-    div,
-    fill,
-    geglu,
-    geglu_tanh,
-    gelu,
-    gelu_tanh,
-    mul,
-    ones,
-    relu,
-    relu_squared,
-    scale,
-    sub,
-    swiglu,
-    swish,
-    zeros,
-)
+from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, sub, zeros
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.gemm.linear import linear
 from entrenar_gpu.ops.gemm.matmul import matmul
