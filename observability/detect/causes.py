@@ -103,7 +103,8 @@ def interference(table: StepTable, step: Scores) -> list[Finding]:
         return []
     text = (
         f"{int(slow.sum()):,} of {len(table):,} steps waited for a processor that other programs had:"
-        f" {duration(total)}, {total / run:.0%} of the run, beyond steps that were left alone ({duration(best)})"
+        f" {duration(total)}, {total / table.total_seconds:.0%} of the run,"
+        f" beyond steps that were left alone ({duration(best)})"
     )
     worst = int(np.argmax(lost))
     first, last = (int(table.step[row]) for row in (np.flatnonzero(slow)[0], np.flatnonzero(slow)[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from observability.read.kernel_sums import KernelGroup, KernelSums
 from observability.read.span_table import (
     KERNEL,
     LAYER,
@@ -42,6 +43,8 @@ __all__ = [
     "RUN_STEP",
     "Floats",
     "Ints",
+    "KernelGroup",
+    "KernelSums",
     "Kind",
     "Pause",
     "SpanTable",

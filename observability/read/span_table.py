@@ -32,7 +32,8 @@ class SpanTable:
     """Spans in file order; `parent` indexes the table, -1 where the parent is missing or there is none.
 
     `start` and `end` are nanoseconds since the epoch; `step` is the optimizer step, -1 where unknown; `run` indexes
-    `runs`; `shape` indexes `labels`, as `name` does ("" where a span has none).
+    `runs`; `shape` indexes `labels`, as `name` does ("" where a span has none); `flops` and `bytes` are the work of a
+    span, 0 where it does not tell.
     """
 
     labels: list[str]
@@ -45,6 +46,8 @@ class SpanTable:
     step: Ints
     run: Ints
     on_gpu: npt.NDArray[np.bool_]
+    flops: Ints
+    bytes: Ints
     runs: list[str]
     attributes: dict[int, Mapping[str, Any]]
     resources: Mapping[int, Mapping[str, Any]]  # by run
@@ -69,7 +72,7 @@ class SpanCollector:
     _runs: dict[str, int] = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _parents: list[str] = field(default_factory=list)
-    _rows: list[tuple[int, int, int, int, int, int, int, bool, bool]] = field(default_factory=list)
+    _rows: list[tuple[int, ...]] = field(default_factory=list)
     _attributes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def describe(self, resource: Mapping[str, Any]) -> None:
@@ -118,14 +121,18 @@ class SpanCollector:
                 run,
                 bool(told),
                 attributes.get(schema.CLOCK) == "gpu",
+                max(whole(attributes.get(schema.WORK_FLOPS), 0), 0),
+                max(whole(attributes.get(schema.WORK_BYTES), 0), 0),
             )
         )
         if name in _KEEP_ATTRIBUTES:
             self._attributes[row] = attributes
 
     def table(self) -> SpanTable:
-        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 9).T
-        name, shape, start, end, level, step, run, told, on_gpu = (np.ascontiguousarray(c) for c in columns)
+        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 11).T
+        name, shape, start, end, level, step, run, told, on_gpu, flops, moved = (
+            np.ascontiguousarray(c) for c in columns
+        )
         parent = np.array([self._index.get(key, -1) if key else -1 for key in self._parents], dtype=np.int64)
         step = _inherited(step, step != NO_STEP, parent)
         # A caller's own provider has a resource of its own: then only `train` and `step` say which run is theirs.
@@ -142,6 +149,8 @@ class SpanCollector:
             step,
             run,
             on_gpu.astype(bool),
+            flops,
+            moved,
             list(self._runs),
             self._attributes,
             self._resources,

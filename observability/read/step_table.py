@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from observability import schema
 from observability.errors import TraceError
+from observability.read.kernel_sums import KernelSums, kernel_sums
 from observability.read.span_table import (
     KERNEL,
     LAYER,
@@ -33,6 +34,7 @@ PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
 _MAX_KINDS: Final = 1000
 _TAKEN_AGAIN: Final = -1  # in place of a run: of steps that a resumed run repeats
 _LARGEST: Final = 1e100
+_SAMPLED: Final = 0.9  # of the steps: where fewer have kernels, those are samples
 _LEVEL_NAMES: Final = {PHASE: "phase", LAYER: "layer", KERNEL: "kernel"}
 HOST_VALUES: Final = tuple(key for key in schema.HOST_KEYS if key != "gpu_throttle")  # numbers that the host tells
 _VALUES: Final = {
@@ -110,6 +112,8 @@ class StepTable:
     between: Floats = field(default_factory=lambda: np.zeros(0))  # seconds before each step, in no span
     throttle: npt.NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, dtype=str))  # why, by step; or empty
     told: tuple[Told, ...] = ()
+    gpu_seconds: Floats = field(default_factory=lambda: np.zeros(0))  # by step, in phases that the GPU timed; or empty
+    kernels: KernelSums | None = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -186,7 +190,21 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         began_ns=int(start[0]),
         throttle=np.array([str(a.get(schema.GPU_THROTTLE, "")) for a in attributes]),
         told=_told(spans, newest),
+        gpu_seconds=_gpu_seconds(spans, newest, step),
+        kernels=kernel_sums(spans, newest, step),
     )
+
+
+def _gpu_seconds(spans: SpanTable, run: int, step: Ints) -> Floats:
+    """Seconds of each step in phases that the GPU timed; empty where it timed none."""
+    rows = np.flatnonzero((spans.run == run) & (spans.level == PHASE) & spans.on_gpu)
+    position = np.searchsorted(step, spans.step[rows])
+    known = (position < len(step)) & (step[np.minimum(position, len(step) - 1)] == spans.step[rows])
+    if not known.any():
+        return np.zeros(0)
+    seconds = (spans.end[rows[known]] - spans.start[rows[known]]) / 1e9
+    result: Floats = np.bincount(position[known], weights=seconds, minlength=len(step)).astype(np.float64)
+    return result
 
 
 def _told(spans: SpanTable, run: int) -> tuple[Told, ...]:
@@ -305,9 +323,16 @@ def _children(
     lost = int(np.sum(~known & ~is_pause))
     if lost:
         notes.append(f"{lost} spans whose step is not in the trace")
-    keep = known & ~is_pause
+    keep = known & ~is_pause & _in_most_steps(spans, child, len(step))
     kinds, durations = _by_kind(spans, child[keep], position[keep], len(step), notes)
     return kinds, durations, pauses, inside
+
+
+def _in_most_steps(spans: SpanTable, child: Ints, steps: int) -> npt.NDArray[np.bool_]:
+    """Which spans may be held against those of other steps: no kernels where only some steps have them."""
+    kernels = spans.level[child] == KERNEL
+    sampled = len(np.unique(spans.step[child[kernels]])) < _SAMPLED * steps
+    return ~kernels if sampled else np.ones(len(child), dtype=bool)
 
 
 def _overlap(spans: SpanTable, a: int, b: int) -> float:

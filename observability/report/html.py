@@ -37,6 +37,7 @@ from observability.files import write_whole
 from observability.read import whole
 from observability.report import figures
 from observability.report.compare import Comparison
+from observability.report.kernels import Ceilings, KernelRow, kernel_report, of_ceiling, rate
 
 _ROWS: Final = 300  # anomalies listed, the worst first
 _GROUPS: Final = 12
@@ -163,6 +164,7 @@ def _body(analysis: Analysis, comparison: Comparison | None, plots: dict[str, fi
         _plot("phases", plots),
         _plot("slowest", plots),
         "</div>",
+        _kernels(analysis),
         '<div class="pair">',
         _plot("clusters", plots, _cluster_text(analysis)),
         _plot("memory", plots),
@@ -257,6 +259,11 @@ def _cluster_text(analysis: Analysis) -> str:
 
 def _comparison(comparison: Comparison, plots: dict[str, figures.Figure]) -> str:
     parts = [f"<p>{html.escape(comparison.verdict())}.</p>"]
+    if comparison.differs:
+        unlike = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.differs)
+        parts.append(f"<p>Not alike, so that times say little of each other:</p><ul>{unlike}</ul>")
+    if comparison.gate_text():
+        parts.append(f"<p><strong>{html.escape(comparison.gate_text().capitalize())}.</strong></p>")
     parts += [
         _plot_element(name, label)
         for name, label in (("compared", "step time of both runs"), ("compared-loss", "loss of both runs"))
@@ -297,6 +304,38 @@ def _anomaly_table(analysis: Analysis) -> str:
     if len(anomalies) > _ROWS:
         hint += f" The {_ROWS} worst of {len(anomalies):,}."
     return _section("Anomalies", f'<div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
+
+
+def _kernels(analysis: Analysis) -> str:
+    """Kernels summed over layers, with their rates; or, without kernels in the trace, what the GPU has to do."""
+    found = kernel_report(analysis.table)
+    if found.busy_share is None or found.idle_seconds is None:
+        return ""
+    text = f"The GPU computes {found.busy_share:.0%} of a step; {duration(found.idle_seconds)} of a step it is idle."
+    if not found.rows:
+        return _section("The GPU", f"<p>{text}</p>", "Kernel by kernel with --trace-level kernel.")
+    text += f" {found.launches:,.0f} kernels a step, in {number_of_steps(found.steps)}."
+    rows = [_kernel_row(row, found.ceilings) for row in found.rows[:_ROWS]]
+    head = "<th>Kernel</th><th>Shape</th>" + "".join(
+        f'<th class="number">{name}</th>' for name in ("Launches a step", "Time", "Share", "Computed", "Moved")
+    )
+    hint = "By operation and shape, summed over the layers of a typical step."
+    if found.ceilings.flops or found.ceilings.bytes:
+        hint += " In brackets: of the peak that the GPU's data sheet names; caches can move more than memory does."
+    return _section("Kernels", f'<p>{text}</p><div class="scroll" tabindex="0">{_table(head, rows)}</div>', hint)
+
+
+def _kernel_row(row: KernelRow, limits: Ceilings) -> str:
+    group = row.group
+    numbers = (
+        f"{group.launches:,.0f}",
+        duration(row.seconds),
+        f"{row.share:.1%}",
+        rate(row.flops_per_second, "FLOP") + of_ceiling(row.flops_per_second, limits.flops),
+        rate(row.bytes_per_second, "B") + of_ceiling(row.bytes_per_second, limits.bytes),
+    )
+    cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
+    return f"<tr><td>{html.escape(group.operation)}</td><td>{html.escape(group.shape)}</td>{cells}</tr>"
 
 
 def _told(analysis: Analysis) -> str:

@@ -10,8 +10,10 @@ from rich.text import Text
 
 from observability.detect import CONFIRMED, HIGH, MEDIUM, Analysis, duration, in_a_row, number_of_steps, verdict
 from observability.report.compare import Comparison
+from observability.report.kernels import kernel_report, of_ceiling, rate
 
 _ROWS = 40
+_KERNELS = 12
 _STYLES = {HIGH: "bold red", MEDIUM: "yellow"}
 
 
@@ -24,6 +26,27 @@ def told_lines(analysis: Analysis) -> list[str]:
     lines = [f"told while it ran: {len(judged)}, confirmed {confirmed}, withdrawn {len(judged) - confirmed}"]
     withdrawn = [item for item in judged if item.status != CONFIRMED][:_ROWS]
     return lines + [f"  withdrawn: {item.told.cause} at {item.place}: {item.reason}" for item in withdrawn]
+
+
+def _print_kernels(analysis: Analysis, console: Console) -> None:
+    """The kernels that take most, summed over layers, and how much of a step the GPU computes."""
+    found = kernel_report(analysis.table)
+    if found.busy_share is not None and found.idle_seconds is not None:
+        text = f"the GPU computes {found.busy_share:.0%} of a step, {duration(found.idle_seconds)} of it are idle"
+        console.print(Text(text + (f"; {found.launches:,.0f} kernels a step" if found.rows else "")))
+    if not found.rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("kernel", "shape", "a step", "time", "share", "rate", "memory"):
+        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right")
+    for row in found.rows[:_KERNELS]:
+        cells = (row.group.operation, row.group.shape, f"{row.group.launches:,.0f}", duration(row.seconds))
+        flops = rate(row.flops_per_second, "FLOP") + of_ceiling(row.flops_per_second, found.ceilings.flops)
+        moved = rate(row.bytes_per_second, "B") + of_ceiling(row.bytes_per_second, found.ceilings.bytes)
+        table.add_row(*map(Text, (*cells, f"{row.share:.1%}", flops, moved)))
+    console.print(table)
+    if len(found.rows) > _KERNELS:
+        console.print(Text(f"... the {_KERNELS} that take most of {len(found.rows)}; --html or --json has all"))
 
 
 def print_report(analysis: Analysis, comparison: Comparison | None, console: Console) -> None:
@@ -46,6 +69,7 @@ def print_report(analysis: Analysis, comparison: Comparison | None, console: Con
     for finding in analysis.explained:
         place = f"{finding.first_step}" + (f"-{finding.last_step}" if finding.last_step > finding.first_step else "")
         console.print(Text(f"explained: {finding.cause} at step {place}: {finding.evidence}"))
+    _print_kernels(analysis, console)
     for line in told_lines(analysis):
         console.print(Text(line))
     clusters, high = analysis.clusters, analysis.clusters.high_latency
@@ -58,7 +82,11 @@ def print_report(analysis: Analysis, comparison: Comparison | None, console: Con
         console.print(Text(text))
     if comparison is not None:
         console.print(Text(comparison.verdict(), style="bold"))
+        for difference in comparison.differs:
+            console.print(Text(f"  not alike: {difference}", style="yellow"))
         for change in comparison.changes[:15]:
             console.print(Text(f"  {change.text}"))
+        if comparison.gate_text():
+            console.print(Text(comparison.gate_text(), style="bold red" if comparison.failed else "bold"))
     for note in analysis.table.notes:
         console.print(Text(f"note: {note}", style="dim"))
