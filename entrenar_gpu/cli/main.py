@@ -148,6 +148,36 @@ def shader(
     print_launches(found) if list_ else print_shaders(found, gradient)
 
 
+@app.command("data")
+@options.with_options(
+    "model", "split", "map", "seq", "loss_on", "completions",
+)  # fmt: skip
+def show_data(
+    given: Mapping[str, Any],
+    data: Annotated[list[str], typer.Argument(help="file of rows, folder, or data set of the Hub")],
+    shown: Annotated[int, typer.Option("--samples", min=0, help="samples printed in full")] = 3,
+    check: Annotated[bool, typer.Option("--check", help="exit with status 1 where something looks wrong")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show rows as they will be trained: trained tokens in green, lengths, what is cut or skipped; without a GPU."""
+    from rich.console import Console
+
+    from entrenar_gpu.cli.data_report import show_data, show_problems
+    from entrenar_gpu.data import inspect_samples
+    from entrenar_gpu.train import DataReader
+
+    reader = DataReader(options.make_config(given, data=data))
+    samples = reader.named()
+    found = inspect_samples(samples, reader.tokenizer, reader.config.seq)
+    if as_json:
+        _print_json(found.to_mapping())
+    else:
+        show_data(samples, reader.tokenizer, found, shown, Console())
+    show_problems(found)
+    if check and found.problems:
+        raise typer.Exit(1)
+
+
 @app.command()
 @options.with_options(*options.FIELDS)
 def train(

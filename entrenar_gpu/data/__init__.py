@@ -1,6 +1,7 @@
 """From rows to packed batches."""
 
 from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches, pack_rows
+from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
 from entrenar_gpu.data.order import parse_mix
 from entrenar_gpu.data.records import Reading
@@ -11,6 +12,7 @@ from entrenar_gpu.data.sources import files_of, find_sources
 from entrenar_gpu.data.tokenizer import Tokenizer
 
 __all__ = [
+    "Inspection",
     "Reading",
     "RowSource",
     "Samples",
@@ -20,6 +22,7 @@ __all__ = [
     "eval_batches",
     "files_of",
     "find_sources",
+    "inspect_samples",
     "load_samples",
     "pack_rows",
     "parse_columns",

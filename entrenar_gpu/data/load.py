@@ -48,7 +48,7 @@ def read_samples(
     counts: list[int] = []
     notes: dict[str, None] = {}
     for group in groups:
-        before, skipped = len(builder), builder.skipped
+        before, skipped, lost = len(builder), builder.skipped, builder.lost
         for source in group:
             reader = Reader(source, tokenizer, reading)
             for chunk in _ahead(reader.chunks()):
@@ -56,8 +56,9 @@ def read_samples(
             notes |= dict.fromkeys(reader.notes())
         counts.append(len(builder) - before)
         if not counts[-1]:
-            skipped = builder.skipped - skipped
-            raise UserError(f"{_names(group)}: holds no token to train ({skipped} samples without any)")
+            skipped, lost = builder.skipped - skipped, builder.lost - lost
+            why = f", {lost} of them cut before it; raise --seq" if lost else ""
+            raise UserError(f"{_names(group)}: holds no token to train ({skipped} samples without any{why})")
     return builder.samples(tuple(notes), tuple(counts))
 
 

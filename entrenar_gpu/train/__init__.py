@@ -4,11 +4,13 @@ from entrenar_gpu.train.default_base import default_base
 from entrenar_gpu.train.evaluate import evaluate_data
 from entrenar_gpu.train.graphs import RunShape, Trace, fit_run, logits_graph, training_graphs
 from entrenar_gpu.train.loader import load_weights, storage_of
+from entrenar_gpu.train.run_data import DataReader
 from entrenar_gpu.train.session import Session, fit_on, memory_budget
 from entrenar_gpu.train.trainer import Trainer
 from entrenar_gpu.train.weight_cache import WeightCache
 
 __all__ = [
+    "DataReader",
     "RunShape",
     "Session",
     "Trace",
