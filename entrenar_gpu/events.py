@@ -141,6 +141,27 @@ class RunSummary:
     end_ns: int
 
 
+@dataclass(frozen=True)
+class RequestRecord:
+    """A request that the server has answered, or that was broken off.
+
+    `status` is the HTTP status, 499 where the client went away. `finish` holds why each answer ended, in words.
+    `cached_tokens` of the prompt were in the key/value cache already. `first_token_ns` is 0 where none came.
+    """
+
+    request_id: str
+    route: str
+    model: str
+    status: int
+    finish: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    start_ns: int
+    first_token_ns: int
+    end_ns: int
+
+
 class StepObserver(Protocol):
     """What a run may tell. Every method is optional; an observer that raises ends the run."""
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import typer
 
-from entrenar_gpu.config import SEVERAL, TrainConfig, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.errors import UserError
 
+Field = dataclasses.Field[Any]
+
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-_HINTS = typing.get_type_hints(TrainConfig)
+SAMPLING = {f.name: f for f in dataclasses.fields(SamplingOptions) if f.metadata}
+_HINTS = typing.get_type_hints(SamplingOptions) | typing.get_type_hints(TrainConfig)
 
 # What a command that only runs a model, and trains nothing, needs to know.
 RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device", "engine")
@@ -35,10 +38,9 @@ def _is_several(name: str) -> bool:
     return SEVERAL in typing.get_args(_HINTS[name])
 
 
-def help_of(name: str) -> str:
+def help_of(f: Field) -> str:
     """The help text of a field: what it does, its unit, its choices and its default."""
-    f = FIELDS[name]
-    _, choices = kind_of(name)
+    _, choices = kind_of(f.name)
     text = f.metadata["help"]
     if choices:
         text += f" ({', '.join(choices)})"
@@ -49,27 +51,28 @@ def help_of(name: str) -> str:
     return text
 
 
-def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these fields of TrainConfig, before its own.
+def with_options(*names: str, sampling: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these fields of TrainConfig, and all of SamplingOptions if asked, before its own.
 
     The command gets a mapping `given` with the flags that stood on the command line, and nothing for the others.
     """
+    fields = {name: FIELDS[name] for name in names} | (SAMPLING if sampling else {})
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
         parameters = []
-        for name in names:
+        for name, f in fields.items():
             kind, _ = kind_of(name)
             declared = f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name)
             # None tells a flag that was not given; numbers are text here, so that config.py alone judges them
-            option = typer.Option(None, declared, help=help_of(name), show_default=False)
+            option = typer.Option(None, declared, help=help_of(f), show_default=False)
             annotation = bool | None if kind is bool else list[str] | None if _is_several(name) else str | None
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
             )
 
         def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in names}
+            given = {name: values.pop(name) for name in fields}
             command(given={n: v for n, v in given.items() if v is not None}, **values)
 
         hints = typing.get_type_hints(command, include_extras=True)
@@ -105,6 +108,12 @@ def refuse_other_adapter(given: Mapping[str, Any], config: TrainConfig, config_f
     }
     for name in (name for name in differs if name in asked and differs[name]):
         raise UserError(f"{flag(name)}: {config.adapter_init} has another; leave it out, or --adapter-init")
+
+
+def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of the run, options of sampling) among the flags of a command that takes both."""
+    sampling = {name: value for name, value in given.items() if name in SAMPLING}
+    return {name: value for name, value in given.items() if name not in SAMPLING}, sampling
 
 
 def make_config(given: Mapping[str, Any], config_file: str | None = None, **defaults: Any) -> TrainConfig:

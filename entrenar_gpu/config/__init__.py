@@ -1,11 +1,12 @@
 """Every option of a run, declared once, and the shapes of well-known models."""
 
-from entrenar_gpu.config.options import SEVERAL, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.config.options import MOST, SEVERAL, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.config.sampling_options import SamplingOptions
 from entrenar_gpu.config.train_config import TrainConfig
 
 __all__ = [
+    "MOST",
     "SEVERAL",
     "SHAPES",
     "SamplingOptions",

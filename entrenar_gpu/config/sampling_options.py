@@ -19,7 +19,8 @@ class SamplingOptions(Options):
     """How the tokens of one request are drawn; `infer/sampling.py` has the definitions.
 
     `stop` are texts that end the answer and are not part of it. `logit_bias` is added to the logits of token ids, as
-    in OpenAI's interface. Raises UserError naming the option that is out of bounds.
+    in OpenAI's interface. With a `seed` of None every call draws another text. Raises UserError naming the option that
+    is out of bounds.
     """
 
     max_tokens: int = option(128, "longest continuation", "tokens", low=1, high=MOST)
@@ -40,7 +41,7 @@ class SamplingOptions(Options):
     frequency_penalty: float = option(
         0.0, "subtracted from a token's logit for each time it is in the answer", low=-100, high=100
     )
-    seed: int | None = option(None, "the same seed draws the same text (default: another each time)", low=0, high=2**63)
+    seed: int | None = option(0, "the same seed draws the same text", low=0, high=2**63 - 1)
     logprobs: int | None = option(
         None, "tell each token's log-probability, and those of this many likeliest ones", low=0, high=20
     )

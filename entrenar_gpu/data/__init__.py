@@ -3,6 +3,7 @@
 from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches, pack_rows
 from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
+from entrenar_gpu.data.messages import read_messages, read_tools, read_variables
 from entrenar_gpu.data.order import parse_mix
 from entrenar_gpu.data.records import Reading
 from entrenar_gpu.data.rows import RowSource
@@ -27,5 +28,8 @@ __all__ = [
     "pack_rows",
     "parse_columns",
     "parse_mix",
+    "read_messages",
     "read_samples",
+    "read_tools",
+    "read_variables",
 ]

@@ -2,8 +2,22 @@
 
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.generate import Generator
+from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
+from entrenar_gpu.infer.sampling import SampledToken
+from entrenar_gpu.infer.scheduler import Answer, ContextExceeded, Delta, Request, Scheduler
+from entrenar_gpu.infer.slots import CachedDecoder
 
 __all__ = [
+    "Answer",
+    "CachedDecoder",
+    "Completion",
+    "ContextExceeded",
     "Decoder",
+    "Delta",
     "Generator",
+    "LanguageModel",
+    "Request",
+    "SampledToken",
+    "Scheduler",
+    "Score",
 ]

@@ -28,6 +28,10 @@ PREFILL_CHUNK = 512  # tokens of prompts in one step
 Finish = Literal["stop", "length", "error"]
 
 
+class ContextExceeded(UserError):
+    """A prompt that leaves no room for an answer."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to be answered `n` times; `adapter` is a name that the decoder knows, or None for the base model."""
@@ -166,18 +170,23 @@ class Scheduler:
         if not length:
             raise UserError("--prompt: empty; the model needs a token to continue")
         if length >= context:
-            raise UserError(f"--prompt: {length} tokens leave no room for an answer within --context {context}")
-        if (largest := max(request.prompt)) >= self._vocabulary:
-            word = self._tokenizer.decode([largest], skip_special_tokens=False)[:40]
-            raise UserError(
-                f"--prompt: token id {largest} ({word!r}) is outside the model's vocabulary of {self._vocabulary}"
-            )
+            raise ContextExceeded(f"--prompt: {length} tokens leave no room for an answer within --context {context}")
+        self.check_tokens(request.prompt)
         answers = []
         for index in range(request.n):
             sampler = Sampler(request.options, request.prompt, self._vocabulary, index)
             answers.append(Answer(request, index, self._tokenizer, sampler, deliver))
         self._waiting.extend(answers)
         return answers
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Raise UserError for a token that the model lacks: a tokenizer may have more."""
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self._vocabulary:
+                word = self._tokenizer.decode([token], skip_special_tokens=False)[:40] if token >= 0 else ""
+                raise UserError(
+                    f"--prompt: token id {token} ({word!r}) is outside the model's vocabulary of {self._vocabulary}"
+                )
 
     def cancel(self, answers: Sequence[Answer]) -> None:
         """Drop answers, those that have ended included; nothing more is delivered of them."""
@@ -203,7 +212,7 @@ class Scheduler:
             else:
                 self._prefill(group)
         except Exception as error:
-            self._fail_all(str(error))
+            self.fail_all(str(error))
             raise
         for answer in group:
             if answer.finish is not None:
@@ -287,7 +296,8 @@ class Scheduler:
             self.slots.give_back(answer.slot)
             answer.slot = None
 
-    def _fail_all(self, why: str) -> None:
+    def fail_all(self, why: str) -> None:
+        """End every request, and forget what is cached."""
         for answer in [*self._running, *self._waiting]:
             if answer.finish is None:
                 answer.fail(why)

@@ -1,0 +1,253 @@
+"""A model to talk to: prompts and conversations in, texts and probabilities out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, overload
+
+import numpy as np
+
+from entrenar_gpu.chat import Conversation, Message
+from entrenar_gpu.config import SamplingOptions
+from entrenar_gpu.data import Tokenizer
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.infer.sampling import SampledToken, log_softmax
+from entrenar_gpu.infer.scheduler import Delta, Request, Scheduler
+from entrenar_gpu.infer.slots import CachedDecoder
+
+Messages = str | Sequence[Message] | Conversation  # a text is one message of the user
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. `finish` is "stop" (the model, or a stop string, ended it) or "length" (max_tokens, or the context).
+
+    `completion_tokens` counts what was drawn, the token that ended the answer included; `tokens` are those of the text.
+    """
+
+    text: str
+    finish: str
+    tokens: tuple[SampledToken, ...]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a completion: the sum of its tokens' log-probabilities (natural logarithm), their
+    number, and whether each of them is the most likely one."""
+
+    logprob: float
+    tokens: int
+    greedy: bool
+
+
+class LanguageModel:
+    """A model on a device, and the adapters that it can speak with; `load` opens one.
+
+    >>> with load("Qwen/Qwen3-0.6B", adapter="run") as model:
+    ...     model.chat("What is 2 + 2?", max_tokens=64)
+
+    Methods take the options of `SamplingOptions` by name: `max_tokens`, `temperature`, `stop`, `seed`, ... Prompts of a
+    list are answered in one batch, and each as it would be alone. Threads may share a model; they take turns.
+    """
+
+    def __init__(
+        self,
+        decoder: CachedDecoder,
+        tokenizer: Tokenizer,
+        vocabulary: int,
+        adapters: Sequence[str] = (),
+        speculate: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.decoder = decoder
+        self.scheduler = Scheduler(decoder, tokenizer, vocabulary, speculate)
+        self.adapters = tuple(adapters)
+        self._adapter: str | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers, or None for the base model alone. Setting it loads nothing."""
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters:
+            raise UserError(f"adapter {name!r}: not loaded; there is {', '.join(self.adapters) or 'none'}")
+        self._adapter = name
+
+    @property
+    def context(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return self.decoder.context
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """What the model continues texts with, as they are: for models that chat see `chat`."""
+        if isinstance(prompts, str):
+            return self.complete([self.encode(prompts)], **options)[0].text
+        return [answer.text for answer in self.complete([self.encode(prompt) for prompt in prompts], **options)]
+
+    def chat(self, messages: Messages, **options: Any) -> str:
+        """The assistant's next turn in a conversation."""
+        return self.complete([self.encode_chat(messages)], **options)[0].text
+
+    def stream(self, prompt: Messages, *, chat: bool | None = None, **options: Any) -> Iterator[str]:
+        """The same, piece by piece as it is made; a text is continued as it is, unless `chat` is True.
+
+        Whoever stops listening ends the answer.
+        """
+        as_chat = not isinstance(prompt, str) if chat is None else chat
+        ids = self.encode_chat(prompt) if as_chat else self.encode(str(prompt))
+        return (delta.text for delta in self.deltas(self.request(ids, SamplingOptions(**options))) if delta.text)
+
+    def complete(self, prompts: Sequence[Sequence[int]], *, n: int = 1, **options: Any) -> list[Completion]:
+        """Answers to prompts of token ids, `n` to each, one after the other."""
+        requests = [self.request(prompt, SamplingOptions(**options), n) for prompt in prompts]
+        return self.answer(requests)
+
+    def request(self, prompt: Sequence[int], options: SamplingOptions, n: int = 1) -> Request:
+        """A request to the adapter that answers now."""
+        return Request(tuple(prompt), options, self._adapter, n)
+
+    def answer(self, requests: Sequence[Request]) -> list[Completion]:
+        """The answers to requests, batched: those of the first request, then those of the second, and so on."""
+        deltas: list[list[Delta]] = []
+        answers = []
+        with self._lock:
+            try:
+                for request in requests:
+                    told: list[Delta] = []
+                    deltas.append(told)
+                    answers += self.scheduler.submit(request, told.append)
+                while any(answer.finish is None for answer in answers):
+                    self.scheduler.step()
+            finally:
+                self.scheduler.cancel(answers)
+        counts = iter(answers)
+        return [
+            _completion([d for d in told if d.index == index], len(request.prompt), next(counts).drawn)
+            for request, told in zip(requests, deltas, strict=True)
+            for index in range(request.n)
+        ]
+
+    def deltas(self, request: Request) -> Iterator[Delta]:
+        """What is new of a request's answers as it comes. Raises UserError where one breaks off."""
+        told: list[Delta] = []
+        with self._lock:
+            answers = self.scheduler.submit(request, told.append)
+        try:
+            while told or any(answer.finish is None for answer in answers):
+                while told:
+                    yield _checked(told.pop(0))
+                with self._lock:
+                    self.scheduler.step()
+        finally:
+            with self._lock:
+                self.scheduler.cancel(answers)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits [n, V] in float32: row i are those of the token after `ids[: i + 1]`."""
+        return self._run(list(ids), first=0)
+
+    def score(self, prompt: str, completion: str) -> Score:
+        """How likely the model finds `completion` after `prompt`.
+
+        The two are cut into tokens together, as lm-evaluation-harness does: spaces at the end of the prompt count as
+        the beginning of the completion, and what the prompt alone encodes to is where that begins.
+        """
+        return self.score_ids(*self.encode_pair(prompt, completion))
+
+    def score_ids(self, prompt: Sequence[int], completion: Sequence[int]) -> Score:
+        """The same for token ids; `prompt` holds at least one."""
+        if not prompt:
+            raise UserError("score: the prompt is empty, and this model has no token to begin with")
+        if not completion:
+            return Score(0.0, 0, True)
+        ids = [*prompt, *completion]
+        rows = log_softmax(self._run(ids[:-1], first=len(prompt) - 1))
+        wanted = np.asarray(completion)
+        values = rows[np.arange(len(wanted)), wanted]
+        return Score(float(values.sum()), len(wanted), bool((rows.argmax(-1) == wanted).all()))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text to be continued."""
+        return self.tokenizer.encode_prompt(_utf8(prompt))
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of what is scored after it, see `score`."""
+        kept = prompt.rstrip()
+        completion = prompt[len(kept) :] + completion
+        context, whole = self.encode(kept), self.encode(kept + completion)
+        if not context:  # nothing before it: the model's first token stands in
+            begin = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+            context = [] if begin is None else [begin]
+            whole = [*context, *whole]
+        return context, whole[len(context) :]
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation with the opening of an answer. Raises UserError where there is no template."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": _utf8(messages)}]
+        conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
+        (rendered,) = self.tokenizer.template(conversation.tools).render_all([conversation], "prompt")
+        return self.tokenizer.encode(_utf8(rendered.text), add_special_tokens=False)
+
+    def _run(self, ids: list[int], first: int) -> np.ndarray:
+        """Logits [n - first, V] after ids[first], ids[first + 1], ...; what the cache has of them is not run again."""
+        if not ids:
+            raise UserError("no token ids")
+        self.scheduler.check_tokens(ids)
+        if len(ids) > self.context:
+            raise UserError(f"{len(ids)} tokens exceed --context {self.context}")
+        with self._lock:
+            while not self.scheduler.slots.free:  # streams that others have open
+                self.scheduler.step()
+            slot = self.scheduler.slots.take(ids[: first + 1], self._adapter)
+            try:
+                self.decoder.set_adapter(self._adapter)
+                if before := ids[len(slot.tokens) : first]:
+                    self.decoder.extend({slot.number: before})
+                    slot.tokens += before
+                rows = self.decoder.extend({slot.number: ids[len(slot.tokens) :]}, all_logits=True)[slot.number]
+                slot.tokens = list(ids)
+            finally:
+                self.scheduler.slots.give_back(slot)
+        return rows
+
+    def close(self) -> None:
+        self.decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _utf8(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line, half a pair in JSON
+        raise UserError("--prompt: not UTF-8 text")
+    return text
+
+
+def _checked(delta: Delta) -> Delta:
+    if delta.finish == "error":
+        raise UserError(delta.error)
+    return delta
+
+
+def _completion(deltas: Sequence[Delta], prompt_tokens: int, drawn: int) -> Completion:
+    text = "".join(_checked(delta).text for delta in deltas)
+    tokens = tuple(token for delta in deltas for token in delta.tokens)
+    return Completion(text, deltas[-1].finish or "", tokens, prompt_tokens, drawn)
