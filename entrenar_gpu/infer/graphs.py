@@ -71,7 +71,15 @@ def _model(graph: Graph, cache: CacheShape, shape: RunShape, caps: Caps, tokens:
     train = shape.train
     sizes = (train.batch, train.seq)
     return Transformer(
-        graph, shape.model, shape.storage, caps, *sizes, precision="f32", cached=tokens, cache_dtype=cache.dtype
+        graph,
+        shape.model,
+        shape.storage,
+        caps,
+        *sizes,
+        precision="f32",
+        cached=tokens,
+        cache_dtype=cache.dtype,
+        by_rows=True,
     )
 
 

@@ -34,6 +34,7 @@ class Trace:
     rope_tables: Mapping[Rope, Tensor]
     dropped: Callable[[Tensor], Tensor] | None  # adapter dropout
     cache: KeyValueCache | None = None  # where tokens attend to what a cache keeps of those before them
+    by_rows: bool = False  # products are of a few rows, each by itself
 
     def row_length(self, x: Tensor) -> int:
         """Positions that a row of x [T, ..] may have."""
@@ -89,7 +90,7 @@ class Linear:
         with trace.graph.within(self.path.rpartition(".")[2]):
             weight = parameters.matrix(f"{module}.weight")
             bias = parameters.vector(f"{module}.bias") if self.bias else None
-            product = Product(trace.graph, x, weight, bias, residual, trace.precision, trace.dropped)
+            product = Product(trace.graph, x, weight, bias, residual, trace.precision, trace.dropped, trace.by_rows)
             adapter = parameters.adapter(module)
             return adapter.apply(product) if adapter is not None else product.record()
 

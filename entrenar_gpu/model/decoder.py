@@ -39,6 +39,7 @@ class Transformer:
         precision: Arithmetic = "f32",
         cached: int | None = None,
         cache_dtype: str = "f32",
+        by_rows: bool = False,
     ) -> None:
         self._head_precision: Arithmetic = precision if caps.f16 else "f32"  # the loss knows f16 and f32 alone
         self.graph, self.config, self.storage = graph, config, storage
@@ -57,7 +58,7 @@ class Transformer:
         self._dropouts = 0
         dropped = self._dropped if dropout else None
         self._trace = Trace(
-            graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped, cache
+            graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped, cache, by_rows
         )
 
     def _input(self, name: str, cached: int | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            return ops.project(hidden, self._head())
+            return (ops.row_product if self._trace.by_rows else ops.project)(hidden, self._head())
 
     def _head(self) -> list[Tensor]:
         return self.parameters.table(EMBEDDING if self.config.tie_word_embeddings else HEAD)

@@ -18,7 +18,8 @@ LowRank = tuple[Tensor, Tensor, float]
 class Product:
     """x W^T + bias + residual, [T, N], of a projection with W [N, K], before it is recorded.
 
-    `precision` is the arithmetic where W is NF4. `dropped` is adapter dropout, where the run has any.
+    `precision` is the arithmetic where W is NF4. `dropped` is adapter dropout, where the run has any. `by_rows`: of a
+    few rows, each computed the same whatever the others are, from W as it is stored; for inference alone.
     """
 
     graph: Graph
@@ -28,22 +29,38 @@ class Product:
     residual: Tensor | None
     precision: Arithmetic
     dropped: Callable[[Tensor], Tensor] | None
+    by_rows: bool = False
 
     @property
-    def is_nf4(self) -> bool:
-        return isinstance(self.weight, Nf4Tensors)
+    def takes_lora(self) -> bool:
+        """Whether `record` makes x A^T itself."""
+        return self.dropped is None and (self.by_rows or isinstance(self.weight, Nf4Tensors))
 
     def record(self, low_rank: LowRank | None = None, lora: LowRank | None = None) -> Tensor:
         """The product in one node, with scale * p q^T of `low_rank` = (p [T, R], q [N, R], scale) added to it.
 
-        `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale); for NF4 weights only.
+        `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale), where the product `takes_lora`.
         """
+        if self.by_rows:
+            return self._by_rows(low_rank, lora)
         if isinstance(self.weight, Nf4Tensors):
             return ops.linear(self.x, self.weight, low_rank, self.bias, self.residual, self.precision, lora)
         assert lora is None
         return ops.matmul(
             self.x, self.weight, transpose_b=True, low_rank=low_rank, bias=self.bias, residual=self.residual
         )
+
+    def _by_rows(self, low_rank: LowRank | None, lora: LowRank | None) -> Tensor:
+        """What is of low rank is made first, and the product adds to it."""
+        if lora is not None:
+            a, b, scale = lora
+            low_rank = (ops.row_product(self.x, [a]), b, scale)
+        bias, residual = self.bias, self.residual
+        if low_rank is not None:
+            p, q, scale = low_rank
+            bias, residual = None, ops.row_product(p, [q], scale, bias, residual)
+        weight = self.weight if isinstance(self.weight, Nf4Tensors) else [self.weight]
+        return ops.row_product(self.x, weight, 1.0, bias, residual)
 
 
 class ModuleAdapter(Protocol):

@@ -10,6 +10,7 @@ from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, sub, 
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.gemm.linear import linear
 from entrenar_gpu.ops.gemm.matmul import matmul
+from entrenar_gpu.ops.gemm.row_product import row_product
 from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
 from entrenar_gpu.ops.norm_rope import norm_rope
@@ -58,6 +59,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
+    "row_product",
     "scale",
     "sgd",
     "softmax",

@@ -45,7 +45,7 @@ class LoraModule:
     def apply(self, product: Product) -> Tensor:
         """x W^T + scale * (x A^T) B^T + bias + residual, in one product; dropout takes elements of A's x alone."""
         a, b = (product.graph.parameter(name, shape) for name, shape in self.shapes().items())
-        if product.is_nf4 and product.dropped is None:
+        if product.takes_lora:
             return product.record(lora=(a, b, self.scale))
         x = product.dropped(product.x) if product.dropped is not None else product.x
         return product.record(low_rank=(ops.matmul(x, a, transpose_b=True), b, self.scale))

@@ -1,0 +1,109 @@
+"""Products of a few rows with weights as they are stored: GPU against NumPy, and a row's sums by themselves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from entrenar_gpu import ops
+from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.executors.numpy_executor import NumpyExecutor
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.graph.dtypes import NUMPY_TYPES
+from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.ops.quantize import Nf4Tensors, host_parts
+from entrenar_gpu.quant import Nf4Weight
+from tests.helpers.equivalence import check_close, fault
+
+# (N, K) of weights: whole steps of all widths, single values, more than one fold of lanes; K of 16 is a rank's.
+SIZES = {"nf4": [(70, 128), (33, 40), (9, 21), (5, 2624)], "f32": [(70, 128), (3, 21), (130, 16)], "bf16": [(70, 136)]}
+SIZES |= {"nf4 double": [(70, 128), (1, 192)], "nf4 bfloat16": [(70, 128)], "half": [(70, 136), (33, 10), (9, 21)]}
+CASES = [(kind, n, k, rows) for kind, sizes in SIZES.items() for n, k in sizes for rows in (1, 3, 11)]
+
+
+def graph_of(kind: str, n: int, k: int, rows: int, added: bool = True, own: bool = False) -> Graph:
+    graph = Graph("g")
+    x = graph.tensor("x", (rows, k))
+    bias, residual = (graph.tensor("bias", (n,)), graph.tensor("residual", (rows, n))) if added else (None, None)
+    if own:  # a temporary, which the product may overwrite
+        residual = ops.scale(residual, 1.0)
+    name, _, how = kind.partition(" ")
+    if name == "nf4":
+        rounded = how if how not in ("", "double") else "float32"
+        weight = Nf4Tensors.declare(graph, "w", (n, k), how == "double", rounded)
+    else:  # in two shards, the first of 64 rows where there are as many
+        cut = min(64, n - 1)
+        weight = [graph.tensor(f"w{i}", (m, k), name, "weight") for i, m in enumerate((cut, n - cut))]
+    ops.keep(ops.row_product(x, weight, 0.5 if added else 1.0, bias, residual), "out")
+    return graph
+
+
+def arrays_of(kind: str, graph: Graph, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    arrays = {
+        n: rng.standard_normal(graph.persistents[n].shape, np.float32)
+        for n in ("x", "bias", "residual")
+        if n in graph.persistents
+    }
+    name, _, how = kind.partition(" ")
+    if name == "nf4":
+        shape = next(node for node in graph.nodes if node.op == "row_product").attrs["shape"]
+        parts = host_parts(Nf4Weight.from_dense(rng.standard_normal(shape, np.float32), how == "double"))
+        names = [t.name for t in graph.persistents.values() if t.name.startswith("w.")]
+        return arrays | dict(zip(names, parts, strict=True))
+    shards = [t for t in graph.persistents.values() if t.name in ("w0", "w1")]
+    return arrays | {t.name: rng.standard_normal(t.shape).astype(NUMPY_TYPES[name]) for t in shards}
+
+
+def run(executor, arrays) -> np.ndarray:
+    try:
+        for name, values in arrays.items():
+            executor.write(name, values)
+        executor.run("g")
+        return executor.read("out")
+    finally:
+        executor.close()
+
+
+def on_device(kernels, graph, arrays) -> np.ndarray:
+    return run(Replay(kernels.device, make_plan({"g": graph}, kernels.device.caps), kernels), arrays)
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "rows"), CASES)
+def test_gpu_against_numpy(kernels, rng, kind, n, k, rows):
+    graph = graph_of(kind, n, k, rows, own=rows == 3)
+    arrays = arrays_of(kind, graph, rng)
+    want = run(NumpyExecutor({"g": graph}), arrays)
+    check_close(on_device(kernels, graph, arrays), want, want, 5e-8 * math.sqrt(k) + 1e-7, "out")
+
+
+@pytest.mark.parametrize("kind", [*SIZES])
+def test_a_row_alone_or_among_others(kernels, rng, kind):
+    """Bit for bit, whatever how many are multiplied at once."""
+    n, k = SIZES[kind][0]
+    many = graph_of(kind, n, k, 11, added=False)
+    arrays = arrays_of(kind, many, rng)
+    want = on_device(kernels, many, arrays)
+    for rows in ([5], [3, 10], [0, 1, 2, 9]):
+        few = arrays | {"x": arrays["x"][rows]}
+        np.testing.assert_array_equal(on_device(kernels, graph_of(kind, n, k, len(rows), added=False), few), want[rows])
+
+
+FAULTS = [
+    ("row_product", "bits >> shift", "bits >> (shift ^ 4u)"),
+    ("row_product", "/ 4u);", "/ 8u);"),  # the block of a scale
+    ("row_product", "l < 8u", "l < 7u"),
+    ("row_product", "let which = i / 32u", "let which = i / 64u"),
+]
+
+
+@pytest.mark.parametrize(("shader", "old", "new"), FAULTS)
+def test_planted_errors_are_seen(device, rng, shader, old, new):
+    graph = graph_of("nf4", 70, 128, 2)
+    arrays = arrays_of("nf4", graph, rng)
+    want = run(NumpyExecutor({"g": graph}), arrays)
+    with fault(shader, old, new):
+        got = on_device(KernelCache(device), graph, arrays)
+    assert not np.abs(got - want).max() <= 1e-3
