@@ -20,7 +20,15 @@ from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.half import from_half, to_half
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build, plan_of
-from tests.ops import test_cached_attention, test_half, test_kernels, test_low_precision, test_low_rank, test_optimizer
+from tests.ops import (
+    test_cached_attention,
+    test_half,
+    test_kernels,
+    test_low_precision,
+    test_low_rank,
+    test_optimizer,
+    test_row_product,
+)
 
 LARGE = replace(
     Caps("large"),
@@ -50,6 +58,8 @@ def other_graphs() -> dict[str, Graph]:
     from_half(*to_half(graphs["half"].tensor("x", (7, 66))))
     for tokens in (5, 18):
         graphs[f"cache {tokens}"] = test_cached_attention.graph_of(tokens, 4, 2, 24, window=70, softcap=1.5)
+    for kind, sizes in test_row_product.SIZES.items():
+        graphs |= {f"rows {kind} {n}x{k}": test_row_product.graph_of(kind, n, k, 3) for n, k in sizes}
     graphs["linear"] = test_low_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
 
@@ -120,7 +130,7 @@ def test_every_template_has_a_planted_fault():
     planted = {row[0] for row in (*test_kernels.FAULTS, *test_optimizer.FAULTS)} | set(test_kernels.SPLIT.values())
     planted |= {row[0] for row in (*test_low_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
-    planted |= {row[0] for row in test_cached_attention.FAULTS}
+    planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_row_product.FAULTS)}
     planted.add("matmul_matrix")  # test_matrix_units.py
     assert planted == set(TEMPLATES)
 
