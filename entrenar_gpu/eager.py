@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.compiler import autodiff, make_plan
+from entrenar_gpu.dtypes import ARRAY_TYPES, NUMPY_TYPES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.graph import NUMPY_TYPES, OPERATORS, Graph, Node, Tensor
+from entrenar_gpu.graph import OPERATORS, Graph, Node, Tensor
 from entrenar_gpu.ops import keep
 
-_DTYPES = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f32", np.dtype(np.uint32): "u32"}
-_DTYPES |= {np.dtype(np.int32): "i32", np.dtype(np.int64): "i32"}
 PROGRAMS = 16  # of the last computations, with their buffers, for others of the same structure
 PROGRAM_BYTES = 16 << 20  # of a program's buffers; larger ones are not kept
 
@@ -57,11 +56,11 @@ def tensor(array: Any, requires_grad: bool = False) -> Tensor:
     Raises UserError for arrays of other types, and for integers beyond 32 bits.
     """
     values = np.asarray(array)
-    if values.dtype not in _DTYPES:
+    if values.dtype not in ARRAY_TYPES:
         raise UserError(f"tensor: arrays of {values.dtype} are not supported")
     if not values.size:
         raise UserError(f"tensor: an array of shape {list(values.shape)} has no elements")
-    dtype = _DTYPES[values.dtype]
+    dtype = ARRAY_TYPES[values.dtype]
     if requires_grad and dtype != "f32":
         raise UserError(f"tensor: gradients are of floats, not of {values.dtype}")
     if values.dtype == np.int64 and not (values.min() >= -(2**31) and values.max() < 2**31):

@@ -12,9 +12,9 @@ import numpy as np
 
 from entrenar_gpu.adapters.lora import peft_config
 from entrenar_gpu.adapters.spec import CONFIG_FILE, PEFT_PREFIX, AdapterSpec
+from entrenar_gpu.dtypes import STORED_FLOATS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, TensorSource, new_file, new_folder, write_tensors
-from entrenar_gpu.graph import STORED_FLOATS
 from entrenar_gpu.model import ModelConfig
 from entrenar_gpu.quant import Floats
 

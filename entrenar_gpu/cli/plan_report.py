@@ -11,6 +11,7 @@ from typing import Any
 from entrenar_gpu.adapters import adapter_spec
 from entrenar_gpu.compiler import Plan, Recompute, weight_copies
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.dtypes import TORCH_FLOATS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
 from entrenar_gpu.graph import Caps, Graph, Tensor
@@ -43,7 +44,6 @@ PROFILES = {
         flops_per_second=2e12,
     ),
 }
-DENSE = {"float32": "f32", "float16": "fp16", "bfloat16": "bf16"}
 PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
     *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
@@ -119,10 +119,10 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
     else:
         raw = read_json_object(path / "config.json" if path.is_dir() else path)
         stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-        if stated not in tuple(DENSE):  # which may be of any JSON type
-            raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(DENSE)}")
+        if stated not in tuple(TORCH_FLOATS):  # which may be of any JSON type
+            raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(TORCH_FLOATS)}")
         modules = spec.modules if spec is not None else {}
-        storage = Storage(config.method, DENSE[stated], double_quant=config.double_quant, adapters=modules)
+        storage = Storage(config.method, TORCH_FLOATS[stated], double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
     trace = functools.partial(training_graphs, evaluates=evaluates)
     fitted = fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))

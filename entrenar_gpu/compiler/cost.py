@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Node, Tensor
+from entrenar_gpu.dtypes import ELEMENT_BYTES
+from entrenar_gpu.graph import Caps, Node, Tensor
 from entrenar_gpu.ops.half import half_bytes
 from entrenar_gpu.ops.registry import OPS
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from entrenar_gpu.compiler import PAGED_ROLES, page_layout, page_sizes
-from entrenar_gpu.graph import NUMPY_TYPES, Graph, Node, Tensor, grouped
+from entrenar_gpu.dtypes import NUMPY_TYPES
+from entrenar_gpu.graph import Graph, Node, Tensor, grouped
 from entrenar_gpu.ops.registry import OPS
 
 

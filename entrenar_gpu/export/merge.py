@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from entrenar_gpu.adapters import AdapterSpec, load_adapter
+from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
 from entrenar_gpu.files import TensorSource
-from entrenar_gpu.graph import TORCH_NAMES
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
 from entrenar_gpu.quant import Nf4Weight
 

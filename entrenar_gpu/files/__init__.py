@@ -13,12 +13,11 @@ from entrenar_gpu.files.atomic import (
 )
 from entrenar_gpu.files.json_file import read_json, read_json_object, read_text
 from entrenar_gpu.files.lock import FolderLock
-from entrenar_gpu.files.safetensors_file import NAMES, SafetensorsFile, TensorInfo
+from entrenar_gpu.files.safetensors_file import SafetensorsFile, TensorInfo
 from entrenar_gpu.files.stored import StoredArray
 from entrenar_gpu.files.tensor_source import TensorSource, save_safetensors, write_tensors
 
 __all__ = [
-    "NAMES",
     "FolderLock",
     "SafetensorsFile",
     "StoredArray",

@@ -12,29 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import ml_dtypes
-import numpy as np
 from numpy.typing import NDArray
 
+from entrenar_gpu.dtypes import STORED_TYPES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files.stored import OpenFile, StoredArray
-
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The reference implementation's limit. A header this long would describe a million tensors.
 LARGEST_HEADER = 100_000_000
@@ -71,9 +53,9 @@ class SafetensorsFile:
     def stored(self, name: str) -> StoredArray:
         """A tensor of which nothing is read before its elements are asked for."""
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
+        if info.dtype not in STORED_TYPES:
             raise UserError(f"{self.path}: tensor {name!r}: dtype {info.dtype} is not supported")
-        return StoredArray(self._file, info.start, info.shape, DTYPES[info.dtype], f"tensor {name!r}")
+        return StoredArray(self._file, info.start, info.shape, STORED_TYPES[info.dtype], f"tensor {name!r}")
 
     def header(self) -> bytes:
         """The bytes before the first tensor."""
@@ -131,7 +113,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad
     nbytes = offsets[1] - offsets[0]
-    if dtype in DTYPES and nbytes != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in STORED_TYPES and nbytes != math.prod(shape) * STORED_TYPES[dtype].itemsize:
         raise UserError(f"{path}: tensor {name!r}: {nbytes} bytes do not hold {dtype} of shape {list(shape)}")
     return TensorInfo(path, tuple(shape), dtype, data_start + offsets[0], nbytes)
 

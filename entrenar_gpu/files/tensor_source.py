@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from entrenar_gpu.dtypes import STORED_NAMES, STORED_TYPES
 from entrenar_gpu.files.atomic import new_file
-from entrenar_gpu.files.safetensors_file import DTYPES, NAMES
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorSource:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * STORED_TYPES[self.dtype].itemsize
 
 
 def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> None:
@@ -35,7 +35,7 @@ def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: M
 
     Wider types come first, so that every tensor is aligned to its element.
     """
-    ordered = sorted(sources, key=lambda source: -DTYPES[source.dtype].itemsize)
+    ordered = sorted(sources, key=lambda source: -STORED_TYPES[source.dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for source in ordered:
@@ -52,7 +52,7 @@ def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: M
         array = source.produce()
         if array.shape != source.shape:
             raise ValueError(f"{source.name}: announced as {source.shape}, produced as {array.shape}")
-        converted = np.ascontiguousarray(array, dtype=DTYPES[source.dtype])
+        converted = np.ascontiguousarray(array, dtype=STORED_TYPES[source.dtype])
         stream.write(converted.reshape(-1).view(np.uint8).data)
 
 
@@ -61,7 +61,7 @@ def save_safetensors(
 ) -> None:
     """Write arrays that are in memory, each in its own dtype. Raises UserError, with nothing written, when it fails."""
     sources = [
-        TensorSource(name, array.shape, NAMES[array.dtype], lambda array=array: array)  # type: ignore[misc]
+        TensorSource(name, array.shape, STORED_NAMES[array.dtype], lambda array=array: array)  # type: ignore[misc]
         for name, array in tensors.items()
     ]
     with new_file(path) as stream:

@@ -8,8 +8,9 @@ from typing import Any
 
 import jinja2
 
+from entrenar_gpu.dtypes import WGSL_TYPES
 from entrenar_gpu.gpu.device import Device
-from entrenar_gpu.graph import WGSL_TYPES, Launch
+from entrenar_gpu.graph import Launch
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel carries the shaders inside the package; a checkout keeps them beside it.

@@ -16,11 +16,12 @@ import numpy as np
 import wgpu
 
 from entrenar_gpu.compiler import RING, Plan, Step, queries_of
+from entrenar_gpu.dtypes import ELEMENT_BYTES, NUMPY_TYPES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import Command
 from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.graph import ELEMENT_BYTES, NUMPY_TYPES, Launch, Tensor
+from entrenar_gpu.graph import Launch, Tensor
 from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS
 

@@ -1,19 +1,12 @@
 """The traced program as data: tensors, nodes, graphs, what a device can do, and what a node turns into."""
 
 from entrenar_gpu.graph.caps import Caps, MatrixConfig, Target
-from entrenar_gpu.graph.dtypes import DTYPES, ELEMENT_BYTES, NUMPY_TYPES, STORED_FLOATS, TORCH_NAMES, WGSL_TYPES
 from entrenar_gpu.graph.launch import OFFSET_ALIGNMENT, Binding, Launch, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.graph.tensor import OPERATORS, Graph, Node, Tensor, flat, grouped
 
 __all__ = [
-    "DTYPES",
-    "ELEMENT_BYTES",
-    "NUMPY_TYPES",
     "OFFSET_ALIGNMENT",
     "OPERATORS",
-    "STORED_FLOATS",
-    "TORCH_NAMES",
-    "WGSL_TYPES",
     "Binding",
     "Caps",
     "Graph",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph.tensor import Tensor
 from entrenar_gpu.integers import ceil_div
 

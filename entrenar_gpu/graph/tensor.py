@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
+from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.integers import round_up
 
 # input: written by the host before a run        weight: frozen, written once at loading

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from entrenar_gpu.dtypes import STORED_FLOATS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
-from entrenar_gpu.graph import STORED_FLOATS
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model.config import EMBEDDING, HEAD, PREFIX, ModelConfig
 from entrenar_gpu.model.registry import load_model_config

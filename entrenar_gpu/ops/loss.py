@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.dtypes import ELEMENT_BYTES
+from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, mul, softcapped
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch

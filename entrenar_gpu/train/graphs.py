@@ -19,8 +19,9 @@ from entrenar_gpu.compiler import (
     weight_copies,
 )
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import ELEMENT_BYTES, Caps, Graph
+from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import ModelConfig, Storage, Transformer
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
 from entrenar_gpu.ops.optimizer import FIRST_SCALE, OPTIMIZERS, STATE

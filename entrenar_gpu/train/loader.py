@@ -15,11 +15,12 @@ from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.dtypes import NUMPY_TYPES, STORED_FLOATS, STORED_NAMES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.files import NAMES, StoredArray
+from entrenar_gpu.files import StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, finite, pieces
-from entrenar_gpu.graph import NUMPY_TYPES, STORED_FLOATS, Graph
+from entrenar_gpu.graph import Graph
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
@@ -174,7 +175,7 @@ class DeviceTarget:
         self._uploader.write_part(self.executor, name, first, values)
 
     def quantize(self, name: str, weight: Values, double: bool) -> None:
-        dtype = STORED_FLOATS[NAMES[weight.dtype]]
+        dtype = STORED_FLOATS[STORED_NAMES[weight.dtype]]
         names = nf4_part_names(name, double)
         scales = self._scales(ceil_div(weight.size, nf4.BLOCK)) if double else None
         owner, absmax = (scales, "absmax") if scales is not None else (self.executor, names[1])

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from entrenar_gpu import __version__
+from entrenar_gpu.dtypes import NUMPY_TYPES, STORED_NAMES
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.files import NAMES, SafetensorsFile, TensorSource, cache_folder, cannot_write, new_file, write_tensors
+from entrenar_gpu.files import SafetensorsFile, TensorSource, cache_folder, cannot_write, new_file, write_tensors
 from entrenar_gpu.gpu import THREADS
-from entrenar_gpu.graph import NUMPY_TYPES, Tensor
+from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import HFCheckpoint
 
 LAYOUT = "1"  # of the tensors in the file, and of the arithmetic that made them
@@ -76,7 +77,7 @@ class WeightCache:
             return values
 
         sources = [
-            TensorSource(name, tensor.shape, NAMES[NUMPY_TYPES[tensor.dtype]], partial(produce, name))
+            TensorSource(name, tensor.shape, STORED_NAMES[NUMPY_TYPES[tensor.dtype]], partial(produce, name))
             for name, tensor in tensors.items()
         ]
         # The last of the narrowest type comes last in the file: when its turn comes, all sums are known.
@@ -91,7 +92,7 @@ class WeightCache:
             file = SafetensorsFile(self.path)
         except UserError:
             return None
-        shapes = {name: (tensor.shape, NAMES[NUMPY_TYPES[tensor.dtype]]) for name, tensor in wanted.items()}
+        shapes = {name: (tensor.shape, STORED_NAMES[NUMPY_TYPES[tensor.dtype]]) for name, tensor in wanted.items()}
         shapes[CHECKSUMS] = ((4 * len(wanted),), "U8")
         if file.metadata != self._made_from or {n: (i.shape, i.dtype) for n, i in file.tensors.items()} != shapes:
             return None

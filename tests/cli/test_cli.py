@@ -173,6 +173,24 @@ def test_plan_refuses_what_train_refuses(tmp_path: Path, capsys: pytest.CaptureF
         assert "torch_dtype" in failure(capsys, "plan", "--model", str(folder), "--seq", "32")
 
 
+@pytest.mark.parametrize(("torch", "nbytes"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_plan_knows_the_types_that_a_config_may_name(
+    torch: str, nbytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model(tmp_path / "model")
+    with_file = planned(capsys, folder)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": torch}))
+    assert 4 * planned(capsys, folder) == nbytes * with_file
+
+
+def planned(capsys: pytest.CaptureFixture[str], folder: Path) -> int:
+    """Bytes of embeddings of a LoRA run's plan, which are as the model stores them."""
+    assert cli.run(["plan", "--model", str(folder), "--method", "lora", "--seq", "32", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["embedding_bytes"]
+
+
 def test_resume_may_stand_alone() -> None:
     assert main._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
     assert main._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]

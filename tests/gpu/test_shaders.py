@@ -12,9 +12,9 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.gpu.kernel import render, shader_files
 from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph.launch import Launch
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.half import from_half, to_half

@@ -16,11 +16,11 @@ import pytest
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.plan import Plan, PlanOptions, make_plan
+from entrenar_gpu.dtypes import NUMPY_TYPES
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu import kernel
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.launch import Launch
 from entrenar_gpu.graph.tensor import Graph, Node, Tensor
 from entrenar_gpu.ops import loss as loss_ops

@@ -8,9 +8,9 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import PlanOptions, make_plan
+from entrenar_gpu.dtypes import NUMPY_TYPES
 from entrenar_gpu.gpu.kernel import SHADER_FOLDER
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.elementwise import elementwise_launch
 from entrenar_gpu.ops.quantize import host_parts

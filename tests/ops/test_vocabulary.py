@@ -10,9 +10,9 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import PlanOptions, make_plan
+from entrenar_gpu.dtypes import NUMPY_TYPES
 from entrenar_gpu.executors.numpy_executor import run_node
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.ops import loss as loss_ops
 from entrenar_gpu.ops.gemm import tiles

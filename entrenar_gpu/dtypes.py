@@ -34,6 +34,17 @@ DTYPES = {
 ELEMENT_BYTES = {name: dtype.nbytes for name, dtype in DTYPES.items()}
 WGSL_TYPES = {name: dtype.wgsl for name, dtype in DTYPES.items()}
 NUMPY_TYPES = {name: dtype.numpy for name, dtype in DTYPES.items()}
-# The float types of checkpoints, by safetensors' name: ours, and torch's.
+# The float types of checkpoints, by safetensors' name: ours, and torch's; and ours by torch's.
 STORED_FLOATS = {d.stored: name for name, d in DTYPES.items() if d.stored is not None and d.torch is not None}
 TORCH_NAMES = {d.stored: d.torch for d in DTYPES.values() if d.stored is not None and d.torch is not None}
+TORCH_FLOATS = {d.torch: name for name, d in DTYPES.items() if d.torch is not None}
+# Every type that a safetensors file may hold, and its name there by NumPy's type. Files are little-endian.
+STORED_TYPES: dict[str, np.dtype[Any]] = {d.stored: d.numpy for d in DTYPES.values() if d.stored is not None} | {
+    **{f"{kind}{8 * n}": np.dtype(f"<{kind.lower()}{n}") for kind in "IU" for n in (1, 2, 4, 8)},
+    "F64": np.dtype("<f8"),
+    "BOOL": np.dtype("?"),
+}
+STORED_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
+# What a NumPy array becomes as a tensor of a program.
+ARRAY_TYPES = {d.numpy: name for name, d in DTYPES.items() if name in ("f32", "u32", "i32")}
+ARRAY_TYPES |= {np.dtype(np.float64): "f32", np.dtype(np.int64): "i32"}
