@@ -9,10 +9,10 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.dtypes import NUMPY_TYPES
 from entrenar_gpu.executors.numpy_executor import NumpyExecutor
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
-from entrenar_gpu.graph.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.quantize import Nf4Tensors, host_parts
 from entrenar_gpu.quant import Nf4Weight
