@@ -5,14 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.adapters import load_adapter
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.gpu import KernelCache
-from entrenar_gpu.infer.graphs import HEAD_ROWS, LOGITS_AT, CacheShape, decoder_graphs, fit_decoder, pass_name
-from entrenar_gpu.model import cache_names
+from entrenar_gpu.infer.graphs import (
+    HEAD_ROWS,
+    LOGITS_AT,
+    CacheShape,
+    adapter_prefix,
+    decoder_graphs,
+    fit_decoder,
+    pass_name,
+)
+from entrenar_gpu.model import cache_names, load_model_config, resolve_model
 from entrenar_gpu.train import Session
 
 CHUNK = 256
@@ -34,8 +44,10 @@ class Decoder:
     def __init__(self, session: Session, cache: CacheShape) -> None:
         """For a session whose graphs are those of `decoder_graphs` for this cache; `open` makes one."""
         self.session, self.cache = session, cache
+        self.adapters: tuple[str, ...] = ()
         self.lengths = [0] * session.config.batch
         self.vocabulary = session.checkpoint.config.vocab_size
+        self._adapter: str | None = None
 
     @classmethod
     def open(
@@ -44,19 +56,35 @@ class Decoder:
         slots: int,
         context: int,
         chunk: int = CHUNK,
-        with_adapter: bool = True,
+        adapters: Mapping[str, str | Path] | None = None,
         kernels: KernelCache | None = None,
-        cache_dtype: str = "f32",
     ) -> Decoder:
-        """The model of `config`, and the adapter of `config.adapter_init` when `with_adapter`, for `slots` sequences of
-        up to `context` tokens; prompts are read `chunk` tokens at a time. `kernels` as for a Session.
+        """The model of `config` for `slots` sequences of up to `context` tokens, prompts read `chunk` tokens at a time.
 
-        Raises UserError where such a context does not fit, naming the longest that does.
+        `adapters` are folders by the names that `set_adapter` knows them by; without it, the base model alone answers.
+        `kernels` as for a Session. Raises UserError for files that do not fit, and where such a context does not fit,
+        naming the longest that does.
         """
-        cache = CacheShape(min(chunk, context), cache_dtype)
+        model = load_model_config(resolve_model(config.model))
+        loaded = {name: load_adapter(Path(folder), model) for name, folder in (adapters or {}).items()}
+        cache = CacheShape(min(chunk, context))
         config = replace(config, batch=slots, seq=context)
-        trace = functools.partial(decoder_graphs, cache)
-        return cls(Session.open(config, trace, with_adapter=with_adapter, kernels=kernels, fit=fit_decoder), cache)
+        trace = functools.partial(decoder_graphs, cache, {name: spec for name, (spec, _) in loaded.items()})
+        decoder = cls(Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder), cache)
+        for name, (_, values) in loaded.items():
+            for tensor, array in values.items():
+                decoder.session.executor.write(adapter_prefix(name) + tensor, array)
+        decoder.adapters = (*loaded,)
+        return decoder
+
+    def set_adapter(self, name: str | None) -> None:
+        """The adapter that the next tokens are read with, None for the base model alone. Nothing is loaded.
+
+        What slots hold stays as it was read. Raises KeyError for a name that `open` was not given.
+        """
+        if name is not None and name not in self.adapters:
+            raise KeyError(name)
+        self._adapter = name
 
     @property
     def slots(self) -> int:
@@ -131,7 +159,7 @@ class Decoder:
             values = np.full(size, padding, np.uint32)
             values[: len(rows)] = [getattr(row, field) for row in rows]
             executor.write(f"{name}.{size}", values)
-        report = executor.run(pass_name(size))
+        report = executor.run(pass_name(size, self._adapter))
         wanted = [place for place, row in enumerate(rows) if row.wanted]
         if report is not None and wanted:
             logits = report.result()

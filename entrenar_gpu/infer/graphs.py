@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
+from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, make_plan
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
@@ -33,19 +34,34 @@ class CacheShape:
         return [*few, self.chunk]
 
 
-def pass_name(tokens: int) -> str:
-    """The graph of a pass over so many tokens."""
-    return f"pass.{tokens}"
+def pass_name(tokens: int, adapter: str | None) -> str:
+    """The graph of a pass over so many tokens, with an adapter or without."""
+    return f"pass.{tokens}" if adapter is None else f"pass.{tokens}.{adapter}"
 
 
-def decoder_graphs(cache: CacheShape, shape: RunShape, caps: Caps) -> dict[str, Graph]:
-    """A graph for each number of tokens, which makes the logits of all of them if they are few.
+def adapter_prefix(adapter: str) -> str:
+    """What the names of an adapter's tensors begin with."""
+    return f"adapter.{adapter}."
 
-    Of a chunk it leaves the hidden states, and "head" makes the logits of HEAD_ROWS of these.
+
+def decoder_graphs(
+    cache: CacheShape, adapters: Mapping[str, AdapterSpec], shape: RunShape, caps: Caps
+) -> dict[str, Graph]:
+    """Graphs by number of tokens and adapter, which make the logits of all tokens if these are few.
+
+    Of a chunk they leave the hidden states, and "head" makes the logits of HEAD_ROWS of these.
     """
+    graphs = _passes(cache, None, shape, caps)
+    for name, spec in adapters.items():
+        storage = replace(shape.storage, adapters=spec.modules, adapter_prefix=adapter_prefix(name))
+        graphs |= _passes(cache, name, replace(shape, storage=storage), caps)
+    return graphs
+
+
+def _passes(cache: CacheShape, adapter: str | None, shape: RunShape, caps: Caps) -> dict[str, Graph]:
     graphs = {}
     for tokens in cache.sizes:
-        graph = Graph(pass_name(tokens), differentiable=False)
+        graph = Graph(pass_name(tokens, adapter), differentiable=False)
         model = _model(graph, cache, shape, caps, tokens)
         hidden = model.hidden()
         if tokens <= HEAD_ROWS:
@@ -53,7 +69,8 @@ def decoder_graphs(cache: CacheShape, shape: RunShape, caps: Caps) -> dict[str, 
             ops.keep(model.logits(hidden), graph.report)
         else:
             ops.keep(hidden, HIDDEN)
-            graphs["head"] = _head(cache, shape, caps, tokens)
+            if adapter is None:
+                graphs["head"] = _head(cache, shape, caps, tokens)
         graphs[graph.name] = graph
     return graphs
 

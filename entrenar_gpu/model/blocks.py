@@ -90,7 +90,8 @@ class Linear:
         with trace.graph.within(self.path.rpartition(".")[2]):
             weight = parameters.matrix(f"{module}.weight")
             bias = parameters.vector(f"{module}.bias") if self.bias else None
-            product = Product(trace.graph, x, weight, bias, residual, trace.precision, trace.dropped, trace.by_rows)
+            how = (trace.precision, trace.dropped, trace.by_rows, parameters.adapter_prefix)
+            product = Product(trace.graph, x, weight, bias, residual, *how)
             adapter = parameters.adapter(module)
             return adapter.apply(product) if adapter is not None else product.record()
 

@@ -30,6 +30,7 @@ class Storage:
     kept_dense: frozenset[str] = frozenset()
     nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
     adapters: Mapping[str, ModuleAdapter] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
+    adapter_prefix: str = ""  # of their tensors' names, where there are several over one base
 
     def is_nf4(self, spec: WeightSpec) -> bool:
         return self.method == "qlora" and spec.kind == "projection" and spec.name not in self.kept_dense
@@ -97,6 +98,10 @@ class Parameters:
     def adapter(self, module: str) -> ModuleAdapter | None:
         """The adapter of a projection, where it has one."""
         return self._storage.adapters.get(module)
+
+    @property
+    def adapter_prefix(self) -> str:
+        return self._storage.adapter_prefix
 
 
 def shard_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:

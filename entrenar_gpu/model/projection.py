@@ -20,6 +20,7 @@ class Product:
 
     `precision` is the arithmetic where W is NF4. `dropped` is adapter dropout, where the run has any. `by_rows`: of a
     few rows, each computed the same whatever the others are, from W as it is stored; for inference alone.
+    `adapter_prefix` tells the tensors of several adapters apart.
     """
 
     graph: Graph
@@ -30,6 +31,11 @@ class Product:
     precision: Arithmetic
     dropped: Callable[[Tensor], Tensor] | None
     by_rows: bool = False
+    adapter_prefix: str = ""
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the adapter, which is trained where anything is."""
+        return self.graph.parameter(self.adapter_prefix + name, shape)
 
     @property
     def takes_lora(self) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from entrenar_gpu.adapters.peft_files import save_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.generate import next_logits
+from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.train.graphs import logits_graph
 from entrenar_gpu.train.session import Session
 from tests.helpers.tiny import make_model
@@ -34,8 +38,8 @@ def config_of(folder: Path, **options: Any) -> TrainConfig:
 
 
 def opened(folder: Path, kernels: Any = None, slots: int = 3, chunk: int = 24, **options: Any) -> Decoder:
-    with_adapter = "adapter_init" in options
-    return Decoder.open(config_of(folder, **options), slots, CONTEXT, chunk, with_adapter, kernels)
+    adapters = options.pop("adapters", None)
+    return Decoder.open(config_of(folder, **options), slots, CONTEXT, chunk, adapters, kernels)
 
 
 def whole_row(folder: Path, ids: list[int], **options: Any) -> np.ndarray:
@@ -84,6 +88,31 @@ def test_what_is_dropped_is_forgotten_and_what_is_copied_is_shared(folder, ids):
         decoder.copy(1, 0, 1)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_over_one_base(folder, ids, tmp_path, method):
+    """Each as a session that has it alone, and the base beside them as it is; switching back and forth."""
+    model = load_model_config(folder)
+    rng = np.random.default_rng(5)
+    adapters = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    for name, target, rank in (("a", "all-linear", 4), ("b", "q_proj,down_proj", 8)):
+        spec = AdapterSpec.from_config(TrainConfig(rank=rank, target=target), model)
+        values = {n: rng.standard_normal(s, np.float32) / 4 for n, s in spec.shapes().items()}
+        save_adapter(adapters[name], spec, values, str(folder))
+    decoder = opened(folder, method=method, adapters=adapters)
+    seen = []
+    for slot, name in enumerate(["b", None, "a"]):
+        decoder.set_adapter(name)
+        options = {} if name is None else {"adapter_init": str(adapters[name])}
+        want = whole_row(folder, ids[:20], method=method, **options)
+        decoder.extend({slot: ids[:19]})
+        got = decoder.extend({slot: ids[19:20]})[slot]
+        np.testing.assert_allclose(got, [want], rtol=0, atol=1e-5 * np.abs(want).max())
+        seen.append(want)
+    assert min(np.abs(x - y).max() for x, y in itertools.combinations(seen, 2)) > 0.1
+    with pytest.raises(KeyError):
+        decoder.set_adapter("c")
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -111,10 +140,10 @@ def test_planned_is_allocated_and_too_long_a_context_is_refused(folder, kernels)
     with pytest.raises(
         UserError, match=r"--context 480: needs .* over the budget of 0.01 GiB; --context \d+ fits"
     ) as told:
-        Decoder.open(small, 40, 480, 24, False, kernels)
+        Decoder.open(small, 40, 480, 24, None, kernels)
     longest = int(str(told.value).split("--context ")[2].split()[0])
     assert 100 < longest < 480
-    Decoder.open(small, 40, longest, 24, False, kernels).close()
+    Decoder.open(small, 40, longest, 24, None, kernels).close()
     with pytest.raises(UserError, match=f"--context {longest + 1}: needs"):
-        Decoder.open(small, 40, longest + 1, 24, False, kernels)
+        Decoder.open(small, 40, longest + 1, 24, None, kernels)
     assert kernels.device.allocated_bytes == before

@@ -44,7 +44,7 @@ class LoraModule:
 
     def apply(self, product: Product) -> Tensor:
         """x W^T + scale * (x A^T) B^T + bias + residual, in one product; dropout takes elements of A's x alone."""
-        a, b = (product.graph.parameter(name, shape) for name, shape in self.shapes().items())
+        a, b = (product.parameter(name, shape) for name, shape in self.shapes().items())
         if product.takes_lora:
             return product.record(lora=(a, b, self.scale))
         x = product.dropped(product.x) if product.dropped is not None else product.x
