@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from entrenar_gpu.errors import UserError as UserError
     from entrenar_gpu.events import EvalRecord as EvalRecord
     from entrenar_gpu.events import StepRecord as StepRecord
+    from entrenar_gpu.infer import load as load
     from entrenar_gpu.train import Trainer as Trainer
 
 # Loaded when first used: importing the package must not open a GPU or read tokenizers.
@@ -18,6 +19,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "train",
     "UserError": "errors",
+    "load": "infer",
     "tensor": "eager",
 }
 __all__ = [*_HOMES, "__version__"]

@@ -3,6 +3,7 @@
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.generate import Generator
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
+from entrenar_gpu.infer.load_model import load
 from entrenar_gpu.infer.sampling import SampledToken
 from entrenar_gpu.infer.scheduler import Answer, ContextExceeded, Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
@@ -20,4 +21,5 @@ __all__ = [
     "SampledToken",
     "Scheduler",
     "Score",
+    "load",
 ]

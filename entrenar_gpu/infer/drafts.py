@@ -8,7 +8,9 @@ without drafts is the rule, with the same random numbers: text is the same with 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 LONGEST_MATCH, SHORTEST_MATCH = 3, 2
 LONGEST_DRAFT = 8
@@ -44,35 +46,36 @@ class NgramIndex:
 class Speculation:
     """Decides how long drafts may be, from what steps with drafts and without take and what they yield.
 
-    Both are averages over recent steps, forgotten by a tenth with each. The way that loses is tried now and then: texts
-    come to what repeats and leave it again. Times decide about speed alone, never about text.
+    A step's cost is the median of the last few of its way: one that compiled a kernel, or was held up, does not count.
+    The way that loses is tried now and then: texts come to what repeats and leave it again. Times decide about speed
+    alone, never about text.
     """
 
-    KEEP = 0.9
+    SAMPLES, FEWEST = 9, 3  # steps that the median is of; steps before it is believed
+    KEEP = 0.9  # of the yield's average, with each step
     PATIENCE = 32  # steps of one way before a trial of the other
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.drafted = self.accepted = 0  # tokens
-        self._seconds: dict[bool, float] = {}  # of a step, by whether it had drafts
+        self._seconds: dict[bool, deque[float]] = {way: deque(maxlen=self.SAMPLES) for way in (False, True)}
         self._yield = 1.0 + LONGEST_DRAFT / 2  # tokens per sequence of a step with drafts
         self._since = {False: 0, True: 0}  # steps since the last of its way
 
     def longest(self) -> int:
         """Longest draft for the next step; 0 for none."""
-        if not self.enabled:
+        if not self.enabled or len(self._seconds[False]) < self.FEWEST:
             return 0
-        if len(self._seconds) < 2:  # one step without first, then one with
-            return LONGEST_DRAFT if self._seconds else 0
-        pays = self._yield * self._seconds[False] > self._seconds[True]
+        if len(self._seconds[True]) < self.FEWEST:
+            return LONGEST_DRAFT
+        pays = self._yield * median(self._seconds[False]) > median(self._seconds[True])
         trial = self._since[not pays] >= self.PATIENCE
         return LONGEST_DRAFT if pays != trial else 0
 
     def stepped(self, seconds: float, sequences: int, drafted: int, told: int) -> None:
         """A step took `seconds` for `sequences`, tried `drafted` tokens in all, and yielded `told`."""
         with_drafts = drafted > 0
-        before = self._seconds.get(with_drafts, seconds)
-        self._seconds[with_drafts] = self.KEEP * before + (1 - self.KEEP) * seconds
+        self._seconds[with_drafts].append(seconds)
         self._since = {way: 0 if way is with_drafts else n + 1 for way, n in self._since.items()}
         if with_drafts:
             self.drafted += drafted
