@@ -2,7 +2,8 @@
 
 Each round trains a small run on the NumPy device to its end, through one or two ends before it: kill -9, SIGTERM, or a
 disk that is full (a limit on the size of files). After each, the run is resumed, or started again where it had no
-checkpoint. At the end losses, weights and metrics must be those of the run that was never stopped, to the bit.
+checkpoint. At the end losses, weights and metrics must be those of the run that was never stopped, to the bit, and the
+trace must hold every step; but for full disks, which cost spans by design.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from entrenar_gpu.train.run_checkpoint import find_checkpoints
+from observability.read import read_trace, step_table
 from tests import ROOT
 from tests.helpers.tiny import make_data, make_model
 
@@ -33,12 +35,14 @@ def command(folder: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "entrenar_gpu.cli", "train", *paths, *shape, "--device", "numpy", *resume]
 
 
-def result(output: Path) -> tuple[dict[int, float], bytes]:
-    """Losses by step, and the adapter."""
+def result(output: Path, disk_was_full: bool = False) -> tuple[dict[int, float], bytes]:
+    """Losses by step, and the adapter; metrics and trace have been looked at."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "metrics with a hole, or a step twice"
     for line in (output / "trace.jsonl").read_text().splitlines():
         json.loads(line)
+    traced = set(step_table(read_trace(output), str(output)).step.tolist())
+    assert disk_was_full or traced == set(range(1, STEPS + 1)), f"a trace with a hole: {sorted(traced)}"
     return {row["step"]: row["loss"] for row in rows}, (output / "adapter_model.safetensors").read_bytes()
 
 
@@ -76,16 +80,19 @@ def main() -> None:
         seconds, whole = time.monotonic() - begin, result(folder / "whole")
         number = 0
         while ends < args.n:
-            output, number = folder / f"run{number}", number + 1
+            output, number, disk_was_full = folder / f"run{number}", number + 1, False
             for _ in range(rng.choice((1, 2, 2, 3))):
                 how = rng.choice(("kill -9", "kill -9", "SIGTERM", "full disk"))
+                disk_was_full |= how == "full disk"
                 before = [path.name for path in find_checkpoints(output)]
                 interrupted(command(folder, output), how, rng.uniform(0.2, 1.0) * seconds, rng)
                 after = [path.name for path in find_checkpoints(output)]
                 assert before == after[: len(before)], f"{how}: lost {before} {after}"
                 ends += 1
             subprocess.run(command(folder, output), cwd=ROOT, check=True)
-            assert result(output) == whole, f"run {number}, seed {args.seed}: not the run that never stopped"
+            assert result(output, disk_was_full) == whole, (
+                f"run {number}, seed {args.seed}: not the run that never stopped"
+            )
             print(f"{ends} ends, {number} runs, all as if never stopped", flush=True)
 
 
