@@ -1,10 +1,10 @@
 """How fast a checkpoint gets onto the device, and what memory the host needs: `python -m benchmarks.loading`.
 
 Writes a random checkpoint of a model's shape (or takes the one in --folder), then measures, each in a process of its
-own: reading the files from end to end, loading them with the projections quantised to NF4, the same with --cache, and
-the start after that. `cold` is after the system was told to drop the files from its memory, `warm` with them there.
-Host memory is the peak of anonymous and shared memory (RssAnon + RssShmem) above what the process held before it
-loaded; on a software adapter, less the device's own buffers.
+own: reading the files from end to end, loading them with the projections quantised to NF4, the same with the checksums
+that training makes of the files as they pass, with --cache, and the start after that. `cold` is after the system was
+told to drop the files from its memory, `warm` with them there. Host memory is the peak of anonymous and shared memory
+(RssAnon + RssShmem) above what the process held before it loaded; on a software adapter, less the device's own buffers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import SHAPES, TrainConfig
 from entrenar_gpu.gpu import Device, Replay, open_device
 from entrenar_gpu.model import HFCheckpoint, declared_weights
-from entrenar_gpu.train import WeightCache, load_weights, storage_of
+from entrenar_gpu.train import BaseIdentity, WeightCache, load_weights, storage_of
 
 BLOCK_BYTES = 16 << 20
 TIME_LIMIT = 300.0
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="qwen3-4b", choices=SHAPES)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is, or goes (default: a temporary folder)")
     parser.add_argument("--device")
-    parser.add_argument("--measure", choices=("read", "load", "cache"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("read", "load", "sum", "cache"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.measure:
         print(json.dumps(measure(args.measure, args.folder, args.device)))
@@ -59,6 +59,7 @@ def run_all(folder: Path, device: str | None) -> None:
     for what, label in [
         ("read", "read"),
         ("load", "load and quantise"),
+        ("sum", "with checksums"),
         ("cache", "the same, kept"),
         ("cache", "next"),
     ]:
@@ -72,6 +73,7 @@ def run_all(folder: Path, device: str | None) -> None:
         reading = found["read", state]["seconds"]
         loading, starting = (found[label, state]["seconds"] for label in ("load and quantise", "next"))
         print(f"{state}: loading takes {loading / reading:.2f} times reading, the next start {starting / reading:.2f}")
+        print(f"{state}: checksums cost {found['with checksums', state]['seconds'] / loading - 1:+.1%} of loading")
 
 
 def measure(what: str, folder: Path, device: str | None) -> dict[str, Any]:
@@ -87,7 +89,11 @@ def measure(what: str, folder: Path, device: str | None) -> dict[str, Any]:
     cache = WeightCache(checkpoint, config.double_quant, _kept(folder)) if what == "cache" else None
     with PeakMemory(opened) as peak:
         begin = time.perf_counter()
+        # Sums that are kept are taken, so that what is measured would be nothing.
+        base = BaseIdentity(checkpoint, known={}) if what == "sum" else None
         source = load_weights(replay, checkpoint, weights, cache)
+        if base is not None:
+            base.value()
         seconds = time.perf_counter() - begin
     return {"seconds": seconds, "peak_bytes": peak.nbytes, "source": source}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from entrenar_gpu.files import TensorSource, new_file, new_folder, read_json_obj
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 4 << 30
+_COPIED_AT_ONCE = 1 << 20
 GENERATION_CONFIG = "generation_config.json"
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes from config.json without one
 # What makes a folder usable beside its weights.
@@ -103,7 +103,8 @@ def copy_model_files(source: str | Path, target: str | Path, dtype: str, tied: b
 
 def _copy(source: Path, target: Path) -> None:
     with new_file(target) as copy, open(source, "rb") as original:
-        shutil.copyfileobj(original, copy)
+        while part := original.read(_COPIED_AT_ONCE):
+            copy.write(part)
 
 
 def _write_generation_config(source: Path, target: Path, config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.files.checksums import SummedStream
 
 # The names of what is not finished: nobody else's, and never one that is there already. The later forms are those of
 # earlier versions.
@@ -43,7 +44,7 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str | Path) -> Iterator[BinaryIO]:
+def new_file(path: str | Path) -> Iterator[SummedStream]:
     """A file to write in place of `path`, which it becomes, flushed to disk, only when the block ends well.
 
     Raises UserError naming the file when it cannot be written (disk full, no permission); then, as after any other
@@ -53,9 +54,11 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     temporary = temporary_path(path)
     try:
         with _create(temporary) as stream:
-            yield stream
+            summed = SummedStream(stream)
+            yield summed
             stream.flush()
             os.fsync(stream.fileno())
+        summed.tell_as(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

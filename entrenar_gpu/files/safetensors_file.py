@@ -39,11 +39,11 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         """Open the file and check its whole header. Raises UserError naming the file, and the tensor at fault."""
         self.path = Path(path)
-        self._file = OpenFile(self.path)
-        header, data_start = _read_header(self._file)
+        self.open_file = OpenFile(self.path)
+        header, data_start = _read_header(self.open_file)
         metadata = header.pop("__metadata__", {})
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
-        self.tensors = _check_tensors(self.path, header, data_start, self._file.size)
+        self.tensors = _check_tensors(self.path, header, data_start, self.open_file.size)
         self._header_bytes = data_start
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -55,16 +55,16 @@ class SafetensorsFile:
         info = self.tensors[name]
         if info.dtype not in STORED_TYPES:
             raise UserError(f"{self.path}: tensor {name!r}: dtype {info.dtype} is not supported")
-        return StoredArray(self._file, info.start, info.shape, STORED_TYPES[info.dtype], f"tensor {name!r}")
+        return StoredArray(self.open_file, info.start, info.shape, STORED_TYPES[info.dtype], f"tensor {name!r}")
 
     def header(self) -> bytes:
         """The bytes before the first tensor."""
-        return self._file.read(0, self._header_bytes, "its header")
+        return self.open_file.read(0, self._header_bytes, "its header")
 
     def read_ahead(self, name: str) -> None:
         """Let the system read a tensor before it is asked for; where it takes no such advice, nothing."""
         info = self.tensors[name]
-        self._file.read_ahead(info.start, info.nbytes)
+        self.open_file.read_ahead(info.start, info.nbytes)
 
 
 def _read_header(file: OpenFile) -> tuple[dict[str, Any], int]:

@@ -12,6 +12,7 @@ import stat
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class OpenFile:
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: cannot be read: it is no file")
         self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        self.watch: Callable[[int, NDArray[np.uint8]], None] | None = None  # told of what is read, and from where on
 
     def read_into(self, memory: NDArray[np.uint8], start: int, what: str) -> None:
         """Fill `memory` from `start` on; `what` it is to hold is named in the error when the file ends before."""
@@ -53,6 +55,8 @@ class OpenFile:
             if not count:
                 raise UserError(f"{self.path}: cut off while it was read, within {what}")
             done += count
+        if self.watch is not None:
+            self.watch(start, memory)
 
     def read(self, start: int, nbytes: int, what: str) -> bytes:
         """Bytes from `start` on."""

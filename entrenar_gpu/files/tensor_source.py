@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from entrenar_gpu.dtypes import STORED_NAMES, STORED_TYPES
 from entrenar_gpu.files.atomic import new_file
+from entrenar_gpu.files.checksums import SummedStream
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TensorSource:
         return math.prod(self.shape) * STORED_TYPES[self.dtype].itemsize
 
 
-def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> None:
+def write_tensors(stream: SummedStream, sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> None:
     """Write a whole safetensors file to a stream. `produce` must return `shape`; it is converted to `dtype`.
 
     Wider types come first, so that every tensor is aligned to its element.
@@ -52,6 +53,7 @@ def write_tensors(stream: BinaryIO, sources: Sequence[TensorSource], metadata: M
         array = source.produce()
         if array.shape != source.shape:
             raise ValueError(f"{source.name}: announced as {source.shape}, produced as {array.shape}")
+        stream.begin(source.name)
         converted = np.ascontiguousarray(array, dtype=STORED_TYPES[source.dtype])
         stream.write(converted.reshape(-1).view(np.uint8).data)
 

@@ -86,7 +86,11 @@ class HFCheckpoint:
 
     def files(self) -> list[Path]:
         """The files that hold the tensors, each once."""
-        return sorted({file.path for file in self._files.values()})
+        return [file.path for file in self.opened()]
+
+    def opened(self) -> list[SafetensorsFile]:
+        """The same, open, in the order of their paths."""
+        return sorted(set(self._files.values()), key=lambda file: file.path)
 
     def read_ahead(self, name: str) -> None:
         """Let the system read a tensor from the disk before it is asked for."""

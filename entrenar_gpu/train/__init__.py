@@ -1,5 +1,6 @@
 """The graphs of a run, weights onto an executor, the training loop and what surrounds it."""
 
+from entrenar_gpu.train.base_identity import BaseIdentity
 from entrenar_gpu.train.default_base import default_base
 from entrenar_gpu.train.evaluate import evaluate_data
 from entrenar_gpu.train.graphs import RunShape, Trace, fit_run, logits_graph, training_graphs
@@ -10,6 +11,7 @@ from entrenar_gpu.train.trainer import Trainer
 from entrenar_gpu.train.weight_cache import WeightCache
 
 __all__ = [
+    "BaseIdentity",
     "DataReader",
     "RunShape",
     "Session",

@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,9 +23,12 @@ from entrenar_gpu.adapters import RUN_FILE, WEIGHTS_FILE, load_adapter, save_ada
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import copy_model_files, save_checkpoint
 from entrenar_gpu.files import (
+    WHOLE,
     SafetensorsFile,
     TensorSource,
     cannot_write,
+    checksums_of,
+    checksums_of_writes,
     new_folder,
     read_json,
     remove,
@@ -35,19 +37,17 @@ from entrenar_gpu.files import (
     temporary_path,
     write_text,
 )
-from entrenar_gpu.gpu import THREADS
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
-from entrenar_gpu.train.base_identity import model_identity
+from entrenar_gpu.train.base_identity import BaseIdentity
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.train.loader import load_weights
 from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
 from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
-WHOLE = ""  # the name of what is no tensor, among checksums
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.
 _LASTING = list(map(STATE_FIELDS.index, ("taken", "skipped", "in_a_row", "correction1", "correction2", "steady")))
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -90,20 +90,21 @@ def save_run(
     temporary = temporary_path(target)
     try:
         temporary.mkdir(parents=True)
-        save_result(session, temporary)
-        kept = {name: session.executor.read(name) for name in _optimizer_tensors(session)}
-        save_safetensors(temporary / OPTIMIZER_FILE, kept)
+        with checksums_of_writes() as sums:
+            save_result(session, temporary)
+            kept = {name: session.executor.read(name) for name in _optimizer_tensors(session)}
+            save_safetensors(temporary / OPTIMIZER_FILE, kept)
         state: dict[str, Any] = {
             "step": step,
             "started": started.isoformat(),
             "run_id": run_id,
             "data": dict(data_state),
             "config": session.config.to_mapping(),
-            "model": model_identity(session.checkpoint),
+            "model": _base(session).value(),
             "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
             "budget": None if session.budget is None else session.budget.nbytes,
             "engine": session.engine,
-            "checksums": checksums(temporary),
+            "checksums": {path.relative_to(temporary).as_posix(): parts for path, parts in sums.items()},
         }
         state["checksum"] = _state_checksum(state)
         write_text(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
@@ -118,6 +119,13 @@ def save_run(
         for old in find_checkpoints(output)[:-keep]:
             _remove(old)
     return target
+
+
+def _base(session: Session) -> BaseIdentity:
+    """What the session's base is told by; a session that was not opened for training makes it now."""
+    if session.base is None:
+        session.base = BaseIdentity(session.checkpoint)
+    return session.base
 
 
 def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
@@ -255,6 +263,8 @@ def read_state(folder: Path) -> SavedRun:
         sums = state.get("checksums", {})  # checkpoints of the first release have none
         if not isinstance(sums, dict) or not all(isinstance(part, dict) for part in sums.values()):
             raise ValueError
+        if any(".." in Path(name).parts or Path(name).is_absolute() for name in sums):
+            raise ValueError
         return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told, sums)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: not the state of a training run") from None
@@ -266,22 +276,9 @@ def _is_count(value: object) -> bool:
 
 
 def checksums(folder: Path) -> dict[str, dict[str, str]]:
-    """XXH3 of what is in a checkpoint's folder: of each tensor and header of its safetensors files, by name, and of
-    every other file as a whole."""
-    return {path.name: _checksums_of(path) for path in sorted(folder.iterdir()) if path.name != STATE_FILE}
-
-
-def _checksums_of(path: Path) -> dict[str, str]:
-    if path.suffix != ".safetensors":
-        return {WHOLE: xxhash.xxh3_64_hexdigest(path.read_bytes())}
-    file = SafetensorsFile(path)
-
-    def of(name: str) -> str:
-        return xxhash.xxh3_64_hexdigest(file[name].reshape(-1).view(np.uint8).data)
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        made = threads.map(of, file.tensors)
-        return {WHOLE: xxhash.xxh3_64_hexdigest(file.header()), **dict(zip(file.tensors, made, strict=True))}
+    """The checksums of all that is in a checkpoint's folder, by the files' names in it."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE_FILE]
+    return {path.relative_to(folder).as_posix(): checksums_of(path) for path in paths}
 
 
 def _state_checksum(state: Mapping[str, Any]) -> str:
@@ -292,9 +289,9 @@ def _state_checksum(state: Mapping[str, Any]) -> str:
 def _verify(saved: SavedRun) -> None:
     """Raise UserError naming file and tensor where a checkpoint's files are not as they were written."""
     for name, sums in saved.checksums.items():
-        path = saved.path.parent / Path(name).name
+        path = saved.path.parent / name
         try:
-            found = _checksums_of(path)
+            found = checksums_of(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         wrong = [part for part in sums.keys() | found.keys() if sums.get(part) != found.get(part)]
@@ -310,7 +307,7 @@ def load_run(session: Session, saved: SavedRun) -> None:
     when its files are damaged.
     """
     folder = saved.path.parent
-    if saved.model != model_identity(session.checkpoint):
+    if not _base(session).is_that_of(saved.model):
         raise UserError(f"{saved.path}: the checkpoint of another model than {session.config.model}")
     now = session.config.to_mapping()
     for key in IDENTITY:

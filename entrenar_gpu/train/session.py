@@ -23,6 +23,7 @@ from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
+from entrenar_gpu.train.base_identity import BaseIdentity
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape, Trace, fit_run
 from entrenar_gpu.train.weight_cache import WeightCache
 
@@ -64,6 +65,7 @@ class Session:
     budget: Budget | None
     gpu_info: dict[str, str]
     weights_from: str = "checkpoint"  # or the cache file, in words
+    base: BaseIdentity | None = None  # of what is trained; None where nothing is
 
     @classmethod
     def open(
@@ -75,6 +77,7 @@ class Session:
         kernels: KernelCache | None = None,
         engine: str | None = None,
         fit: Fit = fit_run,
+        identified: bool = False,
     ) -> Session:
         """Open the model of `config`, plan the graphs that `trace` makes, allocate, and load weights and adapter.
 
@@ -83,7 +86,8 @@ class Session:
         `config.tune`, and its budget, where the GPU has as much, for what that has, since what a plan rounds or sums
         in another order follows from both. So it does from the `engine` that the run began with, which is taken where
         it is there and no other is asked for. `kernels` is given by whoever has opened a device and goes on using it;
-        it wins over `config.device`. `fit` makes the plan, within the budget that is known then.
+        it wins over `config.device`. `fit` makes the plan, within the budget that is known then. With `identified`, the
+        base's checksums are made while it is loaded.
         """
         if config.cache and config.cache_dir == "":
             raise UserError("--cache-dir: missing; name a folder, or leave it out for the system's")
@@ -103,7 +107,8 @@ class Session:
             with kernels.device.watched():
                 fitted = fit_on(kernels, trace, shape, budget, None if began is None else began.tiles, fit)
                 executor, info = Replay(kernels.device, fitted.plan, kernels), _gpu_info(kernels.device)
-        session = cls(config, checkpoint, spec, shape, executor, fitted, budget, info)
+        base = BaseIdentity(checkpoint) if identified else None
+        session = cls(config, checkpoint, spec, shape, executor, fitted, budget, info, base=base)
         try:
             with device_errors(info["adapter"]):
                 session._load(values)
@@ -118,6 +123,8 @@ class Session:
         cached = config.cache and config.method == "qlora"
         cache = WeightCache(self.checkpoint, config.double_quant, config.cache_dir) if cached else None
         self.weights_from = loader.load_weights(executor, self.checkpoint, self.weights, cache)
+        if self.base is not None:
+            self.base.value()  # while the files are there
         for name, rope in model.rope_tables.items():
             executor.write(name, rope.table(config.seq))
         for name, array in adapter.items():

@@ -103,7 +103,7 @@ class Trainer:
         engine = None if saved is None else saved.engine
         self._loss = math.nan
         with self._lost_device_told():
-            self.session = Session.open(config, trace, began, kernels=kernels, engine=engine)
+            self.session = Session.open(config, trace, began, kernels=kernels, engine=engine, identified=True)
             try:
                 self.first_step = 1 if saved is None else self._go_on(saved)
             except BaseException:
