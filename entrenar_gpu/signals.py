@@ -36,6 +36,14 @@ def interrupted_by() -> int:
     return _raised[-1] if _raised else signal.SIGINT
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether a KeyboardInterrupt is behind an exception: what it meets on its way may raise another from it, as Python
+    3.11 does where a class is being made."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def exit_status(number: int) -> int:
     """What shells report of a program that a signal has ended."""
     return 128 + number

@@ -447,6 +447,10 @@ def run(arguments: list[str]) -> int:
         return _complain("this machine has no memory left; lower --batch or --seq, or raise the limit (`ulimit -v`)")
     except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if not signals.is_interrupt(error):
+            raise
+        return signals.exit_status(signals.interrupted_by())
 
 
 def _complain(message: str) -> int:

@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from entrenar_gpu.cli import main
 from tests import ROOT
 from tests.helpers.runs import train
 from tests.helpers.tiny import make_data, make_model
@@ -235,3 +237,20 @@ def test_visible_text_keeps_what_people_write():
     assert printable("\x1b[31m\u202e\ud800") == "\\x1b[31m\\u202e\\ud800"
     cut = printable("start" + "x" * 5000 + "end")
     assert (len(cut), cut[:5], cut[-3:]) == (1003, "start", "end")
+
+
+def test_an_interrupt_while_a_class_is_made_is_one(monkeypatch):
+    """Python 3.11 raises a RuntimeError from what a descriptor's __set_name__ raises."""
+
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def meet(**_: Any) -> None:
+        try:
+            type("Made", (), {"name": Interrupted()})
+        except KeyboardInterrupt as error:  # from 3.12 on as it is
+            raise RuntimeError from error
+
+    monkeypatch.setattr(main.typer.main, "get_command", lambda _: SimpleNamespace(main=meet))
+    assert main.run([]) == 130
