@@ -46,6 +46,7 @@ _VALUES: Final = {
     "allocated_bytes": schema.ALLOCATED_BYTES,
     "flops": schema.STEP_FLOPS,
     "epoch": schema.EPOCH,
+    "tokens_per_second": schema.TOKENS_PER_SECOND,
 } | {key: name for key, name in schema.HOST_KEYS.items() if key in HOST_VALUES}
 
 
@@ -67,12 +68,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Pause:
-    """A checkpoint or an evaluation: what it was, the step it belongs to, seconds, and bytes written (0: not told)."""
+    """A checkpoint or an evaluation: what it was, the step it belongs to, seconds, and bytes written (0: not told)
+    or the loss over the evaluation data.
+    """
 
     name: str
     step: int
     seconds: float
     bytes: int = 0
+    loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -316,8 +320,9 @@ def _children(
     pauses = []
     for row, place, has_step in zip(child[is_pause], position[is_pause], known[is_pause], strict=True):
         seconds = float(spans.end[row] - spans.start[row]) / 1e9
-        size = whole(spans.attributes.get(int(row), {}).get(schema.CHECKPOINT_BYTES), 0)
-        pauses.append(Pause(spans.label(row), int(spans.step[row]), seconds, size))
+        told = spans.attributes.get(int(row), {})
+        written, loss = whole(told.get(schema.CHECKPOINT_BYTES), 0), number(told.get(schema.EVAL_LOSS))
+        pauses.append(Pause(spans.label(row), int(spans.step[row]), seconds, written, loss))
         if has_step:
             inside[place] += _overlap(spans, row, rows[place])
     lost = int(np.sum(~known & ~is_pause))

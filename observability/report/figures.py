@@ -32,11 +32,17 @@ POINTS: Final = 2000
 _MARKS: Final = 1500  # findings marked in one plot, the worst first
 _BUCKETS: Final = 250
 _BARS: Final = 12
+# On a dark page page.js puts others in the place of these five.
+PAPER: Final = "#ffffff"
+INK: Final = "#1c2430"
+GRID: Final = "#e8edf2"
+PALE: Final = "#b9cdf3"
+STRONG: Final = "#2450a4"
 _SEVERITY_COLOURS: Final = {LOW: "#7b8794", MEDIUM: "#d98a1c", HIGH: "#c0312b"}
 _PHASE_COLOURS: Final = {
     schema.DATA: "#e0a43a",
     schema.FORWARD: "#4f8ef0",
-    schema.BACKWARD: "#2450a4",
+    schema.BACKWARD: STRONG,
     schema.OPTIMIZER: "#4aa889",
     schema.CHECKPOINT: "#b0524f",
     schema.EVAL: "#9a6fb8",
@@ -66,36 +72,18 @@ def numbers(values: Any) -> list[float | None]:
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, dtype=float)]
 
 
-def loss_plot(analysis: Analysis) -> Figure | None:
-    table = analysis.table
-    loss = table.values["loss"]
-    if not np.any(np.isfinite(loss)):
-        return None
-    rows = thinned(loss)
-    smooth = _smooth(loss)
-    traces = [
-        _line(table.step[rows], loss[rows], "loss of the step", "#b9cdf3", 1),
-        _line(table.step[rows], smooth[rows], "smoothed", "#2450a4", 2.2),
-    ]
-    marked = [f for f in analysis.anomalies if f.cause in (LOSS_SPIKE, SKIPPED_STEP)]
-    ceiling = float(np.nanmax(np.where(np.isfinite(loss), loss, np.nan)))
-    at = {int(step): float(value) for step, value in zip(table.step, loss, strict=True)}
-    traces += _marks(marked, {step: value if np.isfinite(value) else ceiling for step, value in at.items()})
-    return _figure(traces, "step", "loss (nats a token)")
-
-
 def step_plot(analysis: Analysis) -> Figure:
     table = analysis.table
     wall = table.wall_seconds * 1e3
     rows = thinned(wall)
     expected = analysis.scored.step.expected * 1e3
     traces = [
-        _line(table.step[rows], wall[rows], "step", "#b9cdf3", 1),
-        _line(table.step[rows], expected[rows], "expected (moving median)", "#2450a4", 2),
+        line(table.step[rows], wall[rows], "step", PALE, 1),
+        line(table.step[rows], expected[rows], "expected (moving median)", STRONG, 2),
     ]
     marked = [f for f in analysis.anomalies if f.cause not in (LOSS_SPIKE, SKIPPED_STEP)]
-    traces += _marks(marked, dict(zip(table.step.tolist(), wall.tolist(), strict=True)))
-    figure = _figure(traces, "step", "step time (ms)")
+    traces += marks(marked, dict(zip(table.step.tolist(), wall.tolist(), strict=True)))
+    figure = make_figure(traces, "step", "step time (ms)")
     figure["layout"]["shapes"] = [
         {
             "type": "rect",
@@ -150,7 +138,7 @@ def phase_plot(analysis: Analysis) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _safe(name, 24),
+                "name": safe(name, 24),
                 "x": middle,
                 "y": numbers(share),
                 "stackgroup": "time",
@@ -159,7 +147,7 @@ def phase_plot(analysis: Analysis) -> Figure | None:
                 "hovertemplate": "%{y:.1f}%",
             }
         )
-    figure = _figure(traces, "step", "share of time (%)")
+    figure = make_figure(traces, "step", "share of time (%)")
     figure["layout"]["yaxis"]["range"] = [0, 100]
     figure["layout"]["hovermode"] = "x unified"
     return figure
@@ -201,7 +189,7 @@ def cluster_plot(analysis: Analysis) -> Figure:
                 },
             }
         )
-    return _figure(traces, "step time (ms)", _safe(high.feature if high else "", 40) + unit)
+    return make_figure(traces, "step time (ms)", safe(high.feature if high else "", 40) + unit)
 
 
 def slowest_plot(analysis: Analysis) -> Figure | None:
@@ -216,12 +204,12 @@ def slowest_plot(analysis: Analysis) -> Figure | None:
         "type": "bar",
         "orientation": "h",
         "x": numbers([seconds * 1e3 for seconds, _ in kinds]),
-        "y": [_safe(kind.label, 48) for _, kind in kinds],
+        "y": [safe(kind.label, 48) for _, kind in kinds],
         "text": [duration(seconds) for seconds, _ in kinds],
         "marker": {"color": _LINE},
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
-    figure = _figure([trace], "ms in a typical step", "")
+    figure = make_figure([trace], "ms in a typical step", "")
     figure["layout"]["margin"]["l"] = 10
     figure["layout"]["yaxis"]["automargin"] = True
     return figure
@@ -233,9 +221,9 @@ def memory_plot(analysis: Analysis) -> Figure | None:
     if not np.any(np.isfinite(held)) or np.nanmax(held) <= 0:
         return None
     rows = thinned(held)
-    trace = _line(table.step[rows], held[rows] / 2**20, "held by the run", "#4aa889", 2)
+    trace = line(table.step[rows], held[rows] / 2**20, "held by the run", "#4aa889", 2)
     trace["line"]["shape"] = "hv"
-    figure = _figure([trace], "step", "GPU memory (MiB)")
+    figure = make_figure([trace], "step", "GPU memory (MiB)")
     figure["layout"]["yaxis"]["rangemode"] = "tozero"
     return figure
 
@@ -243,23 +231,12 @@ def memory_plot(analysis: Analysis) -> Figure | None:
 def comparison_plot(comparison: Comparison) -> Figure:
     rows = thinned(np.maximum(comparison.seconds, comparison.other_seconds))
     traces = [
-        _line(comparison.steps[rows], comparison.other_seconds[rows] * 1e3, "the other run", "#e0a43a", 1),
-        _line(comparison.steps[rows], comparison.seconds[rows] * 1e3, "this run", "#2f6fde", 1),
+        line(comparison.steps[rows], comparison.other_seconds[rows] * 1e3, "the other run", "#e0a43a", 1),
+        line(comparison.steps[rows], comparison.seconds[rows] * 1e3, "this run", "#2f6fde", 1),
     ]
-    figure = _figure(traces, "step", "step time (ms)")
+    figure = make_figure(traces, "step", "step time (ms)")
     _show_from_zero(figure, np.maximum(comparison.seconds, comparison.other_seconds)[1:] * 1e3)
     return figure
-
-
-def comparison_loss_plot(comparison: Comparison) -> Figure | None:
-    if not (np.any(np.isfinite(comparison.loss)) and np.any(np.isfinite(comparison.other_loss))):
-        return None
-    rows = thinned(comparison.loss)
-    traces = [
-        _line(comparison.steps[rows], _smooth(comparison.other_loss)[rows], "the other run", "#e0a43a", 1.5),
-        _line(comparison.steps[rows], _smooth(comparison.loss)[rows], "this run", "#2f6fde", 1.5),
-    ]
-    return _figure(traces, "step", "loss, smoothed (nats a token)")
 
 
 def _show_from_zero(figure: Figure, values: Floats) -> None:
@@ -268,7 +245,7 @@ def _show_from_zero(figure: Figure, values: Floats) -> None:
         figure["layout"]["yaxis"]["range"] = [0, 1.08 * float(np.max(values))]
 
 
-def _smooth(values: Floats) -> Floats:
+def smooth(values: Floats) -> Floats:
     """Median over a fortieth of the run, at least nine steps, ignoring what is not finite."""
     finite = np.flatnonzero(np.isfinite(values))
     if not len(finite):
@@ -277,7 +254,7 @@ def _smooth(values: Floats) -> Floats:
     return moving_median(filled, max(9, len(values) // 40))
 
 
-def _line(x: Ints, y: Floats, name: str, colour: str, width: float) -> Figure:
+def line(x: Ints, y: Floats, name: str, colour: str, width: float) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
@@ -289,7 +266,7 @@ def _line(x: Ints, y: Floats, name: str, colour: str, width: float) -> Figure:
     }
 
 
-def _marks(findings: list[Finding], height: dict[int, float]) -> list[Figure]:
+def marks(findings: list[Finding], height: dict[int, float]) -> list[Figure]:
     """One trace of markers for each severity, the text on hover being the evidence."""
     worst = sorted(findings, key=lambda f: -f.z)[:_MARKS]
     traces = []
@@ -303,28 +280,28 @@ def _marks(findings: list[Finding], height: dict[int, float]) -> list[Figure]:
                     "name": f"{grade} severity",
                     "x": [f.step for f in marked],
                     "y": numbers([height[f.step] for f in marked]),
-                    "text": [_safe(f"{f.cause}: {f.evidence}", 160) for f in marked],
+                    "text": [safe(f"{f.cause}: {f.evidence}", 160) for f in marked],
                     "hovertemplate": "step %{x}: %{text}<extra></extra>",
-                    "marker": {"size": 9, "color": _SEVERITY_COLOURS[grade], "line": {"width": 1, "color": "#fff"}},
+                    "marker": {"size": 9, "color": _SEVERITY_COLOURS[grade], "line": {"width": 1, "color": PAPER}},
                 }
             )
     return traces
 
 
-def _safe(text: str, most: int = 80) -> str:
+def safe(text: str, most: int = 80) -> str:
     """Text for plotly, which reads some HTML in labels."""
     return html.escape(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def _figure(traces: list[Figure], x_title: str, y_title: str) -> Figure:
-    axis = {"gridcolor": "#e8edf2", "zeroline": False, "linecolor": "#c3ccd6"}
+def make_figure(traces: list[Figure], x_title: str, y_title: str) -> Figure:
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": "#c3ccd6"}
     return {
         "data": traces,
         "layout": {
             "margin": {"l": 64, "r": 16, "t": 8, "b": 48},
-            "paper_bgcolor": "#fff",
-            "plot_bgcolor": "#fff",
-            "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1c2430"},
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
             "xaxis": {**axis, "title": {"text": x_title}},
             "yaxis": {**axis, "title": {"text": y_title}},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},

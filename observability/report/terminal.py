@@ -10,6 +10,7 @@ from rich.text import Text
 
 from observability.detect import CONFIRMED, HIGH, MEDIUM, Analysis, duration, in_a_row, number_of_steps, verdict
 from observability.report.compare import Comparison
+from observability.report.facts import run_name, subtitle
 from observability.report.kernels import kernel_report, of_ceiling, rate
 
 _ROWS = 40
@@ -51,6 +52,7 @@ def _print_kernels(analysis: Analysis, console: Console) -> None:
 
 def print_report(analysis: Analysis, comparison: Comparison | None, console: Console) -> None:
     """Verdict, anomalies with their evidence (the worst where there are many), clusters, and what was left out."""
+    console.print(Text(f"{run_name(analysis)}: {subtitle(analysis)}"))
     console.print(Text(verdict(analysis), style="bold"))
     anomalies = in_a_row(analysis.anomalies)
     worst = sorted(anomalies, key=lambda f: -f.z)[:_ROWS]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -235,6 +236,8 @@ class SpanBuilder:
             schema.SPAN_LEVEL: "run",
             schema.RUN_CONFIG: clean(without_secrets(json.dumps(dict(self._info.config), default=str, sort_keys=True))),
             schema.RUN_STATUS: status,
+            schema.PYTHON_VERSION: platform.python_version(),
+            schema.OS_DESCRIPTION: clean(platform.platform()),
         }
         end_ns = self._last_end_ns
         if summary is not None:

@@ -76,7 +76,10 @@ JAEGER = closed(
         "exporters": closed(
             {
                 "jaeger_storage_exporter": closed({"trace_storage": TEXT}),
-                "prometheus": closed({"endpoint": ADDRESS}),
+                # .../opentelemetry-collector-contrib/blob/main/exporter/prometheusexporter/README.md
+                "prometheus": closed(
+                    {"endpoint": ADDRESS}, {"resource_to_telemetry_conversion": closed({"enabled": FLAG})}
+                ),
             }
         ),
     }
@@ -132,9 +135,20 @@ _PANEL = closed(
         "fieldConfig": closed(
             {
                 "defaults": closed(
-                    {"unit": {"enum": ["none", "short", "s", "bytes"]}}, {"min": {"const": 0}, "decimals": INTEGER}
+                    {"unit": {"enum": ["none", "short", "s", "bytes"]}},
+                    {"min": {"const": 0}, "decimals": INTEGER, "custom": closed({"axisLabel": TEXT})},
                 ),
-                "overrides": {"const": []},
+                "overrides": {
+                    "type": "array",
+                    "items": closed(
+                        {
+                            "matcher": closed({"id": {"const": "byFrameRefID"}, "options": TEXT}),
+                            "properties": many(
+                                closed({"id": {"enum": ["custom.axisPlacement", "custom.axisLabel"]}, "value": TEXT})
+                            ),
+                        }
+                    ),
+                },
             }
         ),
         "targets": many(

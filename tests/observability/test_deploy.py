@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from observability import schema
 from observability.write import metrics
 from tests import ROOT
 from tests.helpers import deploy_schemas
@@ -157,7 +158,9 @@ def test_the_dashboard_shows_metrics_that_are_exported_and_all_that_are_promised
     text = json.dumps(load("grafana/training.json"))
     asked = set(re.findall(r"\bentrenar_\w+", text))
     exported = set().union(*map(prometheus_names, metrics.METRICS))
-    assert asked <= exported
+    labels = {name.replace(".", "_") for name, row in schema.ATTRIBUTES.items() if "resource" in row.on}
+    assert asked <= exported | labels
+    assert load("jaeger.yaml")["exporters"]["prometheus"]["resource_to_telemetry_conversion"]["enabled"]
     for metric in metrics.METRICS:
         assert prometheus_names(metric) & asked, f"{metric.name} is on no panel"
 

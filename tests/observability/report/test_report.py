@@ -55,7 +55,7 @@ def test_terminal_has_verdict_table_and_evidence(trace: Path) -> None:
     console = quiet()
     report(str(trace.parent), console=console)
     text = text_of(console)
-    assert text.startswith("300 steps of typically ")
+    assert re.match(r"\S+: tiny-qwen3 · qlora · llvmpipe · 2023-11-1\d .*\n300 steps of typically ", text)
     for part in ("data-stall", "checkpoint write took 290 ms", "layer 1 (backward)", "loss 9 where", "compile"):
         assert part in text
 

@@ -30,7 +30,10 @@ FLAGS = (
     "--window-size=1240,4200",
 )
 ARTIFACTS = ROOT / "artifacts"
-PLOTS = ("loss", "steps", "phases", "clusters", "slowest", "memory", "compared", "compared-loss")
+PLOTS = (
+    "loss", "grad-norm", "learning-rate", "steps", "phases", "clusters", "slowest", "memory", "compared",
+    "compared-loss",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def opened(browser: str, page: Path, *more: str) -> subprocess.CompletedProcess[
 
 PRESS = """<script>
 const pressed = setInterval(function () {
-  if (document.body.dataset.plotsDrawn !== "6") return;
+  if (document.body.dataset.plotsDrawn !== "8") return;
   clearInterval(pressed);
   const plot = document.getElementById("steps");
   const ranges = [];
@@ -77,6 +80,35 @@ def test_plots_zoom_and_move_by_the_keyboard(browser: str, tmp_path: Path) -> No
     assert right[0] == pytest.approx(closer[0] + width / 10, abs=2)
     assert further[1] - further[0] == pytest.approx(width, abs=3)
     assert whole == before
+
+
+PRINTED = """<script>
+const printed = setInterval(function () {
+  if (document.body.dataset.plotsDrawn !== "8") return;
+  clearInterval(printed);
+  const width = () => document.querySelector("#steps .main-svg").getAttribute("width");
+  document.body.dataset.paper = document.getElementById("steps").layout.paper_bgcolor;
+  window.dispatchEvent(new Event("beforeprint"));
+  setTimeout(function () {
+    document.body.dataset.printed = width();
+    window.dispatchEvent(new Event("afterprint"));
+    setTimeout(() => { document.body.dataset.after = width(); }, 200);
+  }, 200);
+}, 50);
+</script>"""
+
+
+def test_dark_pages_have_dark_plots_and_paper_cuts_none(browser: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert main([str(made.write(tmp_path / "trace.jsonl", made.plain_steps(60))), "--html", str(page)]) == 0
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>", PRINTED + "</body>"), encoding="utf-8")
+    document = opened(browser, page, "--dump-dom", "--blink-settings=preferredColorScheme=0")
+    assert "CONSOLE" not in document.stderr, document.stderr
+    told = dict(re.findall(r'data-(paper|printed|after)="([^"]*)"', document.stdout))
+    assert told["paper"] == "#161c25"
+    assert float(told["printed"]) == 680  # what A4 has room for
+    assert float(told["after"]) > 1000
 
 
 def test_the_report_draws_in_a_browser(browser: str, tmp_path: Path) -> None:
