@@ -15,15 +15,17 @@ from entrenar_gpu.model.config_file import MOST_PARAMETERS, ConfigFile
 from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 
-PREFIX = "model."  # of all names but the head's
-EMBEDDING, FINAL_NORM, HEAD = f"{PREFIX}embed_tokens.weight", f"{PREFIX}norm.weight", "lm_head.weight"
+PREFIX = "model."  # of all names but the head's, in a model of language alone
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Embedding, layers, final norm, output head; a family's file states what the layers have.
 
-    `architecture` is the family's name, `max_positions` the longest row that it was made for.
+    `architecture` is the family's name, `max_positions` the longest row that it was made for. Embeddings are multiplied
+    by `embedding_multiplier`, logits by `logits_multiplier`, and bent by `softcap` where there is one. `prefix` begins
+    the names of all weights but the head's: of a model that also sees or hears, this is its language part.
     """
 
     architecture: str
@@ -33,18 +35,33 @@ class ModelConfig:
     norm: RmsNorm
     tie_word_embeddings: bool
     max_positions: int
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    softcap: float | None = None
+    prefix: str = PREFIX
 
     @classmethod
-    def read(cls, file: ConfigFile, layers: Sequence[Layer]) -> ModelConfig:
+    def read(
+        cls,
+        file: ConfigFile,
+        layers: Sequence[Layer],
+        embedding_multiplier: float = 1.0,
+        logits_multiplier: float = 1.0,
+        softcap: float | None = None,
+    ) -> ModelConfig:
         """What `config.json` says of everything around the layers, with transformers' own defaults."""
         model = cls(
             architecture=file.family,
             vocab_size=file.count("vocab_size"),
             hidden_size=file.count("hidden_size"),
             layers=tuple(layers),
-            norm=RmsNorm.read(file),
+            norm=layers[0].norm,
             tie_word_embeddings=file.flag("tie_word_embeddings"),
             max_positions=file.count("max_position_embeddings", 32768, most=2**40),
+            embedding_multiplier=embedding_multiplier,
+            logits_multiplier=logits_multiplier,
+            softcap=softcap,
+            prefix=file.prefix,
         )
         if model.parameters > MOST_PARAMETERS:
             raise file.error(f"{model.parameters} parameters, of hidden_size and others, are above {MOST_PARAMETERS}")
@@ -54,9 +71,23 @@ class ModelConfig:
     def weights(self) -> tuple[WeightSpec, ...]:
         """Every weight of the checkpoint that the model needs, in the order the model runs."""
         table = (self.vocab_size, self.hidden_size)
-        inner = [spec for index, layer in enumerate(self.layers) for spec in layer.weights(layer_path(index))]
+        inner = [spec for index, layer in enumerate(self.layers) for spec in layer.weights(self.layer_path(index))]
         head = [] if self.tie_word_embeddings else [WeightSpec(HEAD, table, "head")]
-        return (WeightSpec(EMBEDDING, table, "embedding"), *inner, self.norm.weight(FINAL_NORM), *head)
+        return (WeightSpec(self.embedding, table, "embedding"), *inner, self.norm.weight(self.final_norm), *head)
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding's weight."""
+        return f"{self.prefix}embed_tokens.weight"
+
+    @property
+    def final_norm(self) -> str:
+        """The name of the weight of the norm behind the layers."""
+        return f"{self.prefix}norm.weight"
+
+    def layer_path(self, index: int) -> str:
+        """Where the modules of a layer stand in the checkpoint."""
+        return f"{self.prefix}layers.{index}"
 
     @property
     def rope_tables(self) -> dict[str, Rope]:
@@ -68,8 +99,3 @@ class ModelConfig:
     def parameters(self) -> int:
         """How many numbers the model's weights are."""
         return sum(spec.size for spec in self.weights)
-
-
-def layer_path(index: int) -> str:
-    """Where the modules of a layer stand in the checkpoint."""
-    return f"model.layers.{index}"

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entrenar_gpu.errors import UserError
 
 MOST_LAYERS = 10_000
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as `layer_types` has them
 # Far above any model: of a side of a weight, of a head, and of a whole model's parameters.
 MOST, MOST_HEAD_DIM, MOST_PARAMETERS = 2**24, 2**14, 2**44
 
 
 class ConfigFile:
-    """The decoded JSON of a model's configuration; `source` names it in errors. `family` is the one that reads it."""
+    """The decoded JSON of a model's configuration; `source` names it in errors. `family` is the one that reads it.
 
-    def __init__(self, raw: Mapping[str, Any], source: str, family: str) -> None:
-        self.raw, self.source, self.family = raw, source, family
+    `prefix` begins the names of the model's weights.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], source: str, family: str, prefix: str = "model.") -> None:
+        self.raw, self.source, self.family, self.prefix = raw, source, family, prefix
+
+    def completed(self, **defaults: Any) -> ConfigFile:
+        """With what the family's configuration class takes for keys that are missing or null."""
+        given = {key: value for key, value in self.raw.items() if value is not None}
+        return ConfigFile({**defaults, **given}, self.source, self.family, self.prefix)
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.source}: {message}")
@@ -40,6 +49,27 @@ class ConfigFile:
         if value is not None and not isinstance(value, bool):
             raise self.error(f"{key} must be true or false, not {shown(value)}")
         return bool(value)
+
+    def perhaps(self, key: str) -> float | None:
+        """A number above 0, or None where there is none."""
+        return None if self.raw.get(key) is None else self.real(key)
+
+    def layer_kinds(self, default: Sequence[str]) -> Sequence[str]:
+        """`layer_types`, one for each layer: full or sliding attention; `default` where the file has none."""
+        kinds = self.raw.get("layer_types")
+        kinds = default if kinds is None else kinds
+        if not isinstance(kinds, (list, tuple)) or len(kinds) != self.num_layers:
+            raise self.error(f"layer_types must be a list of {self.num_layers}, not {shown(kinds)}")
+        for kind in kinds:
+            if kind not in (FULL, SLIDING):
+                raise self.error(f"layer_types: {shown(kind)} is not supported ({FULL} and {SLIDING} are)")
+        return kinds
+
+    def windows(self, default: Sequence[str]) -> list[int | None]:
+        """The window of each layer, None where it sees everything before; `default` as for `layer_kinds`."""
+        kinds = self.layer_kinds(default)
+        window = self.count("sliding_window", most=2**40) if SLIDING in kinds else None
+        return [window if kind == SLIDING else None for kind in kinds]
 
     def refuse(self, *keys: str) -> None:
         """What would be computed wrongly is refused by name: none of these keys may say yes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.blocks import Trace
-from entrenar_gpu.model.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, layer_path
+from entrenar_gpu.model.config import HEAD, ModelConfig
 from entrenar_gpu.model.kv_cache import KeyValueCache
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
@@ -66,22 +66,26 @@ class Transformer:
         return self.graph.tensor(name if cached is None else f"{name}.{cached}", (self._tokens,), "u32")
 
     def hidden(self) -> Tensor:
-        """The final normalised hidden states [T, D]."""
+        """The final normalised hidden states [T, D], times what logits are multiplied by."""
+        config = self.config
         order = self.graph.tensor("id_order", (self._tokens,), "u32") if self.storage.method == "full" else None
         with self.graph.within("embed_tokens"):
-            x = ops.embedding(self.input_ids, self.parameters.table(EMBEDDING), order)
-        for index, layer in enumerate(self.config.layers):
+            x = ops.embedding(self.input_ids, self.parameters.table(config.embedding), order)
+            if config.embedding_multiplier != 1:
+                x = ops.scale(x, config.embedding_multiplier)
+        for index, layer in enumerate(config.layers):
             with self.graph.within(f"layers.{index}", layer=index):
-                x = layer.trace(self._trace, x, layer_path(index))
+                x = layer.trace(self._trace, x, config.layer_path(index))
         with self.graph.within("norm"):
-            return self.config.norm.trace(self._trace, x, FINAL_NORM)
+            x = config.norm.trace(self._trace, x, config.final_norm)
+            return x if config.logits_multiplier == 1 else ops.scale(x, config.logits_multiplier)
 
     def loss_sum(self, smoothing: float = 0.0) -> Tensor:
         """Sum over unmasked tokens of the cross-entropy, [1]."""
         targets = self.graph.tensor("targets", (self._tokens,), "i32")
-        x = self.hidden()
+        x, config = self.hidden(), self.config
         with self.graph.within("lm_head"):
-            return ops.cross_entropy(x, targets, self._head(), smoothing, self._head_precision)
+            return ops.cross_entropy(x, targets, self._head(), smoothing, self._head_precision, config.softcap)
 
     def last_logits(self) -> Tensor:
         """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""
@@ -91,10 +95,11 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            return (ops.row_product if self._trace.by_rows else ops.project)(hidden, self._head())
+            logits = (ops.row_product if self._trace.by_rows else ops.project)(hidden, self._head())
+            return logits if self.config.softcap is None else ops.softcapped(logits, self.config.softcap)
 
     def _head(self) -> list[Tensor]:
-        return self.parameters.table(EMBEDDING if self.config.tie_word_embeddings else HEAD)
+        return self.parameters.table(self.config.embedding if self.config.tie_word_embeddings else HEAD)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """The input of an adapter without the elements that dropout takes: others at each call."""

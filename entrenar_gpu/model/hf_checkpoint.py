@@ -17,13 +17,14 @@ from entrenar_gpu.dtypes import STORED_FLOATS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
 from entrenar_gpu.integers import ceil_div
-from entrenar_gpu.model.config import EMBEDDING, HEAD, PREFIX, ModelConfig
+from entrenar_gpu.model.config import HEAD, ModelConfig
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OLDER_PREFIXES = ("language_model.model.",)  # of the language part of models that also see
 COMPARED_ROWS = 4096  # of two tables at once
 
 # Suffixes of a bitsandbytes weight; the state's ends in the quantisation type.
@@ -125,12 +126,13 @@ class HFCheckpoint:
 
     def _has_own_head(self, config: ModelConfig) -> bool:
         """Whether there is a head of the embedding's shape that holds other numbers."""
-        if not (self._has(HEAD) and self._has(EMBEDDING)) or self._place(HEAD) == self._place(EMBEDDING):
+        table = config.embedding
+        if not (self._has(HEAD) and self._has(table)) or self._place(HEAD) == self._place(table):
             return False
-        head, embedding = self.info(HEAD), self.info(EMBEDDING)
+        head, embedding = self.info(HEAD), self.info(table)
         if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= STORED_FLOATS.keys():
             return False
-        ours, theirs = self.stored(HEAD), self.stored(EMBEDDING)
+        ours, theirs = self.stored(HEAD), self.stored(table)
         rows = range(0, config.vocab_size, COMPARED_ROWS)
         return any(
             not np.array_equal(np.asarray(ours[r : r + COMPARED_ROWS]), np.asarray(theirs[r : r + COMPARED_ROWS]))
@@ -221,13 +223,22 @@ class HFCheckpoint:
 
 
 def _stored_names(config: ModelConfig, files: dict[str, SafetensorsFile]) -> dict[str, str]:
-    """What the files call tensors, where it is not what the model calls them: names without `model.`, as of models
-    saved without their head; the head's, where a tied pair is stored as that."""
-    names = {}
-    if EMBEDDING not in files and EMBEDDING.removeprefix(PREFIX) in files:
-        names = {f"{PREFIX}{stored}": stored for stored in files}
-    if config.tie_word_embeddings and HEAD in files and names.get(EMBEDDING, EMBEDDING) not in files:
-        names[EMBEDDING] = HEAD
+    """What the files call tensors, where it is not what the model calls them.
+
+    Names without the prefix, as of models saved without their head; names by an older layout of models that also see;
+    the head's, where a tied pair is stored as that.
+    """
+    names: dict[str, str] = {}
+    table, tail = config.embedding, config.embedding.removeprefix(config.prefix)
+    for prefix in ("", *OLDER_PREFIXES):
+        if table not in files and prefix + tail in files:
+            names |= {config.prefix + name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
+    older_head = f"language_model.{HEAD}"
+    if HEAD not in files and older_head in files:
+        names[HEAD] = older_head
+    head = names.get(HEAD, HEAD)
+    if config.tie_word_embeddings and head in files and names.get(table, table) not in files:
+        names[table] = head
     return names
 
 

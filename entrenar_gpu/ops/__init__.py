@@ -3,10 +3,10 @@
 import entrenar_gpu.ops.attention_grad
 import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.activations import geglu, geglu_tanh, gelu, gelu_tanh, relu, relu_squared, swiglu, swish
-from entrenar_gpu.ops.attention import attention
+from entrenar_gpu.ops.attention import LONGEST_HEAD, attention
 from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
 from entrenar_gpu.ops.dropout import dropout
-from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, sub, zeros
+from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, softcapped, sub, zeros
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.gemm.linear import linear
 from entrenar_gpu.ops.gemm.matmul import matmul
@@ -23,6 +23,7 @@ from entrenar_gpu.ops.views import broadcast, part, reshape, sum_to, transpose
 
 __all__ = [
     "IGNORE",
+    "LONGEST_HEAD",
     "Nf4Tensors",
     "adam",
     "add",
@@ -62,6 +63,7 @@ __all__ = [
     "row_product",
     "scale",
     "sgd",
+    "softcapped",
     "softmax",
     "sub",
     "sum",

@@ -13,7 +13,7 @@ import numpy as np
 
 from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
-from entrenar_gpu.ops.elementwise import copy_launch, mul, softcapped
+from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
@@ -288,10 +288,9 @@ register(
 )
 
 
-def project(x: Tensor, shards: Sequence[Tensor], softcap: float | None = None) -> Tensor:
+def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
     """x W^T for a W [V, D] kept in shards of rows: logits [T, V], for the few tokens that are wanted whole."""
-    logits: Tensor = record("project", x=x, shards=list(shards))[0]
-    return logits if softcap is None else softcapped(logits, softcap)
+    return record("project", x=x, shards=list(shards))[0]
 
 
 def _project_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:

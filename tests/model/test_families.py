@@ -76,13 +76,13 @@ def test_architectures_win_over_the_model_type():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_biases_that_a_family_does_not_have_are_refused(family):
-    with pytest.raises(UserError, match=r"config.json: attention_bias is not supported"):
-        config_of(family, attention_bias=True)
+def test_attention_bias_is_on_all_four_projections(family):
+    names = {spec.name for spec in config_of(family, attention_bias=True).weights}
+    assert {f"model.layers.1.self_attn.{name}_proj.bias" for name in "qkvo"} <= names
 
 
 NEW_FAMILY = """
-from entrenar_gpu.model.blocks import Attention, Layer, RmsNorm, SwiGlu
+from entrenar_gpu.model.blocks import Attention, FeedForward, Layer, RmsNorm
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.config_file import ConfigFile
 
@@ -90,8 +90,8 @@ ARCHITECTURES = ("ToyForCausalLM",)
 
 
 def read(file: ConfigFile) -> ModelConfig:
-    plain = Layer(Attention.read(file), SwiGlu.read(file), RmsNorm.read(file))
-    first = Layer(Attention.read(file, qkv_bias=True, qk_norm=True), SwiGlu.read(file), RmsNorm.read(file))
+    plain = Layer(Attention.read(file), FeedForward.read(file), RmsNorm.read(file))
+    first = Layer(Attention.read(file, qkv_bias=True, qk_norm="heads"), FeedForward.read(file), RmsNorm.read(file))
     return ModelConfig.read(file, [first, *[plain] * (file.num_layers - 1)])
 """
 
