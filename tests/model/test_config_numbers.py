@@ -57,7 +57,9 @@ OTHERS = {
     "architectures as text": ({"architectures": "LlamaForCausalLM"}, "architectures"),
     "tied by a word": ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     "layer types as a number": (
-        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": 3}, "layer_types"),
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": 3},
+        "layer_types",
+    ),
     "rotary part as a word": ({"partial_rotary_factor": "half"}, "partial_rotary_factor"),
     "rope scaling as a list": ({"rope_scaling": [1] * 999}, "rope_scaling"),
     "an activation of lists": ({"hidden_act": [["silu"] * 999]}, "hidden_act"),
