@@ -15,12 +15,11 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.gpu import KernelCache
 from entrenar_gpu.infer.graphs import (
     HEAD_ROWS,
-    LOGITS_AT,
-    CacheShape,
+    Pass,
+    Passes,
     adapter_prefix,
     decoder_graphs,
     fit_decoder,
-    pass_name,
 )
 from entrenar_gpu.model import cache_names, load_model_config, resolve_model
 from entrenar_gpu.train import Session
@@ -41,9 +40,10 @@ class _Row:
 class Decoder:
     """Sequences that grow, side by side: slot b holds the first `lengths[b]` tokens of one, up to `context`."""
 
-    def __init__(self, session: Session, cache: CacheShape) -> None:
-        """For a session whose graphs are those of `decoder_graphs` for this cache; `open` makes one."""
-        self.session, self.cache = session, cache
+    def __init__(self, session: Session, chunk: int) -> None:
+        """For a session whose graphs are those of `decoder_graphs` for this chunk; `open` makes one."""
+        self.session, self.chunk = session, chunk
+        self._passes = Passes.of(chunk, session.shape.precision(session.fitted.plan.caps))
         self.adapters: tuple[str, ...] = ()
         self.lengths = [0] * session.config.batch
         self.vocabulary = session.checkpoint.config.vocab_size
@@ -67,10 +67,10 @@ class Decoder:
         """
         model = load_model_config(resolve_model(config.model))
         loaded = {name: load_adapter(Path(folder), model) for name, folder in (adapters or {}).items()}
-        cache = CacheShape(min(chunk, context))
+        chunk = min(chunk, context)
         config = replace(config, batch=slots, seq=context)
-        trace = functools.partial(decoder_graphs, cache, {name: spec for name, (spec, _) in loaded.items()})
-        decoder = cls(Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder), cache)
+        trace = functools.partial(decoder_graphs, chunk, {name: spec for name, (spec, _) in loaded.items()})
+        decoder = cls(Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder), chunk)
         for name, (_, values) in loaded.items():
             for tensor, array in values.items():
                 decoder.session.executor.write(adapter_prefix(name) + tensor, array)
@@ -95,18 +95,26 @@ class Decoder:
         """Tokens that a slot has room for."""
         return self.session.config.seq
 
-    def extend(self, batch: Mapping[int, Sequence[int]], all_logits: bool = False) -> dict[int, np.ndarray]:
+    def extend(
+        self, batch: Mapping[int, Sequence[int]], all_logits: bool = False, prompt: bool | None = None
+    ) -> dict[int, np.ndarray]:
         """Append tokens to slots. Returns, for each, the logits after its last token, f32 [1, V], or after every one of
         those given, [n, V].
 
         A slot's logits are bit for bit the same whatever other slots are extended with it, and however its tokens are
-        spread over calls. Raises ValueError for tokens, slots or lengths that there are none of; nothing is appended
-        then.
+        spread over calls; but for one thing. In f16 and int8 a prompt's tokens are computed in that arithmetic, others
+        are not. `prompt` says which these are; without it, more than HEAD_ROWS of a slot are taken for a prompt's.
+
+        Raises ValueError for tokens, slots or lengths that there are none of; nothing is appended then.
         """
-        rows = [row for slot, tokens in batch.items() for row in self._rows(slot, tokens, all_logits)]
+        rows = {slot: self._rows(slot, tokens, all_logits) for slot, tokens in batch.items()}
         found: dict[int, list[np.ndarray]] = {slot: [] for slot in batch}
-        for start in range(0, len(rows), self.cache.chunk):
-            self._run(rows[start : start + self.cache.chunk], found)
+        for passes, of_prompt in ((self._passes.prompt, True), (self._passes.few, False)):
+            chosen = [r for own in rows.values() for r in own if of_prompt == _of_prompt(own, prompt)]
+            most = passes[-1].tokens
+            for start in range(0, len(chosen), most):
+                part = chosen[start : start + most]
+                self._run(next(made for made in passes if made.tokens >= len(part)), part, found)
         for slot, tokens in batch.items():
             self.lengths[slot] += len(tokens)
         return {slot: np.stack(logits) for slot, logits in found.items()}
@@ -150,26 +158,30 @@ class Decoder:
         last = len(tokens) - 1
         return [_Row(slot, first + i, int(token), all_logits or i == last) for i, token in enumerate(tokens)]
 
-    def _run(self, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
+    def _run(self, made: Pass, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
         """One pass. Appends the logits asked for to those of their slots."""
         executor = self.session.executor
-        size = next(size for size in self.cache.sizes if size >= len(rows))
         fields = {"input_ids": (0, "token"), "positions": (0, "position"), "slots": (self.slots, "slot")}
         for name, (padding, field) in fields.items():
-            values = np.full(size, padding, np.uint32)
+            values = np.full(made.tokens, padding, np.uint32)
             values[: len(rows)] = [getattr(row, field) for row in rows]
-            executor.write(f"{name}.{size}", values)
-        report = executor.run(pass_name(size, self._adapter))
+            executor.write(made.input(name), values)
+        report = executor.run(made.name(self._adapter))
         wanted = [place for place, row in enumerate(rows) if row.wanted]
-        if report is not None and wanted:
-            logits = report.result()
-            for place in wanted:
-                found[rows[place].slot].append(logits[place])
+        if made.head is None:
+            if report is not None and wanted:
+                logits = report.result()
+                for place in wanted:
+                    found[rows[place].slot].append(logits[place])
             return
         for start in range(0, len(wanted), HEAD_ROWS):
             places = wanted[start : start + HEAD_ROWS]
-            executor.write(LOGITS_AT, np.resize(np.array(places, np.uint32), HEAD_ROWS))
-            report = executor.run("head")
+            executor.write(made.logits_at, np.resize(np.array(places, np.uint32), HEAD_ROWS))
+            report = executor.run(made.head)
             assert report is not None
             for place, logits in zip(places, report.result(), strict=False):
                 found[rows[place].slot].append(logits)
+
+
+def _of_prompt(rows: Sequence[_Row], told: bool | None) -> bool:
+    return len(rows) > HEAD_ROWS if told is None else told

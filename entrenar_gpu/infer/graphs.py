@@ -1,42 +1,82 @@
-"""The graphs of a decoder: passes over a few tokens or a chunk of a prompt, and the head of what the latter leaves."""
+"""The graphs of a decoder: passes over a few tokens or over a piece of a prompt, and the head of what the latter leave.
+
+Two families of products make them. A few tokens take the one that reads each weight as it is stored
+(`ops/gemm/row_product.py`). Prompts take that of training where it has f16 or int8 arithmetic, with the blocking of the
+longest piece for shorter ones too; else the same as a few tokens do. In both a row is summed in one order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, make_plan
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.model import Transformer
+from entrenar_gpu.graph import Caps, Graph, Target
+from entrenar_gpu.model import CachedPass, Transformer
+from entrenar_gpu.ops.gemm.launches import layout_of
+from entrenar_gpu.ops.gemm.linear import product_sizes
+from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, choose, key, to_numbers
 from entrenar_gpu.train import RunShape, Trace
 
-HEAD_ROWS = 16  # tokens whose logits one pass makes at most
-HIDDEN, LOGITS, LOGITS_AT = "hidden", "logits", "logits_at"
+HEAD_ROWS = 16  # tokens of a pass over a few, and whose logits one pass makes at most
+SHORTEST = 32  # tokens of a prompt's shortest piece
 
 
 @dataclass(frozen=True)
-class CacheShape:
-    """`chunk`: how many tokens of a prompt a pass takes at most. `dtype`: of the cache, "f16" or "f32".
+class Pass:
+    """A graph over so many tokens: of a prompt, in the run's arithmetic, or any, by rows."""
 
-    How many sequences it has, and of how many tokens, are the batch and seq of the run's shape.
-    """
+    tokens: int
+    prompt: bool = False
 
-    chunk: int
-    dtype: str = "f32"
+    def name(self, adapter: str | None) -> str:
+        return f"{'prompt' if self.prompt else 'pass'}.{self.tokens}" + ("" if adapter is None else f".{adapter}")
+
+    def input(self, name: str) -> str:
+        """The tensor that holds `input_ids`, `positions` or `slots`."""
+        return f"{name}.{self.tokens}"
 
     @property
-    def sizes(self) -> list[int]:
-        """Tokens that there are graphs for: a few, and a chunk."""
-        few = [1 << i for i in range(HEAD_ROWS.bit_length()) if 1 << i < self.chunk]
-        return [*few, self.chunk]
+    def head(self) -> str | None:
+        """The graph that makes the logits; None where the pass itself makes those of all its tokens."""
+        return None if self.tokens <= HEAD_ROWS else f"head.{self.tokens}"
+
+    @property
+    def logits(self) -> str:
+        return f"logits.{self.tokens}"
+
+    @property
+    def logits_at(self) -> str:
+        """Which tokens the head makes logits of, u32 [HEAD_ROWS]."""
+        return f"logits_at.{self.tokens}"
+
+    @property
+    def hidden(self) -> str:
+        """What the head reads, f32 [T, D]."""
+        return f"hidden.{self.tokens}"
 
 
-def pass_name(tokens: int, adapter: str | None) -> str:
-    """The graph of a pass over so many tokens, with an adapter or without."""
-    return f"pass.{tokens}" if adapter is None else f"pass.{tokens}.{adapter}"
+@dataclass(frozen=True)
+class Passes:
+    """The passes that a decoder has: over a few tokens, and over pieces of prompts of at most `chunk`."""
+
+    few: tuple[Pass, ...]
+    prompt: tuple[Pass, ...]
+
+    @classmethod
+    def of(cls, chunk: int, precision: Arithmetic) -> Passes:
+        few = [Pass(1 << i) for i in range(HEAD_ROWS.bit_length()) if 1 << i < chunk or i == 0]
+        longer = [chunk]
+        while longer[0] // 4 >= SHORTEST:
+            longer.insert(0, longer[0] // 4)
+        if precision != "f32" and chunk >= SHORTEST:
+            return cls((*few,), tuple(Pass(tokens, prompt=True) for tokens in longer))
+        every = (*few, *(Pass(tokens) for tokens in longer if tokens > few[-1].tokens))
+        return cls(every, every)
 
 
 def adapter_prefix(adapter: str) -> str:
@@ -44,60 +84,47 @@ def adapter_prefix(adapter: str) -> str:
     return f"adapter.{adapter}."
 
 
-def decoder_graphs(
-    cache: CacheShape, adapters: Mapping[str, AdapterSpec], shape: RunShape, caps: Caps
-) -> dict[str, Graph]:
-    """Graphs by number of tokens and adapter, which make the logits of all tokens if these are few.
-
-    Of a chunk they leave the hidden states, and "head" makes the logits of HEAD_ROWS of these.
-    """
-    graphs = _passes(cache, None, shape, caps)
-    for name, spec in adapters.items():
-        storage = replace(shape.storage, adapters=spec.modules, adapter_prefix=adapter_prefix(name))
-        graphs |= _passes(cache, name, replace(shape, storage=storage), caps)
+def decoder_graphs(chunk: int, adapters: Mapping[str, AdapterSpec], shape: RunShape, caps: Caps) -> dict[str, Graph]:
+    """The graphs of all passes, without an adapter and with each, and their heads."""
+    graphs: dict[str, Graph] = {}
+    passes = Passes.of(chunk, shape.precision(caps))
+    for made in dict.fromkeys((*passes.few, *passes.prompt)):
+        graphs |= _with_head(made, shape, caps)
+        for name, spec in adapters.items():
+            storage = replace(shape.storage, adapters=spec.modules, adapter_prefix=adapter_prefix(name))
+            graph = _pass(made, name, replace(shape, storage=storage), caps)
+            graphs[graph.name] = graph
     return graphs
 
 
-def _passes(cache: CacheShape, adapter: str | None, shape: RunShape, caps: Caps) -> dict[str, Graph]:
-    graphs = {}
-    for tokens in cache.sizes:
-        graph = Graph(pass_name(tokens, adapter), differentiable=False)
-        model = _model(graph, cache, shape, caps, tokens)
-        hidden = model.hidden()
-        if tokens <= HEAD_ROWS:
-            graph.report = f"{LOGITS}.{tokens}"
-            ops.keep(model.logits(hidden), graph.report)
-        else:
-            ops.keep(hidden, HIDDEN)
-            if adapter is None:
-                graphs["head"] = _head(cache, shape, caps, tokens)
-        graphs[graph.name] = graph
-    return graphs
+def _with_head(made: Pass, shape: RunShape, caps: Caps) -> dict[str, Graph]:
+    graph = _pass(made, None, shape, caps)
+    if made.head is None:
+        return {graph.name: graph}
+    head = Graph(made.head, report=made.logits, differentiable=False)
+    model = _model(head, made, shape, caps)
+    hidden = head.tensor(made.hidden, (made.tokens, shape.model.hidden_size), role="state")
+    at = head.tensor(made.logits_at, (HEAD_ROWS,), "u32")
+    ops.keep(model.logits(ops.embedding(at, [hidden])), made.logits)
+    return {graph.name: graph, made.head: head}
 
 
-def _head(cache: CacheShape, shape: RunShape, caps: Caps, tokens: int) -> Graph:
-    graph = Graph("head", report=LOGITS, differentiable=False)
-    model = _model(graph, cache, shape, caps, tokens)
-    hidden = graph.tensor(HIDDEN, (tokens, shape.model.hidden_size), role="state")
-    at = graph.tensor(LOGITS_AT, (HEAD_ROWS,), "u32")
-    ops.keep(model.logits(ops.embedding(at, [hidden])), LOGITS)
+def _pass(made: Pass, adapter: str | None, shape: RunShape, caps: Caps) -> Graph:
+    graph = Graph(made.name(adapter), differentiable=False)
+    model = _model(graph, made, shape, caps)
+    hidden = model.hidden()
+    if made.head is None:
+        graph.report = made.logits
+        ops.keep(model.logits(hidden), made.logits)
+    else:
+        ops.keep(hidden, made.hidden)
     return graph
 
 
-def _model(graph: Graph, cache: CacheShape, shape: RunShape, caps: Caps, tokens: int) -> Transformer:
-    train = shape.train
-    sizes = (train.batch, train.seq)
-    return Transformer(
-        graph,
-        shape.model,
-        shape.storage,
-        caps,
-        *sizes,
-        precision="f32",
-        cached=tokens,
-        cache_dtype=cache.dtype,
-        by_rows=True,
-    )
+def _model(graph: Graph, made: Pass, shape: RunShape, caps: Caps) -> Transformer:
+    precision, sizes = shape.precision(caps), (shape.train.batch, shape.train.seq)
+    cached = CachedPass(made.tokens, "f16" if precision != "f32" and caps.f16 else "f32", by_rows=not made.prompt)
+    return Transformer(graph, shape.model, shape.storage, caps, *sizes, precision=precision, cached=cached)
 
 
 def fit_decoder(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> FittedPlan:
@@ -105,7 +132,8 @@ def fit_decoder(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions)
 
     def plan_of(context: int, launches: bool) -> tuple[Plan, Mapping[str, Graph]]:
         graphs = trace(replace(shape, train=replace(shape.train, seq=context)), caps)
-        return make_plan(graphs, caps, options, launches), graphs
+        tiles = pinned_tiles(graphs.values(), caps, options.tiles)
+        return make_plan(graphs, caps, replace(options, tiles=tiles), launches), graphs
 
     def why_not(context: int) -> str | None:
         try:
@@ -133,3 +161,25 @@ def _longest(above: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def pinned_tiles(graphs: Iterable[Graph], caps: Caps, tiles: TileTable) -> TileTable:
+    """`tiles`, and for every product those of the same one with the most rows.
+
+    Blocking follows from the number of rows, and the order in which a row is summed from the blocking.
+    """
+    found: dict[tuple[Arithmetic, str, int, int], set[int]] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "linear":
+                m, n, k, _ = product_sizes(node)
+                found.setdefault((node.attrs["arithmetic"], "nt", n, k), set()).add(m)
+            elif node.op == "matmul" and not is_low_rank(node):
+                m, n, k, _ = matmul_sizes(node)
+                layout = layout_of(node.attrs["transpose_a"], node.attrs["transpose_b"])
+                found.setdefault(("f32", layout, n, k), set()).add(m)
+    target, pinned = Target.of(caps, tiles), dict(tiles)
+    for (arithmetic, layout, n, k), rows in found.items():
+        choice = choose(arithmetic, max(rows), n, k, layout, target)
+        pinned |= {key(arithmetic, m, n, k, layout): to_numbers(choice) for m in rows}
+    return pinned

@@ -4,7 +4,7 @@ from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
-from entrenar_gpu.model.kv_cache import cache_names
+from entrenar_gpu.model.kv_cache import CachedPass, cache_names
 from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
 from entrenar_gpu.model.projection import ModuleAdapter, Product
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
@@ -13,6 +13,7 @@ from entrenar_gpu.model.weight_spec import WeightSpec
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
+    "CachedPass",
     "HFCheckpoint",
     "ModelConfig",
     "ModuleAdapter",

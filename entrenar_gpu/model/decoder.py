@@ -10,7 +10,7 @@ from entrenar_gpu import ops
 from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.blocks import Trace
 from entrenar_gpu.model.config import HEAD, ModelConfig
-from entrenar_gpu.model.kv_cache import KeyValueCache
+from entrenar_gpu.model.kv_cache import CachedPass, KeyValueCache
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
@@ -22,9 +22,9 @@ class Transformer:
     inv_tokens f32 [1] (1 / unmasked tokens of the whole step), rng u32 [3] with dropout, and id_order u32 [T] (a
     stable argsort of the ids) when the embedding is trained. The tables of `ModelConfig.rope_tables` are written once.
 
-    With `cached`, a pass takes so many tokens of any of the `rows` sequences of a cache, each of up to `seq` tokens.
-    T is their number, and input_ids, positions and slots u32 [T] are the inputs, their names ending with it, since
-    graphs for several numbers share a plan. That is for inference alone.
+    With `cached`, a pass takes T = `cached.tokens` tokens of any of the `rows` sequences of a cache, each of up to
+    `seq` tokens: input_ids, positions and slots u32 [T] are the inputs, their names ending with T, since graphs for
+    several numbers of tokens share a plan. That is for inference alone.
     """
 
     def __init__(
@@ -37,38 +37,37 @@ class Transformer:
         seq: int,
         dropout: float = 0.0,
         precision: Arithmetic = "f32",
-        cached: int | None = None,
-        cache_dtype: str = "f32",
-        by_rows: bool = False,
+        cached: CachedPass | None = None,
     ) -> None:
         self._head_precision: Arithmetic = precision if caps.f16 else "f32"  # the loss knows f16 and f32 alone
         self.graph, self.config, self.storage = graph, config, storage
-        self._tokens, self._dropout = rows * seq if cached is None else cached, dropout
+        self._tokens, self._dropout = rows * seq if cached is None else cached.tokens, dropout
         self.parameters = Parameters(graph, config.weights, storage, caps)
         self.input_ids, positions = self._input("input_ids", cached), self._input("positions", cached)
         segment_start = self._input("segment_start") if cached is None else None
         cache = None
         if cached is not None:
-            cache = KeyValueCache(rows, seq, cache_dtype, self._input("slots", cached))
+            cache = KeyValueCache(rows, seq, cached.dtype, self._input("slots", cached))
         rope_tables = {
             rope: graph.tensor(name, (seq, rope.rotary_dim), "f32", "weight")
             for name, rope in config.rope_tables.items()
         }
         self._rng = graph.tensor("rng", (3,), "u32") if dropout else None
         self._dropouts = 0
-        dropped = self._dropped if dropout else None
+        dropped, by_rows = self._dropped if dropout else None, cached is not None and cached.by_rows
         self._trace = Trace(
             graph, self.parameters, rows, precision, positions, segment_start, rope_tables, dropped, cache, by_rows
         )
 
-    def _input(self, name: str, cached: int | None = None) -> Tensor:
+    def _input(self, name: str, cached: CachedPass | None = None) -> Tensor:
         """u32 [T]."""
-        return self.graph.tensor(name if cached is None else f"{name}.{cached}", (self._tokens,), "u32")
+        return self.graph.tensor(name if cached is None else f"{name}.{cached.tokens}", (self._tokens,), "u32")
 
     def hidden(self) -> Tensor:
         """The final normalised hidden states [T, D], times what logits are multiplied by."""
         config = self.config
-        order = self.graph.tensor("id_order", (self._tokens,), "u32") if self.storage.method == "full" else None
+        trains = self.storage.method == "full" and self._trace.cache is None
+        order = self.graph.tensor("id_order", (self._tokens,), "u32") if trains else None
         with self.graph.within("embed_tokens"):
             x = ops.embedding(self.input_ids, self.parameters.table(config.embedding), order)
             if config.embedding_multiplier != 1:
@@ -95,7 +94,8 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            logits = (ops.row_product if self._trace.by_rows else ops.project)(hidden, self._head())
+            project = ops.project if self._trace.cache is None else ops.row_product
+            logits = project(hidden, self._head())
             return logits if self.config.softcap is None else ops.softcapped(logits, self.config.softcap)
 
     def _head(self) -> list[Tensor]:

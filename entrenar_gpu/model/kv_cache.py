@@ -13,6 +13,18 @@ PARTS = ("keys", "values")
 
 
 @dataclass(frozen=True)
+class CachedPass:
+    """A pass over so many tokens of any sequences of a cache of `dtype`, "f16" or "f32".
+
+    `by_rows`: every token is computed the same whatever others are in the pass, from weights as they are stored.
+    """
+
+    tokens: int
+    dtype: str = "f32"
+    by_rows: bool = True
+
+
+@dataclass(frozen=True)
 class KeyValueCache:
     """`slots` sequences of up to `context` tokens. `token_slots` u32 [T] says whose token each of a pass is."""
 

@@ -49,7 +49,7 @@ def whole_row(folder: Path, ids: list[int], **options: Any) -> np.ndarray:
     return next_logits(session, ids)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_the_logits_are_those_of_the_whole_row(folder, ids, method):
     decoder = opened(folder, method=method)
     for stop in (1, 5, 17, 30, CONTEXT):
@@ -70,6 +70,26 @@ def test_a_row_is_the_same_alone_in_a_batch_and_in_pieces(folder, ids, kernels, 
         np.testing.assert_array_equal(np.concatenate([pieces[1], last]), want[7:])
     numpy = opened(folder, method=method).extend({0: ids}, all_logits=True)[0]
     np.testing.assert_allclose(want, numpy, rtol=0, atol=1e-5 * np.abs(numpy).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_low_precision_reads_prompts_as_training_does(folder, ids, kernels, method, precision):
+    """A prompt's tokens in the run's arithmetic, in any pieces; those after it by rows. Near to f32, not equal."""
+    if not kernels.device.caps.f16:
+        pytest.skip("no f16")
+    want = opened(folder, method=method).extend({0: ids})[0]
+    with opened(folder, kernels, chunk=40, method=method, precision=precision) as decoder:
+        whole = decoder.extend({0: ids[:45]}, prompt=True)[0]
+        decoder.extend({1: ids[:3], 2: ids[:33]}, prompt=True)
+        pieces = decoder.extend({1: ids[3:45], 2: ids[33:40]}, prompt=True)[1]
+        np.testing.assert_array_equal(pieces, whole)
+        batched = decoder.extend({1: ids[45:], 0: ids[45:46]}, all_logits=True)[1]
+        single = np.concatenate([decoder.extend({0: [token]})[0] for token in ids[46:]])
+        np.testing.assert_array_equal(batched[1:], single)
+    np.testing.assert_allclose(single[-1:], want, rtol=0, atol=0.05 * np.abs(want).max())
+    assert np.abs(single[-1] - want).max() > 0
 
 
 def test_what_is_dropped_is_forgotten_and_what_is_copied_is_shared(folder, ids):
