@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from entrenar_gpu.compiler import PAGED_ROLES, page_layout, page_sizes
+from entrenar_gpu.compiler import PAGED_ROLES, TraceGroup, page_layout, page_sizes
 from entrenar_gpu.dtypes import NUMPY_TYPES
 from entrenar_gpu.graph import Graph, Node, Tensor, grouped
 from entrenar_gpu.ops.registry import OPS
@@ -25,26 +26,40 @@ def run_node(node: Node, values: dict[int, np.ndarray]) -> None:
             values[tensor.updates.id] = array
 
 
-class Report:
-    """A small tensor handed to the host (the interface of replay.Report)."""
+Ticks = dict[tuple[str, int], np.ndarray]  # by graph and repeat
 
-    def __init__(self, values: np.ndarray) -> None:
+
+class Report:
+    """A small tensor handed to the host, and when groups of nodes ran (the interface of replay.Report)."""
+
+    on_gpu = False
+
+    def __init__(self, values: np.ndarray, ticks: Ticks) -> None:
         self._values = values
+        self._ticks = ticks
         self.done_ns = time.monotonic_ns()
 
     def result(self) -> np.ndarray:
         return self._values
 
-    def ticks(self, graph: str, repeat: int) -> None:
-        """The host's own work is not timed node by node."""
+    def ticks(self, graph: str, repeat: int) -> np.ndarray | None:
+        """Host nanoseconds [groups, 2] of one run of a graph; None where nothing was timed."""
+        return self._ticks.get((graph, repeat))
 
 
 class NumpyExecutor:
     """Holds the persistent tensors of several graphs by name and runs the graphs (the interface of replay.Replay)."""
 
-    def __init__(self, graphs: Mapping[str, Graph], keep: Sequence[Tensor] = ()) -> None:
-        """`keep` lists temporaries that stay readable after a run."""
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph],
+        keep: Sequence[Tensor] = (),
+        groups: Mapping[str, Sequence[TraceGroup]] = MappingProxyType({}),
+    ) -> None:
+        """`keep` lists temporaries that stay readable after a run, `groups` what is timed, by graph."""
         self._graphs = dict(graphs)
+        self._groups = groups
+        self._ticks: Ticks = {}  # of the runs since the last report
         self._kept: dict[int, np.ndarray | None] = {t.id: None for t in keep}
         self._store: dict[str, np.ndarray] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -84,17 +99,25 @@ class NumpyExecutor:
         for node in graph.nodes:
             for tensor in node.inputs.values():
                 readers[tensor.id] = readers.get(tensor.id, 0) + 1
-        for node in graph.nodes:
+        begins = np.zeros(len(graph.nodes) + 1, np.int64)  # monotonic nanoseconds; the end of a node is the next one's
+        for index, node in enumerate(graph.nodes):
+            begins[index] = time.monotonic_ns()
             run_node(node, values)
             for tensor in node.inputs.values():  # let go of what no later node reads
                 readers[tensor.id] -= 1
                 if readers[tensor.id] == 0 and not tensor.persistent and tensor.id not in self._kept:
                     values.pop(tensor.id, None)
+        begins[-1] = time.monotonic_ns()
+        if self._groups.get(name):
+            self._ticks[name, repeat] = np.array([[begins[g.first], begins[g.last + 1]] for g in self._groups[name]])
         self._kept = {key: values.get(key, old) for key, old in self._kept.items()}
         for key, tensor in graph.persistents.items():  # into the pages, which other tensors are views of
             if values[tensor.id] is not self._store[key]:
                 self._store[key][...] = values[tensor.id]
-        return Report(self.read(graph.report)) if graph.report is not None else None
+        if graph.report is None:
+            return None
+        report, self._ticks = Report(self.read(graph.report), self._ticks), {}
+        return report
 
     def read_temporary(self, tensor: Tensor) -> np.ndarray:
         """A tensor named in `keep`, as the last run left it."""
@@ -102,8 +125,10 @@ class NumpyExecutor:
         assert value is not None
         return value
 
-    def read_clock(self) -> None:
-        """There is no second clock."""
+    def read_clock(self) -> tuple[int, int, int]:
+        """The clock of what is timed, which is the host's own, between two readings of the host's."""
+        now = time.monotonic_ns()
+        return now, now, now
 
     def wait(self) -> None:
         """Everything has run already."""

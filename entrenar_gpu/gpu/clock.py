@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +14,12 @@ from entrenar_gpu.events import Span
 
 
 class Report(Protocol):
-    """What an executor hands over when a step is done; `done_ns` says when that was, where the host knows."""
+    """What an executor hands over when a step is done; `done_ns` says when that was, where the host knows, and
+    `on_gpu` whether its ticks are a GPU's.
+    """
 
     done_ns: int | None
+    on_gpu: bool
 
     def ticks(self, graph: str, repeat: int) -> np.ndarray | None: ...
 
@@ -58,7 +62,7 @@ def step_spans(
     for members, ticks in timed:
         spans += phase_spans(members, placed[at : at + len(ticks)], len(spans))
         at += len(ticks)
-    return spans, int(placed.max())
+    return spans if report.on_gpu else [replace(span, on_gpu=False) for span in spans], int(placed.max())
 
 
 def phase_spans(groups: Sequence[TraceGroup], times: np.ndarray, parent: int) -> list[Span]:

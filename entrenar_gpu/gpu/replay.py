@@ -52,6 +52,7 @@ class Report:
     """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
 
     done_ns: int | None = None  # only the device knows
+    on_gpu = True
 
     def __init__(self, replay: Replay, name: str, staging: Any, submission: int) -> None:
         self._replay, self._name, self._staging, self._submission = replay, name, staging, submission

@@ -30,7 +30,9 @@ from entrenar_gpu.train.weight_cache import WeightCache
 Floats = np.ndarray
 Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]
 DEFAULT_BUDGET_GIB = 16.0
-HOST_CAPS = Caps(name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True)
+HOST_CAPS = Caps(
+    name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True, timestamps=True
+)
 
 HOST_INFO = {"adapter": "numpy", "backend": "numpy", "driver": np.__version__}
 
@@ -98,7 +100,7 @@ class Session:
         if config.device == "numpy" and kernels is None:
             budget, info = None, HOST_INFO
             fitted = fit(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
-            executor = NumpyExecutor(fitted.graphs)
+            executor = NumpyExecutor(fitted.graphs, groups=fitted.plan.groups)
         else:
             kernels = kernels if kernels is not None else KernelCache(_opened(config, engine))
             if engine not in (None, kernels.device.engine.name):

@@ -111,8 +111,7 @@ class Trainer:
                 raise
         self._done = self._launched = self.first_step - 1  # the last step that was told of, and handed over
         self._data_state = self.batches.state()  # behind the last step that was handed over
-        plan = self.session.plan
-        self._timer = StepTimer(self.executor, {} if plan is None else plan.groups, config.accumulate)
+        self._timer = StepTimer(self.executor, self.session.fitted.plan.groups, config.accumulate)
         self._skipped = 0
         self._begun = self._ran = self._finished = False
         self.stopped_by: int | None = None  # the signal that asked this run to end
