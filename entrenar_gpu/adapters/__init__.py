@@ -1,7 +1,7 @@
 """Adapters: which modules get one, how they start, and their files in PEFT's layout; a folder for each method."""
 
 from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
-from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter
+from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter, refuse_other_adapter
 from entrenar_gpu.adapters.trained_base import RUN_FILE, trained_base
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "adapter_spec",
     "init_adapter",
     "load_adapter",
+    "refuse_other_adapter",
     "save_adapter",
     "trained_base",
 ]

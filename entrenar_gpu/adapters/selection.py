@@ -5,7 +5,7 @@ A name selects a module by its whole path or as its last parts; a pattern must m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from entrenar_gpu.adapters.pattern import full_match
@@ -54,6 +54,16 @@ class ModuleSelection:
             return False
         # a whole path selects its module in whatever layer it is
         return self.layers is None or path in targets or self._layer_of(path) in self.layers
+
+    def unmatched(self, paths: Collection[str]) -> list[tuple[str, str]]:
+        """(key, name) of what `target_modules` and `exclude_modules` name and none of the paths answers to."""
+        targets = [] if self.is_all_linear else self.target_modules
+        return [
+            (key, name)
+            for key, names in (("target_modules", targets), ("exclude_modules", self.exclude_modules))
+            for name in ([names] if isinstance(names, str) else names)
+            if not any(_selects(name if isinstance(names, str) else [name], path) for path in paths)
+        ]
 
     def _layer_of(self, path: str) -> int | None:
         """The first number in the path, behind one of `layers_patterns` where there are any."""

@@ -98,6 +98,8 @@ def show_start(trainer: Any, console: Console | None = None) -> None:
     line("model", f"{trainer.config.model}  {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained")
     for note in session.checkpoint.notes:
         line("weights", note)
+    for note in session.adapters.notes if session.adapters is not None else ():
+        line("adapter", note)
     if trainer.config.cache:
         line("weights", session.weights_from)
     dropped = [f"{samples.skipped} skipped without a token to train"] if samples.skipped else []

@@ -300,7 +300,7 @@ def merge(
     ] = "stored",
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
-    from entrenar_gpu.adapters import trained_base
+    from entrenar_gpu.adapters import AdapterSpec, trained_base
     from entrenar_gpu.export import merge_adapter
     from entrenar_gpu.files import FolderLock, sweep
     from entrenar_gpu.model import HFCheckpoint, resolve_model
@@ -318,7 +318,7 @@ def merge(
         merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)
     form = "stored weights" if base == "stored" else "NF4 form of the weights"
     print(f"merged model: {printable(output)}, on the {form}")
-    notes = list(checkpoint.notes)
+    notes = [*checkpoint.notes, *AdapterSpec.from_peft(adapter, checkpoint.config).notes]
     if base == "stored" and trained is not None and trained.method == "qlora" and not checkpoint.is_quantised:
         notes.append(
             f"{trained.source}: the adapter was trained on the NF4 form of them; --base nf4 folds it into that"

@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
-from entrenar_gpu.errors import UserError
 
 Field = dataclasses.Field[Any]
 
@@ -86,28 +85,13 @@ def with_options(*names: str, sampling: bool = False) -> Callable[[Callable[...,
 
 
 def refuse_other_adapter(given: Mapping[str, Any], config: TrainConfig, config_file: str | None) -> None:
-    """Raise UserError where flags or the YAML file ask for another adapter than that of --adapter-init.
-
-    What nobody asked for is the adapter's: a default is no contradiction.
-    """
-    from entrenar_gpu.adapters import AdapterSpec
+    """Raise UserError where flags or the YAML file ask for another adapter than that of --adapter-init."""
+    from entrenar_gpu import adapters
     from entrenar_gpu.model import load_model_config, resolve_model
 
     said = {*given, *(known_keys(TrainConfig, load_yaml(config_file), config_file) if config_file else ())}
-    asked = said & {"rank", "alpha", "target", "rslora"}
-    if config.adapter_init is None or config.method == "full" or not asked:
-        return
-    model = load_model_config(resolve_model(config.model, weights=False))
-    held, wanted = AdapterSpec.from_peft(config.adapter_init, model), AdapterSpec.from_config(config, model)
-    modules = held.modules.values()
-    differs = {
-        "rank": any(m.rank != config.rank for m in modules),
-        "alpha": any(m.alpha != config.lora_alpha for m in modules),
-        "rslora": any(m.use_rslora != config.rslora for m in modules),
-        "target": held.modules.keys() != wanted.modules.keys(),
-    }
-    for name in (name for name in differs if name in asked and differs[name]):
-        raise UserError(f"{flag(name)}: {config.adapter_init} has another; leave it out, or --adapter-init")
+    if config.adapter_init is not None:
+        adapters.refuse_other_adapter(config, load_model_config(resolve_model(config.model, weights=False)), said)
 
 
 def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,7 +24,7 @@ import numpy as np
 
 import entrenar_gpu
 from entrenar_gpu import signals
-from entrenar_gpu.adapters import RUN_FILE, adapter_spec
+from entrenar_gpu.adapters import RUN_FILE, adapter_spec, refuse_other_adapter
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
@@ -92,8 +92,10 @@ class Trainer:
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
-        # A wrong --target is told before data is read.
-        adapter_spec(config, load_model_config(resolve_model(config.model)))
+        # A wrong --target, or one that is not the adapter's, is told before data is read.
+        model = load_model_config(resolve_model(config.model))
+        adapter_spec(config, model)
+        refuse_other_adapter(config, model)
         self.train_samples, self.eval_samples = load_data(config, self.started)
         self.batches = train_batches(config, self.train_samples)
         epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs

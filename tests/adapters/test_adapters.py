@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from entrenar_gpu.adapters import pattern
 from entrenar_gpu.adapters.peft_files import load_adapter, save_adapter
 from entrenar_gpu.adapters.selection import chosen_targets
 from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter
@@ -87,6 +88,44 @@ def test_options_choose_targets_and_scale():
 )  # fmt: skip
 def test_modules_are_selected_as_peft_does(tmp_path, changes, selected):
     assert set(short(spec_of(tmp_path, **changes))) == selected
+
+
+def test_what_matches_no_module_is_told(tmp_path):
+    spec = spec_of(
+        tmp_path,
+        target_modules=["q_proj", "c_attn"],
+        exclude_modules=["lm_head"],
+        rank_pattern={"q_proj": 2, "k_proj": 3},
+        alpha_pattern={r"layers\.99\..*": 3},
+    )
+    path = tmp_path / "adapter_config.json"
+    named = [
+        ("target_modules", "c_attn"),
+        ("exclude_modules", "lm_head"),
+        ("rank_pattern", "k_proj"),
+        ("alpha_pattern", r"layers\.99\..*"),
+    ]
+    assert list(spec.notes) == [f"{path}: {key} {name!r} matches no module" for key, name in named]
+    assert not spec_of(tmp_path, rank_pattern={r"layers\.1\..*": 2}, exclude_modules=r".*layers\.3.*").notes
+
+
+SLOW = r"(.|..)*[xyz0-9]"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": SLOW}, {"rank_pattern": {SLOW: 2}}, {"alpha_pattern": {SLOW: 2}}]
+)
+def test_a_pattern_that_backtracks_for_ever_is_told_with_its_file(tmp_path, changes):
+    with pytest.raises(UserError, match="takes too long to match") as error:
+        spec_of(tmp_path, **changes)
+    assert str(error.value).startswith(f"{tmp_path / 'adapter_config.json'}: pattern ")
+
+
+def test_all_patterns_of_a_file_share_one_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(pattern, "SECONDS_OF_FILE", 0.0)
+    quick = {f"{n}{SLOW}": 2 for n in range(400)}
+    with pytest.raises(UserError, match="takes too long to match"):
+        spec_of(tmp_path, rank_pattern=quick)
 
 
 def test_patterns_give_rank_and_alpha(tmp_path):

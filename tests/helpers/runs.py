@@ -23,7 +23,8 @@ DEFAULTS: dict[str, Any] = {"steps": 10, "batch": 2, "seq": 32, "rank": 4, "lr":
 
 def config_of(folder: Path, output: str = "run", **options: Any) -> TrainConfig:
     paths = {"model": str(folder / "model"), "data": str(folder / "train.jsonl"), "output": str(folder / output)}
-    return TrainConfig(**(DEFAULTS | paths | options))
+    defaults = {k: v for k, v in DEFAULTS.items() if k != "rank" or "adapter_init" not in options}  # it has its own
+    return TrainConfig(**(defaults | paths | options))
 
 
 def train(folder: Path, output: str = "run", kernels: KernelCache | None = None, **options: Any) -> list[float]:

@@ -32,6 +32,7 @@ TRAINING = functools.partial(training_graphs, evaluates=False)
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("session")
     make_model(path / "model", max_position_embeddings=40, **TINY)
+    make_data(path / "train.jsonl", vocab=96)
     return path
 
 
@@ -76,6 +77,19 @@ def test_a_run_starts_from_a_fresh_adapter_or_the_one_it_is_given(folder, tmp_pa
     assert loaded.trainable() == spec.shapes()
     assert all((values == 0.5).all() for values in loaded.adapter_values().values())
     assert loaded.adapters.modules == spec.modules
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"), [({"rank": 3}, "--rank"), ({"alpha": 9.0}, "--alpha"), ({"target": "q"}, "--target")]
+)
+def test_another_adapter_than_the_one_given_is_refused(folder, tmp_path, options, flag):
+    model = open_session(folder).checkpoint.config
+    spec = AdapterSpec.from_config(TrainConfig(rank=2, target="q,down"), model)
+    save_adapter(tmp_path, spec, init_adapter(spec, 0), "x")
+    defaults = {"rank": TrainConfig.rank, "device": "numpy", "adapter_init": str(tmp_path)}
+    Trainer(config_of(folder, str(tmp_path / "run"), **defaults)).session.close()  # defaults are no contradiction
+    with pytest.raises(UserError, match=f"{flag}: .* has another"):
+        Trainer(config_of(folder, str(tmp_path / "other"), **(defaults | options)))
 
 
 def test_full_training_has_no_adapter(folder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,11 +79,24 @@ class LoraConfig:
         out_features, in_features = spec.shape
         return LoraModule(spec.module, in_features, out_features, rank, alpha, self.use_rslora)
 
+    def unmatched(self, paths: Collection[str]) -> list[tuple[str, str]]:
+        """(key, pattern) of the patterns for ranks and alphas that match none of the adapter's modules."""
+        return [
+            (key, pattern)
+            for key, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for pattern in patterns
+            if not any(_matches(pattern, path) for path in paths)
+        ]
+
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the path, from a dot on."""
-    found = (value for pattern, value in patterns.items() if full_match(rf"(.*\.)?({pattern})", path))
-    return next(found, default)
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if _matches(pattern, path)), default)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern matches the end of the path, from a dot on."""
+    return full_match(rf"(.*\.)?({pattern})", path) is not None
 
 
 def read_peft_config(file: PeftReader) -> tuple[ModuleSelection, LoraConfig]:
