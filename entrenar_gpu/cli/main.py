@@ -396,6 +396,34 @@ def bench_ops(
     _show_rows(ops.bench_ops(open_device(device), model_shape(shape), rows, seq), as_json)
 
 
+@bench.command("generate")
+@options.with_options(
+    "method", "precision", "trace_level", "double_quant", "memory_budget", "tune", "device", "engine",
+)  # fmt: skip
+def bench_generate(
+    given: Mapping[str, Any],
+    shape: Annotated[str, typer.Option("--shape", help=f"a folder with config.json, or {', '.join(SHAPES)}")],
+    batches: Annotated[str, typer.Option("--batches", help="sequences at a time, comma-separated")] = "1,8",
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="tokens of each prompt")] = 512,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="tokens made after it")] = 64,
+    context: Annotated[int, typer.Option("--context", help="tokens that a sequence has room for")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read prompts and make tokens, with random weights: tokens/s, and the share of the floor that memory sets."""
+    from entrenar_gpu.cli.bench import generate
+
+    if not all(part.strip().isdecimal() and int(part) for part in batches.split(",")):
+        raise UserError(f"--batches: {batches!r} is not a list of whole numbers")
+    sizes = [int(n) for n in batches.split(",")]
+    config = options.make_config(given, batch=max(sizes), seq=max(context, prompt + tokens))
+    rows = generate.bench_generate(shape, config, sizes, prompt, tokens)
+    if as_json:
+        _print_json(list(rows))
+        return
+    for row in rows:
+        print(generate.line_of(row), flush=True)
+
+
 def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
     """Measurements as they come, a line each; or all of them as JSON."""
     if as_json:

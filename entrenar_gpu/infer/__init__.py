@@ -1,7 +1,8 @@
 """Text from a model and its adapter."""
 
-from entrenar_gpu.infer.decoder import Decoder
+from entrenar_gpu.infer.decoder import CHUNK, Decoder
 from entrenar_gpu.infer.generate import Generator
+from entrenar_gpu.infer.graphs import decoder_graphs, fit_decoder
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
 from entrenar_gpu.infer.load_model import load
 from entrenar_gpu.infer.sampling import SampledToken
@@ -9,6 +10,7 @@ from entrenar_gpu.infer.scheduler import Answer, ContextExceeded, Delta, Request
 from entrenar_gpu.infer.slots import CachedDecoder
 
 __all__ = [
+    "CHUNK",
     "Answer",
     "CachedDecoder",
     "Completion",
@@ -21,5 +23,7 @@ __all__ = [
     "SampledToken",
     "Scheduler",
     "Score",
+    "decoder_graphs",
+    "fit_decoder",
     "load",
 ]

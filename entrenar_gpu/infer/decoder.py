@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 
 from entrenar_gpu.adapters import load_adapter
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.gpu import KernelCache, Replay
+from entrenar_gpu.graph import Caps
 from entrenar_gpu.infer.graphs import (
     HEAD_ROWS,
     Pass,
@@ -22,7 +24,7 @@ from entrenar_gpu.infer.graphs import (
     fit_decoder,
 )
 from entrenar_gpu.model import cache_names, load_model_config, resolve_model
-from entrenar_gpu.train import Session
+from entrenar_gpu.train import RunShape, Session
 
 CHUNK = 256
 
@@ -40,13 +42,16 @@ class _Row:
 class Decoder:
     """Sequences that grow, side by side: slot b holds the first `lengths[b]` tokens of one, up to `context`."""
 
-    def __init__(self, session: Session, chunk: int) -> None:
-        """For a session whose graphs are those of `decoder_graphs` for this chunk; `open` makes one."""
-        self.session, self.chunk = session, chunk
-        self._passes = Passes.of(chunk, session.shape.precision(session.fitted.plan.caps))
-        self.adapters: tuple[str, ...] = ()
-        self.lengths = [0] * session.config.batch
-        self.vocabulary = session.checkpoint.config.vocab_size
+    def __init__(
+        self, executor: Replay | NumpyExecutor, shape: RunShape, caps: Caps, chunk: int, adapters: Iterable[str] = ()
+    ) -> None:
+        """On an executor of the graphs that `decoder_graphs` makes for this shape, chunk and adapters, its weights
+        loaded; `open` makes one."""
+        self.executor, self.chunk, self.adapters = executor, chunk, tuple(adapters)
+        self.context = shape.train.seq  # tokens that a slot has room for
+        self.lengths = [0] * shape.train.batch
+        self.vocabulary = shape.model.vocab_size
+        self._passes = Passes.of(chunk, shape.precision(caps))
         self._adapter: str | None = None
 
     @classmethod
@@ -70,12 +75,11 @@ class Decoder:
         chunk = min(chunk, context)
         config = replace(config, batch=slots, seq=context)
         trace = functools.partial(decoder_graphs, chunk, {name: spec for name, (spec, _) in loaded.items()})
-        decoder = cls(Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder), chunk)
+        session = Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder)
         for name, (_, values) in loaded.items():
             for tensor, array in values.items():
-                decoder.session.executor.write(adapter_prefix(name) + tensor, array)
-        decoder.adapters = (*loaded,)
-        return decoder
+                session.executor.write(adapter_prefix(name) + tensor, array)
+        return cls(session.executor, session.shape, session.fitted.plan.caps, chunk, loaded)
 
     def set_adapter(self, name: str | None) -> None:
         """The adapter that the next tokens are read with, None for the base model alone. Nothing is loaded.
@@ -89,11 +93,6 @@ class Decoder:
     @property
     def slots(self) -> int:
         return len(self.lengths)
-
-    @property
-    def context(self) -> int:
-        """Tokens that a slot has room for."""
-        return self.session.config.seq
 
     def extend(
         self, batch: Mapping[int, Sequence[int]], all_logits: bool = False, prompt: bool | None = None
@@ -130,13 +129,13 @@ class Decoder:
         if not 0 <= length <= self.lengths[source]:
             raise ValueError(f"slot {source} holds {self.lengths[source]} tokens, not {length}")
         if source != target and length:
-            executor = self.session.executor
+            executor = self.executor
             for name in cache_names(executor.tensors):
                 executor.copy_rows(name, source * self.context, target * self.context, length)
         self.lengths[target] = length
 
     def close(self) -> None:
-        self.session.close()
+        self.executor.close()
 
     def __enter__(self) -> Decoder:
         return self
@@ -160,7 +159,7 @@ class Decoder:
 
     def _run(self, made: Pass, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
         """One pass. Appends the logits asked for to those of their slots."""
-        executor = self.session.executor
+        executor = self.executor
         fields = {"input_ids": (0, "token"), "positions": (0, "position"), "slots": (self.slots, "slot")}
         for name, (padding, field) in fields.items():
             values = np.full(made.tokens, padding, np.uint32)

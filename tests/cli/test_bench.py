@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from entrenar_gpu.cli.bench.gemm import bench_gemm, products, projection_shapes
+from entrenar_gpu.cli.bench.generate import bench_generate
 from entrenar_gpu.cli.bench.ops import bench_ops
 from entrenar_gpu.cli.bench.train import bench_train
 from entrenar_gpu.cli.plan_report import plan_run
@@ -70,6 +71,21 @@ def test_training_is_measured_beside_what_a_product_alone_reaches(monkeypatch):
     with_copies = bench_train("tiny", replace(config, memory_budget=1.0), 2)
     assert with_copies["planned_bytes"] == with_copies["allocated_bytes"] > result["planned_bytes"]
     assert with_copies["loss"] == result["loss"]
+
+
+@pytest.mark.gpu
+def test_generation_is_measured_and_held_to_what_memory_allows(monkeypatch):
+    raw = {**presets.SHAPES["qwen3-0.6b"], **SMALL, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 256}
+    monkeypatch.setitem(presets.SHAPES, "tiny", raw)
+    monkeypatch.setattr(measuring, "WARM_UP_SECONDS", 0.0)
+    config = TrainConfig(batch=2, seq=40, precision="f32", trace_level="kernel")
+    one, two, *kernels = bench_generate("tiny", config, [1, 2], 32, 4)
+    assert one["planned_bytes"] == one["allocated_bytes"]
+    assert two["decode_tokens_per_second"] == pytest.approx(2 / two["step_seconds"])
+    assert 0 < one["floor_seconds"] < two["floor_seconds"]  # the second sequence's keys and values are read too
+    of_a_step = [row for row in kernels if row["name"] == "pass.1"]
+    assert sum(row["share"] for row in of_a_step) == pytest.approx(1)
+    assert {row["kernel"].split("/")[1].split()[0] for row in of_a_step} >= {"row_product", "cached_attention"}
 
 
 @pytest.mark.gpu

@@ -154,7 +154,7 @@ def test_what_cannot_be_appended_is_refused_whole(folder, batch, message):
 def test_planned_is_allocated_and_too_long_a_context_is_refused(folder, kernels):
     before = kernels.device.allocated_bytes
     with opened(folder, kernels) as decoder:
-        planned = decoder.session.plan.peak_bytes
+        planned = decoder.executor.plan.peak_bytes
         assert kernels.device.allocated_bytes - before == planned
     small = config_of(folder, memory_budget=0.01)  # GiB: 40 slots of 480 tokens take more
     with pytest.raises(

@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
         **held,
         "recompute": fitted.recompute.describe(),
         "loss": timings["loss"][-1],
-        "kernels": _slowest(replay, config.accumulate, timings) if config.trace_level == "kernel" else [],
+        "kernels": slowest(replay, timings.last, _runs(config.accumulate)) if config.trace_level == "kernel" else [],
     }
 
 
@@ -191,11 +191,11 @@ def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> Ti
     return timings
 
 
-def _slowest(replay: Replay, repeats: int, timings: Timings) -> list[dict[str, Any]]:
-    """Nodes of the last step, layers added up: seconds, share, TFLOP/s and GB/s, slowest first."""
+def slowest(replay: Replay, report: Report, runs: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Nodes of runs of traced graphs, layers added up: seconds, share, TFLOP/s and GB/s, slowest first."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for name, repeat in _runs(repeats):
-        ticks = timings.last.ticks(name, repeat)
+    for name, repeat in runs:
+        ticks = report.ticks(name, repeat)
         for group, (begin, end) in zip(replay.plan.groups.get(name, ()), [] if ticks is None else ticks, strict=False):
             key = f"{group.phase} {re.sub(r'layers[.][0-9]+', 'layers.*', group.name)} {group.shape}"
             for index, value in enumerate((float(end - begin) / 1e9, 1.0, float(group.flops), float(group.bytes))):

@@ -92,8 +92,8 @@ def _stored(k: int, dtype: str) -> _Stored:
 def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, int]:
     """The constants of a kernel. Of these LANES and STEP alone decide how a row is summed."""
     lanes = min(1 << max((k // stored.step).bit_length() - 1, 0), 8 if caps.software else MOST_LANES)
-    rows = min(1 << (t - 1).bit_length(), MOST_ROWS)
-    columns = 4 if rows > 2 else 2
+    rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
+    columns = 4 if rows > 2 and not caps.software else 2
     return {"T": t, "N": n, "K": k, "ROWS": rows, "COLUMNS": columns, "LANES": lanes, "THREADS": THREADS}
 
 
