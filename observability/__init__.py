@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from observability.detect.live import LiveDetector
     from observability.detect.live_spans import AnomalyProcessor
     from observability.write import TraceObserver
+    from observability.write.requests import RequestTracer
 
-__all__ = ["AnomalyProcessor", "LiveDetector", "observe"]
+__all__ = ["AnomalyProcessor", "LiveDetector", "observe", "trace_requests"]
 
 
 def observe(output_dir: str | Path, **options: Any) -> TraceObserver:
     """Make the observer that traces a run into `output_dir`; see `write.observer.observe` for the options."""
     from observability.write.observer import observe as make
+
+    return make(output_dir, **options)
+
+
+def trace_requests(output_dir: str | None, **options: Any) -> RequestTracer | None:
+    """Make what traces the requests of a server; see `write.requests.trace_requests` for the options."""
+    from observability.write.requests import trace_requests as make
 
     return make(output_dir, **options)
 

@@ -13,6 +13,8 @@ The tree of spans:
             <kernel>               one dispatch; its parent is a layer, or the phase where it belongs to no layer
       anomaly                      one anomaly told while the run trained; without duration, at the time of telling
 
+A server writes spans of another kind, `request`, each a root: one per request that it understood, without its text.
+
 A trace holds the levels down to the chosen one: `step`, `phase`, `layer` (default) or `kernel`. A span whose parent is
 left out hangs on the nearest ancestor that is kept. All times are nanoseconds since the epoch on the host clock,
 spans timed by the GPU included (CLOCK says which); those carry the error of that mapping, so a child may begin or end
@@ -50,6 +52,7 @@ BACKWARD: Final = "backward"
 OPTIMIZER: Final = "optimizer"
 CHECKPOINT: Final = "checkpoint"
 EVAL: Final = "eval"
+REQUEST: Final = "request"  # of a server: a root span each
 ANOMALY: Final = "anomaly"
 PHASES: Final = (DATA, FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT, EVAL)
 LAYER_PREFIX: Final = "layer "  # followed by the index, from 0
@@ -78,7 +81,9 @@ SERVICE_VERSION = _attribute("service.version", "string", "resource", "version o
 SERVICE_INSTANCE = _attribute("service.instance.id", "string", "resource", "the run's id")
 
 RUN_ID = _attribute("entrenar.run.id", "string", "resource, train, step", "the run's id, as its folder and log have it")
-SPAN_LEVEL = _attribute("entrenar.span.level", "string", "every span", "run, step, phase, layer, kernel or anomaly")
+SPAN_LEVEL = _attribute(
+    "entrenar.span.level", "string", "every span", "run, step, phase, layer, kernel, anomaly or request"
+)
 CLOCK = _attribute("entrenar.span.clock", "string", "phase and below", "gpu: GPU timestamps; absent: the host's clock")
 STEP_NUMBER = _attribute("entrenar.step.number", "int", "step, phase, anomaly", "the optimizer step, from 1")
 
@@ -178,6 +183,16 @@ ANOMALY_FIRST_STEP = _attribute("entrenar.anomaly.first_step", "int", "anomaly",
 ANOMALY_LAST_STEP = _attribute("entrenar.anomaly.last_step", "int", "anomaly", "last step that it is about")
 ANOMALY_SPAN = _attribute("entrenar.anomaly.span", "string", "anomaly", "the kind of span at fault, or step")
 ANOMALY_EVIDENCE = _attribute("entrenar.anomaly.evidence", "string", "anomaly", "why, in words")
+
+REQUEST_ID = _attribute("entrenar.request.id", "string", "request", "the id that the reply has")
+REQUEST_ROUTE = _attribute("entrenar.request.route", "string", "request", "the path of its URL")
+REQUEST_MODEL = _attribute("entrenar.request.model", "string", "request", "the adapter asked for, or base")
+REQUEST_STATUS = _attribute("entrenar.request.status", "int", "request", "HTTP status; 499: the client went away")
+REQUEST_FINISH = _attribute("entrenar.request.finish", "string", "request", "why each answer ended: stop, length, ...")
+REQUEST_PROMPT = _attribute("entrenar.request.prompt_tokens", "int", "request", "tokens of the prompts")
+REQUEST_CACHED = _attribute("entrenar.request.cached_tokens", "int", "request", "of these, in the cache already")
+REQUEST_DRAWN = _attribute("entrenar.request.completion_tokens", "int", "request", "tokens of the answers")
+REQUEST_FIRST = _attribute("entrenar.request.first_token_seconds", "double", "request", "until the first token")
 
 # What the trainer may put in a span's `attributes`, by its short key. Another key k stands as `entrenar.span.<k>`.
 SPAN_KEYS: Final = {

@@ -6,8 +6,6 @@ The only module that wires observers (progress, tracing) to a run.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from entrenar_gpu import __version__, signals
-from entrenar_gpu.cli import options
-from entrenar_gpu.cli.text import printable
+from entrenar_gpu.cli import chat, generate, options, serve
+from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import SHAPES
 from entrenar_gpu.errors import UserError
 from observability.errors import TraceError
@@ -36,22 +34,6 @@ app = typer.Typer(
 _ClickError: type[Any] = typer.BadParameter.__mro__[2]
 
 _TYPERS_INTERRUPT = 130  # what newer versions make of KeyboardInterrupt
-
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter folder")]
-
-
-def _print_json(values: Any) -> None:
-    """JSON that every reader takes: what is not finite is null."""
-    print(json.dumps(_plain(values), indent=2, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(asked: bool) -> None:
@@ -70,12 +52,12 @@ def _root(
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(as_json: options.Json = False) -> None:
     """List GPUs, their features and limits, and what the trainer would use."""
     from entrenar_gpu.cli.info import describe, show
 
     found = describe()
-    _print_json(found) if as_json else show(found)
+    print_json(found) if as_json else show(found)
 
 
 @app.command()
@@ -90,7 +72,7 @@ def plan(
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Print what a run would allocate and what it would recompute, without weights or a GPU."""
     from entrenar_gpu.cli.plan_report import plan_run
@@ -101,7 +83,7 @@ def plan(
     caps = _caps(config.device, config.engine, profile)
     report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
     if as_json:
-        _print_json(report.to_mapping())
+        print_json(report.to_mapping())
         return
     if verbose:
         print(report.plan.describe())
@@ -157,7 +139,7 @@ def show_data(
     data: Annotated[list[str], typer.Argument(help="file of rows, folder, or data set of the Hub")],
     shown: Annotated[int, typer.Option("--samples", min=0, help="samples printed in full")] = 3,
     check: Annotated[bool, typer.Option("--check", help="exit with status 1 where something looks wrong")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show rows as they will be trained: trained tokens in green, lengths, what is cut or skipped; without a GPU."""
     from rich.console import Console
@@ -170,7 +152,7 @@ def show_data(
     samples = reader.named()
     found = inspect_samples(samples, reader.tokenizer, reader.config.seq)
     if as_json:
-        _print_json(found.to_mapping())
+        print_json(found.to_mapping())
     else:
         show_data(samples, reader.tokenizer, found, shown, Console())
     show_problems(found)
@@ -256,37 +238,19 @@ def _run_config(given: Mapping[str, Any], adapter: str | None) -> Any:
 
 @app.command("eval")
 @options.with_options(*options.RUNTIME, "data", "split", "map", "batch", "seq", "loss_on", "completions", "pack")
-def evaluate(given: Mapping[str, Any], adapter: Adapter = None, as_json: Json = False) -> None:
+def evaluate(given: Mapping[str, Any], adapter: options.Adapter = None, as_json: options.Json = False) -> None:
     """Mean loss over all unmasked tokens of a data set, and its perplexity."""
     from entrenar_gpu.train import evaluate_data
 
     result = evaluate_data(_run_config(given, adapter), adapter is not None)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(f"loss {result['loss']:.6f}   perplexity {result['perplexity']:.4f}   tokens {result['tokens']}")
 
 
-@app.command()
-@options.with_options(*options.RUNTIME, "seq", "seed", "completions")
-def generate(
-    given: Mapping[str, Any],
-    prompt: Annotated[str, typer.Option("--prompt", help="what to say to the model")],
-    adapter: Adapter = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="longest continuation")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most likely token")] = 0.0,
-) -> None:
-    """Continue a prompt with a model and its adapter."""
-    from entrenar_gpu.infer import Generator
-
-    config = _run_config(given, adapter)
-    generator = Generator(config, adapter is not None)
-    try:
-        for piece in generator.pieces(prompt, max_tokens, temperature, config.seed):
-            print(printable(piece, sys.maxsize, keep="\n\t"), end="", flush=True)
-        print()
-    finally:
-        generator.close()
+for command in (generate.generate, chat.chat, serve.serve):
+    app.command()(command)
 
 
 @app.command()
@@ -340,14 +304,14 @@ def bench_train(
     given: Mapping[str, Any],
     shape: Annotated[str, typer.Option("--shape", help=f"one of {', '.join(SHAPES)}")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps measured")] = 10,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a model's shape with random weights: tokens/s, seconds by phase, bytes."""
     from entrenar_gpu.cli.bench import train
 
     result = train.bench_train(shape, options.make_config(given, batch=1), steps)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from entrenar_gpu.cli.display import show_bench
 
@@ -361,7 +325,7 @@ def bench_gemm(
     rank: Annotated[int, typer.Option("--rank", min=1, help="adapter rank")] = 16,
     precision: Annotated[str, typer.Option("--precision", help="of f32, f16, int8; comma-separated")] = "f32,f16,int8",
     device: Annotated[str | None, typer.Option("--device", help="GPU by index or name")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time every matmul of a training step and check it against float64."""
     from entrenar_gpu.cli.bench import gemm
@@ -386,7 +350,7 @@ def bench_ops(
     rows: Annotated[int, typer.Option("--rows", min=1, help="rows of a batch")] = 1,
     seq: Annotated[int, typer.Option("--seq", min=2, help="tokens per row")] = 512,
     device: Annotated[str | None, typer.Option("--device", help="GPU by index or name")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time every kernel of a training step other than matmuls."""
     from entrenar_gpu.cli.bench import ops
@@ -407,7 +371,7 @@ def bench_generate(
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="tokens of each prompt")] = 512,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="tokens made after it")] = 64,
     context: Annotated[int, typer.Option("--context", help="tokens that a sequence has room for")] = 0,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Read prompts and make tokens, with random weights: tokens/s, and the share of the floor that memory sets."""
     from entrenar_gpu.cli.bench import generate
@@ -418,7 +382,7 @@ def bench_generate(
     config = options.make_config(given, batch=max(sizes), seq=max(context, prompt + tokens))
     rows = generate.bench_generate(shape, config, sizes, prompt, tokens)
     if as_json:
-        _print_json(list(rows))
+        print_json(list(rows))
         return
     for row in rows:
         print(generate.line_of(row), flush=True)
@@ -427,7 +391,7 @@ def bench_generate(
 def _show_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
     """Measurements as they come, a line each; or all of them as JSON."""
     if as_json:
-        _print_json(list(rows))
+        print_json(list(rows))
         return
     for row in rows:
         size = "x".join(map(str, row.get("sizes") or row["shape"]))

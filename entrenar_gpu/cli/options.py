@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import sys
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
+
+if TYPE_CHECKING:
+    from entrenar_gpu.infer import LanguageModel
 
 Field = dataclasses.Field[Any]
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 SAMPLING = {f.name: f for f in dataclasses.fields(SamplingOptions) if f.metadata}
 _HINTS = typing.get_type_hints(SamplingOptions) | typing.get_type_hints(TrainConfig)
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter folder")]
+System = Annotated[str | None, typer.Option("--system", help="the system's message of a chat")]
 
 # What a command that only runs a model, and trains nothing, needs to know.
 RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device", "engine")
@@ -98,6 +107,47 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the run, options of sampling) among the flags of a command that takes both."""
     sampling = {name: value for name, value in given.items() if name in SAMPLING}
     return {name: value for name, value in given.items() if name not in SAMPLING}, sampling
+
+
+def biases(given: Sequence[str] | None) -> dict[str, float]:
+    """`--logit-bias ID=NUMBER`, as often as it was given."""
+    found = {}
+    for text in given or ():
+        token, _, number = text.partition("=")
+        try:
+            found[token.strip()] = float(number)
+        except ValueError:
+            raise UserError(f"--logit-bias: {text!r} is not a token id and a number, as in 13=-5") from None
+    return found
+
+
+def open_model(
+    given: Mapping[str, Any], adapters: Sequence[str], context: int | None, slots: int, speculate: bool
+) -> LanguageModel:
+    """The model of a command that talks; what base it takes goes to standard error.
+
+    `adapters` are folders, or NAME=FOLDER; the first answers to begin with.
+    """
+    from entrenar_gpu.infer import load
+    from entrenar_gpu.train import default_base
+
+    named: dict[str, str] = {}
+    for text in adapters:
+        whole = "=" not in text or os.path.isdir(text)
+        name, folder = (os.path.basename(os.path.abspath(text)), text) if whole else text.split("=", 1)
+        if not name or not folder or name == "base":
+            raise UserError(f"--adapter: {text!r} is not a folder, or NAME=FOLDER with a name other than base")
+        if named.setdefault(name, folder) != folder:
+            raise UserError(f"--adapter: two are called {name!r}")
+    if not given.get("model"):
+        raise UserError("--model: missing")
+    defaults, base = default_base(given["model"], next(iter(named.values()), None), given)
+    config = make_config(given, **defaults)  # says what is wrong with the flags
+    options = {name: getattr(config, name) for name in RUNTIME if name != "model"}
+    model = load(config.model, adapters=named, context=context, slots=slots, speculate=speculate, **options)
+    print(f"base: {base}", file=sys.stderr)
+    model.adapter = next(iter(named), None)
+    return model
 
 
 def make_config(given: Mapping[str, Any], config_file: str | None = None, **defaults: Any) -> TrainConfig:

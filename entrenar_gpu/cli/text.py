@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from typing import Any
 
 # What steers a terminal or hides text: controls, C1 among them, marks that turn the direction of writing, invisible
 # separators and tags, halves of a surrogate pair. Joiners stay: scripts and emoji are written with them.
@@ -25,3 +28,16 @@ def printable(text: object, longest: int = LONGEST, keep: str = "") -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def print_json(values: Any) -> None:
+    """JSON that every reader takes: what is not finite is null."""
+    print(json.dumps(_plain(values), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, overload
@@ -110,49 +111,54 @@ class LanguageModel:
         return (delta.text for delta in self.deltas(self.request(ids, SamplingOptions(**options))) if delta.text)
 
     def complete(self, prompts: Sequence[Sequence[int]], *, n: int = 1, **options: Any) -> list[Completion]:
-        """Answers to prompts of token ids, `n` to each, one after the other."""
-        requests = [self.request(prompt, SamplingOptions(**options), n) for prompt in prompts]
-        return self.answer(requests)
+        """Answers to prompts of token ids: `n` to the first, then `n` to the second, and so on."""
+        sampling = SamplingOptions(**options)
+        requests = [self.request(prompt, sampling, n) for prompt in prompts]
+        return [completion for completions in self.answer(requests) for completion in completions]
 
     def request(self, prompt: Sequence[int], options: SamplingOptions, n: int = 1) -> Request:
         """A request to the adapter that answers now."""
         return Request(tuple(prompt), options, self._adapter, n)
 
-    def answer(self, requests: Sequence[Request]) -> list[Completion]:
-        """The answers to requests, batched: those of the first request, then those of the second, and so on."""
-        deltas: list[list[Delta]] = []
-        answers = []
-        with self._lock:
-            try:
-                for request in requests:
-                    told: list[Delta] = []
-                    deltas.append(told)
-                    answers += self.scheduler.submit(request, told.append)
-                while any(answer.finish is None for answer in answers):
-                    self.scheduler.step()
-            finally:
-                self.scheduler.cancel(answers)
-        counts = iter(answers)
-        return [
-            _completion([d for d in told if d.index == index], len(request.prompt), next(counts).drawn)
-            for request, told in zip(requests, deltas, strict=True)
-            for index in range(request.n)
-        ]
+    def answer(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
+        """The answers to each request, in order, batched: a few requests run ahead of the one that is waited for.
 
-    def deltas(self, request: Request) -> Iterator[Delta]:
-        """What is new of a request's answers as it comes. Raises UserError where one breaks off."""
-        told: list[Delta] = []
-        with self._lock:
-            answers = self.scheduler.submit(request, told.append)
+        Raises UserError at a request that cannot be answered; whoever stops early drops those under way.
+        """
+        source, pending = iter(requests), deque[_Pending]()
         try:
-            while told or any(answer.finish is None for answer in answers):
+            while True:
+                ahead = sum(len(each.answers) for each in pending)
+                while ahead < 2 * self.decoder.slots and (request := next(source, None)) is not None:
+                    with self._lock:
+                        pending.append(_Pending(request, self.scheduler))
+                    ahead += request.n
+                if not pending:
+                    return
+                while not pending[0].ended:
+                    with self._lock:
+                        self.scheduler.step()
+                yield pending[0].completions()
+                pending.popleft()
+        finally:
+            with self._lock:
+                for each in pending:
+                    self.scheduler.cancel(each.answers)
+
+    def deltas(self, request: Request, stop: threading.Event | None = None) -> Iterator[Delta]:
+        """What is new of a request's answers as it comes, until `stop` is set. Raises UserError where one fails."""
+        with self._lock:
+            pending = _Pending(request, self.scheduler)
+        told = pending.deltas
+        try:
+            while (told or not pending.ended) and not (stop is not None and stop.is_set()):
                 while told:
                     yield _checked(told.pop(0))
                 with self._lock:
                     self.scheduler.step()
         finally:
             with self._lock:
-                self.scheduler.cancel(answers)
+                self.scheduler.cancel(pending.answers)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [n, V] in float32: row i are those of the token after `ids[: i + 1]`."""
@@ -247,7 +253,24 @@ def _checked(delta: Delta) -> Delta:
     return delta
 
 
-def _completion(deltas: Sequence[Delta], prompt_tokens: int, drawn: int) -> Completion:
-    text = "".join(_checked(delta).text for delta in deltas)
-    tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return Completion(text, deltas[-1].finish or "", tokens, prompt_tokens, drawn)
+class _Pending:
+    """A request under way, and what was told of it."""
+
+    def __init__(self, request: Request, scheduler: Scheduler) -> None:
+        self.request = request
+        self.deltas: list[Delta] = []
+        self.answers = scheduler.submit(request, self.deltas.append)
+
+    @property
+    def ended(self) -> bool:
+        return all(answer.finish is not None for answer in self.answers)
+
+    def completions(self) -> list[Completion]:
+        """Its answers, all of which have ended. Raises UserError where one broke off."""
+        found = []
+        for answer in self.answers:
+            deltas = [_checked(delta) for delta in self.deltas if delta.index == answer.index]
+            tokens = tuple(token for delta in deltas for token in delta.tokens)
+            text = "".join(delta.text for delta in deltas)
+            found.append(Completion(text, deltas[-1].finish or "", tokens, len(self.request.prompt), answer.drawn))
+        return found

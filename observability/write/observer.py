@@ -128,7 +128,7 @@ class TraceObserver:
         metrics_to = otlp_settings.target("metrics", self._otlp) if not self._disabled else None
         head = line_head(builder.resource, schema.SCOPE_NAME, info.project_version)
         with ExitStack() as undo:
-            sender = _sender(spans_to)
+            sender = sender_to(spans_to)
             if sender is not None:
                 undo.callback(sender.close, 0.0)
             metrics_exporter = otlp_settings.metric_exporter(metrics_to) if metrics_to else None
@@ -195,7 +195,7 @@ class TraceObserver:
             self._promised = source.begin(schema.STEP, 0, self._pipeline.builder.train)
 
 
-def _sender(to: otlp_settings.Target | None) -> Sender | None:
+def sender_to(to: otlp_settings.Target | None) -> Sender | None:
     if to is None:
         return None
     limit = otlp_settings.environ_int("OTEL_BSP_MAX_QUEUE_SIZE", _QUEUE_SPANS)

@@ -122,7 +122,7 @@ def test_attributes_are_those_of_the_schema_with_its_types() -> None:
         for name, value in (span.attributes or {}).items():
             assert type(value) is types[schema.ATTRIBUTES[name].type], name
             seen.add(name)
-    resource = {name for name, row in schema.ATTRIBUTES.items() if row.on in ("resource", "exported spans")}
+    resource = {name for name, row in schema.ATTRIBUTES.items() if row.on in ("resource", "exported spans", "request")}
     assert seen == set(schema.ATTRIBUTES) - resource
     assert schema.RUN_RESUMES not in (builder().finish(run_summary(1))[-1].attributes or {})
     step = spans[0].attributes or {}
