@@ -24,7 +24,7 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord
 from entrenar_gpu.gpu import KernelCache, open_device
-from entrenar_gpu.infer import Generator
+from entrenar_gpu.infer import load
 from entrenar_gpu.train import Trainer
 
 MODEL = Path(__file__).parents[1] / "assets" / "demo-model"
@@ -116,12 +116,10 @@ def _trainer(
 
 def _answer(config: TrainConfig, prompt: str, adapter: Path | None, kernels: KernelCache | None) -> str:
     """What the quantised model, with an adapter or without, says to a prompt: the likeliest token each time."""
-    config = replace(config, seq=SAMPLE_SEQ, adapter_init=None if adapter is None else str(adapter))
-    generator = Generator(config, with_adapter=adapter is not None, kernels=kernels)
-    try:
-        return " ".join(generator.text(prompt, SAMPLE_TOKENS).split())
-    finally:
-        generator.close()
+    run: dict[str, Any] = {"method": config.method, "device": config.device}
+    folder = None if adapter is None else str(adapter)
+    with load(config.model, folder, context=SAMPLE_SEQ, slots=1, kernels=kernels, **run) as model:
+        return " ".join(model.chat(prompt, max_tokens=SAMPLE_TOKENS).split())
 
 
 def _show_start(console: Console, trainer: Trainer, found: docstrings.Corpus) -> None:

@@ -1,7 +1,6 @@
 """Text from a model and its adapter."""
 
 from entrenar_gpu.infer.decoder import CHUNK, Decoder
-from entrenar_gpu.infer.generate import Generator
 from entrenar_gpu.infer.graphs import decoder_graphs, fit_decoder
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
 from entrenar_gpu.infer.load_model import load
@@ -17,7 +16,6 @@ __all__ = [
     "ContextExceeded",
     "Decoder",
     "Delta",
-    "Generator",
     "LanguageModel",
     "Request",
     "SampledToken",

@@ -14,11 +14,11 @@ from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.decoder import Decoder
-from entrenar_gpu.infer.generate import next_logits
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.train.graphs import logits_graph
 from entrenar_gpu.train.session import Session
 from tests.helpers.tiny import make_model
+from tests.helpers.whole_row import next_logits
 
 CONTEXT = 48
 

@@ -15,13 +15,13 @@ peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 from entrenar_gpu.export.merge import merge_adapter  # noqa: E402
-from entrenar_gpu.infer.generate import next_logits  # noqa: E402
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint  # noqa: E402
 from entrenar_gpu.train.graphs import logits_graph  # noqa: E402
 from entrenar_gpu.train.session import Session  # noqa: E402
 from entrenar_gpu.train.trainer import Trainer  # noqa: E402
 from tests.helpers.runs import config_of, gradients, run_micro_batches  # noqa: E402
 from tests.helpers.tiny import make_data  # noqa: E402
+from tests.helpers.whole_row import next_logits  # noqa: E402
 from tests.parity import reference  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.gpu]
