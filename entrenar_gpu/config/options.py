@@ -49,7 +49,18 @@ class Options:
         return cls(**known_keys(cls, values, source))
 
     def to_mapping(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The options by name, for files and records: of an address, nothing that may be a credential."""
+        values = dataclasses.asdict(self)
+        return {k: without_credentials(v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def without_credentials(text: str) -> str:
+    """An address without user, password and query; any other text as it is."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return text
+    place, query, _ = rest.rpartition("@")[2].partition("?")
+    return f"{scheme}://{place}{'?...' if query else ''}"
 
 
 def flag(name: str) -> str:

@@ -63,8 +63,8 @@ def _from_url(signal: Signal, url: str) -> Target:
         parts = urlsplit(url)
         host = parts.hostname
         _ = parts.port  # raises where it is not a number
-    except ValueError as error:
-        raise TraceError(f"--otlp: {without_secrets(url)!r} is no address: {error}") from None
+    except ValueError:  # whose text quotes what may be half of a password
+        raise TraceError(f"--otlp: {without_secrets(url)!r} is no address: its host or port cannot be read") from None
     if parts.scheme not in _SCHEMES or not host:
         told = without_secrets(url)
         raise TraceError(f"--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS), not {told!r}")
@@ -131,7 +131,7 @@ def last_words() -> str:
 
 def without_secrets(text: str) -> str:
     """`text` with what may be a credential in its addresses left out: user and password, and values of a query."""
-    text = re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    text = re.sub(r"(\w://)[^\s'\"]*@", r"\1", text)  # a password may hold a slash
     return re.sub(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*", r"\1=...", text)
 
 

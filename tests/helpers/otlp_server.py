@@ -65,9 +65,10 @@ def http_receiver(**behaviour: Any) -> Iterator[Received]:
                 return
             if self.headers.get("Content-Encoding") == "gzip":
                 body = decompress(body)
-            if self.path == "/v1/traces":
+            path = self.path.partition("?")[0]
+            if path == "/v1/traces":
                 received.traces(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
-            elif self.path == "/v1/metrics":
+            elif path == "/v1/metrics":
                 received.measurements(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body))
             else:
                 self.answer(404)

@@ -370,7 +370,13 @@ def test_what_is_not_finite_stays_out_of_exported_spans_and_is_counted(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:hunter2@host:4318", "http://host:4318/?token=hunter2", "ftp://host/?token=hunter2"]
+    "url",
+    [
+        "http://user:hunter2@host:4318",
+        "http://user:hunter2/@host:4318",
+        "http://host:4318/?token=hunter2",
+        "ftp://host/?token=hunter2",
+    ],
 )
 def test_credentials_of_an_address_are_told_to_nobody(url: str, tmp_path: Path) -> None:
     try:
