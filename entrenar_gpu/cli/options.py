@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.errors import UserError
 
 if TYPE_CHECKING:
     from entrenar_gpu.infer import LanguageModel
