@@ -92,7 +92,7 @@ class ModelConfig:
     @property
     def rope_tables(self) -> dict[str, Rope]:
         """The rotations that layers need, each once, by the names of the tensors that hold their tables."""
-        ropes = dict.fromkeys(layer.attention.rope for layer in self.layers if layer.attention.rope is not None)
+        ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.attention.ropes)
         return {f"rope_table.{number}" if number else "rope_table": rope for number, rope in enumerate(ropes)}
 
     @property

@@ -24,9 +24,8 @@ class ConfigFile:
         self.raw, self.source, self.family, self.prefix = raw, source, family, prefix
 
     def completed(self, **defaults: Any) -> ConfigFile:
-        """With what the family's configuration class takes for keys that are missing or null."""
-        given = {key: value for key, value in self.raw.items() if value is not None}
-        return ConfigFile({**defaults, **given}, self.source, self.family, self.prefix)
+        """With what the family's configuration class takes for keys that are missing."""
+        return ConfigFile({**defaults, **self.raw}, self.source, self.family, self.prefix)
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.source}: {message}")
@@ -68,8 +67,12 @@ class ConfigFile:
     def windows(self, default: Sequence[str]) -> list[int | None]:
         """The window of each layer, None where it sees everything before; `default` as for `layer_kinds`."""
         kinds = self.layer_kinds(default)
-        window = self.count("sliding_window", most=2**40) if SLIDING in kinds else None
+        window = self.window(None)
         return [window if kind == SLIDING else None for kind in kinds]
+
+    def window(self, default: int | None) -> int | None:
+        """The window of all layers: `default` without the key, none where it is null."""
+        return None if self.raw.get("sliding_window", default) is None else self.count("sliding_window", default, 2**40)
 
     def refuse(self, *keys: str) -> None:
         """What would be computed wrongly is refused by name: none of these keys may say yes."""

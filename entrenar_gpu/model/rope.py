@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,13 +32,15 @@ class Scaling(Protocol):
 class Rope:
     """The rotation of the first `rotary_dim` columns of each head by their positions.
 
-    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if `interleaved`.
+    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if `interleaved`. With `growth` (beta, original) what is rotated
+    is also multiplied by 1 + beta log(1 + floor(position / original)): Llama 4's, which Ministral 3 has for queries.
     """
 
     rotary_dim: int
     theta: float
     scaling: Scaling | None = None
     interleaved: bool = False
+    growth: tuple[float, int] | None = None
 
     def base(self, theta: float | None = None) -> list[float]:
         """theta^(-2i / rotary_dim): RoFormer (arXiv 2104.09864), equation 15."""
@@ -51,7 +53,21 @@ class Rope:
     def table(self, positions: int) -> np.ndarray:
         """f32 [positions, rotary_dim], as `ops.rope` reads it."""
         factor = 1.0 if self.scaling is None else self.scaling.attention_factor
-        return ops.rope_table(self.frequencies(positions), positions, factor)
+        table = ops.rope_table(self.frequencies(positions), positions, factor)
+        if self.growth is None:
+            return table
+        beta, original = self.growth
+        grown = 1 + beta * np.log1p(np.arange(positions) // original)
+        return (table * grown[:, None]).astype(np.float32)
+
+    @classmethod
+    def of_queries(cls, file: ConfigFile, rope: Rope | None) -> Rope | None:
+        """`rope` as it is for queries, where the file lets them grow."""
+        parameters = _parameters(file, None)
+        if rope is None or parameters.get("llama_4_scaling_beta") is None:
+            return None
+        given = _Reader(file, parameters, rope.rotary_dim, 1.0, rope.theta)
+        return replace(rope, growth=(given.number("llama_4_scaling_beta"), given.original()))
 
     @classmethod
     def read(
@@ -298,6 +314,7 @@ SCALINGS: dict[str, Callable[[_Reader], Scaling | None]] = {
     "dynamic": DynamicScaling.read,
     "yarn": YarnScaling.read,
     "longrope": LongRopeScaling.read,
+    "su": LongRopeScaling.read,  # as files of Phi-3 called it at first
     "llama3": RopeScaling.read,
     "proportional": ProportionalScaling.read,
 }

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from entrenar_gpu.data.samples import IGNORE
+from entrenar_gpu.model import load_model_config
 from entrenar_gpu.quant.nf4 import Nf4Weight
 
 torch.set_num_threads(1)  # products this small only wait for each other's threads
@@ -34,7 +35,24 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# By name: transformers' model, and its configuration's.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SPREAD = [1.0, 1.1, 1.3, 1.6, 2.0]  # LongRoPE's factors of the ten columns that are rotated
+
+
+def longrope(original: int, share: float) -> dict[str, Any]:
+    """Phi-4-mini's layout: how far the model was trained first is said beside the object."""
+    factors = {"short_factor": SPREAD, "long_factor": [3 * factor for factor in SPREAD]}
+    described = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share, **factors}
+    return {"rope_parameters": described, "original_max_position_embeddings": original}
+
+
+# Gemma's sizes are apart from each other: heads are not hidden_size / num_attention_heads, and four layers show the order
+# of windows. Windows are shorter than samples.
+GEMMA = {"head_dim": 20, "num_hidden_layers": 4, "sliding_window": 5, "query_pre_attn_scalar": 17}
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 7}
+# By name: transformers' configuration, and what it is made with beside SMALL.
 ARCHITECTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-tied": (transformers.Qwen3Config, {"tie_word_embeddings": True, "head_dim": 20}),
     "qwen3-untied": (transformers.Qwen3Config, {"tie_word_embeddings": False, "head_dim": 20}),
@@ -42,11 +60,68 @@ ARCHITECTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama2": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "llama31": (transformers.LlamaConfig, {"rope_parameters": LLAMA31}),
 }
+# The families, each with the oddities of its published config.json.
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3-yarn": (transformers.Qwen3Config, {"head_dim": 20, "rope_parameters": YARN, "attention_bias": True}),
+    "qwen2-window": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 2},
+    ),
+    "llama-biases-linear": (
+        transformers.LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.5}},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        GEMMA
+        | {
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "sliding_attention": LOCAL,
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "mistral-nemo": (transformers.MistralConfig, {"head_dim": 16, "sliding_window": None}),
+    "mistral-window": (transformers.MistralConfig, {"sliding_window": 6}),
+    "ministral3": (transformers.Ministral3Config, {"head_dim": 16, "rope_parameters": MINISTRAL3}),
+    "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "phi4": (transformers.Phi3Config, {"pad_token_id": 0}),
+    "phi4-mini": (transformers.Phi3Config, {"hidden_size": 80, "pad_token_id": 0, **longrope(64, 0.5)}),
+    "phi4-mini-long": (
+        transformers.Phi3Config,
+        {"hidden_size": 80, "pad_token_id": 0, "sliding_window": 9, **longrope(4, 0.5)},
+    ),
+    "granite3": (transformers.GraniteConfig, {"tie_word_embeddings": True, **GRANITE}),
+    "granite4": (
+        transformers.GraniteMoeHybridConfig,
+        {
+            **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96},
+            **{"layer_types": ["full_attention"] * 2, "position_embedding_type": "rope"},
+            **{"mamba_n_heads": 8, **GRANITE},
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {"pad_token_id": 0}),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {
+            **{"num_hidden_layers": 4, "sliding_window": 5, "pad_token_id": 0},
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+    ),
+    "glm4": (transformers.Glm4Config, {"head_dim": 20, "pad_token_id": 0}),
+    "glm": (transformers.GlmConfig, {"head_dim": 20, "pad_token_id": 0}),
+    "arcee": (transformers.ArceeConfig, {"mlp_bias": True}),
+}
 
 
 def save_model(folder: Path, architecture: str, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Path:
     """A random checkpoint written by transformers; norms and biases are random too, so that no term is idle."""
-    kind, values = ARCHITECTURES[architecture]
+    kind, values = (ARCHITECTURES | FAMILIES)[architecture]
     torch.manual_seed(seed)
     config = kind(**(SMALL | values | changes))
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -64,8 +139,9 @@ def load_model(folder: Path, quantised: bool | None = None) -> Any:
         folder, dtype=torch.float32, attn_implementation="eager", use_cache=False
     )
     if quantised is not None:
+        projections = {spec.name for spec in load_model_config(folder).weights if spec.kind == "projection"}
         for name, parameter in model.named_parameters():
-            if name.endswith("_proj.weight"):
+            if name in projections:
                 weight = Nf4Weight.from_dense(parameter.detach().numpy(), quantised)
                 parameter.data = torch.from_numpy(weight.dequantize())
     return model.eval()

@@ -70,6 +70,15 @@ def test_loss_and_adapter_gradients(tmp_path, kernels, architecture, method):
     compare(folder, kernels, model, method=method, adapter_init=str(tmp_path / "adapter"))
 
 
+@pytest.mark.parametrize("family", reference.FAMILIES)
+def test_families(tmp_path, kernels, family):
+    """NF4 weights, so that every kind of product is met; adapters on each of them."""
+    folder = make_run(tmp_path, family)
+    base = reference.load_model(folder / "model", quantised=True)
+    model = reference.random_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    compare(folder, kernels, model, method="qlora", adapter_init=str(tmp_path / "adapter"))
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "q and v alone": ({"target_modules": ["q_proj", "v_proj"]}, {}),
     "mlp, one layer left out": ({"target_modules": r".*\.0\.mlp\.(gate|down)_proj|.*up_proj"}, {}),

@@ -20,9 +20,10 @@ Normed = Literal["heads", "width"]  # what a norm of queries and keys runs over:
 class Attention:
     """Grouped-query attention (arXiv 2305.13245).
 
-    `rope`: how queries and keys are rotated by their positions; None, not at all. `qkv_bias`, `out_bias`: biases on the
-    query, key and value projections, and on the output's. `qk_norm`: a norm of queries and keys before they turn.
-    `window`, `scale` and `softcap` are those of `ops.attention`. `fused`: the three projections are one, `qkv_proj`.
+    `rope`: how queries and keys are rotated by their positions; None, not at all. `query_rope` rotates the queries where
+    that differs. `qkv_bias`, `out_bias`: biases on the query, key and value projections, and on the output's. `qk_norm`:
+    a norm of queries and keys before they turn. `window`, `scale` and `softcap` are those of `ops.attention`. `fused`:
+    the three projections are one, `qkv_proj`.
     """
 
     hidden_size: int
@@ -38,6 +39,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     fused: bool = False
+    query_rope: Rope | None = None
 
     @classmethod
     def read(
@@ -46,9 +48,10 @@ class Attention:
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: Normed | None = None,
+        norm: RmsNorm | None = None,
         fused: bool = False,
     ) -> Attention:
-        """Sizes and rotation; `scale` and `softcap` where a key of that meaning is there."""
+        """Sizes, and the rotation that most files describe; `norm` is the file's unless given."""
         hidden, heads = file.count("hidden_size"), file.count("num_attention_heads")
         kv_heads = file.count("num_key_value_heads", heads)
         head_dim = file.count("head_dim", hidden // heads, most=MOST_HEAD_DIM)
@@ -60,8 +63,13 @@ class Attention:
             raise file.error(f"head_dim {head_dim} is above {ops.LONGEST_HEAD}, the longest that attention computes")
         if file.raw.get("attention_dropout"):
             raise file.error("attention_dropout is not supported (use --dropout for the adapters)")
-        rope, norm = Rope.read(file, head_dim), RmsNorm.read(file) if qk_norm else None
+        rope, norm = Rope.read(file, head_dim), (norm or RmsNorm.read(file)) if qk_norm else None
         return cls(hidden, heads, kv_heads, head_dim, rope, qkv_bias, out_bias, qk_norm, norm, fused=fused)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Those that the layer needs tables of."""
+        return tuple(rope for rope in (self.query_rope, self.rope) if rope is not None)
 
     @property
     def q(self) -> Linear:
@@ -110,8 +118,10 @@ class Attention:
             q, k, v = columns(self.qkv.trace(trace, x, prefix), *widths)
         else:
             q, k, v = (linear.trace(trace, x, prefix) for linear in (self.q, self.k, self.v))
-        q = self._positioned(trace, q, f"{prefix}.self_attn.q_norm.weight", self.num_heads)
-        k = self._positioned(trace, k, f"{prefix}.self_attn.k_norm.weight", self.num_kv_heads)
+        q = self._positioned(
+            trace, q, f"{prefix}.self_attn.q_norm.weight", self.num_heads, self.query_rope or self.rope
+        )
+        k = self._positioned(trace, k, f"{prefix}.self_attn.k_norm.weight", self.num_kv_heads, self.rope)
         return q, k, v
 
     def _norm_of(self, heads: int) -> RmsNorm:
@@ -119,9 +129,8 @@ class Attention:
         assert self.norm is not None
         return replace(self.norm, size=self.head_dim * (heads if self.qk_norm == "width" else 1))
 
-    def _positioned(self, trace: Trace, x: Tensor, norm_weight: str, heads: int) -> Tensor:
+    def _positioned(self, trace: Trace, x: Tensor, norm_weight: str, heads: int, rope: Rope | None) -> Tensor:
         """Queries or keys after their norm and their rotation, where the layer has them; in one op where that can."""
-        rope = self.rope
         whole_heads = rope is not None and rope.rotary_dim == self.head_dim and not rope.interleaved
         if self.qk_norm is not None:
             norm = self._norm_of(heads)

@@ -49,8 +49,10 @@ class FeedForward:
     gate_up_path: str | None = None
 
     @classmethod
-    def read(cls, file: ConfigFile, gated: bool = True, gate_up_path: str | None = None) -> FeedForward:
-        key = "hidden_act" if file.raw.get("hidden_act") is not None else "hidden_activation"
+    def read(
+        cls, file: ConfigFile, key: str = "hidden_act", gated: bool = True, gate_up_path: str | None = None
+    ) -> FeedForward:
+        """Sizes and biases, and the activation that `key` names."""
         activation, known = file.raw.get(key, "silu"), GATED if gated else UNGATED
         if not isinstance(activation, str) or activation not in known:
             raise file.error(f"{key} {shown(activation)} is not supported; supported: {', '.join(known)}")
