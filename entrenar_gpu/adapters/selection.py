@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from entrenar_gpu.adapters.pattern import full_match
 from entrenar_gpu.adapters.peft_reader import PeftReader
+from entrenar_gpu.config import EVERY_TARGET
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model import ModelConfig
 
@@ -91,7 +92,7 @@ def chosen_targets(target: str, model: ModelConfig) -> list[str]:
     """
     known = target_names(model)
     names = {part.strip() for part in target.split(",") if part.strip()}
-    if names in ({"all"}, {"all-linear"}):
+    if target == EVERY_TARGET or names in ({"all"}, {"all-linear"}):
         return known
     full = {name if name in known or name.endswith("_proj") else f"{name}_proj" for name in names}
     unknown = sorted(full - set(known))

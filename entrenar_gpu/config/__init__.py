@@ -3,9 +3,10 @@
 from entrenar_gpu.config.options import MOST, SEVERAL, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.config.sampling_options import SamplingOptions
-from entrenar_gpu.config.train_config import TrainConfig
+from entrenar_gpu.config.train_config import EVERY_TARGET, TrainConfig
 
 __all__ = [
+    "EVERY_TARGET",
     "MOST",
     "SEVERAL",
     "SHAPES",

@@ -13,6 +13,11 @@ Optimizer = Literal["adamw", "adam", "sgd"]
 Precision = Literal["f32", "f16", "int8", "auto"]
 
 
+# The default of --target. It stands for every projection, whatever a family calls them, and names those of Llama: what
+# runs have saved stays equal to it.
+EVERY_TARGET = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
 @dataclass(frozen=True)
 class TrainConfig(Options):
     """What `entrenar-gpu train` can be told: field `save_every` is the flag `--save-every` and a YAML key."""
@@ -32,8 +37,9 @@ class TrainConfig(Options):
     rank: int = option(16, "adapter rank R", low=1, high=MOST)
     alpha: float | None = option(None, "adapter scale numerator; update = alpha/R * B A (default 2*rank)", low=0)
     target: str = option(
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-        "projections that get adapters: any of q,k,v,o,gate,up,down (or their full names)",
+        EVERY_TARGET,
+        "projections that get adapters, as q,k,v,o,gate,up,down or by their full names; the default is all-linear:"
+        " every one that the model has",
         listed=True,
     )
     rslora: bool = option(False, "scale by alpha/sqrt(R) instead of alpha/R (arXiv 2312.03732)")

@@ -46,12 +46,18 @@ def longrope(original: int, share: float) -> dict[str, Any]:
     return {"rope_parameters": described, "original_max_position_embeddings": original}
 
 
-# Gemma's sizes are apart from each other: heads are not hidden_size / num_attention_heads, and four layers show the order
-# of windows. Windows are shorter than samples.
+# Heads are not hidden_size / num_attention_heads, four layers show the order of windows, and windows are shorter than
+# samples.
 GEMMA = {"head_dim": 20, "num_hidden_layers": 4, "sliding_window": 5, "query_pre_attn_scalar": 17}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
-MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 7}
+MINISTRAL3 = YARN | {
+    "llama_4_scaling_beta": 0.3,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "original_max_position_embeddings": 7,
+}
+
 # By name: transformers' configuration, and what it is made with beside SMALL.
 ARCHITECTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-tied": (transformers.Qwen3Config, {"tie_word_embeddings": True, "head_dim": 20}),
@@ -89,7 +95,10 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral-nemo": (transformers.MistralConfig, {"head_dim": 16, "sliding_window": None}),
     "mistral-window": (transformers.MistralConfig, {"sliding_window": 6}),
     "ministral3": (transformers.Ministral3Config, {"head_dim": 16, "rope_parameters": MINISTRAL3}),
-    "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "pad_token_id": 0},
+    ),
     "phi4": (transformers.Phi3Config, {"pad_token_id": 0}),
     "phi4-mini": (transformers.Phi3Config, {"hidden_size": 80, "pad_token_id": 0, **longrope(64, 0.5)}),
     "phi4-mini-long": (
@@ -110,7 +119,10 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         transformers.Olmo3Config,
         {
             **{"num_hidden_layers": 4, "sliding_window": 5, "pad_token_id": 0},
-            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
         },
     ),
     "glm4": (transformers.Glm4Config, {"head_dim": 20, "pad_token_id": 0}),

@@ -20,10 +20,10 @@ Normed = Literal["heads", "width"]  # what a norm of queries and keys runs over:
 class Attention:
     """Grouped-query attention (arXiv 2305.13245).
 
-    `rope`: how queries and keys are rotated by their positions; None, not at all. `query_rope` rotates the queries where
-    that differs. `qkv_bias`, `out_bias`: biases on the query, key and value projections, and on the output's. `qk_norm`:
-    a norm of queries and keys before they turn. `window`, `scale` and `softcap` are those of `ops.attention`. `fused`:
-    the three projections are one, `qkv_proj`.
+    `rope`: how queries and keys are rotated by their positions; None, not at all. `query_rope` rotates the queries
+    where that differs. `qkv_bias`, `out_bias`: biases on the query, key and value projections, and on the output's.
+    `qk_norm`: a norm of queries and keys before they turn. `window`, `scale` and `softcap` are those of
+    `ops.attention`. `fused`: the three projections are one, `qkv_proj`.
     """
 
     hidden_size: int
