@@ -4,6 +4,10 @@ The command line prints the message of a `UserError` on one line and exits with 
 fault of ours and keeps its traceback. A message names the file, key or flag at fault and what to do about it.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Bad input: one clear line, naming the file, key or flag."""
@@ -19,3 +23,29 @@ class OutOfDeviceMemory(UserError):
 
 class TrainingDiverged(UserError):
     """Too many consecutive steps had a loss or gradient that is not finite."""
+
+
+_OPTION = re.compile(r"(?<![\w/=-])--(?:no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+_flags_are_spoken = False
+
+
+@contextlib.contextmanager
+def speaking_flags() -> Iterator[None]:
+    """While a command line runs, messages name flags: `--save-every`."""
+    global _flags_are_spoken
+    before, _flags_are_spoken = _flags_are_spoken, True
+    try:
+        yield
+    finally:
+        _flags_are_spoken = before
+
+
+@contextlib.contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Has errors of a Python program name the argument, `save_every`, where the command line has a flag."""
+    try:
+        yield
+    except UserError as error:
+        if not _flags_are_spoken:
+            error.args = (_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error)),)
+        raise

@@ -139,6 +139,7 @@ class RunSummary:
     output: str
     status: str  # "finished", "interrupted" or "failed: <reason>"
     end_ns: int
+    stopped: str = ""  # why a run that finished took fewer steps than planned
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,10 @@ class RequestRecord:
 
 class StepObserver(Protocol):
     """What a run may tell. Every method is optional; an observer that raises ends the run."""
+
+    def attached(self, control: Any) -> None:
+        """Called once, before `run_started`: `control` (train/control.py) takes requests to stop, save, evaluate and
+        to train on at another learning rate."""
 
     def run_started(self, info: RunInfo) -> None: ...
     def step_finished(self, record: StepRecord) -> None: ...

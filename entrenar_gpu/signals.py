@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # What a terminal sends when it is closed, and a Windows console for Ctrl-Break: not every system has them.
@@ -50,7 +50,9 @@ def exit_status(number: int) -> int:
 
 
 @contextlib.contextmanager
-def ending(handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
+def ending(
+    handler: Callable[[int, Any], None], numbers: Sequence[signal.Signals] = ENDING
+) -> Iterator[Callable[[], None]]:
     """Have `handler` called for every signal that asks to end, while the block runs; yields what undoes it earlier.
 
     One that the caller has had ignored stays so, as `nohup` wants SIGHUP; but for SIGINT, which shells have ignored in
@@ -66,7 +68,7 @@ def ending(handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
             number, former = before.popitem()
             signal.signal(number, signal.SIG_DFL if former is None else former)
 
-    for number in ENDING:
+    for number in numbers:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:

@@ -1,10 +1,11 @@
 """Adapters: which modules get one, how they start, and their files in PEFT's layout; a folder for each method."""
 
 from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
-from entrenar_gpu.adapters.spec import AdapterSpec, adapter_spec, init_adapter, refuse_other_adapter
+from entrenar_gpu.adapters.spec import PEFT_PREFIX, AdapterSpec, adapter_spec, init_adapter, refuse_other_adapter
 from entrenar_gpu.adapters.trained_base import RUN_FILE, trained_base
 
 __all__ = [
+    "PEFT_PREFIX",
     "RUN_FILE",
     "WEIGHTS_FILE",
     "AdapterSpec",

@@ -161,7 +161,9 @@ class Progress:
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(file=cast(IO[str], LastingOutput(sys.stdout)))
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
+        self._bar = Bar(
+            *columns, console=self.console, disable=quiet or not (self.console.is_terminal or self.console.is_jupyter)
+        )
         self._quiet = quiet
         self._shown = 0
 

@@ -19,7 +19,7 @@ from entrenar_gpu import __version__, signals
 from entrenar_gpu.cli import chat, generate, options, serve
 from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import SHAPES
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import UserError, speaking_flags
 from observability.errors import TraceError
 from observability.streams import print_any_text
 
@@ -421,6 +421,11 @@ def _unraisable(problem: Any) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status: 0, 2 for bad input, 128 and its number for a signal."""
+    with speaking_flags():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         command = typer.main.get_command(app)
         result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)

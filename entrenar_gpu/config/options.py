@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import UserError, naming_arguments
 
 MOST = 2**20  # rows, positions and the like: beyond any device, and planned in seconds
 LARGEST = 1e30  # of any number: on the device they are f32
@@ -38,10 +38,11 @@ class Options:
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            if f.metadata:  # what `option` declared; lists and mappings are their class's own to check
-                value = _checked(f, hints[f.name], getattr(self, f.name))
-                object.__setattr__(self, f.name, value)
+        with naming_arguments():
+            for f in dataclasses.fields(self):
+                if f.metadata:  # what `option` declared; lists and mappings are their class's own to check
+                    value = _checked(f, hints[f.name], getattr(self, f.name))
+                    object.__setattr__(self, f.name, value)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> Self:

@@ -1,6 +1,7 @@
 """From rows to packed batches."""
 
 from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches, pack_rows
+from entrenar_gpu.data.given import Stream, given_sources
 from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
 from entrenar_gpu.data.messages import read_messages, read_tools, read_variables
@@ -10,6 +11,7 @@ from entrenar_gpu.data.rows import RowSource
 from entrenar_gpu.data.samples import Samples
 from entrenar_gpu.data.shapes import parse_columns
 from entrenar_gpu.data.sources import files_of, find_sources
+from entrenar_gpu.data.stream import StreamBatches
 from entrenar_gpu.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -18,11 +20,14 @@ __all__ = [
     "RowSource",
     "Samples",
     "Step",
+    "Stream",
+    "StreamBatches",
     "Tokenizer",
     "TrainBatches",
     "eval_batches",
     "files_of",
     "find_sources",
+    "given_sources",
     "inspect_samples",
     "load_samples",
     "pack_rows",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord, StepRecord
 from entrenar_gpu.files import cannot_write, write_text
 
@@ -49,6 +51,20 @@ class MetricsFile:
                 stream.write(json.dumps(values) + "\n")
         except OSError as error:
             raise cannot_write(self._path, error) from None
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl, but for one that a crash cut off. Raises UserError without any."""
+    path = Path(folder) / METRICS_FILE
+    rows = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                with contextlib.suppress(ValueError, RecursionError):
+                    rows.append(json.loads(line))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from entrenar_gpu.adapters import RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.adapters import PEFT_PREFIX, RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import copy_model_files, save_checkpoint
 from entrenar_gpu.files import (
@@ -66,6 +66,13 @@ def save_result(session: Session, folder: Path) -> None:
         return
     copy_model_files(session.checkpoint.folder, folder, "float32", session.checkpoint.config.tie_word_embeddings)
     save_checkpoint(folder, [_full_source(session, weight) for weight in session.weights])
+
+
+def trained_tensors(session: Session) -> dict[str, np.ndarray]:
+    """What `save_result` would write, by name."""
+    if session.adapters is not None:
+        return {PEFT_PREFIX + name: values for name, values in session.adapter_values().items()}
+    return {source.name: source.produce() for source in (_full_source(session, weight) for weight in session.weights)}
 
 
 def _full_source(session: Session, weight: WeightTensors) -> TensorSource:

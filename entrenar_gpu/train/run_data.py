@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import (
     Reading,
     RowSource,
     Samples,
+    Stream,
+    StreamBatches,
     Tokenizer,
     TrainBatches,
     files_of,
     find_sources,
+    given_sources,
     parse_columns,
     parse_mix,
     read_samples,
@@ -23,6 +27,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.model import load_model_config, resolve_model
 
 Groups = Sequence[Sequence[RowSource]]
+Batches = TrainBatches | StreamBatches
 
 
 class DataReader:
@@ -44,13 +49,39 @@ class DataReader:
         return self.read(train_sources(self.config, part))
 
 
-def load_data(config: TrainConfig, started: datetime) -> tuple[Samples, Samples | None]:
-    """Tokenised training and evaluation data of a run that began at `started`."""
+def load_data(
+    config: TrainConfig, started: datetime, data: Any = None, eval_data: Any = None
+) -> tuple[Batches, Samples | None]:
+    """The steps of a run that began at `started`, and its evaluation data.
+
+    `data` and `eval_data` are what a program has instead of --data and --eval-data (see data/given.py).
+    """
     reader = DataReader(config, started)
-    groups, held_out = train_sources(config), eval_sources(config)
+    groups: Groups | Stream = train_sources(config) if data is None else given_sources(data, "data", config.seq)
+    held_out = eval_sources(config, data) if eval_data is None else _ending(eval_data, config)
     if config.eval_every is not None and not held_out:
         raise UserError("--eval-every: no evaluation data; give --eval-data, or a valid file in a --data folder")
-    return reader.read(groups), reader.read([held_out]) if held_out else None
+    if not isinstance(groups, Stream):
+        parse_mix(config.mix, len(groups))
+    elif config.steps is None:
+        groups = groups.to_the_end()
+    evaluation = reader.read(held_out) if held_out else None
+    if isinstance(groups, Stream):
+        return StreamBatches(
+            groups,
+            reader.tokenizer,
+            reader.reading,
+            batch=config.batch,
+            seq=config.seq,
+            accumulate=config.accumulate,
+            pack=config.pack,
+        ), evaluation
+    return train_batches(config, reader.read(groups)), evaluation
+
+
+def _ending(eval_data: Any, config: TrainConfig) -> Groups:
+    found = given_sources(eval_data, "eval_data", config.seq)
+    return found.to_the_end() if isinstance(found, Stream) else found
 
 
 def train_sources(config: TrainConfig, part: str = "train") -> list[list[RowSource]]:
@@ -61,14 +92,30 @@ def train_sources(config: TrainConfig, part: str = "train") -> list[list[RowSour
     return [find_sources(name, part, config.split) for name in config.data_names]
 
 
-def eval_sources(config: TrainConfig) -> list[RowSource]:
-    """What --eval-data names, or else --eval-split of --data, or the valid files of its folders."""
+def eval_sources(config: TrainConfig, data: Any = None) -> Groups:
+    """What --eval-data names, or else --eval-split of --data, or the valid files of its folders, which count as one.
+
+    With `data` of a program's own in place of --data, only what it names itself.
+    """
     if config.eval_data is not None:
-        return find_sources(config.eval_data, "valid", config.eval_split or config.split, "--eval-data")
+        return [find_sources(config.eval_data, "valid", config.eval_split or config.split, "--eval-data")]
+    names = config.data_names if data is None else ()
     if config.eval_split is not None:
-        return [s for name in config.data_names for s in find_sources(name, "valid", config.eval_split)]
-    folders = [name for name in config.data_names if files_of(Path(name), "valid")]
-    return [source for name in folders for source in find_sources(name, "valid")]
+        found = [s for name in names for s in find_sources(name, "valid", config.eval_split)]
+    else:
+        found = [s for name in names if files_of(Path(name), "valid") for s in find_sources(name, "valid")]
+    return [found] if found else []
+
+
+DEFAULT_EPOCHS = 3.0
+
+
+def planned_steps(config: TrainConfig, batches: Batches) -> int:
+    """--steps, or as many as --epochs take."""
+    if config.steps is not None:
+        return config.steps
+    assert isinstance(batches, TrainBatches)
+    return max(batches.steps(DEFAULT_EPOCHS if config.epochs is None else config.epochs), 1)
 
 
 def train_batches(config: TrainConfig, samples: Samples) -> TrainBatches:

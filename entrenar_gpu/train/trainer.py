@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import math
+import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from entrenar_gpu.adapters import RUN_FILE, adapter_spec, refuse_other_adapter
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
-from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError
+from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError, naming_arguments
 from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, flush, notify
 from entrenar_gpu.files import FolderLock, sweep, write_text
 from entrenar_gpu.gpu import KernelCache, device_errors
@@ -36,17 +37,18 @@ from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
+from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile
-from entrenar_gpu.train.run_data import load_data, train_batches
+from entrenar_gpu.train.results import FinishedRun, plot_run
+from entrenar_gpu.train.run_data import load_data, planned_steps
 from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_timer import StepTimer
 
 MAX_SKIPPED_IN_A_ROW = 10
-DEFAULT_EPOCHS = 3.0
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,32 @@ class Trainer:
     Observers (events.StepObserver) are told of every step; metrics.jsonl in the run folder holds the same in short.
     """
 
-    def __init__(self, config: TrainConfig, observers: Sequence[Any] = (), kernels: KernelCache | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        observers: Sequence[Any] = (),
+        kernels: KernelCache | None = None,
+        *,
+        data: Any = None,
+        eval_data: Any = None,
+    ) -> None:
         """Read and check model, data and checkpoint, plan, and put the weights on the device.
 
-        `kernels` shares an open device and what was compiled for it; by default the run opens its own.
+        `data` and `eval_data` stand in for those of `config`: a path or a list of paths; rows, as mappings or arrays of
+        token ids, in a list, a `datasets.Dataset` or any other iterable; one array of token ids. An iterable without a
+        length is read as steps need it where `config.steps` says how many there are, else to its end. `kernels` shares
+        an open device and what was compiled for it; by default the run opens its own. Raises UserError.
         """
+        with naming_arguments():
+            self._prepare(config, observers, kernels, data, eval_data)
+
+    def _prepare(
+        self, config: TrainConfig, observers: Sequence[Any], kernels: KernelCache | None, data: Any, eval_data: Any
+    ) -> None:
         for key in ("model", "data", "output"):
-            if not getattr(config, key):
+            if not getattr(config, key) and (key != "data" or data is None):
                 raise UserError(f"--{key}: missing")
+        self.control = RunControl()
         self.config, self._observers = config, (*observers, MetricsFile(Path(config.output)))
         self.output = Path(config.output)
         self._lock = FolderLock(self.output)
@@ -96,10 +116,9 @@ class Trainer:
         model = load_model_config(resolve_model(config.model))
         adapter_spec(config, model)
         refuse_other_adapter(config, model)
-        self.train_samples, self.eval_samples = load_data(config, self.started)
-        self.batches = train_batches(config, self.train_samples)
-        epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
-        self.total_steps = config.steps if config.steps is not None else max(self.batches.steps(epochs), 1)
+        self.batches, self.eval_samples = load_data(config, self.started, data, eval_data)
+        self.train_samples = self.batches.samples
+        self.total_steps = planned_steps(config, self.batches)
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
@@ -115,8 +134,10 @@ class Trainer:
         self._data_state = self.batches.state()  # behind the last step that was handed over
         self._timer = StepTimer(self.executor, self.session.fitted.plan.groups, config.accumulate)
         self._skipped = 0
-        self._begun = self._ran = self._finished = False
+        self._waiting: _Drawn | None = None  # a step that was drawn and not handed over
+        self._begun = self._finished = False
         self.stopped_by: int | None = None  # the signal that asked this run to end
+        notify(self._observers, "attached", self.control)
 
     def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
         """Put a checkpoint onto the device; returns the first step to take."""
@@ -131,23 +152,61 @@ class Trainer:
     def observe(self, *observers: Any) -> None:
         """Add observers, before `run`."""
         self._observers = (*observers, *self._observers)
+        notify(observers, "attached", self.control)
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """End the run after the step under way as if it were the last: evaluated, saved, with its result written."""
+        self.control.stop(reason)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Where it is not None, the rate of the steps to come instead of the schedule's; checkpoints do not keep it."""
+        return self.control.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float | None) -> None:
+        self.control.learning_rate = value
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of what is trained, float32, by the names that the files of the result have: an adapter's tensors by
+        PEFT's names, or after full training the model's weights."""
+        self._settled(None)
+        return run_checkpoint.trained_tensors(self.session)
+
+    def plot(self) -> Any:
+        """Loss, evaluation loss and learning rate by step, as a plotly figure, which a notebook shows."""
+        return plot_run(self.output)
+
+    def close(self) -> None:
+        """Give back the device and its memory; the files stay."""
+        self.session.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     @property
     def executor(self) -> Any:
         return self.session.executor
 
     def run(self) -> RunSummary:
-        """Train to the last step, evaluate, save, and return how it went; once.
+        """Train to the last step, evaluate, save, and return how it went.
 
         SIGINT, SIGTERM and SIGHUP let the step under way finish and save a checkpoint; a second one stops at once.
-        Raises TrainingDiverged after ten steps in a row whose loss or gradient was not finite, DeviceLost when the
-        device went away; the checkpoints written before stand.
+        After the first, another call goes on. Raises TrainingDiverged after ten steps in a row whose loss or gradient
+        was not finite, DeviceLost when the device went away; the checkpoints written before stand.
         """
-        if self._ran:
+        with naming_arguments():
+            return self._run()
+
+    def _run(self) -> RunSummary:
+        if self._finished:
             raise UserError('this Trainer has run; make another to go on, with resume="latest"')
         began, first = time.monotonic(), self._done + 1
+        self.stopped_by = None
         steps = self._opened(ahead=True)
-        self._ran = True
         try:
             self._tell("run_started", self._run_info(first))
         except BaseException:
@@ -158,7 +217,7 @@ class Trainer:
             with self._interruptible():
                 for _ in steps:
                     pass
-            status = "interrupted" if self._done < self.total_steps else "finished"
+            status = "finished" if self._finished else "interrupted"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -167,7 +226,16 @@ class Trainer:
             raise
         finally:
             taken, seconds = self._done - first + 1, time.monotonic() - began
-            summary = RunSummary(taken, self._skipped, self._loss, seconds, str(self.output), status, time.time_ns())
+            summary = FinishedRun(
+                taken,
+                self._skipped,
+                self._loss,
+                seconds,
+                str(self.output),
+                status,
+                time.time_ns(),
+                (self.control.stop_reason or "") if self._done < self.total_steps else "",
+            )
             self._tell("run_finished", summary)
             self._lock.release()
         return summary
@@ -181,7 +249,26 @@ class Trainer:
         before this is called, which makes the run folder; with the first step a run that goes on there drops the
         checkpoints and metrics of later ones. Raises UserError where no step is left to take, or one was broken off.
         """
-        return self._opened(ahead=False)
+        with naming_arguments():
+            return self._told_steps(self._opened(ahead=False))
+
+    def _told_steps(self, steps: Iterator[StepRecord]) -> Iterator[StepRecord]:
+        """The steps; an interrupt waits until the one under way is done, so that the next call can go on behind it."""
+        asked: list[int] = []
+
+        def note(number: int, frame: Any) -> None:
+            asked.append(number)
+            undo()
+
+        with contextlib.closing(steps):  # type: ignore[type-var]
+            while True:
+                with naming_arguments(), signals.ending(note, [signal.SIGINT]) as undo:
+                    record = next(steps, None)
+                if record is None:
+                    return
+                if asked:
+                    raise KeyboardInterrupt
+                yield record
 
     def _opened(self, ahead: bool) -> Iterator[StepRecord]:
         if self._finished:
@@ -209,7 +296,16 @@ class Trainer:
                 yield self._land(flying)
                 flying = None
                 self._timer.resume()
-            if self.stopped_by is not None:
+            if self.control.waiting and flying is not None:
+                yield self._land(flying)
+                flying = None
+            if flying is None:
+                self._meet_requests()
+            if drawn is None and number == 1:
+                raise UserError("--data: holds no token to train")
+            if drawn is None:
+                self.control.stop(f"the data ended at step {number - 1} of {self.total_steps}")
+            if drawn is None or self.stopped_by is not None or self.control.stop_reason is not None:
                 break
             launched = self._launch(drawn)
             if flying is not None:
@@ -226,10 +322,19 @@ class Trainer:
             yield self._land(flying)
         self._end()
 
+    def _meet_requests(self) -> None:
+        """Evaluate and save where observers have asked for it."""
+        control = self.control
+        if control.wants_evaluation:
+            control.wants_evaluation = False
+            self.evaluate()
+        if control.wants_save:
+            control.wants_save = False
+            self.save()
+
     def _begin(self) -> None:
         """What comes before the first step, or before those of another loop over them."""
         if self._begun:
-            self.batches.restore(self._data_state)  # one may have been drawn that was never handed over
             self._timer.resume()
             return
         self._begun = True
@@ -240,7 +345,7 @@ class Trainer:
 
     def _end(self) -> None:
         """What comes after the last step, or after that in which the run was asked to stop."""
-        if self._done < self.total_steps:
+        if self._done < self.total_steps and self.control.stop_reason is None:
             self.save()
             return
         evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
@@ -269,16 +374,21 @@ class Trainer:
         with signals.ending(stop) as undo:
             yield
 
-    def _draw(self, number: int) -> _Drawn:
-        """Make a step's batches."""
-        begin = self._timer.now()
-        batches = next(self.batches)
-        return _Drawn(number, batches, self.batches.state(), (begin, self._timer.now()))
+    def _draw(self, number: int) -> _Drawn | None:
+        """Make a step's batches, where they have not been made yet; None where the data have ended."""
+        if self._waiting is None:
+            begin = self._timer.now()
+            batches = next(self.batches, None)
+            if batches is None:
+                return None
+            self._waiting = _Drawn(number, batches, self.batches.state(), (begin, self._timer.now()))
+        return self._waiting
 
     def _launch(self, drawn: _Drawn) -> _Flying:
         """Hand a step to the device."""
-        self._launched, self._data_state = drawn.number, drawn.data_state
-        lr = learning_rate(self.config, drawn.number, self.total_steps)
+        self._launched, self._data_state, self._waiting = drawn.number, drawn.data_state, None
+        lr = self.control.learning_rate
+        lr = learning_rate(self.config, drawn.number, self.total_steps) if lr is None else lr
         write = self.executor.write
         write("inv_tokens", np.array([1 / drawn.batches.tokens]))
         write("lr", np.array([lr]))
@@ -330,7 +440,8 @@ class Trainer:
 
         `step`, where given, must be that step's number.
         """
-        assert self.eval_samples is not None
+        if self.eval_samples is None:
+            raise UserError("eval_data: there is none to evaluate on")
         self._settled(step)
         begin = self._timer.now()
         loss, tokens = evaluate(self.session, self.eval_samples)
