@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from entrenar_gpu.chat import ChatTemplate, Conversation, Message, Rendered, Span
+from entrenar_gpu.data.growth import MOST_BESIDE, too_much
 from entrenar_gpu.data.prefix import Encoded, PrefixEncoder
 from entrenar_gpu.data.tokenizer_files import (
     DEFAULT,
@@ -53,8 +54,12 @@ class Tokenizer:
         eos: int | None = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self.eos_id = stops[0] if eos is None and stops else eos
         self._path = Path(folder) / "tokenizer.json"
+        if why := too_much(backend):
+            raise UserError(f"{self._path}: {why}")
         with faults_of(self._path, "cannot encode a text"):
             self.opening, self.ending = _added_around(backend)
+        if len(self.opening) + len(self.ending) > MOST_BESIDE:
+            raise UserError(f"{self._path}: puts more than {MOST_BESIDE:,} tokens around a text")
         self._templates = dict(templates or {})
         closings = dict.fromkeys(text for template in self._templates.values() for text in template.closings)
         closing_ids = {text: backend.token_to_id(text) for text in closings}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -315,6 +316,48 @@ def test_a_tokenizer_that_fails_when_used_is_one_line(tmp_path):
     tokenizer = Tokenizer.load(faulty_tokenizer(tmp_path / "b", pre_tokenizer=endless))
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode a text: "):
         tokenizer.encode("a" * 60 + "!")
+
+
+def replaced(pattern: dict[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [replaced({"String": "a"}, "a" * 10)] * 12,
+        [replaced({"Regex": ""}, "ab")] * 30,
+        [{"type": "Prepend", "prepend": "a" * 20_000}],
+        [{"type": "Sequence", "normalizers": [replaced({"String": "ab"}, "abababab")] * 9}],
+    ],
+    ids=["letters", "between letters", "before", "within"],
+)
+def test_a_normalizer_that_makes_texts_enormous_is_one_line(tmp_path, steps):
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"tokenizer\.json: its normalizer may write .* characters for one"):
+        Tokenizer.load(faulty_tokenizer(tmp_path / "a", normalizer=normalizer))
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "Prepend", "prepend": "▁"}, replaced({"String": " "}, "▁")],
+        [{"type": "NFKC"}, *[replaced({"Regex": " {2,}"}, " ")] * 3, {"type": "Lowercase"}],
+        [replaced({"String": "``"}, '"'), replaced({"String": "''"}, '"'), {"type": "NFKD"}, {"type": "StripAccents"}],
+    ],
+)
+def test_ordinary_normalizers_are_no_such(tmp_path, steps):
+    Tokenizer.load(faulty_tokenizer(tmp_path / "a", normalizer={"type": "Sequence", "normalizers": steps}))
+
+
+def test_more_tokens_around_a_text_than_it_could_hold_are_one_line(tmp_path):
+    ids = {"<s>": {"id": "<s>", "ids": [1] * 10_000, "tokens": ["<s>"] * 10_000}}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": ids}
+    with pytest.raises(UserError, match="puts more than 4,096 tokens around a text"):
+        Tokenizer.load(faulty_tokenizer(tmp_path / "a", post_processor=processor))
 
 
 BAD_STOPS = ["1e400", "NaN", "9" * 30, "true", "2.0", "[1, -1]", "9" * 5000, '{"a": 1}', "[[1]]"]
