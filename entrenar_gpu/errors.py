@@ -18,7 +18,12 @@ class DeviceLost(UserError):
 
 
 class OutOfDeviceMemory(UserError):
-    """The GPU has no memory left for what a run needs."""
+    """The GPU has no memory left for what a run needs; `remedy` is what to do, in the words of who asked for it."""
+
+    remedy = "lower --memory-budget, --batch or --seq, or end what else uses it"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.remedy}"
 
 
 class TrainingDiverged(UserError):
@@ -47,5 +52,11 @@ def naming_arguments() -> Iterator[None]:
         yield
     except UserError as error:
         if not _flags_are_spoken:
-            error.args = (_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error)),)
+            error.args = tuple(_as_argument(str(part)) for part in error.args)
+            if isinstance(error, OutOfDeviceMemory):
+                error.remedy = _as_argument(error.remedy)
         raise
+
+
+def _as_argument(text: str) -> str:
+    return _OPTION.sub(lambda found: found[1].replace("-", "_"), text)

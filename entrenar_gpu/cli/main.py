@@ -19,7 +19,7 @@ from entrenar_gpu import __version__, signals
 from entrenar_gpu.cli import chat, generate, options, serve
 from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import SHAPES
-from entrenar_gpu.errors import UserError, speaking_flags
+from entrenar_gpu.errors import OutOfDeviceMemory, UserError, speaking_flags
 from observability.errors import TraceError
 from observability.streams import print_any_text
 
@@ -431,6 +431,9 @@ def _run(arguments: list[str]) -> int:
         result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
         interrupted = result == _TYPERS_INTERRUPT and signals.interrupted_by()
         return signals.exit_status(interrupted) if interrupted else int(result or 0)
+    except OutOfDeviceMemory as error:
+        error.remedy = f"lower {_flags_of_size(arguments)}, or end what else uses it"
+        return _complain(str(error))
     except (UserError, TraceError) as error:
         return _complain(str(error))
     except _ClickError as error:
@@ -441,13 +444,23 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return signals.exit_status(signals.interrupted_by())
     except MemoryError:
-        return _complain("this machine has no memory left; lower --batch or --seq, or raise the limit (`ulimit -v`)")
+        lower = _flags_of_size(arguments)
+        return _complain(f"this machine has no memory left; lower {lower}, or raise the limit (`ulimit -v`)")
     except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
     except RuntimeError as error:
         if not signals.is_interrupt(error):
             raise
         return signals.exit_status(signals.interrupted_by())
+
+
+def _flags_of_size(arguments: list[str]) -> str:
+    """What the command on this line can be told to need less memory by."""
+    group: Any = typer.main.get_command(app)
+    command = group.commands.get(next(iter(arguments), ""))
+    there = {flag for parameter in getattr(command, "params", ()) for flag in parameter.opts}
+    flags = [flag for flag in ("--memory-budget", "--batch", "--slots", "--context", "--seq") if flag in there]
+    return " or ".join([", ".join(flags[:-1]), flags[-1]] if len(flags) > 1 else flags) or "what is asked of it"
 
 
 def _complain(message: str) -> int:

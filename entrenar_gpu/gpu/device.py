@@ -12,7 +12,7 @@ import numpy as np
 from entrenar_gpu.errors import OutOfDeviceMemory, UserError
 from entrenar_gpu.gpu.choice import Gpu, choose_gpu, gpu_caps
 from entrenar_gpu.gpu.engines import Engine
-from entrenar_gpu.gpu.failures import LOWER, device_errors, listen, meaning
+from entrenar_gpu.gpu.failures import device_errors, listen, meaning
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.integers import round_up
 
@@ -68,7 +68,7 @@ class Device:
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(
                 f"{self.caps.name} has no {nbytes / 2**20:.0f} MiB left for {label}"
-                f" (holding {self.allocated_bytes / 2**30:.2f} GiB); {LOWER}"
+                f" (holding {self.allocated_bytes / 2**30:.2f} GiB)"
             ) from error
         self.allocated_bytes += nbytes
         return made

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from entrenar_gpu.errors import DeviceLost, OutOfDeviceMemory, UserError
 
-LOWER = "lower --memory-budget, --batch or --seq, or end what else uses it"
 _SHORTAGE = re.compile(r"not enough memory|out[ _]?of[ _]?(device[ _]?|host[ _]?)?memory", re.IGNORECASE)
 _LOSS = re.compile(r"DEVICE LOST|device was lost", re.IGNORECASE)
 
@@ -53,7 +52,7 @@ def meaning(error: BaseException, device: str) -> UserError | None:
     short = _is(error, "GPUOutOfMemoryError") or _SHORTAGE.search(text)
     if short or (lost is not None and _listener.shortage):
         _listener.shortage = False
-        return OutOfDeviceMemory(f"{device} has no memory left; {LOWER}")
+        return OutOfDeviceMemory(f"{device} has no memory left")
     return None if lost is None else DeviceLost(f"device {device} was lost ({lost})")
 
 

@@ -14,7 +14,7 @@ from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.config.options import flag
 from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import OutOfDeviceMemory, UserError
 from tests import ROOT
 from tests.helpers.tiny import make_data, make_model
 
@@ -254,3 +254,20 @@ def test_train_eval_merge_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_config_round_trip() -> None:
     config = TrainConfig(rank=3, lr=1e-3, target="q,v")
     assert TrainConfig.from_mapping(config.to_mapping(), "saved") == config
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "lower --memory-budget, --batch or --seq, or end what else uses it"),
+        ("generate", "lower --memory-budget, --slots, --context or --seq, or end what else uses it"),
+        ("merge", "lower what is asked of it, or end what else uses it"),
+    ],
+)
+def test_what_to_lower_are_flags_that_the_command_has(command, advice, monkeypatch, capsys):
+    def short(*_: object, **__: object) -> None:
+        raise OutOfDeviceMemory("the GPU has no memory left")
+
+    monkeypatch.setattr("typer.core.TyperGroup.main", short)
+    assert main.run([command]) == 2
+    assert capsys.readouterr().err == f"error: the GPU has no memory left; {advice}\n"
