@@ -1,11 +1,13 @@
 """Models written for others to read."""
 
-from entrenar_gpu.export.hf_writer import SHARD_BYTES, copy_model_files, save_checkpoint
+from entrenar_gpu.export.hf_writer import SHARD_BYTES, carried_sources, copy_model_files, name_to_write, save_checkpoint
 from entrenar_gpu.export.merge import merge_adapter
 
 __all__ = [
     "SHARD_BYTES",
+    "carried_sources",
     "copy_model_files",
     "merge_adapter",
+    "name_to_write",
     "save_checkpoint",
 ]

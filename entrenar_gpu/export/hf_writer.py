@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import TensorSource, new_file, new_folder, read_json_object, write_tensors, write_text
-from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 
 SHARD_BYTES = 4 << 30
 _COPIED_AT_ONCE = 1 << 20
@@ -30,6 +31,8 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -57,6 +60,17 @@ def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_b
             # transformers asks for the format
             write_tensors(files.enter_context(new_file(path)), shard, {"format": "pt"})
     return paths if len(shards) == 1 else [*paths, folder / INDEX_FILE]
+
+
+def carried_sources(checkpoint: HFCheckpoint) -> list[TensorSource]:
+    """What the model has beside the part that is trained, as it is."""
+    infos = {name: checkpoint.info(name) for name in checkpoint.carried()}
+    return [TensorSource(name, i.shape, i.dtype, partial(checkpoint.raw, name)) for name, i in infos.items()]
+
+
+def name_to_write(checkpoint: HFCheckpoint, name: str) -> str:
+    """What to call a weight in a file that also holds `carried_sources`: as the file that those come from does."""
+    return checkpoint.stored_name(name) if checkpoint.carried() else name
 
 
 def _index(shards: list[list[TensorSource]], paths: list[Path]) -> str:

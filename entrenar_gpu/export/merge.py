@@ -11,7 +11,7 @@ import numpy as np
 from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.export.hf_writer import copy_model_files, save_checkpoint
+from entrenar_gpu.export.hf_writer import carried_sources, copy_model_files, name_to_write, save_checkpoint
 from entrenar_gpu.files import TensorSource
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
 from entrenar_gpu.quant import Nf4Weight
@@ -33,7 +33,8 @@ def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_
     in_f32 = checkpoint.is_quantised or double_quant is not None
     dtypes = ["F32" if in_f32 else checkpoint.info(weight.name).dtype for weight in weights]
     merging = _Merging(checkpoint, spec, values, double_quant)
-    save_checkpoint(output, [merging.source(*each) for each in zip(weights, dtypes, strict=True)])
+    merged = [merging.source(*each) for each in zip(weights, dtypes, strict=True)]
+    save_checkpoint(output, [*merged, *carried_sources(checkpoint)])
     copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], checkpoint.config.tie_word_embeddings)
 
 
@@ -47,7 +48,9 @@ class _Merging:
     double_quant: bool | None
 
     def source(self, spec: WeightSpec, dtype: str) -> TensorSource:
-        return TensorSource(spec.name, spec.shape, dtype, partial(self._produce, spec, dtype))
+        return TensorSource(
+            name_to_write(self.checkpoint, spec.name), spec.shape, dtype, partial(self._produce, spec, dtype)
+        )
 
     def _produce(self, spec: WeightSpec, dtype: str) -> Floats:
         weight = self._base(spec)

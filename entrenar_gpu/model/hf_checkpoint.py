@@ -17,7 +17,7 @@ from entrenar_gpu.dtypes import STORED_FLOATS
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, StoredArray, TensorInfo, read_json_object
 from entrenar_gpu.integers import ceil_div
-from entrenar_gpu.model.config import HEAD, ModelConfig
+from entrenar_gpu.model.config import HEAD, PREFIX, ModelConfig
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.quant import BLOCK, CODEBOOK, SCALE_BLOCK, Bytes, Floats, Nf4Weight, StateDtype
@@ -115,6 +115,18 @@ class HFCheckpoint:
     def nf4(self, name: str) -> Nf4Weight | None:
         """A parameter stored as bitsandbytes' NF4; None when stored otherwise."""
         return self._nf4(name) if self.is_nf4(name) else None
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor of the model."""
+        return self._stored_names.get(name, name)
+
+    def carried(self) -> list[str]:
+        """Tensors that a model which also sees has beside its language part: whoever writes the model copies them."""
+        if self.config.prefix == PREFIX:
+            return []
+        ours = {self.stored_name(name) for name in self._specs}
+        states = tuple(f"{name}." for name in ours)  # of quantised weights
+        return [name for name in self._files if name not in ours and not name.startswith(states)]
 
     def _place(self, name: str) -> tuple[SafetensorsFile, str]:
         """The file that holds a tensor, and what that calls it."""

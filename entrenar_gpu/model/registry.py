@@ -14,6 +14,14 @@ from entrenar_gpu.files import read_json_object
 from entrenar_gpu.model import families
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.config_file import ConfigFile, shown
+from entrenar_gpu.model.refusals import refuse
+
+# Models that also see, by what begins the names of their language part's weights: that part is trained, the rest stays
+# as it is.
+SEEING = {
+    "Gemma3ForConditionalGeneration": "model.language_model.",
+    "Mistral3ForConditionalGeneration": "model.language_model.",
+}
 
 
 class Family(Protocol):
@@ -37,7 +45,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """Read `config.json` (or the folder that holds it).
 
     Raises UserError naming the file and key when the file is missing or malformed, the architecture unknown, or the
-    model uses something this trainer does not compute (sliding windows, other rope scalings, other activations, ...).
+    model uses something this trainer does not compute (experts, other rope scalings, other activations, ...).
     """
     path = Path(path)
     if path.is_dir():
@@ -47,8 +55,23 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
 def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """The same, from the decoded JSON; `source` names it in errors."""
+    refuse(raw, source)
+    if (prefix := _language_prefix(raw)) is not None:
+        text = raw["text_config"]
+        kind = str(text.get("model_type") or raw.get("model_type")).removesuffix("_text")
+        name = _family({"model_type": kind}, source)
+        tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+        return known_families()[name].read(ConfigFile({**tied, **text}, source, name, prefix))
     name = _family(raw, source)
     return known_families()[name].read(ConfigFile(raw, source, name))
+
+
+def _language_prefix(raw: dict[str, Any]) -> str | None:
+    """What begins the names of the language part's weights, of a model that also sees; None for other models."""
+    names = raw.get("architectures")
+    if not isinstance(raw.get("text_config"), dict) or not isinstance(names, list):
+        return None
+    return next((SEEING[name] for name in names if isinstance(name, str) and name in SEEING), None)
 
 
 def model_shape(name: str) -> ModelConfig:
@@ -72,5 +95,5 @@ def _family(raw: dict[str, Any], source: str) -> str:
         return model_type
     raise UserError(
         f"{source}: architecture {shown(', '.join(map(str, names)) or model_type)} is not supported;"
-        f" supported: {', '.join(by_architecture)}"
+        f" supported: {', '.join(sorted([*by_architecture, *SEEING]))}"
     )

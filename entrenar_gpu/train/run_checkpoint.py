@@ -21,7 +21,7 @@ import xxhash
 
 from entrenar_gpu.adapters import PEFT_PREFIX, RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.export import copy_model_files, save_checkpoint
+from entrenar_gpu.export import carried_sources, copy_model_files, name_to_write, save_checkpoint
 from entrenar_gpu.files import (
     WHOLE,
     SafetensorsFile,
@@ -65,7 +65,8 @@ def save_result(session: Session, folder: Path) -> None:
         save_adapter(folder, session.adapters, session.adapter_values(), session.config.model)
         return
     copy_model_files(session.checkpoint.folder, folder, "float32", session.checkpoint.config.tie_word_embeddings)
-    save_checkpoint(folder, [_full_source(session, weight) for weight in session.weights])
+    trained = [_full_source(session, weight) for weight in session.weights]
+    save_checkpoint(folder, [*trained, *carried_sources(session.checkpoint)])
 
 
 def trained_tensors(session: Session) -> dict[str, np.ndarray]:
@@ -80,7 +81,8 @@ def _full_source(session: Session, weight: WeightTensors) -> TensorSource:
         parts = [session.executor.read(tensor.name) for tensor in weight.tensors]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    return TensorSource(weight.spec.name, weight.spec.shape, "F32", produce)
+    name = name_to_write(session.checkpoint, weight.spec.name)
+    return TensorSource(name, weight.spec.shape, "F32", produce)
 
 
 def save_run(

@@ -131,6 +131,35 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+LANGUAGE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 20}
+# Models that also see: transformers' configuration, of the language part, of the vision tower, and what is around them.
+SEEING: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        transformers.Gemma3Config,
+        {"model_type": "gemma3_text", **GEMMA, **LANGUAGE},
+        {"model_type": "siglip_vision_model", **VISION},
+        {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5},
+    ),
+    "mistral3": (
+        transformers.Mistral3Config,
+        {"model_type": "ministral3", "rope_parameters": MINISTRAL3, **LANGUAGE, "head_dim": 16},
+        {"model_type": "pixtral", **VISION, "head_dim": 8},
+        {"tie_word_embeddings": False, "image_token_index": 5},
+    ),
+}
+
+
+def save_seeing_model(folder: Path, family: str) -> Path:
+    """A random checkpoint of a model that also sees."""
+    kind, text, vision, around = SEEING[family]
+    torch.manual_seed(0)
+    config = kind(text_config=SMALL | text, vision_config=vision, **around)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def save_model(folder: Path, architecture: str, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Path:
     """A random checkpoint written by transformers; norms and biases are random too, so that no term is idle."""
     kind, values = (ARCHITECTURES | FAMILIES)[architecture]
@@ -145,11 +174,11 @@ def save_model(folder: Path, architecture: str, seed: int = 0, dtype: Any = torc
     return folder
 
 
-def load_model(folder: Path, quantised: bool | None = None) -> Any:
+def load_model(folder: Path, quantised: bool | None = None, sees: bool = False) -> Any:
     """A checkpoint in f32, its projections passed through NF4 unless `quantised` is None (True: double-quantised)."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", use_cache=False
-    )
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    cache = {} if sees else {"use_cache": False}
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **cache)
     if quantised is not None:
         projections = {spec.name for spec in load_model_config(folder).weights if spec.kind == "projection"}
         for name, parameter in model.named_parameters():

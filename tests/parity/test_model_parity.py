@@ -79,6 +79,27 @@ def test_families(tmp_path, kernels, family):
     compare(folder, kernels, model, method="qlora", adapter_init=str(tmp_path / "adapter"))
 
 
+@pytest.mark.parametrize("family", reference.SEEING)
+def test_language_parts_of_models_that_also_see(tmp_path, kernels, family):
+    """The language part is trained as PEFT trains it; merged, transformers loads the whole, the rest as it was."""
+    folder = tmp_path
+    reference.save_seeing_model(folder / "model", family)
+    make_data(folder / "train.jsonl", vocab=reference.SMALL["vocab_size"])
+    base = reference.load_model(folder / "model", sees=True)
+    rest = {
+        n: p.detach().clone() for n, p in base.named_parameters() if "language_model" not in n and "lm_head" not in n
+    }
+    assert rest
+    wanted = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+    model = reference.random_adapter(tmp_path / "adapter", base, target_modules=wanted)
+    compare(folder, kernels, model, method="lora", adapter_init=str(tmp_path / "adapter"))
+    merge_adapter(HFCheckpoint.open(folder / "model"), tmp_path / "adapter", folder / "merged")
+    merged = reference.load_model(folder / "merged", sees=True)
+    check_logits(their_logits(merged, IDS), their_logits(model, IDS))
+    for name, parameter in merged.named_parameters():
+        assert name not in rest or torch.equal(parameter, rest[name]), name
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "q and v alone": ({"target_modules": ["q_proj", "v_proj"]}, {}),
     "mlp, one layer left out": ({"target_modules": r".*\.0\.mlp\.(gate|down)_proj|.*up_proj"}, {}),

@@ -1,0 +1,89 @@
+"""Models that need what this trainer lacks: each is refused by what it needs, before a weight is looked at."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.model.registry import load_model_config, parse_model_config
+from tests.helpers.tiny import QWEN3
+
+SEES = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+# Keys of published config.json files, and what is said of them.
+REFUSED = {
+    "Qwen3-30B-A3B": ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "mixture of experts"),
+    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, "mixture of experts"),
+    "an MoE by its defaults": ({"architectures": ["Olmoe"], "model_type": "qwen2_moe"}, "mixture of experts"),
+    "Granite 4 with experts": (
+        {
+            **{"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid"},
+            **{"num_local_experts": 64, "layer_types": ["attention"] * 2},
+        },
+        "mixture of experts",
+    ),
+    "Granite 4 hybrid": (
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
+        "state-space",
+    ),
+    "Granite 4 hybrid by its defaults": (
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "num_local_experts": 0},
+        "state-space",
+    ),
+    "Qwen3.5": ({"architectures": ["Qwen3_5ForCausalLM"], "layer_types": ["linear_attention"] * 2}, "linear attention"),
+    "Qwen3.5 that sees": (
+        {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {"model_type": "qwen3_5_text"}},
+        "linear attention",
+    ),
+    "LFM2": ({"architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2"}, "convolution"),
+    "Mamba": ({"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}, "state-space"),
+    "DeepSeek V3": ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512, "n_routed_experts": 8}, "MLA"),
+    "gpt-oss": (
+        {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}},
+        "MXFP4",
+    ),
+    "Ministral 3 Instruct": (
+        {
+            **{"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "ministral3"}},
+            "quantization_config": {"quant_method": "fp8"},
+        },
+        "FP8",
+    ),
+    "T5": ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder"),
+    "Qwen2-VL": ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
+}
+
+
+@pytest.mark.parametrize(("changes", "needed"), REFUSED.values(), ids=REFUSED)
+def test_what_a_model_needs_is_named_in_one_line(tmp_path, changes, needed):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | changes))
+    with pytest.raises(UserError) as error:
+        load_model_config(tmp_path)
+    assert needed in str(error.value)
+    name = (QWEN3 | changes)["architectures"][0]
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {name} needs ")
+    assert str(error.value).endswith("which this trainer lacks")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_sees_is_its_language_part():
+    """What a text_config leaves out is as the family's class has it; names begin as transformers' do."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    config = parse_model_config(SEES | {"text_config": text, "vision_config": {"model_type": "siglip_vision_model"}})
+    assert config.tie_word_embeddings
+    assert config.parameters == 3_880_263_168  # Gemma 3 4B without its vision tower
+    assert config.weights[1].name == "model.language_model.layers.0.input_layernorm.weight"
+    windows = [layer.attention.window for layer in config.layers[:6]]
+    assert windows == [4096] * 5 + [None]
+    assert [rope.theta for rope in config.rope_tables.values()] == [1e4, 1e6]
+
+
+@pytest.mark.parametrize("kind", ["ntk-by-parts", 7, None])
+def test_unknown_ropes_are_refused_by_name(kind):
+    raw = QWEN3 | {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
+    if kind is None:
+        assert parse_model_config(raw).rope_tables["rope_table"].scaling is None
+        return
+    with pytest.raises(UserError, match=rf"rope scaling {kind!r} is not supported; supported: default, linear"):
+        parse_model_config(raw)
