@@ -123,6 +123,8 @@ class EvalRecord:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
+    """A checkpoint that was written after `step` optimizer steps: its folder, and the bytes that it takes."""
+
     step: int
     path: str
     bytes: int
@@ -132,6 +134,8 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class RunSummary:
+    """How a run went: the steps it took, of them those skipped, the last step's loss, seconds in all, its folder."""
+
     steps: int
     skipped_steps: int
     final_loss: float

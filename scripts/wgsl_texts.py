@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from entrenar_gpu.cli.plan_report import PROFILES
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.gpu.engines.dawn import Dawn
 from entrenar_gpu.gpu.kernel import render
 from entrenar_gpu.gpu.measure import Product, Program
 from entrenar_gpu.graph import Caps, Graph, MatrixConfig
+from entrenar_gpu.train.plan_report import PROFILES
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build
 

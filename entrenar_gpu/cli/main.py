@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,12 +74,11 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Print what a run would allocate and what it would recompute, without weights or a GPU."""
-    from entrenar_gpu.cli.plan_report import plan_run
-    from entrenar_gpu.train import memory_budget
+    from entrenar_gpu.train import caps_for, memory_budget, plan_run
 
     # One row unless told otherwise: the question is usually whether a model fits at all.
     config = options.make_config(given, batch=1)
-    caps = _caps(config.device, config.engine, profile)
+    caps = caps_for(config.device, config.engine, profile)
     report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
     if as_json:
         print_json(report.to_mapping())
@@ -90,21 +88,6 @@ def plan(
     from entrenar_gpu.cli.display import show_plan
 
     show_plan(report.to_mapping())
-
-
-def _caps(device: str | None, engine: str | None, profile: str | None) -> Any:
-    """Abilities to plan for: of --profile, of --device, or of a common desktop driver."""
-    from entrenar_gpu.cli.plan_report import PROFILES
-
-    if profile is not None and device is not None:
-        raise UserError("--profile: give it or --device, not both")
-    if device is not None:
-        from entrenar_gpu.gpu import choose_gpu, gpu_caps
-
-        return gpu_caps(choose_gpu(device, engine).gpu)
-    if profile is not None and profile not in PROFILES:
-        raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
-    return PROFILES[profile or "desktop"]
 
 
 @app.command()
@@ -120,13 +103,14 @@ def shader(
     """Print the WGSL of an op at a shape, without a GPU."""
     from entrenar_gpu.cli.op_programs import PROGRAMS
     from entrenar_gpu.cli.shader import dispatches, print_launches, print_shaders, usage
+    from entrenar_gpu.train import caps_for
 
     if op is None:
         if not list_:
             raise UserError("shader: name an op, or give --list")
         print("\n".join(map(usage, sorted(PROGRAMS))))
         return
-    found = dispatches(op, shape, precision, _caps(device, None, profile))
+    found = dispatches(op, shape, precision, caps_for(device, None, profile))
     print_launches(found) if list_ else print_shaders(found, gradient)
 
 
@@ -264,29 +248,11 @@ def merge(
     ] = "stored",
 ) -> None:
     """Fold an adapter into its base model, as safetensors that transformers loads."""
-    from entrenar_gpu.adapters import AdapterSpec, trained_base
-    from entrenar_gpu.export import merge_adapter
-    from entrenar_gpu.files import FolderLock, sweep
-    from entrenar_gpu.model import HFCheckpoint, resolve_model
+    from entrenar_gpu.export import merge_model
 
-    for name, folder in (("--adapter", adapter), ("--output", output)):
-        if not folder:  # the current one, to Path
-            raise UserError(f"{name}: missing; name a folder")
-    if base not in ("stored", "nf4"):
-        raise UserError(f"--base: {base!r} is not one of stored, nf4")
-    trained = trained_base(adapter)
-    double_quant = None if base == "stored" else trained is None or trained.double_quant
-    checkpoint = HFCheckpoint.open(resolve_model(model))
-    with FolderLock(Path(output)):
-        sweep(Path(output))
-        merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)
+    notes = merge_model(model, adapter, output, base)
     form = "stored weights" if base == "stored" else "NF4 form of the weights"
     print(f"merged model: {printable(output)}, on the {form}")
-    notes = [*checkpoint.notes, *AdapterSpec.from_peft(adapter, checkpoint.config).notes]
-    if base == "stored" and trained is not None and trained.method == "qlora" and not checkpoint.is_quantised:
-        notes.append(
-            f"{trained.source}: the adapter was trained on the NF4 form of them; --base nf4 folds it into that"
-        )
     for note in notes:
         print(f"note: {printable(note)}")
 

@@ -91,16 +91,24 @@ def _split(sources: Sequence[TensorSource], shard_bytes: int) -> list[list[Tenso
     return shards
 
 
-def copy_model_files(source: str | Path, target: str | Path, dtype: str, tied: bool | None = None) -> None:
+def copy_model_files(
+    source: str | Path,
+    target: str | Path,
+    dtype: str,
+    tied: bool | None = None,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Copy what a model folder holds beside its weights: configuration, tokenizer, chat templates.
 
-    `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and not quantised, and
-    whether embedding and head are one (`tied`, where known); `generation_config.json` to stop at what closes a turn in
-    the chat template, beside what it stops at already.
+    `config.json` is changed to say that the weights are `dtype` ("float32", "bfloat16", ...) and how they are quantised
+    (`quantization`, None where they are not), and whether embedding and head are one (`tied`, where known);
+    `generation_config.json` to stop at what closes a turn in the chat template, beside what it stops at already.
     """
     source, target = Path(source), Path(target)
     config = read_json_object(source / "config.json")
     config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     if tied is not None and bool(config.get("tie_word_embeddings", False)) != tied:
         config["tie_word_embeddings"] = tied
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}

@@ -8,15 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, load_adapter
+from entrenar_gpu.adapters import AdapterSpec, load_adapter, trained_base
 from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import carried_sources, copy_model_files, name_to_write, save_checkpoint
-from entrenar_gpu.files import TensorSource
-from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
+from entrenar_gpu.files import FolderLock, TensorSource, sweep
+from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec, resolve_model
 from entrenar_gpu.quant import Nf4Weight
 
 Floats = np.ndarray
+
+
+def merge_model(model: str, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
+    """Merge the model of a folder or Hub id as `merge_adapter` does; returns what is worth knowing of it.
+
+    `base` is "stored", or "nf4" for the NF4 form of the weights.
+    """
+    for name, folder in (("--adapter", adapter), ("--output", output)):
+        if not str(folder):  # the current one, to Path
+            raise UserError(f"{name}: missing; name a folder")
+    if base not in ("stored", "nf4"):
+        raise UserError(f"--base: {base!r} is not one of stored, nf4")
+    trained = trained_base(adapter)
+    double_quant = None if base == "stored" else trained is None or trained.double_quant
+    checkpoint = HFCheckpoint.open(resolve_model(model))
+    with FolderLock(Path(output)):
+        sweep(Path(output))
+        merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)
+    notes = [*checkpoint.notes, *AdapterSpec.from_peft(adapter, checkpoint.config).notes]
+    if base == "stored" and trained is not None and trained.method == "qlora" and not checkpoint.is_quantised:
+        notes.append(
+            f"{trained.source}: the adapter was trained on the NF4 form of them; --base nf4 folds it into that"
+        )
+    return notes
 
 
 def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_quant: bool | None = None) -> None:

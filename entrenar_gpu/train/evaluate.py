@@ -12,13 +12,14 @@ from entrenar_gpu.data import Samples, eval_batches
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
-from entrenar_gpu.train.run_data import DataReader
+from entrenar_gpu.train.run_data import DataReader, ending_sources
 from entrenar_gpu.train.session import Session
 
 
-def evaluate_data(config: TrainConfig, with_adapter: bool) -> dict[str, Any]:
-    """{"loss", "perplexity", "tokens", "samples"} of --data; the loss is the mean over all unmasked tokens."""
-    samples = DataReader(config).named("valid")
+def evaluate_data(config: TrainConfig, with_adapter: bool, data: Any = None) -> dict[str, Any]:
+    """{"loss", "perplexity", "tokens", "samples"} of --data, or of `data`; loss is the mean over unmasked tokens."""
+    reader = DataReader(config)
+    samples = reader.named("valid") if data is None else reader.read(ending_sources(data, "eval_data", config))
 
     def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
         return {"evaluate": evaluate_graph(shape, caps)}

@@ -57,8 +57,10 @@ def load_data(
     `data` and `eval_data` are what a program has instead of --data and --eval-data (see data/given.py).
     """
     reader = DataReader(config, started)
-    groups: Groups | Stream = train_sources(config) if data is None else given_sources(data, "data", config.seq)
-    held_out = eval_sources(config, data) if eval_data is None else _ending(eval_data, config)
+    groups: Groups | Stream = (
+        train_sources(config) if data is None else given_sources(data, "data", config.seq, config.split)
+    )
+    held_out = eval_sources(config, data) if eval_data is None else ending_sources(eval_data, "eval_data", config)
     if config.eval_every is not None and not held_out:
         raise UserError("--eval-every: no evaluation data; give --eval-data, or a valid file in a --data folder")
     if not isinstance(groups, Stream):
@@ -79,8 +81,9 @@ def load_data(
     return train_batches(config, reader.read(groups)), evaluation
 
 
-def _ending(eval_data: Any, config: TrainConfig) -> Groups:
-    found = given_sources(eval_data, "eval_data", config.seq)
+def ending_sources(data: Any, name: str, config: TrainConfig) -> Groups:
+    """The sources of an argument `name` whose rows are all read."""
+    found = given_sources(data, name, config.seq, config.eval_split or config.split)
     return found.to_the_end() if isinstance(found, Stream) else found
 
 

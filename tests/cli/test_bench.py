@@ -12,12 +12,12 @@ from entrenar_gpu.cli.bench.gemm import bench_gemm, products, projection_shapes
 from entrenar_gpu.cli.bench.generate import bench_generate
 from entrenar_gpu.cli.bench.ops import bench_ops
 from entrenar_gpu.cli.bench.train import bench_train
-from entrenar_gpu.cli.plan_report import plan_run
 from entrenar_gpu.config import presets
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.gpu import choose_gpu, gpu_caps
 from entrenar_gpu.gpu.measure import TOLERANCES
 from entrenar_gpu.model.registry import parse_model_config
+from entrenar_gpu.train.plan_report import plan_run
 
 measuring = importlib.import_module("entrenar_gpu.gpu.measure")  # not the function that the room hands on by this name
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}

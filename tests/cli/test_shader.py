@@ -8,11 +8,11 @@ import pytest
 
 from entrenar_gpu.cli.main import run
 from entrenar_gpu.cli.op_programs import PROGRAMS
-from entrenar_gpu.cli.plan_report import PROFILES
 from entrenar_gpu.cli.shader import dispatches, usage, workgroup_bytes
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.gpu.kernel import shader_files
 from entrenar_gpu.graph.tensor import Graph
+from entrenar_gpu.train.plan_report import PROFILES
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, and matmuls of devices that grant matrix units.

@@ -10,7 +10,6 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters.spec import AdapterSpec
-from entrenar_gpu.cli.plan_report import PROFILES
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.cost import seconds
 from entrenar_gpu.compiler.memory import Ladder, Layer, MemoryBudgetError, fit, layers_of
@@ -24,6 +23,7 @@ from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.model.registry import model_shape, parse_model_config
 from entrenar_gpu.train.graphs import RunShape, training_graphs
+from entrenar_gpu.train.plan_report import PROFILES
 from tests import ROOT
 from tests.helpers.runs import fit_for
 from tests.helpers.tiny import QWEN3

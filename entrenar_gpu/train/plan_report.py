@@ -25,7 +25,8 @@ from entrenar_gpu.model import (
     load_model_config,
     resolve_model,
 )
-from entrenar_gpu.train import RunShape, fit_run, storage_of, training_graphs
+from entrenar_gpu.train.graphs import RunShape, fit_run, training_graphs
+from entrenar_gpu.train.loader import storage_of
 
 # Capabilities to plan for without a device: WebGPU's guaranteed limits, those of common drivers, and a large card's.
 PROFILES = {
@@ -48,6 +49,19 @@ PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
     *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
 )
+
+
+def caps_for(device: str | None, engine: str | None, profile: str | None) -> Caps:
+    """Abilities to plan for: of --profile, of --device, or of a common desktop driver."""
+    if profile is not None and device is not None:
+        raise UserError("--profile: give it or --device, not both")
+    if device is not None:
+        from entrenar_gpu.gpu import choose_gpu, gpu_caps
+
+        return gpu_caps(choose_gpu(device, engine).gpu)
+    if profile is not None and profile not in PROFILES:
+        raise UserError(f"--profile: {profile!r} is not one of {', '.join(PROFILES)}")
+    return PROFILES[profile or "desktop"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""The package's face: what it exports, the page that lists it, the functions, and how soon it is there."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import entrenar_gpu
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
+from entrenar_gpu.quant.nf4 import Nf4Weight
+from scripts import api_reference
+from tests import ROOT
+from tests.helpers.runs import train
+from tests.helpers.tiny import make_data, make_model
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    make_model(folder / "model", dtype="bfloat16", **TINY)
+    make_data(folder / "train.jsonl", vocab=96)
+    train(folder, "adapter", device="numpy", steps=2, method="lora")
+    return folder
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in entrenar_gpu.__all__:
+        found = getattr(entrenar_gpu, name)
+        assert name == "__version__" or found.__doc__
+        assert name in dir(entrenar_gpu)
+    assert (ROOT / "entrenar_gpu/py.typed").exists()
+
+
+def test_the_reference_is_what_the_docstrings_say(capsys):
+    api_reference.main()
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == capsys.readouterr().out
+
+
+def test_the_package_is_there_at_once():
+    """Less than 150 ms more than Python itself, whatever else the machine does: the quickest of a few."""
+    timed = "import time; a = time.perf_counter(); import entrenar_gpu; print(time.perf_counter() - a)"
+    seconds = [
+        float(
+            subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.15
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = "numpy", "wgpu", "tokenizers", "opentelemetry", "sklearn", "typer", "rich"
+    code = f"import sys, entrenar_gpu; print([m for m in {heavy!r} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
+
+
+def test_evaluate_takes_rows_and_names_arguments(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    options = {"device": "numpy", "seq": 32}
+    model = str(folder / "model")
+    base = entrenar_gpu.evaluate(model, rows, **options)
+    assert base == entrenar_gpu.evaluate(model, folder / "train.jsonl", **options)
+    assert entrenar_gpu.evaluate(model, rows, folder / "adapter", **options)["loss"] < base["loss"]
+    with pytest.raises(UserError, match=r"^seq: 1 is below 2"):
+        entrenar_gpu.evaluate(model, rows, device="numpy", seq=1)
+
+
+def test_plan_counts_bytes(folder):
+    found = entrenar_gpu.plan(str(folder / "model"), seq=32)
+    assert found["peak_bytes"] == sum(n for k, n in found.items() if k.endswith("_bytes") and k not in
+                                      ("peak_bytes", "budget_bytes"))  # fmt: skip
+    with pytest.raises(UserError, match=r"^profile: 'x' is not one of webgpu"):
+        entrenar_gpu.plan(str(folder / "model"), profile="x")
+
+
+def test_merge_says_what_it_folded(folder, tmp_path):
+    entrenar_gpu.merge(str(folder / "model"), folder / "adapter", tmp_path / "merged")
+    assert HFCheckpoint.open(tmp_path / "merged").config.vocab_size == 96
+    with pytest.raises(UserError, match=r"^output: .* already holds a model"):
+        entrenar_gpu.merge(str(folder / "model"), folder / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_quantised_model_is_read_as_it_was_made(folder, tmp_path, double):
+    entrenar_gpu.quantize(str(folder / "model"), tmp_path / "nf4", double_quant=double)
+    stored, made = HFCheckpoint.open(folder / "model"), HFCheckpoint.open(tmp_path / "nf4")
+    assert made.is_quantised
+    for spec in stored.config.weights:
+        expected = stored.f32(spec.name)
+        if spec.kind == "projection":
+            expected = Nf4Weight.from_dense(expected, double, "bfloat16").dequantize()
+        np.testing.assert_array_equal(made.f32(spec.name), expected)
+    with pytest.raises(UserError, match="its weights are quantised already"):
+        entrenar_gpu.quantize(str(tmp_path / "nf4"), tmp_path / "again")
