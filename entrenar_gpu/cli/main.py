@@ -17,7 +17,7 @@ import typer
 from entrenar_gpu import __version__, signals
 from entrenar_gpu.cli import chat, generate, options, serve
 from entrenar_gpu.cli.text import print_json, printable
-from entrenar_gpu.config import SHAPES
+from entrenar_gpu.config import SHAPES, shape_file
 from entrenar_gpu.errors import OutOfDeviceMemory, UserError, speaking_flags
 from observability.errors import TraceError
 from observability.streams import print_any_text
@@ -66,6 +66,7 @@ def info(as_json: options.Json = False) -> None:
 )  # fmt: skip
 def plan(
     given: Mapping[str, Any],
+    shape: Annotated[str | None, typer.Option(help="plan for a well-known model by name instead of --model")] = None,
     profile: Annotated[
         str | None, typer.Option(help="plan for these capabilities instead of a device's: webgpu, desktop, large")
     ] = None,
@@ -76,6 +77,10 @@ def plan(
     """Print what a run would allocate and what it would recompute, without weights or a GPU."""
     from entrenar_gpu.train import caps_for, memory_budget, plan_run
 
+    if shape is not None:
+        if "model" in given:
+            raise UserError("--shape: give it or --model, not both")
+        given = {**given, "model": str(shape_file(shape))}
     # One row unless told otherwise: the question is usually whether a model fits at all.
     config = options.make_config(given, batch=1)
     caps = caps_for(config.device, config.engine, profile)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from entrenar_gpu.config import SHAPES
+from entrenar_gpu.config import SHAPES, shape_file
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
 from entrenar_gpu.model import families
@@ -76,8 +76,7 @@ def _language_prefix(raw: dict[str, Any]) -> str | None:
 
 def model_shape(name: str) -> ModelConfig:
     """The configuration of a named shape. Raises UserError naming the flag and the shapes there are."""
-    if name not in SHAPES:
-        raise UserError(f"--shape: {name!r} is not one of {', '.join(SHAPES)}")
+    shape_file(name)
     return parse_model_config(SHAPES[name], source=name)
 
 
