@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.cli.plan_report import PROFILES, plan_run
+
+from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.config import SHAPES, TrainConfig, shape_file
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.model import ModelConfig, Storage, declared_weights, model_shape
