@@ -55,7 +55,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan", "--model", "/nowhere"], "--model: /nowhere: no such folder"),
         (["plan", "--model", "/nowhere", "--profile", "x"], "--profile: 'x' is not one of webgpu"),
         (["frobnicate"], "frobnicate"),
-        (["bench", "train", "--shape", "qwen9"], "--shape: 'qwen9' is not one of qwen3-0.6b"),
+        (["bench", "train", "--shape", "qwen9"], "--shape: 'qwen9' is not one of gemma2-2b"),
         (["bench", "train", "--shape", "llama2-7b", "--seq", "5000"], "--seq: 5000 exceeds the model's 4096 positions"),
         (["bench", "gemm", "--rows", "²"], "--rows: '²' is not a list of whole numbers"),
         (["bench", "gemm", "--rows", "100000000000000"], "lower --batch or --seq"),  # and no memory is taken for it
