@@ -10,7 +10,7 @@ DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests
 DAWN_OPS ?= softmax or mean or gelu or attention-short or dropout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test dawn gpu-test wgsl parity check format bench clean tools browser models parity-setup profile-setup \
+.PHONY: help setup demo test dawn gpu-test wgsl parity serve-test check format bench clean tools browser models parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -49,6 +49,9 @@ fuzz: setup ## Damage files for every reader for MINUTES (default 1); what is fo
 
 kills: setup ## End a small run at N (default 20) random moments, and see that it goes on to the bit
 	@.venv/bin/python -m tests.fuzz.kills $(or $(N),20)
+
+serve-test: setup ## Put a server under 32 clients, some of them rude, for N requests (default 1000)
+	@.venv/bin/python -m tests.load.server --requests $(or $(N),1000)
 
 check: tools ## Lint, check the format and the types
 	@.venv/bin/ruff check

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from entrenar_gpu import signals
 from entrenar_gpu.cli import options
 from entrenar_gpu.cli.generate import Bias, Context, Speculate, Stop
@@ -78,14 +80,12 @@ class Chat:
         with signals.ending(self._interrupt):
             while True:
                 try:
-                    line = input("> " if sys.stdin.isatty() else "")
+                    if not self.take(input("> " if sys.stdin.isatty() else "").strip()):
+                        return
                 except EOFError:
                     return
                 except KeyboardInterrupt:
                     print("\n(/quit or Ctrl-D to leave)", file=sys.stderr)
-                    continue
-                if not self.take(line.strip()):
-                    return
 
     def take(self, line: str) -> bool:
         """Do what a line asks for; False where it ends the conversation."""
@@ -129,7 +129,7 @@ class Chat:
     def _interrupt(self, number: int, frame: Any) -> None:
         """Ctrl-C stops an answer between two tokens, where the model is in order; at the prompt it drops the line."""
         if number != signal.SIGINT:
-            signals.interrupt(number, frame)
+            raise typer.Exit(signals.exit_status(number))
         if not self._answering:
             raise KeyboardInterrupt
         self._stop.set()
