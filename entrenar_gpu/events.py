@@ -133,6 +133,20 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True)
+class SampleRecord:
+    """What the model answered to the run's sample prompts after `step` optimizer steps, greedily.
+
+    `rows` are the prompts as the file has them, `texts` the answers.
+    """
+
+    step: int
+    rows: Sequence[Mapping[str, Any]]
+    texts: Sequence[str]
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """How a run went: the steps it took, of them those skipped, the last step's loss, seconds in all, its folder."""
 
@@ -178,6 +192,7 @@ class StepObserver(Protocol):
     def step_finished(self, record: StepRecord) -> None: ...
     def eval_finished(self, record: EvalRecord) -> None: ...
     def checkpoint_saved(self, record: CheckpointRecord) -> None: ...
+    def samples_drawn(self, record: SampleRecord) -> None: ...
     def run_finished(self, summary: RunSummary) -> None: ...
 
     def flush(self) -> None:

@@ -55,7 +55,7 @@ class Chat:
         from entrenar_gpu.config import SamplingOptions
 
         self._model = model
-        self._options = SamplingOptions.from_mapping(sampling, "flags")
+        self._options = SamplingOptions(**sampling)
         self._system = system
         self.messages: list[Message] = []
         self.reset()

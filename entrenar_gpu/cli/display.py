@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from entrenar_gpu.cli.text import printable
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, SampleRecord, StepRecord
 
 _MEANINGS = {
     "nf4_bytes": "weights as NF4 codes",
@@ -183,6 +183,12 @@ class Progress:
 
     def eval_finished(self, record: EvalRecord) -> None:
         self.say(f"step {record.step}: evaluation loss {record.loss:.4f}, perplexity {record.perplexity:.2f}", "cyan")
+
+    def samples_drawn(self, record: SampleRecord) -> None:
+        for row, text in zip(record.rows, record.texts, strict=True):
+            asked = row["prompt"] if "messages" not in row else row["messages"][-1].get("content")
+            self.say(f"step {record.step}: {' '.join(str(asked).split())}", "dim")
+            self.say(f"  {' '.join(text.split())}")
 
     def checkpoint_saved(self, record: CheckpointRecord) -> None:
         self.say(f"step {record.step}: saved {record.path} ({size(record.bytes)})", "dim")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,6 @@ from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.errors import UserError
 
 if TYPE_CHECKING:
-    from entrenar_gpu.chat import Message
     from entrenar_gpu.infer import Completion, LanguageModel, Request
 
 Context = Annotated[
@@ -54,74 +52,23 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UserError("--prompt: give it, or --prompts with a file; not both")
     run, sampling = options.split(given)
-    rows = [{"prompt": prompt}] if prompts is None else list(_rows(prompts))
+    from entrenar_gpu.config import SamplingOptions
+    from entrenar_gpu.infer import encode_row, read_prompts
+
+    rows = [{"prompt": prompt}] if prompts is None else read_prompts(prompts, "--prompts")
     as_chat = False if run.pop("completions", None) == "raw" else chat
-    sampling |= {"stop": stop or (), "logit_bias": options.biases(logit_bias)}
+    drawn = SamplingOptions(**sampling, stop=tuple(stop or ()), logit_bias=options.biases(logit_bias))
     context = context if context is not None else _number(run.pop("seq", None))
     wanted = min(slots, n * len(rows))
     with options.open_model(run, [adapter] if adapter else [], context, wanted, speculate) as model:
-        requests = _requests(model, rows, sampling, n, system, as_chat)
+        ids = (encode_row(model.tokenizer, row, as_chat, system) for row in rows)
+        requests = (model.request(prompt_ids, drawn, n) for prompt_ids in ids)
         if prompts is None and n == 1 and not as_json:
             _show(model, next(requests))
             return
         for row, completions in zip(rows, model.answer(requests), strict=True):
             for completion in completions:
                 _print(model, row, completion, as_json, whole=prompts is None)
-
-
-def _requests(
-    model: LanguageModel,
-    rows: list[dict[str, Any]],
-    sampling: Mapping[str, Any],
-    n: int,
-    system: str | None,
-    as_chat: bool | None,
-) -> Iterator[Request]:
-    from entrenar_gpu.config import SamplingOptions
-
-    drawn = SamplingOptions.from_mapping(sampling, "flags")
-    if as_chat is None:
-        as_chat = model.tokenizer.has_chat_template
-    if system is not None and not as_chat:
-        raise UserError("--system: belongs to a chat; the model has no chat template, or --no-chat is given")
-    for row in rows:
-        if "messages" in row or as_chat:
-            yield model.request(model.encode_chat(_conversation(row, system)), drawn, n)
-        else:
-            yield model.request(model.encode(row["prompt"]), drawn, n)
-
-
-def _conversation(row: Mapping[str, Any], system: str | None) -> list[Message]:
-    messages: list[Message] = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    if system is not None and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def _rows(path: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of prompts. Raises UserError naming file and line."""
-    from entrenar_gpu.data import read_messages
-
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--prompts: {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts: {path}: not UTF-8 text") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UserError(f"--prompts: {path}: holds no prompts")
-    for number, line in numbered:
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not valid JSON") from None
-        if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or "messages" in row):
-            raise UserError(f"{where}: expected an object with a prompt that is text, or messages")
-        if "messages" in row:
-            row["messages"] = read_messages(row["messages"], f"{where}: messages")
-        yield row
 
 
 def _show(model: LanguageModel, request: Request) -> None:

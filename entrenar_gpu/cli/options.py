@@ -110,9 +110,9 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: value for name, value in given.items() if name not in SAMPLING}, sampling
 
 
-def biases(given: Sequence[str] | None) -> dict[str, float]:
+def biases(given: Sequence[str] | None) -> dict[Any, float]:
     """`--logit-bias ID=NUMBER`, as often as it was given."""
-    found = {}
+    found: dict[Any, float] = {}
     for text in given or ():
         token, _, number = text.partition("=")
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entrenar_gpu.config.options import MOST, Options, option
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import UserError, naming_arguments
 
 MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_BIASES, LARGEST_BIAS = 1024, 100.0
@@ -50,8 +50,9 @@ class SamplingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "stop", _stops(self.stop))
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        with naming_arguments():
+            object.__setattr__(self, "stop", _stops(self.stop))
+            object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
 
 def _stops(given: Any) -> tuple[str, ...]:

@@ -94,6 +94,11 @@ class TrainConfig(Options):
     eval_every: int | None = option(None, "evaluate every N steps, and at step 0 and the end", "steps", low=1)
     save_every: int | None = option(None, "checkpoint every N steps; the end is always saved", "steps", low=1)
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints", "checkpoints", low=1)
+    sample_prompts: str | None = option(
+        None, 'JSONL file of {"prompt": ...} or {"messages": [...]} that the model answers at step 0 and the end'
+    )
+    sample_every: int | None = option(None, "answer them every N steps too", "steps", low=1)
+    sample_tokens: int = option(64, "longest answer to them", "tokens", low=1, high=MOST)
     resume: str | None = option(None, "go on from a checkpoint folder, or from the newest of --output")
 
     precision: Precision = option(

@@ -4,9 +4,11 @@ from entrenar_gpu.infer.decoder import CHUNK, Decoder
 from entrenar_gpu.infer.graphs import decoder_graphs, fit_decoder
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
 from entrenar_gpu.infer.load_model import load
+from entrenar_gpu.infer.prompts import encode_row, read_prompts
 from entrenar_gpu.infer.sampling import SampledToken
 from entrenar_gpu.infer.scheduler import Answer, ContextExceeded, Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
+from entrenar_gpu.infer.trained import RunSampler, model_of
 
 __all__ = [
     "CHUNK",
@@ -18,10 +20,14 @@ __all__ = [
     "Delta",
     "LanguageModel",
     "Request",
+    "RunSampler",
     "SampledToken",
     "Scheduler",
     "Score",
     "decoder_graphs",
+    "encode_row",
     "fit_decoder",
     "load",
+    "model_of",
+    "read_prompts",
 ]

@@ -11,15 +11,13 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from entrenar_gpu.chat import Conversation, Message
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.infer.prompts import Messages, encode_chat, encode_text
 from entrenar_gpu.infer.sampling import SampledToken, log_softmax
 from entrenar_gpu.infer.scheduler import Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
-
-Messages = str | Sequence[Message] | Conversation  # a text is one message of the user
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ class LanguageModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text to be continued."""
-        return self.tokenizer.encode_prompt(_utf8(prompt))
+        return encode_text(self.tokenizer, prompt)
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of what is scored after it, see `score`."""
@@ -201,11 +199,7 @@ class LanguageModel:
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Token ids of a conversation with the opening of an answer. Raises UserError where there is no template."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": _utf8(messages)}]
-        conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
-        (rendered,) = self.tokenizer.template(conversation.tools).render_all([conversation], "prompt")
-        return self.tokenizer.encode(_utf8(rendered.text), add_special_tokens=False)
+        return encode_chat(self.tokenizer, messages)
 
     def _run(self, ids: list[int], first: int) -> np.ndarray:
         """Logits [n - first, V] after ids[first], ids[first + 1], ...; what the cache has of them is not run again."""
@@ -221,9 +215,10 @@ class LanguageModel:
             try:
                 self.decoder.set_adapter(self._adapter)
                 if before := ids[len(slot.tokens) : first]:
-                    self.decoder.extend({slot.number: before})
+                    self.decoder.extend({slot.number: before}, prompt=True)
                     slot.tokens += before
-                rows = self.decoder.extend({slot.number: ids[len(slot.tokens) :]}, all_logits=True)[slot.number]
+                new = {slot.number: ids[len(slot.tokens) :]}
+                rows = self.decoder.extend(new, all_logits=True, prompt=True)[slot.number]
                 slot.tokens = list(ids)
             finally:
                 self.scheduler.slots.give_back(slot)
@@ -239,12 +234,6 @@ class LanguageModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _utf8(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line, half a pair in JSON
-        raise UserError("--prompt: not UTF-8 text")
-    return text
 
 
 def _checked(delta: Delta) -> Delta:

@@ -8,7 +8,7 @@ from typing import Any
 
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Tokenizer
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import UserError, naming_arguments
 from entrenar_gpu.gpu import KernelCache
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.language_model import LanguageModel
@@ -19,6 +19,7 @@ DEFAULT_CONTEXT = 2048  # tokens, or the model's positions where those are fewer
 DEFAULT_SLOTS = 4
 
 
+@naming_arguments()
 def load(
     model: str,
     adapter: str | None = None,

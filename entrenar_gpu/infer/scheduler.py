@@ -17,7 +17,7 @@ import numpy as np
 
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.data import Tokenizer
-from entrenar_gpu.errors import UserError
+from entrenar_gpu.errors import UserError, naming_arguments
 from entrenar_gpu.infer.answer_text import AnswerText
 from entrenar_gpu.infer.drafts import NgramIndex, Speculation
 from entrenar_gpu.infer.sampling import SampledToken, Sampler
@@ -77,9 +77,9 @@ class Answer:
         self._ngrams: NgramIndex | None = None
 
     @property
-    def prefilled(self) -> bool:
-        """Whether all but the last of its tokens are in the cache."""
-        return self.slot is not None and len(self.slot.tokens) >= len(self.tokens) - 1
+    def past_prompt(self) -> bool:
+        """Whether its prompt is in the cache, and its first token drawn."""
+        return self.drawn > 0
 
     def draft(self, longest: int, room: int) -> list[int]:
         """Tokens to try behind the last one; `room` is how many more the cache holds."""
@@ -160,6 +160,7 @@ class Scheduler:
     def running(self) -> int:
         return len(self._running)
 
+    @naming_arguments()
     def submit(self, request: Request, deliver: Deliver) -> list[Answer]:
         """Queue a request; `deliver` is called in `step` with what is new of its answers.
 
@@ -179,6 +180,7 @@ class Scheduler:
         self._waiting.extend(answers)
         return answers
 
+    @naming_arguments()
     def check_tokens(self, ids: Sequence[int]) -> None:
         """Raise UserError for a token that the model lacks: a tokenizer may have more."""
         for token in (min(ids), max(ids)):
@@ -207,7 +209,7 @@ class Scheduler:
         group = self._next_group()
         try:
             self.decoder.set_adapter(group[0].request.adapter)
-            if group[0].prefilled:
+            if group[0].past_prompt:
                 self._decode(group)
             else:
                 self._prefill(group)
@@ -224,7 +226,7 @@ class Scheduler:
         held: list[Answer] = []
         while self._waiting and self.slots.free:
             answer = self._waiting.popleft()
-            if any(other.request is answer.request and not other.prefilled for other in self._running):
+            if any(other.request is answer.request and not other.past_prompt for other in self._running):
                 held.append(answer)
                 continue
             answer.slot = self.slots.take(answer.tokens, answer.request.adapter)
@@ -236,7 +238,7 @@ class Scheduler:
         """Those that run together in this step: of one adapter, all at their prompt or all past it."""
         groups: dict[tuple[str | None, bool], list[Answer]] = {}
         for answer in self._running:
-            groups.setdefault((answer.request.adapter, answer.prefilled), []).append(answer)
+            groups.setdefault((answer.request.adapter, answer.past_prompt), []).append(answer)
         chosen = min(groups, key=lambda key: self._turns.get(key, 0))
         self._turns[chosen] = self._steps
         return groups[chosen]
@@ -251,7 +253,7 @@ class Scheduler:
             if part := answer.tokens[at : at + room]:
                 batch[answer.slot.number] = part
                 room -= len(part)
-        logits = self.decoder.extend(batch)
+        logits = self.decoder.extend(batch, prompt=True)
         for answer in group:
             slot = answer.slot
             assert slot is not None
@@ -267,7 +269,7 @@ class Scheduler:
         batch = {a.slot.number: [a.tokens[-1], *draft] for a, draft in zip(group, drafts, strict=True) if a.slot}
         drafted, before = sum(map(len, drafts)), sum(answer.drawn for answer in group)
         began = time.perf_counter()
-        logits = self.decoder.extend(batch, all_logits=drafted > 0)
+        logits = self.decoder.extend(batch, all_logits=drafted > 0, prompt=False)
         seconds = time.perf_counter() - began
         for answer, draft in zip(group, drafts, strict=True):
             assert answer.slot is not None

@@ -24,8 +24,11 @@ class CachedDecoder(Protocol):
     def lengths(self) -> Sequence[int]:
         """Tokens in each slot."""
 
-    def extend(self, batch: Mapping[int, Sequence[int]], all_logits: bool = False) -> dict[int, np.ndarray]:
-        """Append tokens to slots; logits [1, V] of each slot's last token, or [n, V] of all of its new ones."""
+    def extend(
+        self, batch: Mapping[int, Sequence[int]], all_logits: bool = False, prompt: bool | None = None
+    ) -> dict[int, np.ndarray]:
+        """Append tokens to slots; logits [1, V] of each slot's last token, or [n, V] of all of its new ones. `prompt`
+        tells a prompt's tokens from others, which may be computed in another arithmetic."""
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what stands behind the first `length` tokens of a slot."""

@@ -8,7 +8,7 @@ from typing import Any
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer import ContextExceeded
 
-_FLAG = re.compile(r"^--([a-z][a-z-]*): ")
+_FLAG = re.compile(r"^(?:--)?([a-z][a-z_-]*): ")
 
 
 class Problem(Exception):

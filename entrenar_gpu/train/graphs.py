@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler import (
@@ -126,13 +127,19 @@ def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0
     return Transformer(graph, shape.model, shape.storage, caps, train.batch, train.seq, dropout, precision)
 
 
-def training_graphs(shape: RunShape, caps: Caps, evaluates: bool) -> dict[str, Graph]:
-    """The graphs of a training run: micro, update and, where there is data to evaluate on, evaluate."""
+class Beside(Protocol):
+    """What a run does between its steps, with graphs of its own over the run's weights."""
+
+    def graphs(self, shape: RunShape, caps: Caps) -> Mapping[str, Graph]: ...
+
+
+def training_graphs(shape: RunShape, caps: Caps, evaluates: bool, beside: Beside | None = None) -> dict[str, Graph]:
+    """The graphs of a training run: micro, update, where there is data to evaluate on evaluate, and what is beside."""
     micro = micro_graph(shape, caps)
     graphs = {"micro": micro, "update": update_graph(shape, micro, caps)}
     if evaluates:
         graphs["evaluate"] = evaluate_graph(shape, caps)
-    return graphs
+    return {**graphs, **(beside.graphs(shape, caps) if beside is not None else {})}
 
 
 def fit_run(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> FittedPlan:

@@ -44,7 +44,7 @@ from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.train.base_identity import BaseIdentity
 from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
 from entrenar_gpu.train.loader import load_weights
-from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile
+from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile, SamplesFile
 from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
@@ -241,13 +241,16 @@ def forget_after(saved: SavedRun | None, output: Path) -> None:
     """Drop the later checkpoints and metrics of the run in `output`, if that is the one that goes on from `saved`: it
     will make others, and the next --resume must not take up what was abandoned. Without `saved`, drop the metrics of a
     run that ended before its first checkpoint."""
+    lines = (MetricsFile(output), SamplesFile(output))
     if saved is None or not saved.lies_in(output):
-        MetricsFile(output).truncate(-1)
+        for file in lines:
+            file.truncate(-1)
         return
     for later in reversed(find_checkpoints(output)):  # a kill on the way leaves none that follows a gap
         if _step_in_name(later) > saved.step and not os.path.samefile(later, saved.path.parent):
             _remove(later)
-    MetricsFile(output).truncate(saved.step)
+    for file in lines:
+        file.truncate(saved.step)
 
 
 def read_state(folder: Path) -> SavedRun:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 import signal
@@ -30,7 +31,16 @@ from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import Step
 from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError, naming_arguments
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, StepRecord, flush, notify
+from entrenar_gpu.events import (
+    CheckpointRecord,
+    EvalRecord,
+    RunInfo,
+    RunSummary,
+    SampleRecord,
+    StepRecord,
+    flush,
+    notify,
+)
 from entrenar_gpu.files import FolderLock, sweep, write_text
 from entrenar_gpu.gpu import KernelCache, device_errors
 from entrenar_gpu.model import load_model_config, resolve_model
@@ -41,12 +51,18 @@ from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.host_stats import HostSampler
-from entrenar_gpu.train.metrics_file import MetricsFile
+from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
 from entrenar_gpu.train.results import FinishedRun, plot_run
 from entrenar_gpu.train.run_data import load_data, planned_steps
 from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_timer import StepTimer
+
+
+def _infer() -> Any:
+    """The room that answers prompts. It stands below this one and knows it; here alone something looks down."""
+    return importlib.import_module("entrenar_gpu.infer")
+
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -104,8 +120,8 @@ class Trainer:
             if not getattr(config, key) and (key != "data" or data is None):
                 raise UserError(f"--{key}: missing")
         self.control = RunControl()
-        self.config, self._observers = config, (*observers, MetricsFile(Path(config.output)))
-        self.output = Path(config.output)
+        self.config, self.output = config, Path(config.output)
+        self._observers = (*observers, MetricsFile(self.output), SamplesFile(self.output))
         self._lock = FolderLock(self.output)
         self._lock.check()
         saved = self._saved = run_checkpoint.resumed_run(config.resume, self.output)
@@ -119,7 +135,8 @@ class Trainer:
         self.batches, self.eval_samples = load_data(config, self.started, data, eval_data)
         self.train_samples = self.batches.samples
         self.total_steps = planned_steps(config, self.batches)
-        trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None)
+        self._sampler = None if config.sample_prompts is None else _infer().RunSampler(config)
+        trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
         self._loss = math.nan
@@ -311,9 +328,11 @@ class Trainer:
             if flying is not None:
                 yield self._land(flying)
             flying = launched
-            if self._evaluates_after(number) or self._saves_after(number):
+            if self._evaluates_after(number) or self._saves_after(number) or self._samples_after(number):
                 yield self._land(flying)
                 flying = None
+                if self._samples_after(number):
+                    self.sample()
                 if self._evaluates_after(number):
                     self.evaluate()
                 if self._saves_after(number):
@@ -342,6 +361,8 @@ class Trainer:
         self._timer.calibrate()
         if self.eval_samples is not None and self._saved is None:
             self.evaluate()
+        if self._sampler is not None and self._saved is None:
+            self.sample()
 
     def _end(self) -> None:
         """What comes after the last step, or after that in which the run was asked to stop."""
@@ -351,12 +372,18 @@ class Trainer:
         evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
         if self.eval_samples is not None and not evaluated:
             self.evaluate()
+        if self._sampler is not None:
+            self.sample()
         self.save()
         run_checkpoint.save_result(self.session, self.output)
         self._finished = True
 
     def _evaluates_after(self, number: int) -> bool:
         every = self.config.eval_every if self.eval_samples is not None else None
+        return every is not None and number % every == 0 and number < self.total_steps
+
+    def _samples_after(self, number: int) -> bool:
+        every = self.config.sample_every if self._sampler is not None else None
         return every is not None and number % every == 0 and number < self.total_steps
 
     def _saves_after(self, number: int) -> bool:
@@ -449,6 +476,26 @@ class Trainer:
         record = EvalRecord(self._done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
         self._tell("eval_finished", record)
         return record
+
+    def sample(self) -> SampleRecord:
+        """What the model answers to --sample-prompts, greedily, after the last step that was told of."""
+        assert self._sampler is not None
+        self._settled(None)
+        begin = self._timer.now()
+        texts = self._sampler.answers(self.session)
+        record = SampleRecord(self._done, self._sampler.rows, texts, *self._timer.between_steps(begin))
+        self._tell("samples_drawn", record)
+        return record
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model as it stands when this is first asked for, to talk to (`infer.LanguageModel`).
+
+        It is copied on the device, beside the run, and answers on when the run has gone on or was closed. Raises
+        UserError where there is no room for it.
+        """
+        self._settled(None)
+        return _infer().model_of(self.session, self.config.seq)
 
     def save(self, step: int | None = None) -> Path:
         """Write a checkpoint of the run as it stands after the last step that was told of.

@@ -128,17 +128,17 @@ def test_a_conversation_goes_on_and_is_kept(chat, tmp_path, capsys):
 
 def test_what_has_no_room_is_told_and_taken_back(chat, capsys):
     chat.take("w7 " * 80)
-    assert "--context 64" in capsys.readouterr().err
+    assert "leave no room for an answer within context 64; /reset" in capsys.readouterr().err
     assert chat.messages == []
     chat.take("w7")
     assert len(chat.messages) == 2
 
 
 def test_control_c_stops_the_answer_and_not_the_program(chat, capsys):
-    def interrupted(batch: Any, all_logits: bool = False) -> Any:
+    def interrupted(batch: Any, all_logits: bool = False, prompt: bool | None = None) -> Any:
         if len(chat._model.decoder.calls) == 2:
             chat._interrupt(signal.SIGINT, None)
-        return FakeDecoder.extend(chat._model.decoder, batch, all_logits)
+        return FakeDecoder.extend(chat._model.decoder, batch, all_logits, prompt)
 
     chat._model.decoder.extend = interrupted
     chat.take("w7")

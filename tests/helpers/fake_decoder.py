@@ -30,7 +30,9 @@ class FakeDecoder:
     def lengths(self) -> list[int]:
         return [len(held) for held in self.held]
 
-    def extend(self, batch: Mapping[int, Sequence[int]], all_logits: bool = False) -> dict[int, np.ndarray]:
+    def extend(
+        self, batch: Mapping[int, Sequence[int]], all_logits: bool = False, prompt: bool | None = None
+    ) -> dict[int, np.ndarray]:
         assert batch, "an empty batch"
         result = {}
         for slot, ids in batch.items():

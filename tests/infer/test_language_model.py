@@ -139,8 +139,8 @@ def test_a_token_beyond_the_embedding_is_named(folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"context": 513}, "--context: 513 exceeds the model's 512 positions"),
-        ({"context": 1}, "--context: at least 2"),
+        ({"context": 513}, "context: 513 exceeds the model's 512 positions"),
+        ({"context": 1}, "context: at least 2"),
         ({"adapter": "missing"}, "missing"),
         ({"devise": "numpy"}, "unknown key 'devise'; did you mean 'device'"),
     ],
@@ -238,7 +238,7 @@ def test_threads_share_a_model(model):
 def test_an_option_that_is_none_is_told(model):
     with pytest.raises(TypeError, match="tempreature"):
         model.generate("w4", tempreature=1)
-    with pytest.raises(UserError, match="--temperature: -1 is below 0"):
+    with pytest.raises(UserError, match="temperature: -1 is below 0"):
         model.generate("w4", temperature=-1)
     with pytest.raises(UserError, match="not UTF-8"):
         model.generate("\ud800")

@@ -173,8 +173,8 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt(tokenizer):
     assert told.ids() == alone([1, 2, 1, 2, 1, 2], options, context=16)[0]
     assert told.finish() == "length"
     for prompt, message in [
-        ([1] * 16, "16 tokens leave no room for an answer within --context 16"),
-        ([], "--prompt: empty"),
+        ([1] * 16, "16 tokens leave no room for an answer within context 16"),
+        ([], "prompt: empty"),
         ([VOCABULARY], "outside the model's vocabulary of 32"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -214,7 +214,7 @@ def test_logits_that_are_not_finite_fail_one_answer_and_no_other(tokenizer):
 
 def test_a_device_that_fails_ends_every_answer(tokenizer):
     class Broken(FakeDecoder):
-        def extend(self, batch, all_logits=False):
+        def extend(self, batch, all_logits=False, prompt=None):
             raise UserError("the GPU went away")
 
     told = [Told(), Told()]

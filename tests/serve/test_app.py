@@ -32,9 +32,9 @@ class Gate(FakeDecoder):
         self.open = threading.Event()
         self.open.set()
 
-    def extend(self, batch, all_logits=False):
+    def extend(self, batch, all_logits=False, prompt=None):
         assert self.open.wait(20)
-        return super().extend(batch, all_logits)
+        return super().extend(batch, all_logits, prompt)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_metrics_and_records_tell_what_was_done(client, records):
 
 
 def test_a_device_that_is_lost_is_told_and_ends_service(client, decoder):
-    def lost(batch, all_logits=False):
+    def lost(batch, all_logits=False, prompt=None):
         raise DeviceLost("the GPU went away")
 
     decoder.extend = lost

@@ -26,9 +26,9 @@ ENDLESS = {str(END): -100}
 class Slow(FakeDecoder):
     """A step takes a few milliseconds, as a device's does."""
 
-    def extend(self, batch, all_logits=False):
+    def extend(self, batch, all_logits=False, prompt=None):
         time.sleep(0.005)
-        return super().extend(batch, all_logits)
+        return super().extend(batch, all_logits, prompt)
 
 
 @pytest.fixture(scope="module")
