@@ -130,6 +130,9 @@ class NumpyExecutor:
         now = time.monotonic_ns()
         return now, now, now
 
+    def prepare(self, name: str) -> None:
+        """There is nothing to record."""
+
     def wait(self) -> None:
         """Everything has run already."""
 

@@ -7,9 +7,9 @@ ring of staging buffers, so that the host can collect them while the device is a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,15 +48,25 @@ class Pass:
     closing: tuple[Any, int] | None = None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A run as it was recorded: where its report will be, its number among those of its graph, and, of one that was
+    prepared, its command buffers."""
+
+    staging: Any = None
+    run: int = 0
+    buffers: tuple[Any, ...] = ()
+
+
 class Report:
     """What a run left behind, on its way to the host: a small tensor, and the ticks of traced graphs."""
 
     done_ns: int | None = None  # only the device knows
     on_gpu = True
 
-    def __init__(self, replay: Replay, name: str, staging: Any, submission: int) -> None:
-        self._replay, self._name, self._staging, self._submission = replay, name, staging, submission
-        self._run = replay.runs[name]
+    def __init__(self, replay: Replay, name: str, encoded: Encoded, submission: int) -> None:
+        self._replay, self._name, self._submission = replay, name, submission
+        self._staging, self._run = encoded.staging, encoded.run
         self._ticks = b""
 
     def result(self) -> np.ndarray:
@@ -93,6 +103,7 @@ class Replay:
         # While one part of a step is finished and queued, outside Python's lock, the next is recorded.
         self._submitter = ThreadPoolExecutor(1) if device.engine.concurrent else None
         self._buffers: dict[str, Any] = {}
+        self._prepared: dict[str, Encoded] = {}
         try:
             for name, size in plan.buffers.items():
                 self._buffers[name] = device.buffer(size, name, _usage(name))
@@ -110,6 +121,7 @@ class Replay:
         """Release every buffer."""
         if self._submitter is not None:
             self._submitter.shutdown()
+        self._prepared.clear()
         for buffer in self._buffers.values():
             self.device.release(buffer)
         self._buffers = {}
@@ -168,22 +180,39 @@ class Replay:
 
         `repeat` counts the runs of a graph that runs several times between reports.
         """
-        submits = self._passes[name]
-        staging, jobs = None, []
         with self.device.watched():
-            for index, passes in enumerate(submits):
-                encoder = self.device.handle.create_command_encoder()
-                for made in passes:
-                    compute = encoder.begin_compute_pass(timestamp_writes=made.timestamps)
-                    self.device.engine.record(compute, made.commands)
-                    if made.closing is not None:
-                        self.device.engine.write_timestamp(compute, *made.closing)
-                    compute.end()
-                if index == len(submits) - 1:
-                    staging = self._finish(encoder, name, repeat)
-                jobs.append(self._hand_over(encoder))
-            submission = [job.result() for job in jobs][-1]
-        return Report(self, name, staging, submission) if staging is not None else None
+            encoded = self._prepared.pop(name, None)
+            if encoded is not None and repeat == 0:
+                submission = self.device.engine.submit(self.device.handle, encoded.buffers)
+            else:
+                jobs: list[Future[int]] = []
+                encoded = self._encode(name, repeat, lambda encoder: jobs.append(self._hand_over(encoder)))
+                submission = [job.result() for job in jobs][-1]
+        return Report(self, name, encoded, submission) if encoded.staging is not None else None
+
+    def prepare(self, name: str) -> None:
+        """Record the next run of a graph now, while the device is busy, so that it need only be queued then."""
+        if name not in self._prepared:
+            with self.device.watched():
+                buffers: list[Any] = []
+                encoded = self._encode(name, 0, lambda encoder: buffers.append(encoder.finish()))
+                self._prepared[name] = replace(encoded, buffers=tuple(buffers))
+
+    def _encode(self, name: str, repeat: int, done: Callable[[Any], object]) -> Encoded:
+        """Record a run into one encoder after the other, and say so of each when it is `done`."""
+        submits, encoded = self._passes[name], Encoded()
+        for index, passes in enumerate(submits):
+            encoder = self.device.handle.create_command_encoder()
+            for made in passes:
+                compute = encoder.begin_compute_pass(timestamp_writes=made.timestamps)
+                self.device.engine.record(compute, made.commands)
+                if made.closing is not None:
+                    self.device.engine.write_timestamp(compute, *made.closing)
+                compute.end()
+            if index == len(submits) - 1:
+                encoded = self._finish(encoder, name, repeat)
+            done(encoder)
+        return encoded
 
     def _hand_over(self, encoder: Any) -> Future[int]:
         if self._submitter is not None:
@@ -216,7 +245,7 @@ class Replay:
             submits[-1][0].closing = (sets[last // QUERY_SET], last % QUERY_SET)
         return submits
 
-    def _finish(self, encoder: Any, name: str, repeat: int) -> Any:
+    def _finish(self, encoder: Any, name: str, repeat: int) -> Encoded:
         """Resolve a traced run's ticks; copy a reporting graph's report, all ticks behind it, towards the host."""
         start = self.plan.ticks.get((name, repeat))
         if start is not None:
@@ -227,7 +256,7 @@ class Replay:
                 encoder.resolve_query_set(queries, 0, here, self._buffers["ticks"], start + 8 * first)
         source = self.plan.reports.get(name)
         if source is None:
-            return None
+            return Encoded()
         self.runs[name] += 1
         staging = self._buffers[f"report.{name}.{self.runs[name] % RING}"]
         buffer, offset, nbytes = self.buffer_of(source)
@@ -235,7 +264,7 @@ class Replay:
         if name in self.plan.groups and "ticks" in self._buffers:
             ticks = self._buffers["ticks"]
             encoder.copy_buffer_to_buffer(ticks, 0, staging, round_up(nbytes, 8), ticks.size)
-        return staging
+        return Encoded(staging, self.runs[name])
 
     def _query_sets(self, name: str) -> list[Any]:
         count = queries_of(self.plan, name)

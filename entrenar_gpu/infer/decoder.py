@@ -166,6 +166,8 @@ class Decoder:
             values[: len(rows)] = [getattr(row, field) for row in rows]
             executor.write(made.input(name), values)
         report = executor.run(made.name(self._adapter))
+        if made.head is None:
+            executor.prepare(made.name(self._adapter))  # likely the next one too: sequences grow token by token
         wanted = [place for place, row in enumerate(rows) if row.wanted]
         if made.head is None:
             if report is not None and wanted:
