@@ -192,6 +192,9 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         "SPLIT": SPLIT,
         "THREADS": THREADS,
         "RUNS": runs,
+        # Loads under way at once: of a run's values by a piece, and of a key's columns.
+        "AHEAD": 1 if caps.software else _most_that_divide(SPLIT * lanes // THREADS, 8),
+        "AHEAD_KEYS": 1 if caps.software else _most_that_divide(s["E"] // width, 8),
         "WINDOW": node.attrs.get("window", 0),
         "scale": literal(scale),
         "cap": literal(cap) if cap else "",
@@ -218,6 +221,11 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         Launch("cached_attention", tuple(bindings), constants, (*grid_of(groups, caps)[:2], runs), trusted=True),
         Launch("cached_attention_join", joined, constants, grid, trusted=True),
     ]
+
+
+def _most_that_divide(whole: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `whole`."""
+    return next(n for n in (8, 4, 2, 1) if n <= most and whole % n == 0)
 
 
 def _flops(node: Node) -> int:

@@ -72,11 +72,13 @@ fn main(
 {% endfor %}
     if (seen) {
       let row = base + (from_key + key) * {{ K * COLUMNS }}u;
-      for (var e = 0u; e < {{ COLUMNS }}u; e++) {
-        let value = {{ floats }}(keys[row + e]);
-{% for h in range((HEADS + 1) // 2) %}
-        dot{{ h }} = fma(queries[min({{ 2 * h }}u + odd, {{ HEADS - 1 }}u) * {{ COLUMNS }}u + e], value, dot{{ h }});
+      for (var e = 0u; e < {{ COLUMNS }}u; e += {{ AHEAD_KEYS }}u) {
+{% for u in range(AHEAD_KEYS) %}
+        let value{{ u }} = {{ floats }}(keys[row + e + {{ u }}u]);
 {% endfor %}
+{% for u in range(AHEAD_KEYS) %}{% for h in range((HEADS + 1) // 2) %}
+        dot{{ h }} = fma(queries[min({{ 2 * h }}u + odd, {{ HEADS - 1 }}u) * {{ COLUMNS }}u + e + {{ u }}u], value{{ u }}, dot{{ h }});
+{% endfor %}{% endfor %}
       }
     }
 {% for h in range((HEADS + 1) // 2) %}
@@ -137,11 +139,14 @@ fn main(
   {
     let column = lane + {{ c * LANES }}u;
     if (column < {{ COLUMNS }}u) {
-      for (var key = piece; key < keys_here; key += {{ PIECES }}u) {
-        let value = {{ floats }}(values[base + (from_key + key) * {{ K * COLUMNS }}u + column]);
-{% for h in range(HEADS) %}
-        value{{ h }}_{{ c }} = fma({{ floats }}(scores[{{ h * SPLIT }}u + key]), value, value{{ h }}_{{ c }});
+      // Keys beyond the last have no weight; what is read for them is somewhere in the cache.
+      for (var key = piece; key < keys_here; key += {{ AHEAD * PIECES }}u) {
+{% for u in range(AHEAD) %}
+        let value{{ u }} = {{ floats }}(values[base + min(from_key + key{{ " + %du" % (u * PIECES) if u }}, {{ CONTEXT - 1 }}u) * {{ K * COLUMNS }}u + column]);
 {% endfor %}
+{% for u in range(AHEAD) %}{% for h in range(HEADS) %}
+        value{{ h }}_{{ c }} = fma({{ floats }}(scores[{{ h * SPLIT }}u + key{{ " + %du" % (u * PIECES) if u }}]), value{{ u }}, value{{ h }}_{{ c }});
+{% endfor %}{% endfor %}
       }
     }
   }

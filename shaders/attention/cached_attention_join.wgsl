@@ -24,14 +24,23 @@ fn main(
   var weight = 0.0;
   var sum = {{ floats }}();
   let last_run = (end + {{ SPLIT - 1 }}u) / {{ SPLIT }}u;
-  for (var run = start / {{ SPLIT }}u; run < last_run; run++) {
-    let at = i / {{ COLUMNS }}u * {{ RUNS }}u + run;
-    let larger = max(peak, weights[at * 2u]);
-    let old = exp2(peak - larger);
-    let fresh = exp2(weights[at * 2u] - larger);
-    weight = added_weight(weight, old, weights[at * 2u + 1u], fresh);
-    sum = added_values(sum, old, sums[at * {{ COLUMNS }}u + i % {{ COLUMNS }}u], fresh);
-    peak = larger;
+  for (var run = start / {{ SPLIT }}u; run < last_run; run += {{ AHEAD }}u) {
+{% for u in range(AHEAD) %}
+    let at{{ u }} = i / {{ COLUMNS }}u * {{ RUNS }}u + min(run + {{ u }}u, last_run - 1u);
+    let peak{{ u }} = weights[at{{ u }} * 2u];
+    let weight{{ u }} = weights[at{{ u }} * 2u + 1u];
+    let sum{{ u }} = sums[at{{ u }} * {{ COLUMNS }}u + i % {{ COLUMNS }}u];
+{% endfor %}
+{% for u in range(AHEAD) %}
+    if (run + {{ u }}u < last_run) {
+      let larger = max(peak, peak{{ u }});
+      let old = exp2(peak - larger);
+      let fresh = exp2(peak{{ u }} - larger);
+      weight = added_weight(weight, old, weight{{ u }}, fresh);
+      sum = added_values(sum, old, sum{{ u }}, fresh);
+      peak = larger;
+    }
+{% endfor %}
   }
   out[i] = select({{ floats }}(), sum / weight, there);
 }

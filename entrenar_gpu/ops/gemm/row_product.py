@@ -1,8 +1,8 @@
 """x W^T for a few rows x, from W as it is stored: NF4 codes and scales, or rows in f32, bf16 or half.
 
-What a token costs is reading the weights once, so each is read where it lies and no copy is made. A row's sums have one
-order, told by the sizes of W alone: lanes that share a row of W take every LANES-th step of it each and are added up in
-their order. So a row's result is the same, bit for bit, whatever other rows are multiplied with it.
+What a token costs is reading the weights once, so each is read where it lies and no copy is made. A row's sums have
+one order, told by the sizes of W alone (`shaders/gemm/row_product.wgsl`): its result is the same, bit for bit, whatever
+other rows are multiplied beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
-MOST_LANES = 32
+MOST_CHAINS, PARTS = 32, 8  # of the sum of a row of W: see the shader
+SMALL = 2048  # rows of W that make too few workgroups to fill a GPU by twos
 
 
 def row_product(
@@ -90,11 +91,23 @@ def _stored(k: int, dtype: str) -> _Stored:
 
 
 def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, int]:
-    """The constants of a kernel. Of these LANES and STEP alone decide how a row is summed."""
-    lanes = min(1 << max((k // stored.step).bit_length() - 1, 0), 8 if caps.software else MOST_LANES)
+    """The constants of a kernel. Of these STEP, CHAINS and PARTS decide how a row is summed, and follow from K.
+
+    With few rows of x it is latency that counts: a lane for each chain, and several steps under way. With more it is
+    reading x: few lanes, so that neighbours are at the same step of other rows of W and read the same.
+    """
+    steps = k // stored.step
+    chains = min(1 << max(steps.bit_length() - 1, 0), PARTS if caps.software else MOST_CHAINS)
+    parts = min(chains, PARTS)
     rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
-    columns = 4 if rows > 2 and not caps.software else 2
-    return {"T": t, "N": n, "K": k, "ROWS": rows, "COLUMNS": columns, "LANES": lanes, "THREADS": THREADS}
+    sizes = {"T": t, "N": n, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
+    if rows > 2:
+        columns = 2 if caps.software or t <= 2 * MOST_ROWS else 4
+        return sizes | {"LANES": parts, "COLUMNS": columns, "AHEAD": 1 if caps.software else 2}
+    each = ceil_div(steps, chains)
+    ahead = 1 if caps.software else min(each, min((5, 6, 4), key=lambda u: (each % u, -u)))
+    columns = 1 if n <= SMALL or caps.software else 2 if n <= 4 * SMALL else 4
+    return sizes | {"LANES": chains, "COLUMNS": columns, "AHEAD": ahead}
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
@@ -138,6 +151,7 @@ def _part_launch(
         "STEP": stored.step,
         "WORDS": stored.words,
         "kind": kind,
+        "software": caps.software,
         "ALL": n,
         "START": left,
         "alpha": "" if node.attrs["alpha"] == 1.0 else literal(node.attrs["alpha"]),
