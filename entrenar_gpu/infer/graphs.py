@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec
-from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, make_plan
+from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, fuse_rows, make_plan
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Target
 from entrenar_gpu.model import CachedPass, Transformer
@@ -118,6 +118,7 @@ def _pass(made: Pass, adapter: str | None, shape: RunShape, caps: Caps) -> Graph
         ops.keep(model.logits(hidden), made.logits)
     else:
         ops.keep(hidden, made.hidden)
+    fuse_rows(graph, caps)
     return graph
 
 

@@ -149,6 +149,10 @@ swish = _activation(
 )
 
 
+# By the op's name: WGSL functions that a gate needs, and f(a).
+GATES: dict[str, tuple[str, str]] = {}
+
+
 def _gated(
     name: str, value: str, slope: str, functions: str, np_value: Callable[..., Any], np_gradient: Callable[..., Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -170,6 +174,7 @@ def _gated(
     def np_forward(node: Node, gate: np.ndarray, up: np.ndarray) -> Sequence[np.ndarray]:
         return [np_value(gate) * up]
 
+    GATES[name] = (functions, value)
     register(Op(name, same_as("gate"), np_forward, forward, gradient, inplace=first_as_large))
     register(
         Op(

@@ -1,19 +1,29 @@
-// out [T, ALL] from its column START on = {{ "alpha " if alpha }}x W^T{{ " + what is added" if added }}, of x [T, K] and rows W [N, K] as they are stored
+// out [T, ALL] from its column START on = {{ "alpha " if alpha }}x W^T{{ " + what is added" if weights[0].added }}, of x [T, K] and rows W [N, K] as they are stored
 // ({{ kind }}); `=`. Sums are f32.
+{% if gate %}
+// Of two weights it is what the first makes, through a gate, times what the second makes.
+{% elif weights | length > 1 %}
+// Workgroups share out {{ weights | length }} weights, each with an out of its own.
+{% endif %}
 // A row of W is cut into steps of {{ STEP }} values. Chain v takes steps v, v + {{ CHAINS }}, ... one after the other; chains p, p + {{ PARTS }}, ... are
 // added up in that order, then these {{ PARTS }} parts. That is the order of every row, whatever else is computed beside it:
 // {{ LANES }} lanes share a row here, each with {{ CHAINS // LANES }} chains in turn, and make {{ COLUMNS }} rows of W times {{ ROWS }} of x.
-// Grid: ceil(N / {{ THREADS // LANES * COLUMNS }}), folded, by ceil(T / {{ ROWS }}).
+// Grid: the sum of ceil(N / {{ THREADS // LANES * COLUMNS }}), folded, by ceil(T / {{ ROWS }}).
 {% set GROUPS = THREADS // LANES %}
-{% set SUMS = ROWS * COLUMNS %}
+{% set SUMS = ROWS * COLUMNS * (2 if gate else 1) %}
 {% set WIDE = STEP % 4 == 0 %}
+{% set rounded = weights[0].rounded %}
 {% set SCALED = kind == "nf4" and rounded == "float32" %}
 {% set PIECES = STEP // 4 if WIDE else STEP %}
 {% set STEPS = K // STEP %}
 {% set TURNED = kind == "nf4" and WORDS == 2 and not software %}
 {% include "lib/grid.wgsl" %}
 {% if kind == "nf4" %}
+{% set part, double = weights[0].name, weights[0].double %}
 {% include "lib/nf4.wgsl" %}
+{% for other in weights[1:] %}{% set part, double = other.name, other.double %}
+{% include "lib/nf4_scale.wgsl" %}
+{% endfor %}
 {% elif kind != "f32" %}
 {% include "lib/widen.wgsl" %}
 {% endif %}
@@ -25,19 +35,20 @@ fn code(bits: u32, shift: u32) -> f32 {
   return codebook[(bits >> shift) & 15u];
 }
 {% endif %}
+{{ functions }}
 {# What a step needs of the rows of W, read before anything waits for it. #}
-{% macro read_step(u) %}
-{% for c in range(COLUMNS) %}{% set at = "row%d + step + %du" % (c, u * CHAINS) %}
+{% macro read_step(of, u) %}
+{% for c in range(of | length * COLUMNS) %}{% set name = of[c // COLUMNS].name %}{% set at = "row%d + step + %du" % (c, u * CHAINS) %}
 {% if kind == "nf4" and STEP > 1 %}
-    let bits{{ c }}_{{ u }} = codes[{{ at }}];
-    let scale{{ c }}_{{ u }} = scale_of(({{ at }}) / {{ 64 // STEP }}u);
+    let bits{{ c }}_{{ u }} = codes{{ name }}[{{ at }}];
+    let scale{{ c }}_{{ u }} = scale_of{{ name }}(({{ at }}) / {{ 64 // STEP }}u);
 {% elif kind == "nf4" %}
-    let bits{{ c }}_{{ u }} = codes[({{ at }}) / 8u] >> (({{ at }}) % 8u / 2u * 8u + 4u - ({{ at }}) % 2u * 4u);
-    let scale{{ c }}_{{ u }} = scale_of(({{ at }}) / 64u);
+    let bits{{ c }}_{{ u }} = codes{{ name }}[({{ at }}) / 8u] >> (({{ at }}) % 8u / 2u * 8u + 4u - ({{ at }}) % 2u * 4u);
+    let scale{{ c }}_{{ u }} = scale_of{{ name }}(({{ at }}) / 64u);
 {% elif kind == "f32" or STEP > 1 %}
-    let bits{{ c }}_{{ u }} = weight[{{ at }}];
+    let bits{{ c }}_{{ u }} = weight{{ name }}[{{ at }}];
 {% else %}
-    let bits{{ c }}_{{ u }} = vec2<f32>(widen_{{ kind }}(weight[({{ at }}) / 2u])[({{ at }}) % 2u]);
+    let bits{{ c }}_{{ u }} = vec2<f32>(widen_{{ kind }}(weight{{ name }}[({{ at }}) / 2u])[({{ at }}) % 2u]);
 {% endif %}
 {% endfor %}
 {% endmacro %}
@@ -60,18 +71,18 @@ widen_{{ kind }}(bits{{ c }}_{{ u }})[{{ p }}]
 bits{{ c }}_{{ u }}[{{ p }}]
 {%- endif %}
 {% endmacro %}
-{% macro add_step(u) %}
+{% macro add_step(of, u) %}
 {% if TURNED %}
     // Neighbours begin at other pieces of their steps: those that they read of x then lie in different banks.
 {% for p in range(4) %}
     let piece{{ p }}_{{ u }} = ((step + {{ u * CHAINS }}u) / 2u + {{ p }}u) & 3u;
-{% for c in range(COLUMNS) %}
+{% for c in range(of | length * COLUMNS) %}
     let half{{ c }}_{{ p }}_{{ u }} = select(bits{{ c }}_{{ u }}.x, bits{{ c }}_{{ u }}.y, piece{{ p }}_{{ u }} > 1u) >> ((piece{{ p }}_{{ u }} & 1u) * 16u);
     let w{{ c }}_{{ p }}_{{ u }} = vec4<f32>({% for shift in (4, 0, 12, 8) %}{{ "rounded" if rounded != "float32" }}(code(half{{ c }}_{{ p }}_{{ u }}, {{ shift }}u){{ " * scale%d_%d" % (c, u) if not SCALED }}){{ ", " if not loop.last }}{% endfor %});
 {% endfor %}
 {% endfor %}
 {% else %}
-{% for c in range(COLUMNS) %}{% for p in range(PIECES) %}
+{% for c in range(of | length * COLUMNS) %}{% for p in range(PIECES) %}
     let w{{ c }}_{{ p }}_{{ u }} = {{ value(c, u, p).replace("\n", "") }};
 {% endfor %}{% endfor %}
 {% endif %}
@@ -79,7 +90,7 @@ bits{{ c }}_{{ u }}[{{ p }}]
 {% for p in range(PIECES) %}
     let x{{ t }}_{{ p }}_{{ u }} = x[x{{ t }} + (step + {{ u * CHAINS }}u) * {{ PIECES }}u + {{ "piece%d_%d" % (p, u) if TURNED else "%du" % p }}];
 {% endfor %}
-{% for c in range(COLUMNS) %}{% set sum, part = "sum%d_%d" % (c, t), "part%d_%d_%d" % (c, t, u) %}
+{% for c in range(of | length * COLUMNS) %}{% set sum, part = "sum%d_%d" % (c, t), "part%d_%d_%d" % (c, t, u) %}
 {% if PIECES > 1 and WIDE %}
     var {{ part }} = w{{ c }}_0_{{ u }} * x{{ t }}_0_{{ u }};
 {% for p in range(1, PIECES) %}
@@ -104,6 +115,78 @@ bits{{ c }}_{{ u }}[{{ p }}]
 {% endfor %}
 {% endmacro %}
 
+{# Everything that one or, with a gate, two weights are multiplied by, for a workgroup counted from `from_group`. #}
+{% macro product(of, from_group) %}
+{% set SOURCES = of | length * COLUMNS %}
+  let first = ((workgroup - {{ from_group }}u) * {{ GROUPS }}u + thread / {{ LANES }}u) * {{ COLUMNS }}u;
+{% for c in range(SOURCES) %}
+  let row{{ c }} = min(first + {{ c % COLUMNS }}u, {{ of[0].N - 1 }}u) * {{ STEPS }}u;
+{% for t in range(ROWS) %}
+  var total{{ c }}_{{ t }} = 0.0;
+{% endfor %}
+{% endfor %}
+  for (var chain = thread % {{ LANES }}u; chain < {{ CHAINS }}u; chain += {{ LANES }}u) {
+{% for c in range(SOURCES) %}{% for t in range(ROWS) %}
+    var sum{{ c }}_{{ t }} = 0.0;
+{% endfor %}{% endfor %}
+    var step = chain;
+{% for ahead in ((AHEAD, 1) if AHEAD > 1 else (1,)) %}
+    for (; step{{ " + %du" % ((ahead - 1) * CHAINS) if ahead > 1 }} < {{ STEPS }}u; step += {{ ahead * CHAINS }}u) {
+{% for u in range(ahead) %}
+{{ read_step(of, u) -}}
+{% endfor %}
+{% for u in range(ahead) %}
+{{ add_step(of, u) -}}
+{% endfor %}
+    }
+{% endfor %}
+{% for c in range(SOURCES) %}{% for t in range(ROWS) %}
+    total{{ c }}_{{ t }} += sum{{ c }}_{{ t }};
+{% endfor %}{% endfor %}
+  }
+{% for c in range(SOURCES) %}
+{% for t in range(ROWS) %}
+  partial[{{ (t * SOURCES + c) * (THREADS + 1) }}u + thread] = total{{ c }}_{{ t }};
+{% endfor %}
+{% endfor %}
+  workgroupBarrier();
+  for (var i = thread; i < {{ GROUPS * ROWS * COLUMNS }}u; i += {{ THREADS }}u) {
+    // Neighbours take neighbouring columns of one row of x.
+    let which = i / {{ GROUPS * COLUMNS }}u;
+    let column = i % {{ GROUPS * COLUMNS }}u;
+    let lanes = column / {{ COLUMNS }}u * {{ LANES }}u;
+    let n = (workgroup - {{ from_group }}u) * {{ GROUPS * COLUMNS }}u + column;
+    let t = first_row + which;
+    if (n < {{ of[0].N }}u && t < {{ T }}u) {
+      let at = t * {{ of[0].ALL }}u + n;
+{% for source in of %}{% set total = "total%s" % source.name %}
+      var {{ total }} = row_total((which * {{ SOURCES }}u + {{ loop.index0 * COLUMNS }}u + column % {{ COLUMNS }}u) * {{ THREADS + 1 }}u + lanes);
+{% for term in source.added %}
+      {{ total }} = {{ "fma(%s, %s, %s)" % (total, alpha, term) if alpha and loop.first else "%s + %s" % (total, term) }};
+{% endfor %}
+{% endfor %}
+{% if gate %}
+      let a = total{{ of[0].name }};
+      out[{{ of[0].START }}u + at] = {{ gate }} * total{{ of[1].name }};
+{% else %}
+      out{{ of[0].name }}[{{ of[0].START }}u + at] = total{{ of[0].name }}{{ " * " ~ alpha if alpha and not of[0].added }};
+{% endif %}
+    }
+  }
+{% endmacro %}
+// What the lanes of a row left from place `start` on, in the order of all rows.
+fn row_total(start: u32) -> f32 {
+  var total = 0.0;
+  for (var p = 0u; p < {{ PARTS }}u; p++) {
+    var part = partial[start + p];
+{% for l in range(PARTS, LANES, PARTS) %}
+    part += partial[start + p + {{ l }}u];
+{% endfor %}
+    total += part;
+  }
+  return total;
+}
+
 @compute @workgroup_size({{ THREADS }})
 fn main(
   @builtin(workgroup_id) group: vec3<u32>,
@@ -113,63 +196,18 @@ fn main(
 {% if kind == "nf4" %}
   fill_codebook(thread);
 {% endif %}
-  let first = (linear_workgroup(group, groups) * {{ GROUPS }}u + thread / {{ LANES }}u) * {{ COLUMNS }}u;
+  let workgroup = linear_workgroup(group, groups);
   let first_row = group.z * {{ ROWS }}u;
-{% for c in range(COLUMNS) %}
-  let row{{ c }} = min(first + {{ c }}u, {{ N - 1 }}u) * {{ STEPS }}u;
-{% for t in range(ROWS) %}
-  var total{{ c }}_{{ t }} = 0.0;
-{% endfor %}
-{% endfor %}
 {% for t in range(ROWS) %}
   let x{{ t }} = min(first_row + {{ t }}u, {{ T - 1 }}u) * {{ STEPS * PIECES }}u;
 {% endfor %}
-  for (var chain = thread % {{ LANES }}u; chain < {{ CHAINS }}u; chain += {{ LANES }}u) {
-{% for c in range(COLUMNS) %}{% for t in range(ROWS) %}
-    var sum{{ c }}_{{ t }} = 0.0;
-{% endfor %}{% endfor %}
-    var step = chain;
-{% for ahead in ((AHEAD, 1) if AHEAD > 1 else (1,)) %}
-    for (; step{{ " + %du" % ((ahead - 1) * CHAINS) if ahead > 1 }} < {{ STEPS }}u; step += {{ ahead * CHAINS }}u) {
-{% for u in range(ahead) %}
-{{ read_step(u) -}}
+{% if gate or weights | length == 1 %}
+{{ product(weights, 0) -}}
+{% else %}
+{% for weight in weights %}
+  {{ "} else " if not loop.first }}{{ "if (workgroup < %du) " % (weight.FIRST + weight.GROUPS) if not loop.last }}{
+{{ product([weight], weight.FIRST) -}}
 {% endfor %}
-{% for u in range(ahead) %}
-{{ add_step(u) -}}
-{% endfor %}
-    }
-{% endfor %}
-{% for c in range(COLUMNS) %}{% for t in range(ROWS) %}
-    total{{ c }}_{{ t }} += sum{{ c }}_{{ t }};
-{% endfor %}{% endfor %}
   }
-{% for c in range(COLUMNS) %}
-{% for t in range(ROWS) %}
-  partial[{{ (t * COLUMNS + c) * (THREADS + 1) }}u + thread] = total{{ c }}_{{ t }};
-{% endfor %}
-{% endfor %}
-  workgroupBarrier();
-  for (var i = thread; i < {{ GROUPS * SUMS }}u; i += {{ THREADS }}u) {
-    // Neighbours take neighbouring columns of one row of x.
-    let which = i / {{ GROUPS * COLUMNS }}u;
-    let column = i % {{ GROUPS * COLUMNS }}u;
-    let from_place = (which * {{ COLUMNS }}u + column % {{ COLUMNS }}u) * {{ THREADS + 1 }}u + column / {{ COLUMNS }}u * {{ LANES }}u;
-    var total = 0.0;
-    for (var p = 0u; p < {{ PARTS }}u; p++) {
-      var part = partial[from_place + p];
-{% for l in range(PARTS, LANES, PARTS) %}
-      part += partial[from_place + p + {{ l }}u];
-{% endfor %}
-      total += part;
-    }
-    let n = linear_workgroup(group, groups) * {{ GROUPS * COLUMNS }}u + column;
-    let t = first_row + which;
-    if (n < {{ N }}u && t < {{ T }}u) {
-      let at = t * {{ ALL }}u + n;
-{% for term in added %}
-      total = {{ "fma(total, %s, %s)" % (alpha, term) if alpha and loop.first else "total + %s" % term }};
-{% endfor %}
-      out[{{ START }}u + at] = total{{ " * " ~ alpha if alpha and not added }};
-    }
-  }
+{% endif %}
 }

@@ -10,16 +10,7 @@ fn fill_codebook(thread: u32) {
   workgroupBarrier();
 }
 
-fn scale_of(block: u32) -> f32 {
-{% if double %}
-  let code = (absmax_codes[block >> 2u] >> (8u * (block & 3u))) & 0xffu;
-  // The XOR with a zero that the compiler does not know keeps the product and the sum apart.
-  let product = bitcast<u32>(table[code] * nested[block >> 8u]) ^ bitcast<u32>(table[257]);
-  return bitcast<f32>(product) + table[256];
-{% else %}
-  return absmax[block];
-{% endif %}
-}
+{% include "lib/nf4_scale.wgsl" %}
 
 fn rounded(value: f32) -> f32 {
 {% if rounded == "bfloat16" %}

@@ -8,17 +8,18 @@ other rows are multiplied beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, literal, reads, split_offset, writes
 from entrenar_gpu.integers import ceil_div
+from entrenar_gpu.ops.activations import GATES
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
-from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
+from entrenar_gpu.ops.registry import OPS, Op, Placement, Spec, record, register
 
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
@@ -100,7 +101,7 @@ def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, 
     chains = min(1 << max(steps.bit_length() - 1, 0), PARTS if caps.software else MOST_CHAINS)
     parts = min(chains, PARTS)
     rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
-    sizes = {"T": t, "N": n, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
+    sizes = {"T": t, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
     if rows > 2:
         columns = 2 if caps.software or t <= 2 * MOST_ROWS else 4
         return sizes | {"LANES": parts, "COLUMNS": columns, "AHEAD": 1 if caps.software else 2}
@@ -110,55 +111,85 @@ def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, 
     return sizes | {"LANES": chains, "COLUMNS": columns, "AHEAD": ahead}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a weight that a launch multiplies by, and what becomes of the sums.
+
+    `name` ends the names of its bindings. `start` is the column of `out` that the first row makes, of `columns`.
+    """
+
+    name: str
+    stored: Sequence[Tensor]
+    rows: int
+    rounded: str
+    out: Tensor | None
+    start: int = 0
+    columns: int = 0
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def is_nf4(self) -> bool:
+        return len(self.stored) > 1
+
+    def bindings(self, words: int, own: bool) -> list[Binding]:
+        """`own`: the residual lies where the output does."""
+        first, *scales = scale_bindings(self.stored) if self.is_nf4 else [reads("weight", self.stored[0])]
+        made = [replace(first, vector=words), *scales]
+        made += [reads("bias", self.bias)] if self.bias is not None else []
+        made += [reads("residual", self.residual)] if self.residual is not None and not own else []
+        if self.out is not None:
+            made.append(writes("out", self.out, 1, split_offset(self.start, self.out)[0]))
+        return [replace(binding, name=binding.name + self.name) for binding in made]
+
+    def constants(self, own: bool) -> dict[str, Any]:
+        left = split_offset(self.start, self.out)[1] if self.out is not None else 0
+        added = [f"bias{self.name}[{self.start}u + n]"] if self.bias is not None else []
+        if self.residual is not None:
+            added.append(f"out{self.name}[{left}u + at]" if own else f"residual{self.name}[{self.start}u + at]")
+        sizes = {"name": self.name, "N": self.rows, "ALL": self.columns, "START": left}
+        return sizes | {"added": added, "rounded": self.rounded, "double": len(self.stored) == 4}
+
+
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    n, parts = _shape(node)[0], node.group("nf4")
-    if parts:
-        constants = {"double": len(parts) == 4, "rounded": node.attrs["rounded"], "codebook": codebook_text()}
-        return [_part_launch(node, caps, placed, (scale_bindings(parts), 0, n), "nf4", constants)]
+    n, nf4, rounded = _shape(node)[0], node.group("nf4"), node.attrs.get("rounded", "float32")
+    bias, residual = node.inputs.get("bias"), node.inputs.get("residual")
+    stored = [(nf4, 0, n)] if nf4 else []
     shards = node.group("shards")
-    return [
-        _part_launch(node, caps, placed, ([reads("weight", shard)], start, shard.shape[0]), shard.dtype, {})
-        for shard, start in zip(shards, shard_starts(shards), strict=True)
-    ]
+    stored += [((shard,), start, shard.shape[0]) for shard, start in zip(shards, shard_starts(shards), strict=True)]
+    parts = [_Part("", held, rows, rounded, node.output, at, n, bias, residual) for held, at, rows in stored]
+    return [_parts_launch(node.inputs["x"], [part], node.attrs["alpha"], None, caps, placed) for part in parts]
 
 
-def _part_launch(
-    node: Node,
-    caps: Caps,
-    placed: Placement,
-    part: tuple[list[Binding], int, int],
-    kind: str,
-    constants: Mapping[str, Any],
+def _parts_launch(
+    x: Tensor, parts: Sequence[_Part], alpha: float, gate: str | None, caps: Caps, placed: Placement
 ) -> Launch:
-    """The product with some rows of W: what they are bound by, the first of them, and how many."""
-    (first, *scales), start, rows = part
-    x, bias, residual, (n, k) = node.inputs["x"], node.inputs.get("bias"), node.inputs.get("residual"), _shape(node)
-    stored = _stored(k, first.tensor.dtype)
-    blocking = _blocking(x.rows, rows, k, stored, caps)
-    own = residual is not None and placed.aliased(node.output, residual)
-    bindings = [reads("x", x, 4 if stored.step % 4 == 0 else 1), reads(first.name, first.tensor, stored.words), *scales]
-    if bias is not None:
-        bindings.append(reads("bias", bias))
-    if residual is not None and not own:
-        bindings.append(reads("residual", residual))
-    offset, left = split_offset(start, node.output)
-    bindings.append(writes("out", node.output, 1, offset))
-    added = [f"bias[{start}u + n]"] if bias is not None else []
-    if residual is not None:
-        added.append(f"out[{left}u + at]" if own else f"residual[{start}u + at]")
+    """One launch for parts that are stored alike; with a `gate`, of two that make one output."""
+    k, first = x.columns, parts[0]
+    stored = _stored(k, first.stored[0].dtype)
+    blocking = _blocking(x.rows, sum(part.rows for part in parts), k, stored, caps)
+    across = blocking["THREADS"] // blocking["LANES"] * blocking["COLUMNS"]
+    bindings = [reads("x", x, 4 if stored.step % 4 == 0 else 1)]
+    weights, groups = [], 0
+    for part in parts:
+        own = part.residual is not None and part.out is not None and placed.aliased(part.out, part.residual)
+        count = ceil_div(part.rows, across)
+        bindings += part.bindings(stored.words, own)
+        weights.append(part.constants(own) | {"FIRST": groups, "GROUPS": count})
+        groups = count if gate else groups + count
+    functions, expression = GATES[gate] if gate else ("", "")
     constants = {
         **blocking,
         "STEP": stored.step,
         "WORDS": stored.words,
-        "kind": kind,
+        "kind": "nf4" if first.is_nf4 else first.stored[0].dtype,
+        "codebook": codebook_text(),
         "software": caps.software,
-        "ALL": n,
-        "START": left,
-        "alpha": "" if node.attrs["alpha"] == 1.0 else literal(node.attrs["alpha"]),
-        "added": added,
-        **constants,
+        "alpha": "" if alpha == 1.0 else literal(alpha),
+        "weights": weights,
+        "gate": expression,
+        "functions": functions,
     }
-    groups = ceil_div(rows, blocking["THREADS"] // blocking["LANES"] * blocking["COLUMNS"])
     folds = ceil_div(groups, caps.max_workgroups)
     grid = (ceil_div(groups, folds), folds, ceil_div(x.rows, blocking["ROWS"]))
     return Launch("row_product", tuple(bindings), constants, grid, trusted=True)
@@ -166,6 +197,84 @@ def _part_launch(
 
 def _flops(node: Node) -> int:
     return 2 * node.inputs["x"].rows * math.prod(_shape(node))
+
+
+# --- several weights at once
+
+
+def merged_row_products(nodes: Sequence[Node], gate: Node | None = None) -> Node:
+    """A node that makes the outputs of row products of one x, or of a gate that follows two of them, in one launch."""
+    inputs: dict[str, Tensor] = {"x": nodes[0].inputs["x"]}
+    for number, node in enumerate(nodes):
+        stored = node.group("nf4") or node.group("shards")
+        inputs |= {f"w{number}.{i}": t for i, t in enumerate(stored)}
+        inputs |= {f"{name}{number}": node.inputs[name] for name in ("bias", "residual") if name in node.inputs}
+    attrs: dict[str, Any] = {"rounded": tuple(node.attrs.get("rounded", "float32") for node in nodes)}
+    attrs |= {"shapes": tuple(_shape(node) for node in nodes)} | ({"gate": gate.op} if gate is not None else {})
+    last = gate if gate is not None else nodes[-1]
+    outputs = last.outputs if gate is not None else tuple(node.output for node in nodes)
+    return Node("row_products", inputs, attrs, outputs, last.scope, last.layer, last.phase)
+
+
+def can_merge(node: Node) -> bool:
+    """Whether a node is a row product that others may join: of one piece, nothing scaled."""
+    return node.op == "row_product" and node.attrs["alpha"] == 1.0 and len(node.group("shards")) < 2
+
+
+def alike(one: Node, other: Node) -> bool:
+    """Whether two row products multiply one x by weights that are stored alike, of one inner length."""
+    held = [(node.group("nf4") or node.group("shards"))[0].dtype for node in (one, other)]
+    return (
+        one.inputs["x"] is other.inputs["x"]
+        and held[0] == held[1]
+        and bool(one.group("nf4")) == bool(other.group("nf4"))
+    )
+
+
+def bindings_of(node: Node) -> int:
+    """How many buffers a merged node binds at most."""
+    return len(node.inputs) + len(node.outputs)
+
+
+def _merged_infer(node: Node) -> Sequence[Spec]:
+    made = [((*node.inputs["x"].shape[:-1], n), "f32") for n, _ in node.attrs["shapes"]]
+    return made[:1] if "gate" in node.attrs else made
+
+
+def _merged_reference(node: Node, x: np.ndarray, **named: Any) -> Sequence[np.ndarray]:
+    outs = []
+    for number, (shape, rounded) in enumerate(zip(node.attrs["shapes"], node.attrs["rounded"], strict=True)):
+        parts = named[f"w{number}"]
+        weight = dequantized({"shape": shape, "rounded": rounded}, parts) if len(parts) > 1 else parts[0]
+        out = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype).T
+        for name in ("bias", "residual"):
+            if f"{name}{number}" in named:
+                out = out + named[f"{name}{number}"].reshape(-1, out.shape[1])
+        outs.append(out.reshape(*x.shape[:-1], shape[0]))
+    if "gate" in node.attrs:
+        return OPS[node.attrs["gate"]].reference(node, *outs)
+    return outs
+
+
+def _merged_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+    gate, parts = node.attrs.get("gate"), []
+    for number, ((n, _), rounded) in enumerate(zip(node.attrs["shapes"], node.attrs["rounded"], strict=True)):
+        out = node.outputs[number] if gate is None else node.output if number == 0 else None
+        name = f"_{number}" if gate is None or number else ""
+        bias, residual = node.inputs.get(f"bias{number}"), node.inputs.get(f"residual{number}")
+        parts.append(_Part(name, node.group(f"w{number}"), n, rounded, out, 0, n, bias, residual))
+    return [_parts_launch(node.inputs["x"], parts, 1.0, gate, caps, placed)]
+
+
+register(
+    Op(
+        "row_products",
+        _merged_infer,
+        _merged_reference,
+        _merged_launch,
+        flops=lambda node: sum(2 * node.inputs["x"].rows * n * k for n, k in node.attrs["shapes"]),
+    )
+)
 
 
 register(
