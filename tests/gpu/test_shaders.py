@@ -11,6 +11,7 @@ import jinja2
 import pytest
 
 from entrenar_gpu import ops
+from entrenar_gpu.compiler.fuse_rows import fuse_rows
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.gpu.kernel import render, shader_files
@@ -60,6 +61,9 @@ def other_graphs() -> dict[str, Graph]:
         graphs[f"cache {tokens}"] = test_cached_attention.graph_of(tokens, 4, 2, 24, window=70, softcap=1.5)
     for kind, sizes in test_row_product.SIZES.items():
         graphs |= {f"rows {kind} {n}x{k}": test_row_product.graph_of(kind, n, k, 3) for n, k in sizes}
+    for double in (False, True):
+        merged = graphs[f"rows merged {double}"] = test_row_product.merged_graph(double)
+        fuse_rows(merged, Caps())
     graphs["linear"] = test_low_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
 

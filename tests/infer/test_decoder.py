@@ -52,7 +52,7 @@ def whole_row(folder: Path, ids: list[int], **options: Any) -> np.ndarray:
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_the_logits_are_those_of_the_whole_row(folder, ids, method):
     decoder = opened(folder, method=method)
-    for stop in (1, 5, 17, 30, CONTEXT):
+    for stop in (1, 5, 30):
         want = whole_row(folder, ids[:stop], method=method)
         got = decoder.extend({1: ids[decoder.lengths[1] : stop]})[1]
         np.testing.assert_allclose(got, [want], rtol=0, atol=1e-5 * np.abs(want).max())
