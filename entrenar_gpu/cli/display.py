@@ -27,6 +27,7 @@ _MEANINGS = {
     "gradient_bytes": "their gradients",
     "optimizer_bytes": "moments and state",
     "copy_bytes": "weights as products read them",
+    "cache_bytes": "keys and values of the answers' tokens",
     "activation_bytes": "activations",
     "scratch_bytes": "scratch",
     "transfer_bytes": "inputs and reports",
@@ -48,6 +49,8 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     table.add_column(justify="right")
     table.add_column(style="dim")
     for key, meaning in _MEANINGS.items():
+        if key == "cache_bytes" and not parts[key]:
+            continue  # a training run has none
         table.add_row(key, size(parts[key]), meaning, style="bold" if key == "peak_bytes" else "")
     console = Console()
     console.print(table)

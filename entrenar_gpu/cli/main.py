@@ -72,6 +72,9 @@ def plan(
         str | None, typer.Option(help="plan for these capabilities instead of a device's: webgpu, desktop, large")
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="plan for evaluation during training too")] = False,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="plan for --batch answers at a time, of so many tokens")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every step of the plan")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -85,7 +88,12 @@ def plan(
     # One row unless told otherwise: the question is usually whether a model fits at all.
     config = options.make_config(given, batch=1)
     caps = caps_for(config.device, config.engine, profile)
-    report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
+    if context is None:
+        report = plan_run(config, caps, memory_budget(config, caps).nbytes, evaluate)
+    else:
+        from entrenar_gpu.infer import plan_decoder
+
+        report = plan_decoder(config, caps, memory_budget(config, caps).nbytes, context)
     if as_json:
         print_json(report.to_mapping())
         return

@@ -1,7 +1,7 @@
 """Text from a model and its adapter."""
 
-from entrenar_gpu.infer.decoder import CHUNK, Decoder
-from entrenar_gpu.infer.graphs import decoder_graphs, fit_decoder
+from entrenar_gpu.infer.decoder import Decoder
+from entrenar_gpu.infer.graphs import CHUNK, decoder_graphs, fit_decoder, plan_decoder
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
 from entrenar_gpu.infer.load_model import load
 from entrenar_gpu.infer.prompts import encode_row, read_prompts
@@ -29,5 +29,6 @@ __all__ = [
     "fit_decoder",
     "load",
     "model_of",
+    "plan_decoder",
     "read_prompts",
 ]

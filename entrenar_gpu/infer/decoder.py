@@ -16,6 +16,7 @@ from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import KernelCache, Replay
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.infer.graphs import (
+    CHUNK,
     HEAD_ROWS,
     Pass,
     Passes,
@@ -25,8 +26,6 @@ from entrenar_gpu.infer.graphs import (
 )
 from entrenar_gpu.model import cache_names, load_model_config, resolve_model
 from entrenar_gpu.train import RunShape, Session
-
-CHUNK = 256
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ longest piece for shorter ones too; else the same as a few tokens do. In both a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
 from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, fuse_rows, make_plan
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph, Target
 from entrenar_gpu.model import CachedPass, Transformer
@@ -20,8 +22,9 @@ from entrenar_gpu.ops.gemm.launches import layout_of
 from entrenar_gpu.ops.gemm.linear import product_sizes
 from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, choose, key, to_numbers
-from entrenar_gpu.train import RunShape, Trace
+from entrenar_gpu.train import PlanReport, RunShape, Trace, plan_graphs
 
+CHUNK = 256  # tokens of a prompt's longest piece
 HEAD_ROWS = 16  # tokens of a pass over a few, and whose logits one pass makes at most
 SHORTEST = 32  # tokens of a prompt's shortest piece
 
@@ -153,6 +156,13 @@ def fit_decoder(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions)
         raise UserError(f"--context {context}: {reason}; {advice}")
     plan, graphs = plan_of(context, launches=True)
     return FittedPlan(plan, graphs, Recompute({}, 0.0))
+
+
+def plan_decoder(config: TrainConfig, caps: Caps, budget_bytes: int, context: int, chunk: int = CHUNK) -> PlanReport:
+    """What a decoder of `config.batch` slots of `context` tokens would allocate, without adapters, weights or a GPU."""
+    config = replace(config, seq=context)
+    trace = functools.partial(decoder_graphs, min(chunk, context), {})
+    return plan_graphs(config, caps, budget_bytes, trace, fit_decoder, with_adapter=False)
 
 
 def _longest(above: int, fits: Callable[[int], bool]) -> int:

@@ -12,8 +12,8 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import Replay
 from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.infer.decoder import CHUNK, Decoder
-from entrenar_gpu.infer.graphs import adapter_prefix, decoder_graphs, fit_decoder
+from entrenar_gpu.infer.decoder import Decoder
+from entrenar_gpu.infer.graphs import CHUNK, adapter_prefix, decoder_graphs, fit_decoder
 from entrenar_gpu.infer.language_model import LanguageModel
 from entrenar_gpu.infer.prompts import encode_row, read_prompts
 from entrenar_gpu.model import resolve_model

@@ -6,7 +6,7 @@ from entrenar_gpu.train.default_base import default_base
 from entrenar_gpu.train.evaluate import evaluate_data
 from entrenar_gpu.train.graphs import RunShape, Trace, fit_run, logits_graph, training_graphs
 from entrenar_gpu.train.loader import load_weights, storage_of
-from entrenar_gpu.train.plan_report import PROFILES, PlanReport, caps_for, plan_run
+from entrenar_gpu.train.plan_report import PROFILES, PlanReport, caps_for, plan_graphs, plan_run
 from entrenar_gpu.train.results import plot_run
 from entrenar_gpu.train.run_data import DataReader
 from entrenar_gpu.train.session import Session, fit_on, memory_budget
@@ -32,6 +32,7 @@ __all__ = [
     "load_weights",
     "logits_graph",
     "memory_budget",
+    "plan_graphs",
     "plan_run",
     "plot_run",
     "storage_of",

@@ -68,6 +68,7 @@ class RunShape:
 
 
 Trace = Callable[[RunShape, Caps], Mapping[str, Graph]]  # what makes the graphs that a session runs
+Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]  # what plans them
 
 
 def micro_graph(shape: RunShape, caps: Caps) -> Graph:

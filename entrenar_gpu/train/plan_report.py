@@ -21,11 +21,12 @@ from entrenar_gpu.model import (
     HFCheckpoint,
     Storage,
     WeightTensors,
+    cache_names,
     declared_weights,
     load_model_config,
     resolve_model,
 )
-from entrenar_gpu.train.graphs import RunShape, fit_run, training_graphs
+from entrenar_gpu.train.graphs import Fit, RunShape, Trace, fit_run, training_graphs
 from entrenar_gpu.train.loader import storage_of
 
 # Capabilities to plan for without a device: WebGPU's guaranteed limits, those of common drivers, and a large card's.
@@ -47,7 +48,7 @@ PROFILES = {
 }
 PURPOSES = (
     *("nf4_bytes", "scale_bytes", "embedding_bytes", "dense_bytes", "adapter_bytes", "gradient_bytes"),
-    *("optimizer_bytes", "copy_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
+    *("optimizer_bytes", "copy_bytes", "cache_bytes", "activation_bytes", "scratch_bytes", "transfer_bytes"),
 )
 
 
@@ -104,6 +105,7 @@ class PlanReport:
                 result[buffer] = of_weights.get(name, "dense_bytes")
             elif tensor.role in ("state", "moment"):
                 result[buffer] = "copy_bytes" if name in copies else "optimizer_bytes"
+        result |= dict.fromkeys(cache_names(self.plan.persistents), "cache_bytes")
         for buffer in self.plan.buffers:
             if buffer.startswith("pool."):
                 result[buffer] = "scratch_bytes" if buffer in self.plan.scratch else "activation_bytes"
@@ -122,11 +124,18 @@ def _weight_purposes(weight: WeightTensors) -> Iterator[tuple[Tensor, str]]:
 
 
 def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool) -> PlanReport:
-    """Trace and plan a run for a model folder, a Hub id or a bare config.json, with or without its weights."""
+    """Trace and plan a training run for a model folder, a Hub id or a bare config.json, with or without its weights."""
+    return plan_graphs(config, caps, budget_bytes, functools.partial(training_graphs, evaluates=evaluates), fit_run)
+
+
+def plan_graphs(
+    config: TrainConfig, caps: Caps, budget_bytes: int, trace: Trace, fit: Fit, with_adapter: bool = True
+) -> PlanReport:
+    """The same for the graphs that `trace` makes, planned by `fit`."""
     path = Path(config.model)
     path = path if path.is_file() else resolve_model(config.model, weights=False)
     model = load_model_config(path)
-    spec = adapter_spec(config, model)
+    spec = adapter_spec(config, model) if with_adapter else None
     if path.is_dir() and any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         checkpoint = HFCheckpoint.open(path)
         model, storage = checkpoint.config, storage_of(checkpoint, config, spec)
@@ -138,7 +147,6 @@ def plan_run(config: TrainConfig, caps: Caps, budget_bytes: int, evaluates: bool
         modules = spec.modules if spec is not None else {}
         storage = Storage(config.method, TORCH_FLOATS[stated], double_quant=config.double_quant, adapters=modules)
     shape = RunShape(model, storage, config)
-    trace = functools.partial(training_graphs, evaluates=evaluates)
-    fitted = fit_run(trace, shape, caps, shape.plan_options(caps, budget_bytes))
+    fitted = fit(trace, shape, caps, shape.plan_options(caps, budget_bytes))
     weights = declared_weights(model.weights, storage, caps)
     return PlanReport(fitted.plan, fitted.recompute, weights, fitted.graphs, caps.name, budget_bytes)

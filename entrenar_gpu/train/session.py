@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,10 @@ from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, re
 from entrenar_gpu.ops.gemm.tiles import TileTable
 from entrenar_gpu.train import loader
 from entrenar_gpu.train.base_identity import BaseIdentity
-from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, RunShape, Trace, fit_run
+from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, Fit, RunShape, Trace, fit_run
 from entrenar_gpu.train.weight_cache import WeightCache
 
 Floats = np.ndarray
-Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]
 DEFAULT_BUDGET_GIB = 16.0
 HOST_CAPS = Caps(
     name="numpy", max_binding_bytes=1 << 50, max_buffer_bytes=1 << 50, f16=True, software=True, timestamps=True

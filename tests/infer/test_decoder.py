@@ -14,6 +14,7 @@ from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.decoder import Decoder
+from entrenar_gpu.infer.graphs import plan_decoder
 from entrenar_gpu.model.registry import load_model_config
 from entrenar_gpu.train.graphs import logits_graph
 from entrenar_gpu.train.session import Session
@@ -156,6 +157,9 @@ def test_planned_is_allocated_and_too_long_a_context_is_refused(folder, kernels)
     with opened(folder, kernels) as decoder:
         planned = decoder.executor.plan.peak_bytes
         assert kernels.device.allocated_bytes - before == planned
+    report = plan_decoder(config_of(folder, batch=3), kernels.device.caps, 1 << 40, CONTEXT, chunk=24)
+    assert report.plan.peak_bytes == planned
+    assert report.to_mapping()["cache_bytes"] == 2 * 2 * 3 * CONTEXT * 2 * 24 * 4  # layers, k and v, slots, heads, f32
     small = config_of(folder, memory_budget=0.01)  # GiB: 40 slots of 480 tokens take more
     with pytest.raises(
         UserError, match=r"--context 480: needs .* over the budget of 0.01 GiB; --context \d+ fits"
