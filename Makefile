@@ -10,7 +10,7 @@ DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests
 DAWN_OPS ?= softmax or mean or gelu or attention-short or dropout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test dawn gpu-test wgsl parity serve-test check format bench clean tools browser models parity-setup profile-setup \
+.PHONY: help setup demo test dawn gpu-test wgsl parity serve-test check format bench clean tools browser models real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -43,6 +43,9 @@ wgsl: setup ## Have Tint, Dawn's compiler, parse and type every shader (needs np
 
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
 	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity
+
+real: models ## Compare two pretrained models with transformers and PEFT: 200 sentences, 30 steps (an hour on a CPU)
+	@.venv-parity/bin/python -m tests.real.compare
 
 fuzz: setup ## Damage files for every reader for MINUTES (default 1); what is found is kept as a test
 	@.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),1)
