@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from entrenar_gpu import __version__, signals
-from entrenar_gpu.cli import chat, generate, options, serve
+from entrenar_gpu.cli import chat, evaluate, generate, options, serve
 from entrenar_gpu.cli.bench.commands import bench
 from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import shape_file
@@ -224,29 +224,7 @@ def report(context: typer.Context) -> None:
     raise typer.Exit(report.main(context.args, prog="entrenar-gpu report"))
 
 
-def _run_config(given: Mapping[str, Any], adapter: str | None) -> Any:
-    """The options of a command that runs a model; what base it takes goes to standard error."""
-    from entrenar_gpu.train import default_base
-
-    defaults, base = default_base(given.get("model", ""), adapter, given)
-    config = options.make_config(given, **defaults, adapter_init=adapter)
-    print(f"base: {base}", file=sys.stderr)
-    return config
-
-
-@app.command("eval")
-@options.with_options(*options.RUNTIME, "data", "split", "map", "batch", "seq", "loss_on", "completions", "pack")
-def evaluate(given: Mapping[str, Any], adapter: options.Adapter = None, as_json: options.Json = False) -> None:
-    """Mean loss over all unmasked tokens of a data set, and its perplexity."""
-    from entrenar_gpu.train import evaluate_data
-
-    result = evaluate_data(_run_config(given, adapter), adapter is not None)
-    if as_json:
-        print_json(result)
-    else:
-        print(f"loss {result['loss']:.6f}   perplexity {result['perplexity']:.4f}   tokens {result['tokens']}")
-
-
+app.command("eval")(evaluate.evaluate)
 for command in (generate.generate, chat.chat, serve.serve):
     app.command()(command)
 app.add_typer(bench, name="bench")

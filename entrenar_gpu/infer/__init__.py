@@ -1,5 +1,6 @@
 """Text from a model and its adapter."""
 
+from entrenar_gpu.infer.choices import evaluate_choices, read_questions
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.graphs import CHUNK, decoder_graphs, fit_decoder, plan_decoder
 from entrenar_gpu.infer.language_model import Completion, LanguageModel, Score
@@ -26,9 +27,11 @@ __all__ = [
     "Score",
     "decoder_graphs",
     "encode_row",
+    "evaluate_choices",
     "fit_decoder",
     "load",
     "model_of",
     "plan_decoder",
     "read_prompts",
+    "read_questions",
 ]

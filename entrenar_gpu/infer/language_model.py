@@ -160,7 +160,9 @@ class LanguageModel:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [n, V] in float32: row i are those of the token after `ids[: i + 1]`."""
-        return self._run(list(ids), first=0)
+        if not len(ids):
+            raise UserError("no token ids")
+        return self._run([ids[0]], [ids[1:]])[0]
 
     def score(self, prompt: str, completion: str) -> Score:
         """How likely the model finds `completion` after `prompt`.
@@ -168,19 +170,23 @@ class LanguageModel:
         The two are cut into tokens together, as lm-evaluation-harness does: spaces at the end of the prompt count as
         the beginning of the completion, and what the prompt alone encodes to is where that begins.
         """
-        return self.score_ids(*self.encode_pair(prompt, completion))
+        return self.score_choices(prompt, [completion])[0]
 
-    def score_ids(self, prompt: Sequence[int], completion: Sequence[int]) -> Score:
+    def score_choices(self, prompt: str, completions: Sequence[str]) -> list[Score]:
+        """The scores of several completions of one prompt, which is read once."""
+        pairs = [self.encode_pair(prompt, completion) for completion in completions]
+        return self.score_ids(pairs[0][0], [completion for _, completion in pairs]) if pairs else []
+
+    def score_ids(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[Score]:
         """The same for token ids; `prompt` holds at least one."""
         if not prompt:
             raise UserError("score: the prompt is empty, and this model has no token to begin with")
-        if not completion:
-            return Score(0.0, 0, True)
-        ids = [*prompt, *completion]
-        rows = log_softmax(self._run(ids[:-1], first=len(prompt) - 1))
-        wanted = np.asarray(completion)
-        values = rows[np.arange(len(wanted)), wanted]
-        return Score(float(values.sum()), len(wanted), bool((rows.argmax(-1) == wanted).all()))
+        found, wanted = [], [list(completion) for completion in completions]
+        for rows, ids in zip(self._run(list(prompt), [ids[:-1] for ids in wanted]), wanted, strict=True):
+            values = log_softmax(rows)[np.arange(len(ids)), ids] if ids else np.zeros(0)
+            greedy = bool((rows[: len(ids)].argmax(-1) == np.array(ids)).all())
+            found.append(Score(float(values.sum()), len(ids), greedy))
+        return found
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text to be continued."""
@@ -201,28 +207,41 @@ class LanguageModel:
         """Token ids of a conversation with the opening of an answer. Raises UserError where there is no template."""
         return encode_chat(self.tokenizer, messages)
 
-    def _run(self, ids: list[int], first: int) -> np.ndarray:
-        """Logits [n - first, V] after ids[first], ids[first + 1], ...; what the cache has of them is not run again."""
-        if not ids:
-            raise UserError("no token ids")
-        self.scheduler.check_tokens(ids)
-        if len(ids) > self.context:
-            raise UserError(f"{len(ids)} tokens exceed --context {self.context}")
-        with self._lock:
-            while not self.scheduler.slots.free:  # streams that others have open
-                self.scheduler.step()
-            slot = self.scheduler.slots.take(ids[: first + 1], self._adapter)
-            try:
-                self.decoder.set_adapter(self._adapter)
-                if before := ids[len(slot.tokens) : first]:
-                    self.decoder.extend({slot.number: before}, prompt=True)
-                    slot.tokens += before
-                new = {slot.number: ids[len(slot.tokens) :]}
-                rows = self.decoder.extend(new, all_logits=True, prompt=True)[slot.number]
-                slot.tokens = list(ids)
-            finally:
-                self.scheduler.slots.give_back(slot)
-        return rows
+    def _run(self, prefix: list[int], endings: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Logits [1 + n, V] after a prefix and each of the n tokens of each of its endings, in batches; what the cache
+        has of the prefix is not read again."""
+        for ending in endings:
+            self.scheduler.check_tokens([*prefix, *ending])
+            if len(prefix) + len(ending) > self.context:
+                raise UserError(f"--context: {len(prefix) + len(ending)} tokens exceed {self.context}")
+        found: list[np.ndarray] = []
+        while len(found) < len(endings):
+            with self._lock:
+                found += self._run_together(prefix, endings[len(found) :])
+        return found
+
+    def _run_together(self, prefix: list[int], endings: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The same for the first few of the endings, as many as there are free slots."""
+        slots = self.scheduler.slots
+        while not slots.free:  # streams that others have open
+            self.scheduler.step()
+        self.decoder.set_adapter(self._adapter)
+        taken = []
+        try:
+            for _ in endings[: slots.free]:
+                slot = slots.take(prefix, self._adapter)
+                taken.append(slot)
+                if rest := prefix[len(slot.tokens) : -1]:
+                    self.decoder.extend({slot.number: rest}, prompt=True)
+                    slot.tokens += rest
+            batch = {s.number: [prefix[-1], *ending] for s, ending in zip(taken, endings, strict=False)}
+            logits = self.decoder.extend(batch, all_logits=True, prompt=True)
+            for slot in taken:
+                slot.tokens += batch[slot.number]
+        finally:
+            for slot in taken:
+                slots.give_back(slot)
+        return [logits[slot.number] for slot in taken]
 
     def close(self) -> None:
         self.decoder.close()

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.config import MOST, TrainConfig
 from entrenar_gpu.data import Samples, eval_batches
+from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
 from entrenar_gpu.train.run_data import DataReader, ending_sources
 from entrenar_gpu.train.session import Session
+from entrenar_gpu.train.windows import sliding
 
 
-def evaluate_data(config: TrainConfig, with_adapter: bool, data: Any = None) -> dict[str, Any]:
-    """{"loss", "perplexity", "tokens", "samples"} of --data, or of `data`; loss is the mean over unmasked tokens."""
-    reader = DataReader(config)
+def evaluate_data(
+    config: TrainConfig, with_adapter: bool, data: Any = None, window: int | None = None
+) -> dict[str, Any]:
+    """{"loss", "perplexity", "tokens", "samples"} of --data, or of `data`; loss is the mean over unmasked tokens.
+
+    With a `window`, samples longer than --seq are not cut: they are read in pieces of --seq tokens, each so many tokens
+    further on (`windows.sliding`).
+    """
+    if window is not None and not 1 <= window <= config.seq:
+        raise UserError(f"--window: {window} is not from 1 to --seq {config.seq}")
+    reader = DataReader(config if window is None else replace(config, seq=MOST))
     samples = reader.named("valid") if data is None else reader.read(ending_sources(data, "eval_data", config))
+    if window is not None:
+        samples = sliding(samples, config.seq, window)
 
     def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
         return {"evaluate": evaluate_graph(shape, caps)}

@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_not_merged(folder, tmp_path, capsys, place):
 
 
 def test_json_prints_null_for_what_is_not_finite(folder, capsys, monkeypatch):
-    monkeypatch.setattr("entrenar_gpu.train.evaluate_data", lambda *_: {"loss": np.nan, "rows": [np.inf, 1.0]})
+    monkeypatch.setattr("entrenar_gpu.train.evaluate_data", lambda *_, **__: {"loss": np.nan, "rows": [np.inf, 1.0]})
     out, _ = run(capsys, "eval", "--model", folder / "model", "--data", folder / "train.jsonl", "--json")
     assert json.loads(out) == {"loss": None, "rows": [None, 1.0]}
     assert "NaN" not in out

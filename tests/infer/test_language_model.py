@@ -162,7 +162,7 @@ def test_a_score_is_the_sum_of_the_tokens_log_probabilities(model):
     assert (score.tokens, score.greedy) == (3, False)
     likely = alone(ids, SamplingOptions(max_tokens=4))[0]
     assert model.score("w4 w5 w6 ", text(likely)).greedy
-    assert model.score_ids([4], []).logprob == 0
+    assert model.score_ids([4], [[]])[0].logprob == 0
     assert model.encode_pair("", "w4 w5") == ([END], [4, 5])
 
 
@@ -174,15 +174,19 @@ def test_logits_are_those_after_each_token_whatever_was_in_the_cache(model):
     model.adapter = "a"
     assert not np.array_equal(model.logits(ids), want)
     model.adapter = None
-    other = model.score_ids(ids[:18], [3, 4])
-    assert other == LanguageModel(FakeDecoder(vocabulary=32), model.tokenizer, 32).score_ids(ids[:18], [3, 4])
+    other = model.score_ids(ids[:18], [[3, 4]])
+    assert other == LanguageModel(FakeDecoder(vocabulary=32), model.tokenizer, 32).score_ids(ids[:18], [[3, 4]])
 
 
-def test_choices_share_the_prefill_of_their_question(model):
-    question = list(range(1, 31))
-    for choice in ([5], [6, 7], [8]):
-        model.score_ids(question, choice)
-    assert sum(sum(call.values()) for call in model.decoder.calls) == 30 + 2 + 1
+def test_choices_share_the_prefill_of_their_question_and_go_together(model):
+    question, choices = list(range(1, 31)), [[5], [6, 7], [8, 9, 10]]
+    scores = model.score_ids(question, choices)
+    calls = [dict(call) for call in model.decoder.calls]
+    assert [sorted(call.values()) for call in calls] == [[29], [1, 2], [3]]  # two slots
+    apart = [
+        LanguageModel(FakeDecoder(vocabulary=32), model.tokenizer, 32).score_ids(question, [c])[0] for c in choices
+    ]
+    assert scores == apart
 
 
 def test_a_stream_that_nobody_listens_to_frees_its_slot(model):
