@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from entrenar_gpu.events import EvalRecord as EvalRecord
     from entrenar_gpu.events import RunInfo as RunInfo
     from entrenar_gpu.events import RunSummary as RunSummary
+    from entrenar_gpu.events import SampleRecord as SampleRecord
     from entrenar_gpu.events import StepObserver as StepObserver
     from entrenar_gpu.events import StepRecord as StepRecord
+    from entrenar_gpu.infer import Completion as Completion
+    from entrenar_gpu.infer import LanguageModel as LanguageModel
+    from entrenar_gpu.infer import Score as Score
     from entrenar_gpu.infer import load as load
     from entrenar_gpu.train import RunControl as RunControl
     from entrenar_gpu.train import Trainer as Trainer
@@ -26,11 +30,15 @@ if TYPE_CHECKING:
 # Loaded when first used: importing the package must not open a GPU or read tokenizers.
 _HOMES = {
     "CheckpointRecord": "events",
+    "Completion": "infer",
     "EvalRecord": "events",
+    "LanguageModel": "infer",
     "Progress": "cli.display",
     "RunControl": "train",
     "RunInfo": "events",
     "RunSummary": "events",
+    "SampleRecord": "events",
+    "Score": "infer",
     "StepObserver": "events",
     "StepRecord": "events",
     "TrainConfig": "config",

@@ -9,10 +9,14 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import naming_arguments
 
 
-def evaluate(model: str, data: Any, adapter: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(
+    model: str, data: Any, adapter: str | Path | None = None, window: int | None = None, **options: Any
+) -> dict[str, Any]:
     """{"loss", "perplexity", "tokens", "samples"} of a model, with an adapter or without, on data.
 
     data: whatever `Trainer` takes; of a folder the valid file.
+    window: samples longer than `seq` are not cut but read in pieces of `seq` tokens, each so many tokens further on;
+        every token is scored once.
     options: those of `TrainConfig` that matter here, `seq`, `batch`, `completions`, `device` and the like. Without a
         `method` the base is what the adapter was trained on, else as stored.
 
@@ -24,7 +28,7 @@ def evaluate(model: str, data: Any, adapter: str | Path | None = None, **options
         folder = None if adapter is None else str(adapter)
         defaults, _ = default_base(model, folder, options)
         config = TrainConfig.from_mapping({"model": model, "adapter_init": folder, **defaults, **options}, "evaluate")
-        return evaluate_data(config, folder is not None, data)
+        return evaluate_data(config, folder is not None, data, window)
 
 
 def merge(model: str, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:

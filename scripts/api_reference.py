@@ -17,8 +17,10 @@ go together, [options.md](options.md) what the fields of `TrainConfig` do, [eage
 can do."""
 # What a run does first and last, then what stands beside it.
 ORDER = (
-    *("Trainer", "TrainConfig", "load", "evaluate", "merge", "plan", "quantize", "plot_run", "Progress"),
-    *("StepObserver", "RunControl", "RunInfo", "StepRecord", "EvalRecord", "CheckpointRecord", "RunSummary"),
+    *("Trainer", "TrainConfig", "load", "LanguageModel", "Completion", "Score"),
+    *("evaluate", "merge", "plan", "quantize", "plot_run", "Progress"),
+    *("StepObserver", "RunControl", "RunInfo", "StepRecord", "EvalRecord", "CheckpointRecord", "SampleRecord"),
+    "RunSummary",
 )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.infer.prompts import Messages, encode_chat, encode_text
+from entrenar_gpu.infer.prompts import Messages, encode_chat, encode_text, is_conversation
 from entrenar_gpu.infer.sampling import SampledToken, log_softmax
 from entrenar_gpu.infer.scheduler import Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
@@ -85,19 +85,25 @@ class LanguageModel:
         """Longest prompt and answer together, in tokens."""
         return self.decoder.context
 
-    @overload
-    def generate(self, prompts: str, **options: Any) -> str: ...
-    @overload
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
-    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
-        """What the model continues texts with, as they are: for models that chat see `chat`."""
+    def generate(self, prompts: str | Sequence[str], *, n: int = 1, **options: Any) -> Any:
+        """What the model continues a text with, as it is (for models that chat see `chat`); a list of texts gives a
+        list. With `n` above 1 each is a list of so many."""
         if isinstance(prompts, str):
-            return self.complete([self.encode(prompts)], **options)[0].text
-        return [answer.text for answer in self.complete([self.encode(prompt) for prompt in prompts], **options)]
+            return self._texts([self.encode(prompts)], n, options)[0]
+        return self._texts([self.encode(prompt) for prompt in prompts], n, options)
 
-    def chat(self, messages: Messages, **options: Any) -> str:
-        """The assistant's next turn in a conversation."""
-        return self.complete([self.encode_chat(messages)], **options)[0].text
+    def chat(self, messages: Messages | Sequence[Messages], *, n: int = 1, **options: Any) -> Any:
+        """The assistant's next turn in a conversation: a text is one message of the user. A list of conversations gives
+        a list, and `n` above 1 lists as in `generate`."""
+        if is_conversation(messages):
+            return self._texts([self.encode_chat(messages)], n, options)[0]
+        return self._texts([self.encode_chat(each) for each in messages], n, options)
+
+    def _texts(self, prompts: Sequence[Sequence[int]], n: int, options: Mapping[str, Any]) -> list[Any]:
+        sampling = SamplingOptions(**options)
+        found = self.answer(self.request(prompt, sampling, n) for prompt in prompts)
+        texts = [[completion.text for completion in completions] for completions in found]
+        return [several[0] for several in texts] if n == 1 else texts
 
     def stream(self, prompt: Messages, *, chat: bool | None = None, **options: Any) -> Iterator[str]:
         """The same, piece by piece as it is made; a text is continued as it is, unless `chat` is True.

@@ -72,6 +72,17 @@ def test_it_goes_on_as_it_learnt_and_ends_there(counting):
     assert batch == ["w4 w5 w6", "w12 w13 w14", "w24 w25 w26"]
 
 
+def test_lists_give_lists_and_n_lists_of_answers(model):
+    alone_text = text(alone([2, 7, END, 3], SamplingOptions(max_tokens=4))[0])
+    question = [{"role": "user", "content": "w7"}]
+    assert model.chat("w7", max_tokens=4) == model.chat(question, max_tokens=4) == alone_text
+    assert model.chat(["w7", question], max_tokens=4) == [alone_text, alone_text]
+    drawn = {"max_tokens": 4, "temperature": 1.0, "seed": 2}
+    both = model.generate("w4 w5", n=2, **drawn)
+    assert both == [text(alone([4, 5], SamplingOptions(**drawn), stream=i)[0]) for i in (0, 1)]
+    assert model.generate(["w9", "w4 w5"], n=2, **drawn)[1] == both
+
+
 def test_an_adapter_is_switched_and_the_base_stays(counting):
     assert counting.adapter is None
     counting.adapter = "down"
