@@ -14,7 +14,7 @@ import numpy as np
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.infer.prompts import Messages, encode_chat, encode_text, is_conversation
+from entrenar_gpu.infer.prompts import Messages, conversations, encode_chat, encode_text
 from entrenar_gpu.infer.sampling import SampledToken, log_softmax
 from entrenar_gpu.infer.scheduler import Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
@@ -95,9 +95,9 @@ class LanguageModel:
     def chat(self, messages: Messages | Sequence[Messages], *, n: int = 1, **options: Any) -> Any:
         """The assistant's next turn in a conversation: a text is one message of the user. A list of conversations gives
         a list, and `n` above 1 lists as in `generate`."""
-        if is_conversation(messages):
-            return self._texts([self.encode_chat(messages)], n, options)[0]
-        return self._texts([self.encode_chat(each) for each in messages], n, options)
+        several = conversations(messages)
+        texts = self._texts([self.encode_chat(each) for each in several], n, options)
+        return texts if several is messages else texts[0]
 
     def _texts(self, prompts: Sequence[Sequence[int]], n: int, options: Mapping[str, Any]) -> list[Any]:
         sampling = SamplingOptions(**options)

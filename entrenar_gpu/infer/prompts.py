@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from entrenar_gpu.chat import Conversation, Message
 from entrenar_gpu.data import Tokenizer, read_messages
@@ -14,11 +14,11 @@ from entrenar_gpu.errors import UserError
 Messages = str | Sequence[Message] | Conversation  # a text is one message of the user
 
 
-def is_conversation(messages: Messages | Sequence[Messages]) -> TypeGuard[Messages]:
-    """Whether these are one conversation's messages, and not several conversations."""
-    if isinstance(messages, str | Conversation):
-        return True
-    return not messages or isinstance(messages[0], Mapping)
+def conversations(messages: Any) -> Any:
+    """A list of conversations as it is, and one conversation as a list of it."""
+    if isinstance(messages, str | Conversation) or not messages or isinstance(messages[0], Mapping):
+        return [messages]
+    return messages
 
 
 def encode_text(tokenizer: Tokenizer, prompt: str) -> list[int]:
