@@ -1,25 +1,33 @@
 // C [M, N] = alpha * A op(B) + beta * P op(Q) + bias + residual on matrix units (= or, with an in-place residual, +=).
 //
 // A [M, K] f16; B [N, K] or [K, N], f16 or converted to it on the way in from f32, bf16 or half; N a multiple of 64, K of BK;
-// P [M, R], Q [N, R] or [R, N] f32; C f32 or f16. Products are exact, their sums f32: the error is the rounding of A and B.
+// P [M, R], Q [N, R] or [R, N] f32, rounded to f16 too: they are {{ R }} more steps of K. C f32 or f16. Products are exact, their
+// sums f32: the error is the rounding of the operands.
 // A subgroup of {{ SUBGROUP }} makes TM x TN of the BM x BN sums of its workgroup, in matrices of {{ MM }} x {{ MN }}.
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K); with several slices, slice z writes to C + z * M * N.
 //
 // Tiles lie in workgroup memory as they lie in storage, by whole words, rows padded by 16 bytes against bank conflicts.
-// Matrices are opaque: what is to be added to sums, or converted, goes through workgroup memory, a row of matrices at a time.
+// Matrices are opaque: sums that are `direct` begin as the residual and go to C as they are; what else is to be added to
+// them, or converted, goes through workgroup memory, a row of matrices at a time.
 {% set DOWN = BM // TM %}{% set THREADS = DOWN * (BN // TN) * SUBGROUP %}
 {% set A_ROW = BK // 8 + 1 %}
 {% set B_ROW = (BK if B.k_contiguous else BN) // 8 + 1 %}{% set B_ROWS = BN if B.k_contiguous else BK %}
+{% set RK = [BK, (R + MK - 1) // MK * MK] | min %}{# steps of R that are staged at a time #}
+{% set P_ROW = RK // 8 + 1 %}{% set Q_ROW = (RK if q_contiguous else BN) // 8 + 1 %}
 {% set STORED = TN + 4 %}{% set LANES = TN // 4 %}{% set AT_ONCE = SUBGROUP // LANES %}
 {% import "lib/matrix.wgsl" as matrix with context %}
 {% import "lib/epilogue.wgsl" as epilogue with context %}
 {% include "lib/widen.wgsl" %}
 var<workgroup> tile_a: array<vec4<u32>, {{ BM * A_ROW }}>;
-var<workgroup> tile_b: array<vec4<u32>, {{ B_ROWS * B_ROW }}>;
+var<workgroup> tile_b: array<vec4<u32>, {{ [B_ROWS * B_ROW, (BN if q_contiguous else RK) * Q_ROW] | max if R else B_ROWS * B_ROW }}>;
 {% if not direct %}
 var<workgroup> stored: array<f32, {{ DOWN * (BN // TN) * MM * STORED }}>;
 {% endif %}
-{{ matrix.functions() }}
+{{ matrix.functions({"tile_a": 8, "tile_b": 8}, [("tile_a", "tile_b")]) }}
+{% if R %}
+{% import "lib/low_rank_tiles.wgsl" as low_rank with context %}
+{{ low_rank.readers() }}
+{% endif %}
 {# Eight elements of an operand as f16, from element `at` on, a multiple of eight. #}
 {% macro eight(source, format, at) %}
 {% if format == "f32" %}
@@ -45,28 +53,26 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
     {{ "if (%s < %du) " % (at, rows * columns // 8) if (share + 1) * THREADS > rows * columns // 8 }}{ {{ tile }}[{{ at }} / {{ columns // 8 }}u * {{ row_words }}u + {{ at }} % {{ columns // 8 }}u] = {{ registers }}{{ share }}; }
 {% endfor %}
 {% endmacro %}
-
-@compute @workgroup_size({{ THREADS }}){{ " @subgroup_size(%d)" % SUBGROUP if pinned and dialect != "emulated" }}
-
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let lane = thread % {{ SUBGROUP }}u;
-  let subgroup = thread / {{ SUBGROUP }}u;
-  let sm = subgroup % {{ DOWN }}u * {{ TM }}u;
-  let sn = subgroup / {{ DOWN }}u * {{ TN }}u;
-  let m0 = group.x * {{ BM }}u;
-  let n0 = group.y * {{ BN }}u;
-{% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
-{{ matrix.result("sums%d_%d" % (i, j)) }}
-{% endfor %}{% endfor %}
-  let z = group.z;
-{% if slices == 1 and dialect != "emulated" %}
-  const from_k = 0u;
-  const to_k = {{ K }}u;
-{% else %}
-  let from_k = z * {{ slice }}u;
-  let to_k = min(from_k + {{ slice }}u, {{ K }}u);
-{% endif %}
-  for (var k0 = from_k; k0 < to_k; k0 += {{ BK }}u) {
+{# SUMS += the tiles' product: `steps` of k, in rows of `a_row` and `b_row` words. #}
+{% macro multiply_tiles(steps, a_row, b_row, b_contiguous) %}
+{% for k in range(0, steps, MK) %}
+    {
+{% for i in range(TM // MM) %}
+{{ matrix.left("a%d" % i, "tile_a", 8, "(sm + %du) * %du + %du" % (i * MM, a_row, k // 8), a_row) }}
+{% endfor %}
+{% for j in range(TN // MN) %}
+{% set at = "(sn + %du) * %du + %du" % (j * MN, b_row, k // 8) if b_contiguous else "%du + (sn + %du) / 8u" % (k * b_row, j * MN) %}
+{{ matrix.right("b%d" % j, "tile_b", 8, at, b_row, b_contiguous) }}
+{% for i in range(TM // MM) %}
+{{ matrix.multiply("sums%d_%d" % (i, j), "a%d" % i, "b%d" % j, "tile_a", "tile_b") }}
+{% endfor %}
+{% endfor %}
+    }
+{% endfor %}
+{% endmacro %}
+{# SUMS += the products of a slice of K, by a `loop` over k0. #}
+{% macro multiply_slice(loop) %}
+  {{ loop }}
 {{ load("ra", "a", A, BM, BK, "m0", "k0", M) }}
 {% if B.k_contiguous %}
 {{ load("rb", "b", B, BN, BK, "n0", "k0", N) }}
@@ -82,26 +88,58 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{ keep("tile_a", "ra", BM, BK, A_ROW) }}
 {{ keep("tile_b", "rb", B_ROWS, BK if B.k_contiguous else BN, B_ROW) }}
     workgroupBarrier();
-{% for k in range(0, BK, MK) %}
-    {
-{% for i in range(TM // MM) %}
-{{ matrix.left("a%d" % i, "(sm + %du) * %du + %du" % (i * MM, A_ROW, k // 8), A_ROW) }}
-{% endfor %}
-{% for j in range(TN // MN) %}
-{% if B.k_contiguous %}
-{{ matrix.right("b%d" % j, "(sn + %du) * %du + %du" % (j * MN, B_ROW, k // 8), B_ROW, true) }}
-{% else %}
-{{ matrix.right("b%d" % j, "%du + (sn + %du) / 8u" % (k * B_ROW, j * MN), B_ROW, false) }}
-{% endif %}
-{% for i in range(TM // MM) %}
-{{ matrix.multiply("sums%d_%d" % (i, j), "a%d" % i, "b%d" % j) }}
-{% endfor %}
-{% endfor %}
-    }
-{% endfor %}
+{{ multiply_tiles(BK, A_ROW, B_ROW, B.k_contiguous) }}
   }
+{% endmacro %}
+{# A loop that the compiler can count is a fifth faster. #}
+{% macro multiply_counted(length) %}
+{{ multiply_slice("for (var step = 0u; step < %du; step++) { let k0 = from_k + step * %du;" % (length // BK, BK)) }}
+{% endmacro %}
+
+@compute @workgroup_size({{ THREADS }}){{ " @subgroup_size(%d)" % SUBGROUP if pinned and dialect != "emulated" }}
+
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let lane = thread % {{ SUBGROUP }}u;
+  let subgroup = thread / {{ SUBGROUP }}u;
+  let sm = subgroup % {{ DOWN }}u * {{ TM }}u;
+  let sn = subgroup / {{ DOWN }}u * {{ TN }}u;
+  let m0 = group.x * {{ BM }}u;
+  let n0 = group.y * {{ BN }}u;
+  let z = group.z;
+{{ matrix.begin() }}
 {% if direct %}
   let at_c = {{ c_base }}u + ({{ "z * %du + " % M if slices > 1 }}m0 + sm) * {{ ldc }}u + n0 + sn;
+{% endif %}
+{% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
+{{ matrix.result("sums%d_%d" % (i, j)) }}
+{% if direct and residual %}
+{{ matrix.load(residual, "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
+{% endif %}
+{% endfor %}{% endfor %}
+{% set last = K - (slices - 1) * slice %}
+{% if slices == 1 %}
+{{ multiply_slice("for (var k0 = 0u; k0 < %du; k0 += %du) {" % (K, BK)) }}
+{% else %}
+  let from_k = z * {{ slice }}u;
+{% if last == slice %}
+{{ multiply_counted(slice) }}
+{% else %}
+  if (z < {{ slices - 1 }}u) {
+{{ multiply_counted(slice) }}
+  } else {
+{{ multiply_counted(last) }}
+  }
+{% endif %}
+{% endif %}
+{% if R %}
+  {{ "if (z == 0u) " if slices > 1 }}{
+    for (var r0 = 0u; r0 < {{ R }}u; r0 += {{ RK }}u) {
+{{ low_rank.stage() }}
+{{ multiply_tiles(RK, P_ROW, Q_ROW, q_contiguous) }}
+    }
+  }
+{% endif %}
+{% if direct %}
 {% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
 {{ matrix.store("c", "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
 {% endfor %}{% endfor %}
@@ -123,9 +161,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var acc{{ part }}_0 = vec4<f32>(stored[from{{ part }}], stored[from{{ part }} + 1u], stored[from{{ part }} + 2u], stored[from{{ part }} + 3u]);
 {% endfor %}
     {{ epilogue.scale(rows, columns) }}
-{% if R %}
-    {{ epilogue.add_low_rank(rows, columns, 4) }}
-{% endif %}
     {{ epilogue.write(rows, columns, 4, N % BN != 0) }}
   }
 {% endfor %}

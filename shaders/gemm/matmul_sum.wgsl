@@ -1,4 +1,4 @@
-// C = sum of a matmul's slices of K, in order, in f32, + bias + residual (= or, with an in-place residual, +=).
+// C = factor * sum of a matmul's slices of K, in order, in f32, + bias + residual (= or, with an in-place residual, +=).
 // partial [slices, M, N]; C begins at element c_base of its tensor, with rows of ldc elements, and at column first_column
 // of the bias. One invocation four consecutive elements, or one where N is no multiple of four.
 // Grid: ceil(M * N / (256 * width)), folded.
@@ -18,6 +18,9 @@ fn main(
 {% for slice in range(1, slices) %}
   sum += partial[i + {{ slice * M * N // WIDTH }}u];
 {% endfor %}
+{% if factor != 1.0 %}
+  value *= f32({{ factor }});
+{% endif %}
   let column = i % {{ N // WIDTH }}u;
   let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;
   {{ epilogue.put("sum", "%du + column" % (first_column // WIDTH), "at", WIDTH) }}

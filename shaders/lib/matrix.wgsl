@@ -2,27 +2,38 @@
 
    `dialect` is "chromium", Dawn's, or "emulated", plain WGSL that tests run where there are no matrix units: there an
    operand is where it lies, and a lane holds every SUBGROUP-th element of a result. Operands lie in workgroup arrays of
-   vec4<u32>, eight f16 each, in which offsets and strides count; results go to arrays of f32. `lane` is the invocation's
-   place in its subgroup. #}
+   vec4<u32> or u32, eight or two f16 each, in whose elements offsets and strides count; results go to and come from arrays
+   of f32. `thread` is the invocation's place in its workgroup, and `lane` that in its subgroup. #}
 {% set PARTS = (MM * MN // SUBGROUP) | int %}
 
-{% macro functions() %}
+{# For the workgroup arrays that hold operands, {name: f16 an element}, and the (left, right) pairs that are multiplied. #}
+{% macro functions(arrays, pairs) %}
 {% if dialect == "emulated" %}
-fn half_a(at: u32) -> f32 { return unpack2x16float(tile_a[at >> 3u][(at >> 1u) & 3u])[at & 1u]; }
-fn half_b(at: u32) -> f32 { return unpack2x16float(tile_b[at >> 3u][(at >> 1u) & 3u])[at & 1u]; }
-// `most`, at least as long as a loop, keeps compilers from writing it out.
-fn multiply(sums: array<f32, {{ PARTS }}>, a: vec2<u32>, b: vec3<u32>, lane: u32, most: u32) -> array<f32, {{ PARTS }}> {
+{% for name, width in arrays.items() %}
+fn half_{{ name }}(at: u32) -> f32 { return unpack2x16float({{ name }}[at >> {{ 3 if width == 8 else 1 }}u]{{ "[(at >> 1u) & 3u]" if width == 8 }})[at & 1u]; }
+{% endfor %}
+{% for left, right in pairs %}
+// `many`, at least as long as a loop, keeps compilers from writing it out.
+fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, b: vec3<u32>, lane: u32, many: u32) -> array<f32, {{ PARTS }}> {
   var result = sums;
-  for (var part = 0u; part < min({{ PARTS }}u, most); part++) {
+  for (var part = 0u; part < min({{ PARTS }}u, many); part++) {
     let at = part * {{ SUBGROUP }}u + lane;
     let row = at / {{ MN }}u;
     let column = at % {{ MN }}u;
-    for (var k = 0u; k < min({{ MK }}u, most); k++) {
-      result[part] += half_a(8u * (a.x + row * a.y) + k) * half_b(8u * b.x + column * b.y + k * b.z);
+    for (var k = 0u; k < min({{ MK }}u, many); k++) {
+      result[part] += half_{{ left }}(a.x + row * a.y + k * a.z) * half_{{ right }}(b.x + column * b.y + k * b.z);
     }
   }
   return result;
 }
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# Where a loop over matrices' elements ends in emulation: more than any has, and unknown to the compiler. #}
+{% macro begin() %}
+{% if dialect == "emulated" %}
+  let many = 256u + thread;
 {% endif %}
 {% endmacro %}
 
@@ -34,34 +45,58 @@ fn multiply(sums: array<f32, {{ PARTS }}>, a: vec2<u32>, b: vec3<u32>, lane: u32
 {% endif %}
 {% endmacro %}
 
-{% macro left(name, offset, stride) %}
+{# All zero again. #}
+{% macro clear(name) %}
 {% if dialect == "emulated" %}
-      let {{ name }} = vec2<u32>({{ offset }}, {{ stride }}u);
+  {{ name }} = array<f32, {{ PARTS }}>();
 {% else %}
-      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_left<f16, {{ MK }}, {{ MM }}>, row_major>(&tile_a, {{ offset }}, {{ stride }}u);
+  {{ name }} = subgroup_matrix_result<f32, {{ MN }}, {{ MM }}>();
+{% endif %}
+{% endmacro %}
+
+{# NAME: rows of MK elements from `offset` on, `stride` apart; or with `by_columns` columns of MM, so that what lies there is
+   the transposed. #}
+{% macro left(name, array, width, offset, stride, by_columns=false) %}
+{% if dialect == "emulated" %}
+      let {{ name }} = vec3<u32>({{ width }}u * ({{ offset }}), {{ "1u, %du" % (width * stride) if by_columns else "%du, 1u" % (width * stride) }});
+{% else %}
+      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_left<f16, {{ MK }}, {{ MM }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
 {% endif %}
 {% endmacro %}
 
 {# `by_columns`: k lies along memory. #}
-{% macro right(name, offset, stride, by_columns) %}
+{% macro right(name, array, width, offset, stride, by_columns) %}
 {% if dialect == "emulated" %}
-      let {{ name }} = vec3<u32>({{ offset }}, {{ "%du, 1u" % (8 * stride) if by_columns else "1u, %du" % (8 * stride) }});
+      let {{ name }} = vec3<u32>({{ width }}u * ({{ offset }}), {{ "%du, 1u" % (width * stride) if by_columns else "1u, %du" % (width * stride) }});
 {% else %}
-      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_right<f16, {{ MN }}, {{ MK }}>, {{ "col_major" if by_columns else "row_major" }}>(&tile_b, {{ offset }}, {{ stride }}u);
+      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_right<f16, {{ MN }}, {{ MK }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
 {% endif %}
 {% endmacro %}
 
-{% macro multiply(sums, a, b) %}
+{# SUMS += A B, of the arrays that they were loaded from. #}
+{% macro multiply(sums, a, b, left, right) %}
 {% if dialect == "emulated" %}
-      {{ sums }} = multiply({{ sums }}, {{ a }}, {{ b }}, lane, to_k);
+      {{ sums }} = multiply_{{ left }}_{{ right }}({{ sums }}, {{ a }}, {{ b }}, lane, many);
 {% else %}
       {{ sums }} = subgroupMatrixMultiplyAccumulate({{ a }}, {{ b }}, {{ sums }});
 {% endif %}
 {% endmacro %}
 
+{# Results from and to an array of f32: rows from `offset` on, `stride` apart. #}
+{% macro load(array, offset, sums, stride) %}
+{% if dialect == "emulated" %}
+  for (var part = 0u; part < min({{ PARTS }}u, many); part++) {
+    let at = part * {{ SUBGROUP }}u + lane;
+    {{ sums }}[part] = {{ array }}[{{ offset }} + at / {{ MN }}u * {{ stride }}u + at % {{ MN }}u];
+  }
+{% else %}
+  {{ sums }} = subgroupMatrixLoad<subgroup_matrix_result<f32, {{ MN }}, {{ MM }}>, row_major>(&{{ array }}, {{ offset }}, {{ stride }}u);
+{% endif %}
+{% endmacro %}
+
 {% macro store(array, offset, sums, stride) %}
 {% if dialect == "emulated" %}
-  for (var part = 0u; part < min({{ PARTS }}u, to_k); part++) {
+  for (var part = 0u; part < min({{ PARTS }}u, many); part++) {
     let at = part * {{ SUBGROUP }}u + lane;
     {{ array }}[{{ offset }} + at / {{ MN }}u * {{ stride }}u + at % {{ MN }}u] = {{ sums }}[part];
   }

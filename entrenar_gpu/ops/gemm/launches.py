@@ -117,11 +117,11 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
 
 
 def _stores_sums(matmul: Matmul, tile: MatrixTile) -> bool:
-    """Whether C takes sums as matrix units hold them: nothing is added to them, and all lie inside."""
+    """Whether sums begin as the residual, if any, and go to C as matrix units hold them: all of them lie inside, and no
+    more is done to them."""
     m, n, _ = matmul.sizes
-    plain = matmul.alpha == 1.0 and matmul.low_rank is None and matmul.bias is None and matmul.residual is None
-    whole_tiles = m % tile.BM == 0 and n % tile.BN == 0
-    return plain and whole_tiles and not matmul.accumulate and matmul.c.tensor.dtype == "f32"
+    plain = matmul.alpha == 1.0 and matmul.bias is None and matmul.c.tensor.dtype == "f32"
+    return plain and m % tile.BM == 0 and n % tile.BN == 0 and matmul.vector
 
 
 def _blocks(matmul: Matmul, choice: Choice) -> dict[str, int]:
@@ -155,11 +155,16 @@ def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
 
 
 def _low_rank(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]]:
-    """Bindings and constants of P and Q: of tiles as A's and B's in f32, else of what is read element by element."""
+    """Bindings and constants of P and Q: of tiles as A's and B's in f32 and on matrix units, else of what is read element
+    by element."""
     if matmul.low_rank is None:
-        return [], {"R": 0}
+        return [], {"R": 0, "q_contiguous": False}
     (m, n, _), (p, q, beta, r) = matmul.sizes, matmul.low_rank
     constants: dict[str, Any] = {"R": r, "beta": beta}
+    if isinstance(tile, MatrixTile):
+        constants["q_contiguous"] = matmul.low_rank_transposed
+        along_r = 4 if r % 8 == 0 else 1
+        return [reads("p", p.tensor, along_r), reads("q", q.tensor, along_r if matmul.low_rank_transposed else 4)], constants
     if matmul.arithmetic != "f32":
         q_n, q_r = (r, 1) if matmul.low_rank_transposed else (1, n)
         return [reads("p", p.tensor), reads("q", q.tensor)], {**constants, "q_n": q_n, "q_r": q_r}
@@ -180,12 +185,12 @@ def epilogue(matmul: Matmul, width: int) -> tuple[list[Binding], dict[str, Any]]
     return bindings, {**constants, "c_format": matmul.c.tensor.dtype, "c_width": width}
 
 
-def sum_launch(matmul: Matmul, partial: Tensor, caps: Caps, first_column: int = 0) -> Launch:
-    """C's columns from `first_column` on (+)= the sum of the slices in `partial` + bias + residual."""
+def sum_launch(matmul: Matmul, partial: Tensor, caps: Caps, first_column: int = 0, factor: float = 1.0) -> Launch:
+    """C's columns from `first_column` on (+)= factor * the sum of the slices in `partial` + bias + residual."""
     m, n = matmul.sizes[0], matmul.sizes[1] - first_column
     width = 4 if matmul.vector else 1
     bindings, constants = epilogue(replace(matmul, c=replace(matmul.c, base=matmul.c.base + first_column)), width)
-    constants |= {"M": m, "N": n, "slices": partial.shape[0], "first_column": first_column}
+    constants |= {"M": m, "N": n, "slices": partial.shape[0], "first_column": first_column, "factor": factor}
     grid = grid_of(ceil_div(m * n, 256 * width), caps)
     return Launch("matmul_sum", (reads("partial", partial, width), *bindings), constants, grid, trusted=True)
 

@@ -188,15 +188,22 @@ def _can_store(tile: MatrixTile) -> bool:
 
 
 def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice | None:
-    """The largest tile that makes a workgroup or more for each unit; the smallest, K cut up, where none does."""
+    """The shortest blocking on matrix units by the model of waves; None where there are none for this matmul."""
+    found = matrix_choices(arithmetic, m, n, k, caps, split)
+    return min(found, key=lambda c: _cost(arithmetic, c, m, n, k, caps), default=None)
+
+
+def matrix_choices(
+    arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True
+) -> list[Choice]:
+    """Every blocking on the device's matrix units."""
     tiles = [tile for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
-    if not tiles:
-        return None
-    groups = {tile: -(-m // tile.BM) * -(-n // tile.BN) for tile in tiles}
-    tile = next((t for t in tiles if groups[t] >= _units(caps)), tiles[-1])
-    most = _units(caps) // groups[tile] if split else 1
-    fitting = [s for s in _SLICES if s <= max(most, 1) and _long_enough(tile, s, k)]
-    return Choice(tile, max(s for s in fitting if s == 1 or s * m * n * 4 <= _WORKSPACE_BYTES))
+    return [
+        Choice(tile, slices)
+        for tile in tiles
+        for slices in (_SLICES if split else (1,))
+        if slices == 1 or (_long_enough(tile, slices, k) and slices * m * n * 4 <= _WORKSPACE_BYTES)
+    ]
 
 
 def _tail_fits(arithmetic: Arithmetic, choice: Choice, n: int) -> bool:
@@ -266,7 +273,8 @@ def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> lis
     every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
     likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
     unmeasured = choose(arithmetic, m, n, k, "", caps)  # a layout that nothing is measured for
-    units = [Choice(tile) for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
+    units = matrix_choices(arithmetic, m, n, k, caps)
+    units.sort(key=lambda c: _cost(arithmetic, c, m, n, k, caps))
     return list(dict.fromkeys([unmeasured, *units, *likely]))[:_MEASURED]
 
 
@@ -290,13 +298,21 @@ def _cost(arithmetic: Arithmetic, choice: Choice, m: int, n: int, k: int, caps: 
 
 
 def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: int, caps: Caps) -> float:
-    candidate, units = next(c for c in CANDIDATES[arithmetic] if c.tile == tile), _units(caps)
+    candidate, units = _candidate(arithmetic, tile), _units(caps)
     workgroups = ceil_div(m, tile.BM) * ceil_div(n, tile.BN) * slices
     depth = ceil_div(k, slices * tile.BK) * tile.BK + tile.BK  # one step more fills the pipeline
     busiest = ceil_div(workgroups, units)
     # A unit with few workgroups does not hide all of their latency.
     rounds = busiest / float(min(1.0, busiest / candidate.saturating) ** 0.4)
     return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
+
+
+def _candidate(arithmetic: Arithmetic, tile: Tile) -> Candidate:
+    """What is known of a tile's pace. Matrix units': four times the other kernel's, by 4 x 4 matrices a subgroup."""
+    if isinstance(tile, MatrixTile):
+        large = 4 * tile.MM <= tile.TM
+        return Candidate(tile, 4.0 if large else 3.0, 2 if large else 6)
+    return next(c for c in CANDIDATES[arithmetic] if c.tile == tile)
 
 
 def to_numbers(choice: Choice) -> tuple[int, ...]:

@@ -68,7 +68,10 @@ def back_workspace(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Sequen
 def back_launches(
     dx: Tensor, shards: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
 ) -> list[Launch]:
-    """dx[at : at + count] = dscores W, summed over the shards, by slices in `partial`; dscores lie in `logits`."""
+    """dx[at : at + count] = dscores W, summed over the shards, by slices in `partial`; dscores lie in `logits`.
+
+    Partial sums are of dscores as they are scaled, so that nothing is done to them until they are added up.
+    """
     depth, vocabulary = dx.columns, logits.columns
     out = Block(dx, at * depth, depth)
     choice = _back_choice(shards, (logits.shape, logits.dtype), caps)
@@ -78,10 +81,16 @@ def back_launches(
         (Block(logits, start, vocabulary), shard) for shard, start in zip(shards, shard_starts(shards), strict=True)
     ]
     matmuls = [
-        Matmul((count, depth, shard.shape[0]), dscores, Block(shard, 0, depth), target, alpha=alpha)
+        Matmul(
+            (count, depth, shard.shape[0]),
+            dscores,
+            Block(shard, 0, depth),
+            target,
+            alpha=alpha if partial is None else 1.0,
+        )
         for dscores, shard in operands
     ]
     launches = [matmul_launch(replace(m, accumulate=m is not matmuls[0]), choice) for m in matmuls]
     if partial is not None:
-        launches.append(sum_launch(replace(matmuls[0], c=out), partial, caps))
+        launches.append(sum_launch(replace(matmuls[0], c=out), partial, caps, factor=alpha))
     return launches
