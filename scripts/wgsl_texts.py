@@ -11,7 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+from entrenar_gpu import ops
 from entrenar_gpu.compiler import make_plan
+from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.gpu.engines.dawn import Dawn
 from entrenar_gpu.gpu.kernel import render
 from entrenar_gpu.gpu.measure import Product, Program
@@ -40,6 +42,23 @@ def graphs() -> Iterator[tuple[Graph, Caps]]:
                 for by_columns in (True, False):
                     product = Product("", arithmetic, m, 9728, 2560, transpose_b=by_columns, weight=True)
                     yield Program(product).graph, replace(caps, f16=True)
+    for caps in low:
+        for e in (64, 80, 128):
+            yield attention_graph(e), replace(caps, f16=True)
+
+
+def attention_graph(e: int) -> Graph:
+    """Both passes of attention in f16, whole blocks and edges, with heads of `e` columns."""
+    graph = Graph("g")
+    for rows, length in ((2, 256), (1, 70)):
+        with graph.within(str(length)):
+            tokens = rows * length
+            sizes = {"q": 4 * e, "k": 2 * e, "v": 2 * e}
+            q, k, v = (graph.tensor(f"{n}{length}", (tokens, size), requires_grad=True) for n, size in sizes.items())
+            starts = graph.tensor(f"segment_start{length}", (tokens,), "u32")
+            out = ops.attention(q, k, v, starts, rows, 4, 2, "f16")
+            backward(out, [q, k, v], graph.tensor(f"upstream{length}", out.shape))
+    return graph
 
 
 def texts() -> dict[str, str]:

@@ -19,6 +19,11 @@ class MatrixConfig:
     min_subgroup: int
     max_subgroup: int
 
+    @property
+    def pinned(self) -> int:
+        """Whether a kernel must ask for its subgroups' size, as they vary."""
+        return int(self.min_subgroup != self.max_subgroup)
+
 
 @dataclass(frozen=True)
 class Caps:

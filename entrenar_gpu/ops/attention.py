@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal, reads, writes
+from entrenar_gpu.graph import Caps, Launch, MatrixConfig, Node, Tensor, literal, reads, writes
 from entrenar_gpu.integers import ceil_div, round_up
+from entrenar_gpu.ops.attention_matrix import constants_of, forward_blocking, matrices_for
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
@@ -146,13 +147,23 @@ def low_precision(node: Node, caps: Caps) -> bool:
     return bool(node.attrs["low_precision"]) and caps.f16
 
 
+def matrices_of_head(node: Node, caps: Caps) -> MatrixConfig | None:
+    """The matrices that this node's heads are multiplied by; None where the kernels are those in plain WGSL, which
+    alone know soft caps."""
+    if "softcap" in node.attrs or not low_precision(node, caps):
+        return None
+    return matrices_for(shape_of(node)["E"], caps)
+
+
 def head_constants(node: Node, caps: Caps) -> dict[str, Any]:
     """What every kernel of attention is specialised with."""
     s = shape_of(node)
-    f16 = low_precision(node, caps)
     scale = math.log2(math.e) / _divisor(node)
-    sizes = {**s, "EP": padded(s["E"]), "WINDOW": node.attrs.get("window", 0)}
-    return {**sizes, "f16": f16, "scale": literal(scale), "UNROLL": _unroll(f16, caps), **_cap(node)}
+    constants = {**s, "WINDOW": node.attrs.get("window", 0), "scale": literal(scale)}
+    if (config := matrices_of_head(node, caps)) is not None:
+        return {**constants, **constants_of(config)}
+    f16 = low_precision(node, caps)
+    return {**constants, "EP": padded(s["E"]), "f16": f16, "UNROLL": _unroll(f16, caps), **_cap(node)}
 
 
 def _cap(node: Node) -> dict[str, str]:
@@ -185,7 +196,7 @@ def _elements(e: int, x: Mapping[str, int]) -> int:
     return x["CE"] * x["BQ"] + max(x["CE"] * x["BK"], x["CV"] * padded(e)) + x["BK"] * x["BQ"]
 
 
-def _blocking(node: Node, caps: Caps) -> dict[str, int]:
+def _blocking(node: Node, caps: Caps) -> Mapping[str, int]:
     """The constants of the best blocking that fits the device."""
     e, itemsize = shape_of(node)["E"], 2 if low_precision(node, caps) else 4
     every = [_blocked(e, blocking) for blocking in BLOCKINGS]
@@ -193,7 +204,8 @@ def _blocking(node: Node, caps: Caps) -> dict[str, int]:
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    s, width, blocking = shape_of(node), vector_of(node), _blocking(node, caps)
+    s, width, config = shape_of(node), vector_of(node), matrices_of_head(node, caps)
+    blocking = _blocking(node, caps) if config is None else forward_blocking(s["E"], config, caps)
     bindings = [reads(name, node.inputs[name], width) for name in ("q", "k", "v")]
     bindings += [reads("segment_start", node.inputs["segment_start"])]
     bindings += [writes("out", node.outputs[0], width), writes("lse", node.outputs[1])]
@@ -202,7 +214,8 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     constants = {**head_constants(node, caps), **blocking}
     constants |= {"WHOLE": whole, "BASES": bases, "ln2": literal(math.log(2))}
     grid = (s["H"], s["B"], ceil_div(s["S"], blocking["BQ"]))
-    return [Launch("attention", tuple(bindings), constants, grid, trusted=True)]
+    shader = "attention" if config is None else "attention_matrix"
+    return [Launch(shader, tuple(bindings), constants, grid, trusted=True)]
 
 
 def vector_of(node: Node) -> int:

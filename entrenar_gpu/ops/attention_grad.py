@@ -20,6 +20,7 @@ from entrenar_gpu.ops.attention import (
     head_constants,
     join,
     low_precision,
+    matrices_of_head,
     padded,
     scale_of,
     scores_of,
@@ -28,9 +29,9 @@ from entrenar_gpu.ops.attention import (
     split,
     vector_of,
 )
+from entrenar_gpu.ops.attention_matrix import BLOCK, dscores_blocking, products_blocking, split_of
 from entrenar_gpu.ops.registry import Op, Placement, Spec, register, same_as
 
-BLOCK = 64  # tokens of a block of P and dS each way
 SCRATCH_BYTES = 144 << 20  # for P and dS of a part: enough for a device's workgroups (docs/attention.md)
 
 
@@ -199,32 +200,47 @@ def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
     s = shape_of(node)
     heads = len(part.kv_heads) * s["H"] // s["K"]
     sizes = {"HEADS": heads, "PAIRS": part.pairs(), "FIRST": part.blocks.start, "END": part.blocks.stop}
-    return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0, "TY": 8}
+    return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0}
 
 
 def _dscores(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
     bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
     bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs["v"])]
     bindings.append(bind.statistics(node.inputs["statistics"]))
+    constants |= {"log2e": literal(math.log2(math.e)), "BASES": bind.bases}
+    heads = len(part.rows) * constants["HEADS"]
+    if (config := matrices_of_head(node, caps)) is not None:
+        bindings.append(Binding("dscores", workspace[0], write=True, vector=4, words=True))
+        split = split_of(heads * len(blocks), blocks.stop, caps)
+        constants |= {**dscores_blocking(constants["E"], config, caps), "SPLIT": split}
+        grid = (heads, split, len(blocks))
+        return Launch("attention_dscores_matrix", tuple(bindings), constants, grid, trusted=True)
     bindings.append(writes("dscores", workspace[0], 4))
-    constants |= {"TX": 16, "THREADS": 128, "CE": 32, "log2e": literal(math.log2(math.e)), "BASES": bind.bases}
-    grid = (blocks.start + blocks.stop + 1, ceil_div(len(blocks), 2), len(part.rows) * constants["HEADS"])
+    constants |= {"TX": 16, "TY": 8, "THREADS": 128, "CE": 32}
+    grid = (blocks.start + blocks.stop + 1, ceil_div(len(blocks), 2), heads)
     return Launch("attention_dscores", tuple(bindings), constants, grid, trusted=True)
 
 
 def _products(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
     bind, constants = _Bindings(node, part), _constants(node, caps, part)
     dscores, *partial = workspace
-    bindings = [*bind.inputs(node), reads("dscores", dscores, 4), bind.by_query_head("dq", node.outputs[0], write=True)]
+    config = matrices_of_head(node, caps)
+    bindings = [*bind.inputs(node), Binding("dscores", dscores, vector=4, words=config is not None)]
+    bindings.append(bind.by_query_head("dq", node.outputs[0], write=True))
     if partial:
         bindings += [bind.whole(n, t) for n, t in zip(("dk", "dv"), partial, strict=True)]
     else:
         bindings += [bind.by_kv_head(n, t, write=True) for n, t in zip(("dk", "dv"), node.outputs[1:], strict=True)]
-    lanes, heads = padded(constants["E"]) // 8, constants["HEADS"]
-    constants |= {"TX": lanes, "THREADS": 8 * lanes, "CK": _steps(constants["E"], constants["f16"])}
+    heads = constants["HEADS"]
     constants |= {"OUT_HEADS": heads if partial else constants["K"], "scale": literal(scale_of(node))}
+    constants["BASES"] = bind.bases
     grid = (len(part.rows) * heads, 3, part.blocks.stop)
-    return Launch("attention_grad", tuple(bindings), {**constants, "BASES": bind.bases}, grid, trusted=True)
+    if config is not None:
+        constants |= products_blocking(constants["E"], config, caps)
+        return Launch("attention_grad_matrix", tuple(bindings), constants, grid, trusted=True)
+    lanes = padded(constants["E"]) // 8
+    constants |= {"TX": lanes, "TY": 8, "THREADS": 8 * lanes, "CK": _steps(constants["E"], constants["f16"])}
+    return Launch("attention_grad", tuple(bindings), constants, grid, trusted=True)
 
 
 def _steps(e: int, f16: bool) -> int:

@@ -10,10 +10,8 @@
 {# Tokens after which an accumulator is emptied: it takes 1,024 numbers, as its rounding error grows with what it sums. #}
 {% set AT_ONCE = 1024 * (CHUNK if f16 else 1) %}
 
-{# The first key that a query sees: of its segment, and of its window where there is one. #}
-{% macro first_key(segment, query) -%}
-{{ "max(%s, max(%s, %du) - %du)" % (segment, query, WINDOW - 1, WINDOW - 1) if WINDOW else segment }}
-{%- endmacro %}
+{% import "lib/visible.wgsl" as visible with context %}
+{% set first_key = visible.first_key %}
 
 {# Scores after the soft cap; tanh overflows to NaN on some drivers for large arguments. #}
 {% macro capped(scores) -%}

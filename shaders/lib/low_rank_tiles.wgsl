@@ -15,9 +15,6 @@ fn low_rank_{{ name }}(row: u32, r: u32) -> vec4<u32> {
 {% endmacro %}
 
 {% macro readers() %}
-fn eight_halves(first: vec4<f32>, second: vec4<f32>) -> vec4<u32> {
-  return vec4<u32>(pack2x16float(first.xy), pack2x16float(first.zw), pack2x16float(second.xy), pack2x16float(second.zw));
-}
 {{ read_row("p", " * f32(%s)" % beta) }}
 {% if q_contiguous %}
 {{ read_row("q", "") }}

@@ -8,6 +8,9 @@
 
 {# For the workgroup arrays that hold operands, {name: f16 an element}, and the (left, right) pairs that are multiplied. #}
 {% macro functions(arrays, pairs) %}
+fn eight_halves(first: vec4<f32>, second: vec4<f32>) -> vec4<u32> {
+  return vec4<u32>(pack2x16float(first.xy), pack2x16float(first.zw), pack2x16float(second.xy), pack2x16float(second.zw));
+}
 {% if dialect == "emulated" %}
 {% for name, width in arrays.items() %}
 fn half_{{ name }}(at: u32) -> f32 { return unpack2x16float({{ name }}[at >> {{ 3 if width == 8 else 1 }}u]{{ "[(at >> 1u) & 3u]" if width == 8 }})[at & 1u]; }
@@ -102,5 +105,26 @@ fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, 
   }
 {% else %}
   subgroupMatrixStore<row_major>(&{{ array }}, {{ offset }}, {{ sums }}, {{ stride }}u);
+{% endif %}
+{% endmacro %}
+
+{# What `lanes` neighbours of a subgroup share, a power of two: NAME becomes its combination over them. #}
+{% macro exchange(threads) %}
+{% if dialect == "emulated" %}
+var<workgroup> exchanged: array<f32, {{ threads }}>;
+{% endif %}
+{% endmacro %}
+
+{% macro combine(name, lanes, combined) %}
+{% if dialect == "emulated" %}
+  exchanged[thread] = {{ name }};
+  workgroupBarrier();
+  {{ name }} = exchanged[thread / {{ lanes }}u * {{ lanes }}u];
+  for (var x = 1u; x < {{ lanes }}u; x++) { {{ name }} = {{ combined(name, "exchanged[thread / %du * %du + x]" % (lanes, lanes)) }}; }
+  workgroupBarrier();
+{% else %}
+{% for bit in (1, 2, 4, 8, 16) if bit < lanes %}
+  {{ name }} = {{ combined(name, "subgroupShuffleXor(%s, %du)" % (name, bit)) }};
+{% endfor %}
 {% endif %}
 {% endmacro %}

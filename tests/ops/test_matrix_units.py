@@ -14,7 +14,6 @@ import pytest
 
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.plan import make_plan
-from entrenar_gpu.gpu import kernel
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps, MatrixConfig
@@ -39,13 +38,6 @@ AMD = MatrixConfig("f16", "f32", 16, 16, 16, 32, 64)
 INTEL = MatrixConfig("f16", "f32", 8, 16, 16, 8, 32)
 APPLE = MatrixConfig("f32", "f32", 8, 8, 8, 32, 32)
 BAR = 1e-6
-
-
-@pytest.fixture
-def emulated(device: Any, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
-    """Kernels whose matrices are spelled in plain WGSL."""
-    monkeypatch.setitem(kernel._environment().globals, "dialect", "emulated")
-    return KernelCache(device)
 
 
 def caps_with(device: Any, config: MatrixConfig) -> Caps:

@@ -162,22 +162,25 @@ def choose(
     return _predicted(arithmetic, m, n, k, caps, split, tail)
 
 
+def matrices_of(caps: Caps) -> MatrixConfig | None:
+    """The device's matrices of f16 with sums in f32, if any: of several sizes the largest, which read operands least often."""
+    offered = [c for c in caps.matrices if (c.component, c.result) == ("f16", "f32") and c.max_subgroup >= 8]
+    return max(offered, key=lambda c: c.m * c.n * c.k, default=None)
+
+
 def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
     """Blockings on the device's matrix units, largest first; none where it has none for this arithmetic.
 
     In f16 those that sum in f32: subgroups make 4 x 4 matrices each, or 2 x 2 where that is too much.
     """
     found = []
-    offered = [c for c in caps.matrices if (c.component, c.result) == ("f16", "f32") and c.max_subgroup >= 8]
-    # Of several sizes the largest matrices: they read each operand least often.
-    for config in sorted(offered, key=lambda c: -c.m * c.n * c.k)[:1] if arithmetic == "f16" else ():
-        pinned = int(config.min_subgroup != config.max_subgroup)
-        for edge in (4, 2):
-            down, across = edge * config.m, edge * config.n
-            tile = MatrixTile(2 * down, 2 * across, 32, down, across, 1, 1, config.m, config.n, config.k)
-            tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=pinned)
-            if 32 % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
-                found.append(tile)
+    config = matrices_of(caps) if arithmetic == "f16" else None
+    for edge in (4, 2) if config is not None else ():
+        down, across = edge * config.m, edge * config.n
+        tile = MatrixTile(2 * down, 2 * across, 32, down, across, 1, 1, config.m, config.n, config.k)
+        tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
+        if 32 % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
+            found.append(tile)
     return sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN)
 
 

@@ -1,0 +1,106 @@
+"""Attention on matrix units, with their builtins emulated in plain WGSL: staging, masks, rescaling, edges, parts.
+
+No software adapter has such units: `make gpu-test` runs the real ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrenar_gpu import ops
+from entrenar_gpu.gpu.kernel import KernelCache
+from entrenar_gpu.graph.caps import Caps, MatrixConfig
+from entrenar_gpu.ops.attention_matrix import matrices_for
+from tests.helpers.cases import Case, segment_starts, x
+from tests.helpers.equivalence import build, fault, needs, plan_of, run_device, run_reference
+from tests.ops.test_matrix_units import AMD, APPLE, INTEL, NVIDIA
+
+grad_ops = importlib.import_module("entrenar_gpu.ops.attention_grad")
+
+# Operands are rounded to f16, 2^-12 to 2^-11 of each, weights and dscores once more; sums are f32.
+ERROR, WORST = (2e-5, 1e-3), 3e-3
+
+
+def case_of(lengths: list[list[int]], heads: int, kv_heads: int, e: int, size: float = 1.0) -> Case:
+    """Rows of packed segments of these lengths; queries and keys are `size` times normal deviates."""
+    tokens = sum(map(sum, lengths))
+    apply = functools.partial(ops.attention, rows=len(lengths), heads=heads, kv_heads=kv_heads, precision="f16")
+
+    def scaled(q: Any, k: Any, v: Any, starts: Any) -> Any:
+        return apply(ops.scale(q, size), ops.scale(k, size), v, starts)
+
+    inputs = (x(tokens, heads * e), x(tokens, kv_heads * e), x(tokens, kv_heads * e), segment_starts(lengths))
+    return Case(f"attention-{lengths}-{e}-{size}", inputs, scaled)
+
+
+def errors(case: Case, device: Any, kernels: KernelCache, caps: Caps) -> dict[str, tuple[float, float]]:
+    """(relative Frobenius error, worst element against the largest) of each output of attention's ops."""
+    program = build(case)
+    want, plan = run_reference(program), plan_of(case, program, caps, keep=True)
+    shaders = {launch.shader for step in plan.steps[case.name] for launch in step.launches}
+    assert {"attention_matrix", "attention_dscores_matrix", "attention_grad_matrix"} <= shaders
+    got = run_device(program, device, kernels, plan)
+    found = {}
+    for node in program.graph.nodes:
+        for number, tensor in enumerate(node.outputs if node.op in ("attention", "attention_grad") else ()):
+            exact = want[tensor.id]
+            error = np.abs(got[tensor.id].astype(np.float64) - exact)
+            found[f"{node.op} {number}"] = (
+                np.linalg.norm(error) / np.linalg.norm(exact),
+                error.max() / np.abs(exact).max(),
+            )
+    return found
+
+
+def caps_with(device: Any, config: MatrixConfig, kibibytes: int) -> Caps:
+    # Emulation keeps queries in workgroup memory too: so much less is planned with.
+    return replace(device.caps, matrices=(config,), f16=True, max_workgroup_bytes=kibibytes << 10)
+
+
+CASES = {
+    "one block": (case_of([[64]], 2, 1, 32), NVIDIA, 21),
+    "edges, packed": (case_of([[70], [9, 61]], 2, 2, 16), NVIDIA, 20),
+    "several blocks": (case_of([[200]], 2, 1, 16), NVIDIA, 20),
+    "sixteen keys at a time": (case_of([[100, 40]], 1, 1, 32), NVIDIA, 19),
+    "maxima that grow": (case_of([[130, 62]], 1, 1, 16, 2.5), NVIDIA, 20),
+    "8x16x16": (case_of([[90, 40]], 2, 1, 16), INTEL, 24),
+    "subgroups of 64": (case_of([[65]], 1, 1, 16), AMD, 24),
+}
+
+
+def check(name: str, device: Any, kernels: KernelCache) -> None:
+    needs(device, "f16")
+    case, config, kibibytes = CASES[name]
+    for output, (error, worst) in errors(case, device, kernels, caps_with(device, config, kibibytes)).items():
+        assert error <= ERROR[1], f"{output}: {error:.1e}"
+        assert worst <= WORST, f"{output}: worst element {worst:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_both_passes(name: str, device: Any, emulated: KernelCache) -> None:
+    check(name, device, emulated)
+
+
+@pytest.mark.parametrize(
+    ("config", "e", "kibibytes", "fits"),
+    [
+        (NVIDIA, 128, 48, True),
+        (NVIDIA, 80, 48, True),
+        (NVIDIA, 100, 48, False),
+        (NVIDIA, 64, 32, True),
+        (NVIDIA, 128, 16, False),
+        (INTEL, 128, 64, True),
+        (AMD, 128, 64, True),
+        (APPLE, 128, 64, False),
+    ],
+)
+def test_heads_that_are_multiplied_by_matrices(config: MatrixConfig, e: int, kibibytes: int, fits: bool) -> None:
+    caps = Caps(max_workgroup_bytes=kibibytes << 10, max_invocations=1024, matrices=(config,), f16=True)
+    assert (matrices_for(e, caps) is not None) == fits
