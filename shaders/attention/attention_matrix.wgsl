@@ -15,7 +15,8 @@ const MASKED = -1e30;
 var<workgroup> tile: array<vec4<u32>, {{ [BQ, BK] | max * parts.ROW }}>;
 var<workgroup> stored: array<f32, {{ BQ * STORED }}>;
 var<workgroup> weights: array<u32, {{ BQ * WEIGHTS }}>;
-var<workgroup> grown: atomic<u32>; // the last block of keys at which a maximum had grown too much
+// The last block of keys at which a maximum had grown too much; four, so that no array begins off 16 bytes, as matrices must.
+var<workgroup> grown: array<atomic<u32>, 4>;
 {{ matrix.exchange(THREADS) }}
 {% set tile_query = parts.tile_of("query") %}
 {{ parts.declare(["query"], BQ) }}
@@ -53,7 +54,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let last_segment = segment_start[row_start + last];
   let earliest = {{ parts.first_key("segment_start[row_start + min(at_query, %du)]" % (S - 1), "at_query") }};
 {{ matrix.begin() }}
-  if (thread == 0u) { atomicStore(&grown, 0u); }
+  if (thread == 0u) { atomicStore(&grown[0], 0u); }
   {{ parts.stage(tile_query, 0, "q", "q0", BQ, "head", H, " * %s" % scale) }}
   workgroupBarrier();
   {{ parts.hold("query", tile_query, "subgroup * %du" % MM) }}
@@ -95,9 +96,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (k0 == first) {
       highest = most;
     } else if (most > highest + {{ MARGIN }}.0) {
-      atomicMax(&grown, k0);
+      atomicMax(&grown[0], k0);
     }
-    if (workgroupUniformLoad(&grown) == k0 && k0 != first) {
+    if (workgroupUniformLoad(&grown[0]) == k0 && k0 != first) {
       let higher = max(highest, most);
       let shrink = exp2(highest - higher);
       highest = higher;
