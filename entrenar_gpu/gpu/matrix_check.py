@@ -1,8 +1,8 @@
 """Whether a driver's matrix units compute what they should: tried once per GPU and driver, before they are used.
 
-A feature bit tells that a driver knows matrices, not that it multiplies them. So a product of random operands is held
-against the same product without matrix units. The outcome is kept in the cache folder; a driver that crashes on the way
-has left "running" there, and is not tried again.
+A feature bit tells that a driver knows matrices, not that it multiplies them. So products, a layer with its adapter and
+attention, both passes, over random operands are held against the same without matrix units. The outcome is kept in the
+cache folder; a driver that crashes on the way has left "running" there, and is not tried again.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entrenar_gpu.compiler import make_plan
+import numpy as np
+
+from entrenar_gpu.compiler import PlanOptions, backward, make_plan
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.executors import run_node
 from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import TOLERANCES, Product, Program
 from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.graph import Graph
+from entrenar_gpu.ops.attention import attention
+from entrenar_gpu.ops.gemm.linear import linear
+from entrenar_gpu.ops.quantize import Nf4Tensors
 
-VERSION = 1  # of the kernels on matrix units
+VERSION = 2  # of the kernels on matrix units
 PASSED = "passed"
+_ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice
 # Whole tiles and edges, both layouts of B; K of several slices' length.
 _PRODUCTS = [
     Product("matrix check", "f16", m, 128, 512, transpose_b=by_columns, weight=True)
@@ -68,7 +76,62 @@ def try_matrices(device: Device) -> str:
             return str(failure).splitlines()[0]
         if not error <= TOLERANCES["f16"]:
             return f"a product of {product.m}x{product.n}x{product.k} is off by {error:.1e}"
+    for graph in (_layer(), _attention()):
+        try:
+            error = _error(device, kernels, graph)
+        except (RuntimeError, device.engine.api.GPUError) as failure:
+            return str(failure).splitlines()[0]
+        if not error <= _ROUNDED:
+            return f"{graph.name} is off by {error:.1e}"
     return PASSED
+
+
+def _layer() -> Graph:
+    """A projection with its adapter, onto a residual, and back."""
+    graph, (t, n, k, r) = Graph("a layer"), (128, 128, 256, 16)
+    x, a, b = (graph.tensor(name, s, requires_grad=True) for name, s in (("x", (t, k)), ("a", (r, k)), ("b", (n, r))))
+    weight = Nf4Tensors.declare(graph, "weight", (n, k), False, "float32")
+    out = linear(x, weight, residual=graph.tensor("residual", (t, n)), precision="f16", lora=(a, b, 0.5))
+    backward(out, [x, a, b], graph.tensor("upstream", out.shape))
+    return graph
+
+
+def _attention() -> Graph:
+    graph, tokens = Graph("attention"), 192
+    sizes = {"q": 256, "k": 128, "v": 128}
+    q, k, v = (graph.tensor(name, (tokens, size), requires_grad=True) for name, size in sizes.items())
+    out = attention(q, k, v, graph.tensor("segment_start", (tokens,), "u32"), 1, 2, 1, "f16")
+    backward(out, [q, k, v], graph.tensor("upstream", out.shape))
+    return graph
+
+
+def _error(device: Device, kernels: KernelCache, graph: Graph) -> float:
+    """The largest relative Frobenius error of an output of a graph against NumPy."""
+    rng, arrays = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name, tensor in graph.persistents.items():
+        values: np.ndarray = rng.standard_normal(tensor.shape, dtype=np.float32)
+        if tensor.dtype == "u8":
+            values = rng.integers(0, 256, tensor.shape, dtype=np.uint8)
+        elif tensor.dtype == "u32":  # two segments
+            values = np.repeat(np.array([0, 100], np.uint32), [100, tensor.size - 100])
+        arrays[name] = values
+    values_of = {t.id: arrays[name] for name, t in graph.persistents.items()}
+    for node in graph.nodes:
+        run_node(node, values_of)
+    replay = Replay(device, make_plan({graph.name: graph}, device.caps, PlanOptions(keep=True)), kernels)
+    try:
+        for name, array in arrays.items():
+            replay.write(name, array)
+        replay.run(graph.name)
+        outputs = [t for node in graph.nodes for t in node.outputs]
+        return max(_off(replay.read_temporary(t), values_of[t.id]) for t in outputs)
+    finally:
+        replay.close()
+
+
+def _off(got: np.ndarray, want: np.ndarray) -> float:
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    return error if np.isfinite(error) else np.inf
 
 
 def check_path(device: Device) -> Path:

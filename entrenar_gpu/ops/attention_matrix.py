@@ -1,7 +1,7 @@
 """Attention on matrix units: which kernels, how they are cut up, and their launches.
 
-They take the place of the kernels in plain WGSL where products are of f16 operands, the device multiplies matrices of f16
-with sums in f32 (`Caps.matrices`), and heads are whole matrices long.
+They take the place of the kernels in plain WGSL where products are of f16 operands, the device multiplies matrices of
+f16 with sums in f32 (`Caps.matrices`), and heads are whole matrices long.
 """
 
 from __future__ import annotations

@@ -128,7 +128,18 @@ SMALL = MatrixTile(64, 64, 32, 32, 32)
         ((64, 128, 256), {"slices": 2}),
         ((40, 64, 512), {"slices": 3, "transpose_b": False, "dtype": "f32"}),
     ],
-    ids=["whole", "edges", "rows", "rows of bf16", "f32", "onto C", "onto C, edges", "scaled", "slices", "slices, rows, edges"],
+    ids=[
+        "whole",
+        "edges",
+        "rows",
+        "rows of bf16",
+        "f32",
+        "onto C",
+        "onto C, edges",
+        "scaled",
+        "slices",
+        "slices, rows, edges",
+    ],
 )
 def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int], options: dict[str, Any]) -> None:
     if not device.caps.f16:

@@ -155,8 +155,8 @@ def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
 
 
 def _low_rank(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]]:
-    """Bindings and constants of P and Q: of tiles as A's and B's in f32 and on matrix units, else of what is read element
-    by element."""
+    """Bindings and constants of P and Q: of tiles as A's and B's in f32 and on matrix units, else of what is read
+    element by element."""
     if matmul.low_rank is None:
         return [], {"R": 0, "q_contiguous": False}
     (m, n, _), (p, q, beta, r) = matmul.sizes, matmul.low_rank
@@ -164,7 +164,8 @@ def _low_rank(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
     if isinstance(tile, MatrixTile):
         constants["q_contiguous"] = matmul.low_rank_transposed
         along_r = 4 if r % 8 == 0 else 1
-        return [reads("p", p.tensor, along_r), reads("q", q.tensor, along_r if matmul.low_rank_transposed else 4)], constants
+        along_q = along_r if matmul.low_rank_transposed else 4
+        return [reads("p", p.tensor, along_r), reads("q", q.tensor, along_q)], constants
     if matmul.arithmetic != "f32":
         q_n, q_r = (r, 1) if matmul.low_rank_transposed else (1, n)
         return [reads("p", p.tensor), reads("q", q.tensor)], {**constants, "q_n": q_n, "q_r": q_r}

@@ -163,7 +163,7 @@ def choose(
 
 
 def matrices_of(caps: Caps) -> MatrixConfig | None:
-    """The device's matrices of f16 with sums in f32, if any: of several sizes the largest, which read operands least often."""
+    """The device's matrices of f16 with sums in f32, if any: of several sizes the largest, as they read least."""
     offered = [c for c in caps.matrices if (c.component, c.result) == ("f16", "f32") and c.max_subgroup >= 8]
     return max(offered, key=lambda c: c.m * c.n * c.k, default=None)
 
@@ -175,7 +175,9 @@ def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
     """
     found = []
     config = matrices_of(caps) if arithmetic == "f16" else None
-    for edge in (4, 2) if config is not None else ():
+    if config is None:
+        return []
+    for edge in (4, 2):
         down, across = edge * config.m, edge * config.n
         tile = MatrixTile(2 * down, 2 * across, 32, down, across, 1, 1, config.m, config.n, config.k)
         tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
@@ -196,9 +198,7 @@ def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, s
     return min(found, key=lambda c: _cost(arithmetic, c, m, n, k, caps), default=None)
 
 
-def matrix_choices(
-    arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True
-) -> list[Choice]:
+def matrix_choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True) -> list[Choice]:
     """Every blocking on the device's matrix units."""
     tiles = [tile for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
     return [
