@@ -22,6 +22,7 @@ from entrenar_gpu.ops.half import from_half, to_half
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build, plan_of
 from tests.ops import (
+    test_attention_matrix,
     test_cached_attention,
     test_half,
     test_kernels,
@@ -45,7 +46,13 @@ BYTES = {"f32": 4, "u32": 4, "i32": 4, "vec2<f32>": 8, "vec4<f32>": 16, "vec2<u3
 TEMPLATES = sorted(shader_files().keys() - {"random"})
 
 # Kernels for optional features, in test_low_precision.py and test_matrix_units.py.
-NEED_FEATURES = {"matmul_f16", "matmul_matrix"}
+NEED_FEATURES = {
+    "matmul_f16",
+    "matmul_matrix",
+    "attention_matrix",
+    "attention_dscores_matrix",
+    "attention_grad_matrix",
+}
 
 
 def other_graphs() -> dict[str, Graph]:
@@ -135,6 +142,7 @@ def test_every_template_has_a_planted_fault():
     planted |= {row[0] for row in (*test_low_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
     planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_row_product.FAULTS)}
+    planted |= {row[0] for row in test_attention_matrix.FAULTS}
     planted.add("matmul_matrix")  # test_matrix_units.py
     assert planted == set(TEMPLATES)
 

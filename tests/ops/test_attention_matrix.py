@@ -92,19 +92,19 @@ def test_both_passes(name: str, device: Any, emulated: KernelCache) -> None:
     check(name, device, emulated)
 
 
+FAULTS = [
+    ("attention_matrix", "total *= shrink", "total *= 1.0", "maxima that grow"),
+    ("attention_matrix", "> highest + 8.0", "> highest + 800.0", "maxima that grow"),
+    ("attention_matrix", "key >= vec2<u32>(earliest)", "key >= vec2<u32>(0u)", "edges, packed"),
+    ("attention_dscores_matrix", "|| k0 + 40u", "|| k0 + 80u", "a window"),
+    ("attention_dscores_matrix", "- vec4<f32>(delta)", "- vec4<f32>(lse)", "one block"),
+    ("attention_dscores_matrix", "j * 64u + step", "j * 64u", "several blocks"),
+    ("attention_grad_matrix", "512u, 0u", "0u, 512u", "one block"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("shader", "old", "new", "name"),
-    [
-        ("attention_matrix", "total *= shrink", "total *= 1.0", "maxima that grow"),
-        ("attention_matrix", "> highest + 8.0", "> highest + 800.0", "maxima that grow"),
-        ("attention_matrix", "key >= vec2<u32>(earliest)", "key >= vec2<u32>(0u)", "edges, packed"),
-        ("attention_dscores_matrix", "|| k0 + 40u", "|| k0 + 80u", "a window"),
-        ("attention_dscores_matrix", "- vec4<f32>(delta)", "- vec4<f32>(lse)", "one block"),
-        ("attention_dscores_matrix", "j * 64u + step", "j * 64u", "several blocks"),
-        ("attention_grad_matrix", "512u, 0u", "0u, 512u", "one block"),
-    ],
-)
+@pytest.mark.parametrize(("shader", "old", "new", "name"), FAULTS)
 def test_planted_faults_are_seen(
     shader: str, old: str, new: str, name: str, device: Any, emulated: KernelCache
 ) -> None:
