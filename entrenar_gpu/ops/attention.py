@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, MatrixConfig, Node, Tensor, literal, reads, writes
+from entrenar_gpu.graph import Binding, Caps, Launch, MatrixConfig, Node, Tensor, literal, reads, writes
 from entrenar_gpu.integers import ceil_div, round_up
 from entrenar_gpu.ops.attention_matrix import constants_of, forward_blocking, matrices_for
+from entrenar_gpu.ops.gemm.launches import whole
+from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 
@@ -206,7 +208,8 @@ def _blocking(node: Node, caps: Caps) -> Mapping[str, int]:
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     s, width, config = shape_of(node), vector_of(node), matrices_of_head(node, caps)
     blocking = _blocking(node, caps) if config is None else forward_blocking(s["E"], config, caps)
-    bindings = [reads(name, node.inputs[name], width) for name in ("q", "k", "v")]
+    halves, converts = half_operands(node, ("q", "k", "v"), placed.workspace, caps)
+    bindings = [bind_operand(name, halves[name], width) for name in ("q", "k", "v")]
     bindings += [reads("segment_start", node.inputs["segment_start"])]
     bindings += [writes("out", node.outputs[0], width), writes("lse", node.outputs[1])]
     whole = s["S"] % blocking["BQ"] == 0 and s["S"] % blocking["BK"] == 0
@@ -215,7 +218,29 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     constants |= {"WHOLE": whole, "BASES": bases, "ln2": literal(math.log(2))}
     grid = (s["H"], s["B"], ceil_div(s["S"], blocking["BQ"]))
     shader = "attention" if config is None else "attention_matrix"
-    return [Launch(shader, tuple(bindings), constants, grid, trusted=True)]
+    return [*converts, Launch(shader, tuple(bindings), constants, grid, trusted=True)]
+
+
+def half_specs(node: Node, names: Sequence[str], caps: Caps) -> list[Spec]:
+    """Workspace for the copies in f16 that matrix units multiply; none for the other kernels."""
+    return [(node.inputs[name].shape, "f16") for name in names] if matrices_of_head(node, caps) is not None else []
+
+
+def half_operands(
+    node: Node, names: Sequence[str], workspace: Sequence[Tensor], caps: Caps
+) -> tuple[dict[str, Tensor], list[Launch]]:
+    """What kernels read as these inputs, by name, and the launches that make it: the first of the workspace, in f16."""
+    if matrices_of_head(node, caps) is None:
+        return {name: node.inputs[name] for name in names}, []
+    copies = dict(zip(names, workspace, strict=False))
+    sources = [(whole(node.inputs[name]), copy) for name, copy in copies.items()]
+    return copies, [low_precision_rows_launch(s, c.rows, c.columns, c, None, caps) for s, c in sources]
+
+
+def bind_operand(name: str, tensor: Tensor, width: int, offset: int = 0) -> Binding:
+    """An operand in vectors of `width`; of f16, in words of eight."""
+    half = tensor.dtype == "f16"
+    return Binding(name, tensor, vector=4 if half else width, offset=offset, words=half)
 
 
 def vector_of(node: Node) -> int:
@@ -241,4 +266,14 @@ def flops(products: int) -> Callable[[Node], int]:
     return count
 
 
-register(Op("attention", _infer, _reference, _launch, _gradient, flops=flops(2)))
+register(
+    Op(
+        "attention",
+        _infer,
+        _reference,
+        _launch,
+        _gradient,
+        workspace=lambda node, caps: half_specs(node, ("q", "k", "v"), caps),
+        flops=flops(2),
+    )
+)

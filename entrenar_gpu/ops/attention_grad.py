@@ -7,7 +7,7 @@ they go to scratch, and each of the three gradients is a plain product of those 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, lit
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.attention import (
     flops,
+    half_operands,
+    half_specs,
     head_constants,
     join,
     low_precision,
@@ -32,6 +34,8 @@ from entrenar_gpu.ops.attention import (
 from entrenar_gpu.ops.attention_matrix import BLOCK, dscores_blocking, products_blocking, split_of
 from entrenar_gpu.ops.registry import Op, Placement, Spec, register, same_as
 
+OPERANDS = ("q", "k", "v", "dout")  # of products
+Operands = Mapping[str, Tensor]
 SCRATCH_BYTES = 144 << 20  # for P and dS of a part: enough for a device's workgroups (docs/attention.md)
 
 
@@ -133,11 +137,12 @@ def _rows_of_blocks(blocks: int, room: int) -> Iterator[range]:
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """P and dS of a part and, where heads share keys, its dk and dv by query head."""
+    """Operands in f16 for matrix units, P and dS of a part and, where heads share keys, its dk and dv by query head."""
     s, parts = shape_of(node), list(_parts(node, caps))
     group = s["H"] // s["K"]
     blocks = max(len(p.rows) * len(p.kv_heads) * group * p.pairs() for p in parts)
-    specs: list[Spec] = [((blocks, 2, BLOCK, BLOCK), "f16" if low_precision(node, caps) else "f32")]
+    specs = half_specs(node, OPERANDS, caps)
+    specs.append(((blocks, 2, BLOCK, BLOCK), "f16" if low_precision(node, caps) else "f32"))
     if group > 1:
         tokens = max(len(p.rows) * len(p.kv_heads) for p in parts) * s["S"]
         specs += [((tokens, group * s["E"]), "f32")] * 2
@@ -147,27 +152,31 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
 class _Bindings:
     """Bindings of a part's launches: each tensor from the part's beginning on."""
 
-    def __init__(self, node: Node, part: Part) -> None:
-        self._s, self._part, self._width = shape_of(node), part, vector_of(node)
+    def __init__(self, node: Node, part: Part, operands: Operands) -> None:
+        self._s, self._part, self._width, self._operands = shape_of(node), part, vector_of(node), operands
         self._group = self._s["H"] // self._s["K"]
         self.bases: dict[str, str] = {}
 
     def __call__(self, name: str, tensor: Tensor, start: int, width: int = 1, write: bool = False) -> Binding:
         offset, rest = split_offset(start, tensor)
         self.bases[name] = f"{rest}u + " if rest else ""
-        return Binding(name, tensor, write, width, offset)
+        return Binding(name, tensor, write, width, offset, words=tensor.dtype == "f16")
 
     def by_query_head(self, name: str, tensor: Tensor, write: bool = False) -> Binding:
         """A tensor [B, S, H, E]."""
         s, part = self._s, self._part
         start = (part.rows.start * s["S"] * s["H"] + part.kv_heads.start * self._group) * s["E"]
-        return self(name, tensor, start, self._width, write)
+        return self(name, tensor, start, self._vector(tensor), write)
 
     def by_kv_head(self, name: str, tensor: Tensor, write: bool = False) -> Binding:
         """A tensor [B, S, K, E]."""
         s, part = self._s, self._part
         start = (part.rows.start * s["S"] * s["K"] + part.kv_heads.start) * s["E"]
-        return self(name, tensor, start, self._width, write)
+        return self(name, tensor, start, self._vector(tensor), write)
+
+    def _vector(self, tensor: Tensor) -> int:
+        """Of what is in f16, words of eight."""
+        return 4 if tensor.dtype == "f16" else self._width
 
     def whole(self, name: str, tensor: Tensor) -> Binding:
         """Scratch of the part, written as vectors of a head."""
@@ -178,20 +187,26 @@ class _Bindings:
         s, part = self._s, self._part
         return self("statistics", tensor, (part.rows.start * s["H"] + part.kv_heads.start * self._group) * s["S"])
 
+    def values(self) -> Binding:
+        """v, which only the first half reads."""
+        return self.by_kv_head("v", self._operands["v"])
+
     def inputs(self, node: Node) -> list[Binding]:
         """What both halves read."""
-        q, k, dout = node.inputs["q"], node.inputs["k"], node.inputs["dout"]
+        q, k, dout = (self._operands[name] for name in ("q", "k", "dout"))
         vectors = [self.by_query_head("q", q), self.by_kv_head("k", k), self.by_query_head("dout", dout)]
         segment_start = node.inputs["segment_start"]
         return [*vectors, self("segment_start", segment_start, self._part.rows.start * self._s["S"])]
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    blocks, launches = ceil_div(shape_of(node)["S"], BLOCK), []
+    blocks = ceil_div(shape_of(node)["S"], BLOCK)
+    operands, launches = half_operands(node, OPERANDS, placed.workspace, caps)
+    scratch = placed.workspace[len(launches) :]
     for part in _parts(node, caps):
-        launches += [_dscores(node, caps, part, placed.workspace), _products(node, caps, part, placed.workspace)]
-        if len(placed.workspace) > 1 and part.blocks.stop == blocks:
-            launches.append(_group_sum(node, caps, part, placed.workspace))
+        launches += [half(node, caps, part, operands, scratch) for half in (_dscores, _products)]
+        if len(scratch) > 1 and part.blocks.stop == blocks:
+            launches.append(_group_sum(node, caps, part, operands, scratch))
     return launches
 
 
@@ -203,9 +218,9 @@ def _constants(node: Node, caps: Caps, part: Part) -> dict[str, Any]:
     return {**head_constants(node, caps), **sizes, "WHOLE": s["S"] % BLOCK == 0}
 
 
-def _dscores(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
-    bind, constants, blocks = _Bindings(node, part), _constants(node, caps, part), part.blocks
-    bindings = [*bind.inputs(node), bind.by_kv_head("v", node.inputs["v"])]
+def _dscores(node: Node, caps: Caps, part: Part, operands: Operands, workspace: Sequence[Tensor]) -> Launch:
+    bind, constants, blocks = _Bindings(node, part, operands), _constants(node, caps, part), part.blocks
+    bindings = [*bind.inputs(node), bind.values()]
     bindings.append(bind.statistics(node.inputs["statistics"]))
     constants |= {"log2e": literal(math.log2(math.e)), "BASES": bind.bases}
     heads = len(part.rows) * constants["HEADS"]
@@ -221,8 +236,8 @@ def _dscores(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) ->
     return Launch("attention_dscores", tuple(bindings), constants, grid, trusted=True)
 
 
-def _products(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
-    bind, constants = _Bindings(node, part), _constants(node, caps, part)
+def _products(node: Node, caps: Caps, part: Part, operands: Operands, workspace: Sequence[Tensor]) -> Launch:
+    bind, constants = _Bindings(node, part, operands), _constants(node, caps, part)
     dscores, *partial = workspace
     config = matrices_of_head(node, caps)
     bindings = [*bind.inputs(node), Binding("dscores", dscores, vector=4, words=config is not None)]
@@ -250,8 +265,8 @@ def _steps(e: int, f16: bool) -> int:
     return next(c for c in (most, most // 2) if c * (BLOCK + padded(e)) * itemsize <= Caps().max_workgroup_bytes)
 
 
-def _group_sum(node: Node, caps: Caps, part: Part, workspace: Sequence[Tensor]) -> Launch:
-    s, heads, bind = shape_of(node), len(part.kv_heads), _Bindings(node, part)
+def _group_sum(node: Node, caps: Caps, part: Part, operands: Operands, workspace: Sequence[Tensor]) -> Launch:
+    s, heads, bind = shape_of(node), len(part.kv_heads), _Bindings(node, part, operands)
     partial = zip(("partial_k", "partial_v"), workspace[1:], strict=True)
     start = (part.rows.start * s["S"] * s["K"] + part.kv_heads.start) * s["E"]
     results = zip(("dk", "dv"), node.outputs[1:], strict=True)

@@ -1,5 +1,5 @@
 // attention_dscores.wgsl on matrix units: P and dS of every visible block of 64 queries and 64 keys (FlashAttention-2, arXiv
-// 2307.08691, algorithm 2), f16 operands, f32 sums.
+// 2307.08691, algorithm 2), of f16 operands, with f32 sums.
 //   P = exp(scale q k^T - lse), dP = dout v^T, dS = P (dP - delta), which lacks the factor scale
 // q and dout [rows, S, H, E], k and v [rows, S, K, E], statistics [2, B, H, S]: lse, then delta = sum(out dout).
 // dscores [rows, HEADS, PAIRS, 2, 64, 64]: P, then dS, by query and key, for query blocks FIRST to END - 1 and the key
@@ -43,7 +43,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lse = statistics[facts] * {{ log2e }};
   let delta = statistics[facts + {{ B * H * S }}u];
 {{ matrix.begin() }}
-  {{ parts.stage(tile_query, 0, "q", "q0", 64, "head", H, " * %s" % scale) }}
+  {{ parts.stage(tile_query, 0, "q", "q0", 64, "head", H) }}
   workgroupBarrier();
   {{ parts.hold("query", tile_query, "subgroup * %du" % MM) }}
   workgroupBarrier();
@@ -74,8 +74,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       {
         let column = (own + {{ c * LANES }}u) * 8u;
         let place = row * {{ STORED }}u + column;
-        var weight0 = exp2(min(vec4<f32>({{ four("place") }}) - vec4<f32>(lse), vec4<f32>()));
-        var weight1 = exp2(min(vec4<f32>({{ four("place + 4u") }}) - vec4<f32>(lse), vec4<f32>()));
+        var weight0 = exp2(min({{ scale }} * vec4<f32>({{ four("place") }}) - vec4<f32>(lse), vec4<f32>()));
+        var weight1 = exp2(min({{ scale }} * vec4<f32>({{ four("place + 4u") }}) - vec4<f32>(lse), vec4<f32>()));
         if (masked) {
           let key0 = vec4<u32>(k0 + column) + vec4<u32>(0u, 1u, 2u, 3u);
           let key1 = key0 + vec4<u32>(4u);

@@ -1,5 +1,5 @@
 // attention_grad.wgsl on matrix units: matmuls of the blocks that attention_dscores_matrix left (FlashAttention-2, arXiv
-// 2307.08691, algorithm 2), f16 operands, f32 sums.
+// 2307.08691, algorithm 2), of f16 operands, with f32 sums.
 //   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
 // A workgroup owns 64 tokens of one of the three, a subgroup TM of them and TN columns, PART of which go to
 // memory at a time; dk and dv are by query head,
@@ -33,9 +33,9 @@ var<workgroup> stored: array<f32, {{ DOWN * (E // TN) * MM * STORED }}>;
 {% endmacro %}
 
 {# Four results to where they belong: = or, where `add` holds, +=. #}
-{% macro put(target, heads, add) %}
+{% macro put(target, heads, add, factor="") %}
 {% set at = "(%s((row_start + token) * %du + head) * %du + column) / 4u" % (BASES[target], heads, E) %}
-{{ target }}[{{ at }}] = {{ "value + select(vec4<f32>(), %s[%s], %s)" % (target, at, add) if add else "value" }};
+{{ target }}[{{ at }}] = {{ factor }}value{{ " + select(vec4<f32>(), %s[%s], %s)" % (target, at, add) if add }};
 {%- endmacro %}
 
 @compute @workgroup_size({{ THREADS }}){{ " @subgroup_size(%d)" % SUBGROUP if pinned and dialect != "emulated" }}
@@ -66,9 +66,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     for (var n = thread; n < 512u; n += {{ THREADS }}u) { block[n / 8u * 9u + n % 8u] = dscores[start + n]; }
     if (of_query) {
-      {{ parts.stage("tile", 0, "k", "other * 64u", 64, "kv_head", K, " * %s" % scale) }}
+      {{ parts.stage("tile", 0, "k", "other * 64u", 64, "kv_head", K) }}
     } else if (group.y == 1u) {
-      {{ parts.stage("tile", 0, "q", "other * 64u", 64, "head", H, " * %s" % scale) }}
+      {{ parts.stage("tile", 0, "q", "other * 64u", 64, "head", H) }}
     } else {
       {{ parts.stage("tile", 0, "dout", "other * 64u", 64, "head", H) }}
     }
@@ -96,9 +96,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let place = at_stored + lane / {{ LANES }}u * {{ STORED }}u + within;
         let value = vec4<f32>(stored[place], stored[place + 1u], stored[place + 2u], stored[place + 3u]);
         if (of_query) {
-          {{ "if (own >= %du) " % FIRST if FIRST }}{ {{ put("dq", H, "") }} }
+          {{ "if (own >= %du) " % FIRST if FIRST }}{ {{ put("dq", H, "", "%s * " % scale) }} }
         } else if (group.y == 1u) {
-          {{ put("dk", OUT_HEADS, "own < %du" % FIRST if FIRST else "") }}
+          {{ put("dk", OUT_HEADS, "own < %du" % FIRST if FIRST else "", "%s * " % scale) }}
         } else {
           {{ put("dv", OUT_HEADS, "own < %du" % FIRST if FIRST else "") }}
         }

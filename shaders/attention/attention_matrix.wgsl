@@ -1,11 +1,11 @@
 // attention.wgsl on matrix units: causal grouped-query attention within segments (FlashAttention-2, arXiv 2307.08691,
-// algorithm 1), f16 operands, f32 sums. q [B, S, H, E], k and v [B, S, K, E], segment_start [B, S]; out [B, S, H, E] and
+// algorithm 1), f32 sums. q [B, S, H, E], k and v [B, S, K, E], f16; segment_start [B, S]; out [B, S, H, E] and
 // lse [B, S, H]. `=`. Grid: (H, B, ceil(S / BQ)), the last blocks first, as they see the most keys.
 //
 // A subgroup owns {{ MM }} queries, its workgroup BQ, and meets BK keys at a time. Matrices are opaque: scores become weights in
 // workgroup memory, where {{ SUBGROUP // MM }} invocations share a row. Sums over keys are rescaled there too, when the maximum of a row has
 // grown by a factor of 2^{{ MARGIN }} since they were last: until then weights of up to that are exact enough, being floats.
-// Exponentials are to the base 2, whose logarithm goes into the scale of q.
+// Exponentials are to the base 2, whose logarithm goes into the scale of scores.
 {% set SUBGROUPS = BQ // MM %}{% set THREADS = SUBGROUPS * SUBGROUP %}
 {% set STORED = BK + 4 %}{% set WEIGHTS = BK // 2 + 4 %}{# words of a row: results of 4 bytes, weights of 2 #}
 {% import "lib/matrix.wgsl" as matrix with context %}
@@ -55,7 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let earliest = {{ parts.first_key("segment_start[row_start + min(at_query, %du)]" % (S - 1), "at_query") }};
 {{ matrix.begin() }}
   if (thread == 0u) { atomicStore(&grown[0], 0u); }
-  {{ parts.stage(tile_query, 0, "q", "q0", BQ, "head", H, " * %s" % scale) }}
+  {{ parts.stage(tile_query, 0, "q", "q0", BQ, "head", H) }}
   workgroupBarrier();
   {{ parts.hold("query", tile_query, "subgroup * %du" % MM) }}
 {% for j in range(E // MN) %}
@@ -78,7 +78,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     {{ parts.stage("tile", 0, "v", "k0", BK, "kv_head", K) }}
 {% for j in range(PAIRS) %}
-    var value{{ j }} = vec2<f32>(stored[row * {{ STORED }}u + (own + {{ j * LANES }}u) * 2u], stored[row * {{ STORED }}u + (own + {{ j * LANES }}u) * 2u + 1u]);
+    var value{{ j }} = {{ scale }} * vec2<f32>(stored[row * {{ STORED }}u + (own + {{ j * LANES }}u) * 2u], stored[row * {{ STORED }}u + (own + {{ j * LANES }}u) * 2u + 1u]);
 {% endfor %}
     if (k0 + {{ BK - 1 }}u > q0 || k0 < last_segment{{ " || k0 + %du <= last" % WINDOW if WINDOW }}) {
 {% for j in range(PAIRS) %}

@@ -19,7 +19,7 @@ fn main(
   sum += partial[i + {{ slice * M * N // WIDTH }}u];
 {% endfor %}
 {% if factor != 1.0 %}
-  value *= f32({{ factor }});
+  sum *= f32({{ factor }});
 {% endif %}
   let column = i % {{ N // WIDTH }}u;
   let at = {{ c_base // WIDTH }}u + i / {{ N // WIDTH }}u * {{ ldc // WIDTH }}u + column;

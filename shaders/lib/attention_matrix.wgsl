@@ -5,14 +5,14 @@
 {% set WORDS = E // 8 %}{% set ROW = WORDS + 1 %}
 {% set LANES = SUBGROUP // MM %}{# invocations that share a row of matrices #}
 
-{# TILE from row `base` on: `tokens` tokens from `first` on, times `factor`. Past the last token it is the last. #}
-{% macro stage(tile, base, source, first, tokens, head, heads, factor="") %}
+{# TILE from row `base` on: `tokens` tokens from `first` on, of f16. Past the last token it is the last. #}
+{% macro stage(tile, base, source, first, tokens, head, heads) %}
 {% for share in range((tokens * WORDS + THREADS - 1) // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
 {% set token = "%s + %s / %du" % (first, at, WORDS) %}
     {{ "if (%s < %du) " % (at, tokens * WORDS) if (share + 1) * THREADS > tokens * WORDS }}{
-      let place = ({{ BASES[source] }}((row_start + {{ token if WHOLE else "min(%s, %du)" % (token, S - 1) }}) * {{ heads }}u + {{ head }}) * {{ E }}u + {{ at }} % {{ WORDS }}u * 8u) / 4u;
-      {{ tile }}[({{ base }} + {{ at }} / {{ WORDS }}u) * {{ ROW }}u + {{ at }} % {{ WORDS }}u] = eight_halves({{ source }}[place]{{ factor }}, {{ source }}[place + 1u]{{ factor }});
+      {{ tile }}[({{ base }} + {{ at }} / {{ WORDS }}u) * {{ ROW }}u + {{ at }} % {{ WORDS }}u] =
+        {{ source }}[({{ BASES[source] }}((row_start + {{ token if WHOLE else "min(%s, %du)" % (token, S - 1) }}) * {{ heads }}u + {{ head }}) * {{ E }}u) / 8u + {{ at }} % {{ WORDS }}u];
     }
 {% endfor %}
 {% endmacro %}
