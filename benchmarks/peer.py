@@ -3,8 +3,9 @@
     python -m benchmarks.peer train 1x512 4x512     a JSON line for each batch x tokens, as it is measured
     python -m benchmarks.peer ceilings              copy bandwidth, and cuBLAS at 2048x9728x2560
 
-Needs torch with CUDA; `train` also transformers, peft and bitsandbytes. Random weights, NF4 with double quantisation,
-rank 16 on all seven projections, AdamW on the adapters, layers recomputed in the backward pass unless --keep.
+Needs torch with CUDA; `train` also transformers, peft and bitsandbytes, with --liger Liger's kernels (liger-kernel). Random
+weights, NF4 with double quantisation, rank 16 on all seven projections, AdamW on the adapters, layers recomputed in the
+backward pass unless --keep.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def main() -> None:
     train = commands.add_parser("train")
     train.add_argument("rows", nargs="+", help="batch x tokens, as 4x512")
     train.add_argument("--keep", action="store_true", help="keep activations instead of recomputing layers")
+    train.add_argument(
+        "--liger", action="store_true", help="with Liger's kernels for norms, rotary, SwiGLU and the loss"
+    )
     commands.add_parser("ceilings")
     args = parser.parse_args()
     try:
@@ -45,7 +49,7 @@ def main() -> None:
         if args.command == "ceilings":
             print(json.dumps(ceilings()))
             return
-        model = make_model(recompute=not args.keep)
+        model = make_model(not args.keep, args.liger)
     except ImportError as error:
         sys.exit(f"{error.name} is not installed")
     for text in args.rows:
@@ -53,12 +57,16 @@ def main() -> None:
         print(json.dumps(time_training(model, batch, tokens)), flush=True)
 
 
-def make_model(recompute: bool) -> Any:
+def make_model(recompute: bool, liger: bool = False) -> Any:
     """The model on the GPU, its projections quantised, with fresh adapters."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    if liger:  # before a model is made: it replaces the classes that models are made of
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3()
     torch.manual_seed(0)
     config = Qwen3Config(**{key: value for key, value in SHAPE.items() if key != "architectures"})
     config._attn_implementation = "sdpa"

@@ -1,9 +1,9 @@
-"""QLoRA of Qwen3-4B's shape, ours beside the peer on one card: `python -m benchmarks.qwen3_4b --output FILE`.
+"""QLoRA of Qwen3-4B's shape, ours beside its peers on one card: `python -m benchmarks.qwen3_4b --output FILE`.
 
 Runs `entrenar-gpu bench train` with memory free and at a budget, transformers + PEFT + bitsandbytes at the same sizes
-(benchmarks/peer.py), the card's ceilings, and single products, each in a process of its own with a time limit, one
-after the other. Prints markdown: tables of ratios beside the project's bars. What fails is one line, and the rest
-goes on. About six minutes on an H200.
+(benchmarks/peer.py: recomputing and keeping activations, each with and without Liger's kernels), the card's ceilings,
+and single products, each in a process of its own with a time limit, one after the other. Prints markdown: tables
+beside the project's bars. What fails is one line, and the rest goes on. About eight minutes on an H200.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRODUCT, FEW_ROWS, MANY_ROWS = "9728x2560", 512, 2048
 
 @dataclass(frozen=True)
 class Row:
-    """A size to measure at: steps to time, and what is asked of it as a multiple of the peer's tokens/s."""
+    """A size to measure at: steps to time, and the tokens/s asked of it through an engine that reaches matrix units."""
 
     batch: int
     seq: int
@@ -44,9 +44,17 @@ class Row:
         return f"{self.batch}x{self.seq}"
 
 
-ROWS = (Row(1, 512, 20, 2.2, 3.6, 2.0), Row(4, 512, 10, 0.85, 4.5, 0.7), Row(4, 2048, 4, 0.35, 7.0, 0.28))
-# What single products are asked for, as multiples of cuBLAS in f32 at 2,048 rows, and of themselves at 512.
+ROWS = (Row(1, 512, 20, 6000, 3.6, 4200), Row(4, 512, 10, 9000, 4.5, 6000), Row(4, 2048, 4, 10000, 7.0, 7000))
+PEERS = {
+    "PEFT": (),
+    "PEFT, keeping": ("--keep",),
+    "PEFT + Liger": ("--liger",),
+    "PEFT + Liger, keeping": ("--liger", "--keep"),
+}
+# What single products are asked for: multiples of cuBLAS in f32 at 2,048 rows in plain WGSL, of cuBLAS in bfloat16 on matrix
+# units, and of themselves at 512 rows.
 PRODUCT_BARS = {"f32": 0.8, "f16": 1.15, "int8": 1.8}
+MATRIX_BARS = {"f16": 0.38, "int8": 0.6}
 FEW_ROWS_BAR = 0.8
 
 
@@ -56,37 +64,54 @@ class Failed(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="int8", help="of our products, comma-separated (default int8)")
+    parser.add_argument("--precision", default="f16", help="of our products, comma-separated (default f16)")
     parser.add_argument("--rows", default=",".join(row.size for row in ROWS), help="sizes, as 1x512,4x512")
     parser.add_argument("--commit", default=os.environ.get("ENTRENAR_COMMIT"), help="where there is no .git to ask")
     parser.add_argument("--tune", action="store_true", help="measure our tiles first (entrenar-gpu bench train --tune)")
-    parser.add_argument("--peer-keeps", action="store_true", help="the peer keeps activations, and recomputes nothing")
+    parser.add_argument("--peers", default="all", help=f"comma-separated numbers of 1 to {len(PEERS)}: {_numbered()}")
+    parser.add_argument("--peer-keeps", action="store_true", help="the same as --peers 2")
     parser.add_argument("--output", type=Path, help="write the markdown there too")
     args = parser.parse_args(arguments)
     report = Report([row for row in ROWS if row.size in args.rows.split(",")], args.precision.split(","))
-    report.measure(args.peer_keeps, args.tune)
+    report.measure(_peers("2" if args.peer_keeps else args.peers), args.tune)
     text = report.markdown(args.commit or _commit())
     print(text, end="")
     if args.output:
         write_text(args.output, text)
 
 
+def _numbered() -> str:
+    return "; ".join(f"{number} {name}" for number, name in enumerate(PEERS, 1))
+
+
+def _peers(numbers: str) -> list[str]:
+    """The peers of these numbers. Exits with a line where one has none."""
+    every = list(PEERS)
+    if numbers == "all":
+        return every
+    wanted = numbers.split(",")
+    if not set(wanted) <= {str(number) for number in range(1, len(every) + 1)}:
+        sys.exit(f"--peers: {numbers} is neither all nor numbers of 1 to {len(every)}")
+    return [every[int(number) - 1] for number in wanted]
+
+
 class Report:
-    """What was measured: training and single products, ours and the peer's, and what could not be."""
+    """What was measured: training and single products, ours and the peers', and what could not be."""
 
     def __init__(self, rows: Sequence[Row], precisions: Sequence[str]) -> None:
         self._rows, self._precisions = rows, precisions
-        self._peer: dict[str, dict[str, Any]] = {}
+        self._peers: dict[str, dict[str, dict[str, Any]]] = {}  # by name and size
         self._ceilings: dict[str, float] = {}
         self._ours: list[tuple[Row, float | None, dict[str, Any]]] = []
         self._products: list[dict[str, Any]] = []
         self._failures: list[str] = []
 
-    def measure(self, peer_keeps: bool = False, tune: bool = False) -> None:
+    def measure(self, peers: Sequence[str] = tuple(PEERS), tune: bool = False) -> None:
         """Everything, one process after the other."""
         self._try("ceilings", lambda: self._ceilings.update(_json_of(_module("benchmarks.peer", "ceilings"), 60)))
         self._try("products", lambda: self._products.extend(_products()))
-        self._try("peer", lambda: self._measure_peer(peer_keeps))
+        for peer in peers:
+            self._try(peer, partial(self._measure_peer, peer))
         for row in self._rows:
             for precision in self._precisions:
                 for budget in (None, row.budget_gib):
@@ -101,11 +126,10 @@ class Report:
         except Failed as failure:
             self._failures.append(f"Not measured: {name}: {failure}")
 
-    def _measure_peer(self, keeps: bool) -> None:
-        command = _module("benchmarks.peer", "train", *(row.size for row in self._rows), *(["--keep"] if keeps else []))
+    def _measure_peer(self, peer: str) -> None:
+        command = _module("benchmarks.peer", "train", *(row.size for row in self._rows), *PEERS[peer])
         lines, failure = _lines_of(command, 180)
-        for found in map(json.loads, lines):
-            self._peer[f"{found['batch']}x{found['seq']}"] = found
+        self._peers[peer] = {f"{found['batch']}x{found['seq']}": found for found in map(json.loads, lines)}
         if failure is not None:
             raise Failed(failure)
 
@@ -121,34 +145,42 @@ class Report:
         """Tables, and a line for each measurement that failed."""
         cards = {f"{result['adapter']}, driver {result['driver']}" for _, _, result in self._ours}
         lines = [f"{datetime.date.today().isoformat()}, {', '.join(cards) or 'no adapter'}, commit {commit}.", ""]
-        lines += self._training_table() + self._product_table()
+        lines += self._training_table() + self._peer_table() + self._product_table()
         lines += ["", *self._failures] if self._failures else []
         return "\n".join(lines) + "\n"
 
     def _training_table(self) -> list[str]:
         lines = [
-            "| batch x seq | precision | budget, GiB | ours, tok/s | peer, tok/s | ratio (bar) | ours, GiB | peer, GiB"
-            " | of it | share of ceiling | encode, ms |",
+            "| batch x seq | engine | precision | budget, GiB | tok/s (bar) | fastest peer, tok/s | ratio | GiB"
+            " | peer's | share of ceiling | encode, ms |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
+        unknown = {"tokens_per_second": math.nan, "peak_gib": math.nan}
         for row, budget, ours in self._ours:
-            peer = self._peer.get(row.size, {"tokens_per_second": math.nan, "peak_gib": math.nan})
-            peak = ours["allocated_bytes"] / 2**30
+            measured = [peer[row.size] for peer in self._peers.values() if row.size in peer]
+            peer = max(measured, key=lambda p: p["tokens_per_second"], default=unknown)
             cells = [
                 row.size,
+                ours["engine"],
                 ours["precision"],
                 "none" if budget is None else f"{budget:g}",
-                f"{ours['tokens_per_second']:,.0f}",
+                f"{ours['tokens_per_second']:,.0f} ({row.free if budget is None else row.within:,})",
                 f"{peer['tokens_per_second']:,.0f}",
-                f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}"
-                f" ({row.free if budget is None else row.within})",
-                f"{peak:.2f}",
+                f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}",
+                f"{ours['allocated_bytes'] / 2**30:.2f}",
                 f"{peer['peak_gib']:.2f}",
-                f"{peak / peer['peak_gib']:.2f}",
                 f"{ours['ceiling_share']:.0%}",
                 f"{ours['seconds']['encode'] * 1e3:.1f} of {ours['step_seconds'] * 1e3:.0f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def _peer_table(self) -> list[str]:
+        sizes = [row.size for row in self._rows]
+        lines = ["", f"| tokens/s (GiB) | {' | '.join(sizes)} |", f"|---|{'---|' * len(sizes)}"]
+        for name, peer in self._peers.items():
+            cells = [f"{p['tokens_per_second']:,.0f} ({p['peak_gib']:.1f})" for p in map(peer.get, sizes) if p]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return lines
 
     def _product_table(self) -> list[str]:
@@ -161,16 +193,19 @@ class Report:
             f"Ceilings of the card: device copy {ceilings['copy_tb_per_second']:.2f} TB/s; cuBLAS at 2048x9728x2560"
             f" {f32:.1f} TFLOP/s in f32, {ceilings['cublas_bf16_tflops']:.0f} in bf16.",
             "",
-            "| product | precision | TFLOP/s | relative to cuBLAS f32 (bar) | to 2,048 rows (bar) | relative error |",
-            "|---|---|---|---|---|---|",
+            "| product | precision | TFLOP/s | relative to cuBLAS f32 (bar) | to bf16 (bar on matrix units)"
+            " | to 2,048 rows (bar) | relative error |",
+            "|---|---|---|---|---|---|---|",
         ]
         for p in self._products:
             kind, speed = p["arithmetic"], p["product_tflops"]
             many = p["sizes"][0] == MANY_ROWS
             beside = f"{speed / f32:.2f} ({PRODUCT_BARS[kind]})" if many else f"{speed / f32:.2f}"
+            matrix = f"{speed / ceilings['cublas_bf16_tflops']:.2f}"
+            matrix += f" ({MATRIX_BARS[kind]})" if many and kind in MATRIX_BARS else ""
             few = "" if many else f"{speed / full.get(kind, math.nan):.2f} ({FEW_ROWS_BAR})"
             size = "x".join(map(str, p["sizes"]))
-            lines.append(f"| {size} | {kind} | {speed:.1f} | {beside} | {few} | {p['error']:.1e} |")
+            lines.append(f"| {size} | {kind} | {speed:.1f} | {beside} | {matrix} | {few} | {p['error']:.1e} |")
         return lines
 
 

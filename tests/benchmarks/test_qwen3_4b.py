@@ -20,6 +20,7 @@ CEILINGS = {
 OURS = {
     "adapter": "Card",
     "driver": "1.2",
+    "engine": "dawn",
     "precision": "int8",
     "tokens_per_second": 2400.0,
     "step_seconds": 0.2,
@@ -57,14 +58,18 @@ def text_of(row: str = "1x512") -> str:
     return report.markdown("abc1234")
 
 
-def test_ratios_stand_beside_their_bars(measured: Any) -> None:
+def test_figures_stand_beside_their_bars_and_the_fastest_peer(measured: Any) -> None:
+    measured["--liger"] = ([json.dumps({**PEER, "tokens_per_second": 1200.0, "peak_gib": 5.0})], None)
+    measured["benchmarks.peer"] = measured.pop("benchmarks.peer")  # asked last
     text = text_of()
     assert "Card, driver 1.2, commit abc1234." in text
-    free = "| 1x512 | int8 | none | 2,400 | 1,000 | 2.40 (2.2) | 3.00 | 6.00 | 0.50 | 50% | 10.0 of 200 |"
+    free = "| 1x512 | dawn | int8 | none | 2,400 (6,000) | 1,200 | 2.00 | 3.00 | 5.00 | 50% | 10.0 of 200 |"
     assert free in text
-    assert free.replace("none", "3.6").replace("(2.2)", "(2.0)") in text
-    assert "| 512x9728x2560 | f32 | 36.0 | 0.72 | 0.90 (0.8) | 1.0e-06 |" in text
-    assert "| 2048x9728x2560 | f32 | 40.0 | 0.80 (0.8) |  | 1.0e-06 |" in text
+    assert free.replace("none", "3.6").replace("(6,000)", "(4,200)") in text
+    assert "| PEFT, keeping | 1,000 (6.0) |" in text
+    assert "| PEFT + Liger | 1,200 (5.0) |" in text
+    assert "| 512x9728x2560 | f32 | 36.0 | 0.72 | 0.05 | 0.90 (0.8) | 1.0e-06 |" in text
+    assert "| 2048x9728x2560 | f32 | 40.0 | 0.80 (0.8) | 0.06 |  | 1.0e-06 |" in text
     assert "device copy 4.20 TB/s" in text
     assert "Not measured" not in text
 
@@ -74,7 +79,7 @@ def test_what_fails_is_a_line_and_the_rest_stands(measured: Any) -> None:
     measured["ceilings"] = ([], "torch is not installed")
     measured["bench"] = (["no JSON"], None)
     lines = text_of().splitlines()
-    assert lines.count("Not measured: peer: torch is not installed") == 1
+    assert lines.count("Not measured: PEFT + Liger, keeping: torch is not installed") == 1
     assert "Not measured: 1x512 int8, budget 3.6: printed ['no JSON'] instead of JSON" in lines
     assert any(line.startswith("| 2048x9728x2560 | f32 | 40.0 | nan") for line in lines)
 
@@ -82,8 +87,16 @@ def test_what_fails_is_a_line_and_the_rest_stands(measured: Any) -> None:
 def test_a_peer_that_stops_half_way_keeps_its_rows(measured: Any) -> None:
     measured["benchmarks.peer"] = ([json.dumps(PEER)], "took longer than 180 s")
     text = text_of()
-    assert "| 2.40 (2.2) |" in text
-    assert "Not measured: peer: took longer than 180 s" in text
+    assert "| 1,000 | 2.40 |" in text
+    assert "Not measured: PEFT: took longer than 180 s" in text
+
+
+def test_peers_are_asked_for_by_number() -> None:
+    assert qwen3_4b._peers("1,4") == ["PEFT", "PEFT + Liger, keeping"]
+    assert qwen3_4b._peers("all") == list(qwen3_4b.PEERS)
+    for wrong in ("5", "0", "two"):
+        with pytest.raises(SystemExit, match="--peers"):
+            qwen3_4b._peers(wrong)
 
 
 def test_commands_are_stopped_at_their_limit_and_told_in_one_line() -> None:
