@@ -3,9 +3,9 @@
     python -m benchmarks.peer train 1x512 4x512     a JSON line for each batch x tokens, as it is measured
     python -m benchmarks.peer ceilings              copy bandwidth, and cuBLAS at 2048x9728x2560
 
-Needs torch with CUDA; `train` also transformers, peft and bitsandbytes, with --liger Liger's kernels (liger-kernel). Random
-weights, NF4 with double quantisation, rank 16 on all seven projections, AdamW on the adapters, layers recomputed in the
-backward pass unless --keep.
+Needs torch with CUDA; `train` also transformers, peft and bitsandbytes, with --liger Liger's kernels (liger-kernel).
+Random weights, NF4 with double quantisation, rank 16 on all seven projections, AdamW on the adapters, layers recomputed
+in the backward pass unless --keep.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ PEERS = {
     "PEFT + Liger": ("--liger",),
     "PEFT + Liger, keeping": ("--liger", "--keep"),
 }
-# What single products are asked for: multiples of cuBLAS in f32 at 2,048 rows in plain WGSL, of cuBLAS in bfloat16 on matrix
-# units, and of themselves at 512 rows.
+# What single products are asked for: multiples of cuBLAS in f32 at 2,048 rows in plain WGSL, of cuBLAS in bfloat16 on
+# matrix units, and of themselves at 512 rows.
 PRODUCT_BARS = {"f32": 0.8, "f16": 1.15, "int8": 1.8}
 MATRIX_BARS = {"f16": 0.38, "int8": 0.6}
 FEW_ROWS_BAR = 0.8
