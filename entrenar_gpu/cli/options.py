@@ -29,7 +29,7 @@ Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter fol
 System = Annotated[str | None, typer.Option("--system", help="the system's message of a chat")]
 
 # What a command that only runs a model, and trains nothing, needs to know.
-RUNTIME = ("model", "method", "double_quant", "cache", "cache_dir", "memory_budget", "device", "engine")
+RUNTIME = ("model", "method", "double_quant", "precision", "cache", "cache_dir", "memory_budget", "device", "engine")
 
 
 def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
