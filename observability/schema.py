@@ -20,6 +20,9 @@ left out hangs on the nearest ancestor that is kept. All times are nanoseconds s
 spans timed by the GPU included (CLOCK says which); those carry the error of that mapping, so a child may begin or end
 some microseconds outside its parent. `backward` holds the layers in falling order.
 
+A run of many steps packs earlier lines away: TRACE_PARTS in the run folder, in order, each packed with gzip, come
+before TRACE_FILE, which has the newest.
+
 The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSON lines: UTF-8, one
 `{"resourceSpans": [...]}` object a line. As OTLP/JSON asks: ids in lower-case
 hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
@@ -37,6 +40,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 TRACE_FILE: Final = "trace.jsonl"
+TRACE_PARTS: Final = "trace.[0-9][0-9][0-9][0-9][0-9].jsonl"  # earlier lines of a long run, numbered; packed: .gz
 SCOPE_NAME: Final = "entrenar.observability"
 SERVICE_NAME_DEFAULT: Final = "entrenar-gpu"
 
@@ -164,6 +168,12 @@ NON_FINITE = _attribute(
     "int",
     "exported spans",
     "attributes left out as they were NaN or infinite; the file has them",
+)
+STEP_SAMPLE = _attribute(
+    "entrenar.step.sample",
+    "int",
+    "exported spans",
+    "on a step: one in so many was sent; the file has all",
 )
 LAYER_INDEX = _attribute("entrenar.layer.index", "int", "layer", "which transformer layer, from 0")
 KERNEL_NAME = _attribute("entrenar.kernel.name", "string", "kernel", "the shader and variant that ran")

@@ -189,7 +189,13 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     import observability
     from observability.detect import LiveDetector
 
-    tracer = observability.observe(config.output, level=config.trace_level, otlp=config.otlp)
+    tracer = observability.observe(
+        config.output,
+        level=config.trace_level,
+        otlp=config.otlp,
+        kernels_every=config.trace_kernels_every,
+        otlp_sample=config.otlp_sample,
+    )
     detector = LiveDetector(
         emit=lambda line: progress.say(line, "magenta"),
         on_finding=tracer.told,

@@ -123,6 +123,15 @@ class TrainConfig(Options):
     trace_level: Literal["step", "phase", "layer", "kernel"] = option(
         "layer", "how finely GPU time is measured and traced"
     )
+    trace_kernels_every: int | None = option(
+        None,
+        "at trace level kernel: keep the kernels of every Nth step (default: of some 1,000 steps)",
+        "steps",
+        low=1,
+    )
+    otlp_sample: int | None = option(
+        None, "send every Nth step to the OTLP endpoint (default: some 50,000 spans of a run)", "steps", low=1
+    )
     otlp: str | None = option(None, "also send traces and metrics to this OTLP endpoint, http://... or grpc://...")
     device: str | None = option(None, "GPU by index or name as listed by `info`, or numpy (default: the best)")
     engine: Literal["auto", "wgpu", "dawn"] | None = option(

@@ -27,7 +27,7 @@ from observability.detect.findings import (
     number_of_steps,
 )
 from observability.detect.told import Judged, judge_told
-from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_trace, step_table, whole
+from observability.read import PAUSES, Floats, Ints, SpanTable, StepTable, printable, read_steps, whole
 
 JSON_SCHEMA: Final = "entrenar-report/2"  # raised when a key changes its meaning or goes; keys may be added
 _MOST_OF_A_PAUSE: Final = 0.5  # of the typical one: steps so much over have the pause that comes back
@@ -49,11 +49,15 @@ class Analysis:
     """What is known of one run. `source` is where its trace came from."""
 
     source: str
-    spans: SpanTable
+    spans: SpanTable | int  # how many, of a long run
     table: StepTable
     findings: list[Finding]
     scored: Scored
     clusters: Clusters
+
+    @property
+    def span_count(self) -> int:
+        return self.spans if isinstance(self.spans, int) else len(self.spans)
 
     @cached_property
     def losses(self) -> dict[Finding, Loss]:
@@ -102,8 +106,7 @@ def analyse(source: str | Path, k: int | None = None) -> Analysis:
 
     Raises TraceError when there is nothing to analyse.
     """
-    spans = read_trace(source)
-    table = step_table(spans, str(source))
+    table, spans = read_steps(source)
     findings, scored = detect(table)
     return Analysis(printable(str(source)), spans, table, findings, scored, cluster_steps(table, scored.cold, k))
 

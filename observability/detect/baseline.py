@@ -134,24 +134,24 @@ def _without_events(excess: Floats, centre: float) -> Floats:
     That is values of at least `_EVENT` of the centre, twice the greatest of the rest, few of all.
     """
     most = int(_FEW_EVENTS * len(excess))
-    top = np.sort(excess)[::-1][: most + 1]
-    for count in range(most, 0, -1):
-        if top[count - 1] >= max(_EVENT * centre, 2 * top[count]):
-            return excess[excess <= top[count]]
-    return excess
+    top = np.sort(np.partition(excess, len(excess) - most - 1)[-most - 1 :])[::-1]
+    far = np.flatnonzero(top[:-1] >= np.maximum(_EVENT * centre, 2 * top[1:]))
+    return excess[excess <= top[far[-1] + 1]] if len(far) else excess
 
 
 def _tails(columns: Floats, excess: Floats, factor: Floats, pools: Sequence[Hashable]) -> list[float]:
     """Sigma by the tail of each column, or of all columns of its pool relative to their medians; with the floor."""
     centres = np.maximum(np.median(columns / factor, axis=0), 1e-12)
     relative = excess / factor / centres
-    result = []
+    members: dict[Hashable, list[int]] = {}
     for k in range(columns.shape[1]):
-        alike = [i for i, pool in enumerate(pools) if pool == pools[k]] if pools else [k]
+        members.setdefault(pools[k] if pools else k, []).append(k)
+    result = np.zeros(columns.shape[1])
+    for alike in members.values():
         # steps have no pool; a kind of span on its own has one of its own
         tail = FAR_TAIL if not pools or len(alike) > 2 else NEAR_TAIL
-        result.append(float(centres[k]) * max(tail_scale(relative[:, alike].reshape(-1), 1.0, tail), _FLOOR, 1e-9))
-    return result
+        result[alike] = centres[alike] * max(tail_scale(relative[:, alike].reshape(-1), 1.0, tail), _FLOOR, 1e-9)
+    return [float(tail) for tail in result]
 
 
 def _expected(times: Floats, work: Floats) -> tuple[Floats, Floats]:

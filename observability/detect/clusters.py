@@ -14,6 +14,7 @@ from observability.read import Floats, Ints, StepTable
 MOST_CLUSTERS: Final = 5
 _LEAST_STEPS: Final = 10
 _SAMPLE: Final = 2000  # steps that the silhouette is computed on: it takes time with their square
+_FITTED: Final = 5000  # steps, evenly spaced, that clusters of a longer run are found from
 _WINSORISED: Final = (0.005, 0.995)  # features are cut off at these quantiles
 _NAMED: Final = 4  # features at most
 _DISTINCT: Final = 1.0  # sigmas between cluster and rest from which a feature is worth naming
@@ -120,13 +121,14 @@ def cluster_steps(table: StepTable, cold: Mask, k: int | None = None) -> Cluster
     if body.sum() < _LEAST_STEPS or not features:
         return whole
     matrix = _standardised(features, body)
-    distinct = len(np.unique(matrix, axis=0))
+    distinct = len(np.unique(matrix[:_FITTED], axis=0))
     if distinct < 3:
         return whole
     choices = [min(k, distinct - 1)] if k else range(2, min(MOST_CLUSTERS, distinct - 1) + 1)
     best: tuple[float, int, Ints] | None = None
     for count in choices:
-        found = KMeans(n_clusters=count, n_init=4, random_state=0).fit_predict(matrix).astype(np.int64)
+        means = KMeans(n_clusters=count, n_init=4, random_state=0).fit(matrix[:: max(len(matrix) // _FITTED, 1)])
+        found = means.predict(matrix).astype(np.int64)
         if len(np.unique(found)) < 2:
             continue
         value = float(silhouette_score(matrix, found, sample_size=min(_SAMPLE, len(found)), random_state=0))

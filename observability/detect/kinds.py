@@ -48,12 +48,13 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
         _OF_NOISE * core_scale(table.seconds - moving_median(table.seconds)),
     )
     found: list[KindShift] = []
+    peers = _peers(table, times, logs, typical)
     for level in ("kernel", "layer", "phase"):
         for k in (i for i, kind in enumerate(table.kinds) if kind.level == level):
             own = np.maximum(times[:, k] - lost[:, k], 0.0)
             if float(np.quantile(own, 0.9)) < _MATERIAL * typical:
                 continue
-            like = _like(table, k, times, logs, own, typical)
+            like = _like(table, k, times, peers.get((level, table.kinds[k].phase)), own, typical)
             # Against its like noise goes both ways, so that the middle of a block is what wanders least.
             quantile = 0.5 if np.ptp(like) else LOW
             for shift in find_shifts((own + _OFFSET * typical) * np.exp(np.median(like) - like), quantile=quantile):
@@ -72,18 +73,44 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
     return found
 
 
-def _like(table: StepTable, k: int, times: Floats, logs: Floats, own: Floats, typical: float) -> Floats:
+class _Peers:
+    """The kinds of one level and pass that matter, in order of time by step; a median over all but one is at hand."""
+
+    def __init__(self, members: list[int], logs: Floats) -> None:
+        self.members = members
+        self._own = logs[:, members] - np.median(logs[:, members], axis=0)
+        self._sorted = np.sort(self._own, axis=1)
+
+    def without(self, k: int) -> Floats:
+        """The median of the others by step, of logarithms over their own medians."""
+        count = len(self.members)
+        if k not in self.members:
+            return np.median(self._sorted, axis=1)
+        own = self._own[:, self.members.index(k)]
+        rank = np.sum(self._sorted < own[:, None], axis=1)
+        low, high = (count - 2) // 2, (count - 1) // 2  # places of the middle among count - 1
+        steps = np.arange(len(own))
+        parts = [self._sorted[steps, np.where(place < rank, place, place + 1)] for place in (low, high)]
+        result: Floats = (parts[0] + parts[1]) / 2
+        return result
+
+
+def _peers(table: StepTable, times: Floats, logs: Floats, typical: float) -> dict[tuple[str, str], _Peers]:
+    """By level and pass."""
+    members: dict[tuple[str, str], list[int]] = {}
+    for i, kind in enumerate(table.kinds):
+        if kind.level != "phase" and float(np.median(times[:, i])) > _MATERIAL * typical:
+            members.setdefault((kind.level, kind.phase), []).append(i)
+    return {pool: _Peers(alike, logs) for pool, alike in members.items()}
+
+
+def _like(table: StepTable, k: int, times: Floats, peers: _Peers | None, own: Floats, typical: float) -> Floats:
     """Logarithm of what kind `k` is held against, by step: its like, or the rest of the step."""
     kind = table.kinds[k]
     if kind.name == schema.DATA and kind.level == "phase":
         return np.zeros(len(own))  # the host makes batches while the GPU computes
-    pool = (kind.level, kind.phase)
-    peers = [i for i, other in enumerate(table.kinds) if i != k and (other.level, other.phase) == pool]
-    material = [i for i in peers if float(np.median(times[:, i])) > _MATERIAL * typical]
-    if kind.level != "phase" and len(material) >= _LEAST_PEERS:
-        middle = logs[:, material] - np.median(logs[:, material], axis=0)
-        like: Floats = np.median(middle, axis=1)
-        return like
+    if peers is not None and len(peers.members) - (k in peers.members) >= _LEAST_PEERS:
+        return peers.without(k)
     rest: Floats = np.log(np.maximum(table.seconds - times[:, k], _OFFSET * typical))
     return rest
 

@@ -35,19 +35,28 @@ def find_period(z: Floats) -> Period | None:
     for level in _LEVELS:
         slow = z > max(float(np.quantile(z, level)), 1.0)
         before = np.concatenate([[0], np.cumsum(slow)])
+        rows = np.flatnonzero(slow)
         for period in range(2, longest + 1):
-            offsets = np.arange(count) % period
-            hits = np.bincount(offsets, weights=slow, minlength=period)
-            for offset in np.flatnonzero(hits >= _LEAST_REPEATS):
+            for offset in _promising(rows, period):
                 found = _stretch(slow, before, period, int(offset))
                 if found is None:
                     continue
-                chance, rows = found
+                chance, own = found
                 # Every level, period, offset, beginning and end that was open to choice counts.
                 chance += np.log(len(_LEVELS) * longest**2 / 2 * (count / period) ** 2 / 2)
                 if chance < best_chance:
-                    best_chance, best = chance, Period(period, rows)
+                    best_chance, best = chance, Period(period, own)
     return best
+
+
+def _promising(rows: Ints, period: int) -> Ints:
+    """Offsets whose slow steps, of those in `rows`, are enough of the steps from their first to their last."""
+    offsets = rows % period
+    hits = np.bincount(offsets, minlength=period)
+    first, last = np.zeros(period, dtype=np.int64), np.zeros(period, dtype=np.int64)
+    last[offsets] = rows  # of equal places the last value stays
+    first[offsets[::-1]] = rows[::-1]
+    return np.flatnonzero((hits >= _LEAST_REPEATS) & (hits >= _HIT_RATE * ((last - first) // period + 1)))
 
 
 def _stretch(slow: npt.NDArray[np.bool_], before: Ints, period: int, offset: int) -> tuple[float, Ints] | None:

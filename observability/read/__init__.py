@@ -29,7 +29,7 @@ from observability.read.step_table import (
     pause_seconds,
     step_table,
 )
-from observability.read.trace_reader import is_address, newest_run, read_trace, trace_path
+from observability.read.trace_reader import is_address, newest_run, read_steps, read_trace, trace_files, trace_path
 
 __all__ = [
     "HOST_VALUES",
@@ -56,8 +56,10 @@ __all__ = [
     "one_line",
     "pause_seconds",
     "printable",
+    "read_steps",
     "read_trace",
     "step_table",
+    "trace_files",
     "trace_path",
     "whole",
 ]

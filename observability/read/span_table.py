@@ -61,6 +61,33 @@ class SpanTable:
         return self.labels[self.name[index]]
 
 
+@dataclass(frozen=True)
+class SpanFacts:
+    """What a table keeps of a span's attributes; `attributes` are those themselves where somebody will ask."""
+
+    level: int
+    step: int
+    shape: str
+    run: str
+    on_gpu: bool
+    flops: int
+    bytes: int
+    attributes: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, name: str, attributes: Mapping[str, Any]) -> SpanFacts:
+        return cls(
+            _level(name, attributes),
+            whole(attributes.get(schema.STEP_NUMBER), NO_STEP),
+            str(attributes.get(schema.KERNEL_SHAPE) or ""),
+            str(attributes.get(schema.RUN_ID) or ""),
+            attributes.get(schema.CLOCK) == "gpu",
+            max(whole(attributes.get(schema.WORK_FLOPS), 0), 0),
+            max(whole(attributes.get(schema.WORK_BYTES), 0), 0),
+            attributes if name in _KEEP_ATTRIBUTES else None,
+        )
+
+
 @dataclass
 class SpanCollector:
     """Collects spans one by one; what cannot be used is counted under its reason instead."""
@@ -93,40 +120,55 @@ class SpanCollector:
         resource: Mapping[str, Any],
     ) -> None:
         """One span of a resource. `parent` is "" for a root; times are nanoseconds since the epoch."""
+        name = printable(name)
+        facts, above = SpanFacts.of(name, attributes), trace + parent if parent else ""
+        self.put(trace, span, above, name, start, end, facts, resource.get(schema.RUN_ID), resource)
+
+    def put(
+        self,
+        trace: str,
+        span: str,
+        above: str,
+        name: str,
+        start: int,
+        end: int,
+        facts: SpanFacts,
+        of_run: Any,
+        resource: Mapping[str, Any],
+    ) -> None:
+        """One span of the attributes `facts`; `above` is its parent's trace and span, `of_run` the resource's run."""
         if not 0 < start < 2**62 or not 0 < end < 2**62:
             self.skipped["spans without usable times"] += 1
             return
         if end < start:
             self.skipped["spans that end before they start"] += 1
             return
-        key = trace + span
-        if key in self._index:
+        row, key = len(self._rows), trace + span
+        if self._index.setdefault(key, row) != row:
             self.skipped["spans given twice"] += 1
             return
-        row = len(self._rows)
-        self._index[key] = row
-        self._parents.append(trace + parent if parent else "")
-        told = attributes.get(schema.RUN_ID) or resource.get(schema.RUN_ID)
+        self._parents.append(above)
+        told = facts.run or of_run
         run = self._runs.setdefault(str(told or printable(trace)), len(self._runs))
         self._resources[run] = resource
-        name, shape = printable(name), attributes.get(schema.KERNEL_SHAPE)
+        labels = self._labels
+        shape = labels.setdefault(facts.shape, len(labels)) if facts.shape else 0
         self._rows.append(
             (
-                self._labels.setdefault(name, len(self._labels)),
-                self._labels.setdefault(str(shape), len(self._labels)) if shape else 0,
-                start,
-                end,
-                _level(name, attributes),
-                whole(attributes.get(schema.STEP_NUMBER), NO_STEP),
-                run,
-                bool(told),
-                attributes.get(schema.CLOCK) == "gpu",
-                max(whole(attributes.get(schema.WORK_FLOPS), 0), 0),
-                max(whole(attributes.get(schema.WORK_BYTES), 0), 0),
+                labels.setdefault(name, len(labels)), shape, start, end, facts.level, facts.step, run, bool(told),
+                facts.on_gpu, facts.flops, facts.bytes,
             )
-        )
-        if name in _KEEP_ATTRIBUTES:
-            self._attributes[row] = attributes
+        )  # fmt: skip
+        if facts.attributes is not None:
+            self._attributes[row] = facts.attributes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def resumes(self) -> Mapping[str, tuple[str, int]]:
+        """By run that goes on from another: that one, and its own first step."""
+        return self._resumes
 
     def table(self) -> SpanTable:
         columns = np.array(self._rows, dtype=np.int64).reshape(-1, 11).T

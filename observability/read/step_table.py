@@ -31,10 +31,10 @@ from observability.read.span_table import (
 )
 
 PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
-_MAX_KINDS: Final = 1000
+MOST_KINDS: Final = 1000
 _TAKEN_AGAIN: Final = -1  # in place of a run: of steps that a resumed run repeats
 _LARGEST: Final = 1e100
-_SAMPLED: Final = 0.9  # of the steps: where fewer have kernels, those are samples
+SAMPLED: Final = 0.9  # of the steps: where fewer have kernels, those are samples
 _LEVEL_NAMES: Final = {PHASE: "phase", LAYER: "layer", KERNEL: "kernel"}
 HOST_VALUES: Final = tuple(key for key in schema.HOST_KEYS if key != "gpu_throttle")  # numbers that the host tells
 _VALUES: Final = {
@@ -172,11 +172,11 @@ def step_table(spans: SpanTable, source: str) -> StepTable:
         notes.append(f"{backwards} time(s) the clock went backwards between steps (durations are used as they are)")
     wall = (spans.end[rows] - start) / 1e9
     kinds, durations, pauses, inside = _children(spans, newest, rows, step, notes)
-    pauses_beside = _pause_intervals(spans, newest)
+    pauses_beside = pause_intervals(spans, newest)
     attributes = [spans.attributes.get(int(row), {}) for row in rows]
     checkpoints = pause_seconds(pauses, step, schema.CHECKPOINT)
     restarts = tuple(np.searchsorted(step, began_again).tolist())
-    between = _between(start, spans.end[rows], pauses_beside, restarts)
+    between = _between(step, start, spans.end[rows], pauses_beside, restarts)
     return StepTable(
         step=step,
         start=(start - start[0]) / 1e9,
@@ -227,7 +227,7 @@ def _told(spans: SpanTable, run: int) -> tuple[Told, ...]:
     return tuple(result)
 
 
-def _pause_intervals(spans: SpanTable, run: int) -> Ints:
+def pause_intervals(spans: SpanTable, run: int) -> Ints:
     """[pauses, 2] when checkpoints and evaluations of the run began and ended, nanoseconds, in order."""
     names = [i for i, label in enumerate(spans.labels) if label in PAUSES]
     rows = np.flatnonzero((spans.run == run) & (spans.level == PHASE) & np.isin(spans.name, names))
@@ -235,25 +235,27 @@ def _pause_intervals(spans: SpanTable, run: int) -> Ints:
     return np.stack([spans.start[rows], spans.end[rows]], axis=1)
 
 
-def _between(start: Ints, end: Ints, pauses: Ints, restarts: tuple[int, ...]) -> Floats:
+def _between(step: Ints, start: Ints, end: Ints, pauses: Ints, restarts: tuple[int, ...]) -> Floats:
     """Seconds before each step, from the end of the one before, in which no checkpoint or evaluation ran either.
 
-    None before the first step of the run or of a resumed part: what came before was no step's.
+    None before the first step of the run or of a resumed part, as what came before was no step's, nor where the step
+    before is not in the trace.
     """
     result = np.zeros(len(start))
-    for row in range(1, len(start)):
-        if row in restarts or start[row] <= end[row - 1]:
-            continue
-        low, high = int(end[row - 1]), int(start[row])
-        first = int(np.searchsorted(pauses[:, 1], low, side="right"))
-        covered, at = 0, low
-        for begin, stop in pauses[first:].tolist():
-            if begin >= high:
-                break
-            covered += max(min(stop, high) - max(begin, at), 0)
-            at = max(at, min(stop, high))
-        result[row] = (high - low - covered) / 1e9
+    for row in np.flatnonzero((start[1:] > end[:-1]) & (np.diff(step) == 1)) + 1:
+        if row not in restarts:
+            result[row] = gap_before(int(end[row - 1]), int(start[row]), pauses)
     return result
+
+
+def gap_before(low: int, high: int, pauses: Ints) -> float:
+    """Seconds between two dates, in nanoseconds, less those of the `pauses` [n, 2] in order that lie there."""
+    covered, at = 0, low
+    first, last = int(np.searchsorted(pauses[:, 1], low, side="right")), int(np.searchsorted(pauses[:, 0], high))
+    for begin, stop in pauses[first:last].tolist():
+        covered += max(min(stop, high) - max(begin, at), 0)
+        at = max(at, min(stop, high))
+    return max(high - low - covered, 0) / 1e9
 
 
 def _with_earlier_parts(spans: SpanTable, newest: int) -> tuple[SpanTable, list[int]]:
@@ -336,7 +338,7 @@ def _children(
 def _in_most_steps(spans: SpanTable, child: Ints, steps: int) -> npt.NDArray[np.bool_]:
     """Which spans may be held against those of other steps: no kernels where only some steps have them."""
     kernels = spans.level[child] == KERNEL
-    sampled = len(np.unique(spans.step[child[kernels]])) < _SAMPLED * steps
+    sampled = len(np.unique(spans.step[child[kernels]])) < SAMPLED * steps
     return ~kernels if sampled else np.ones(len(child), dtype=bool)
 
 
@@ -357,9 +359,9 @@ def _by_kind(
     unique, inverse = np.unique(keys, axis=1, return_inverse=True)
     inverse = inverse.reshape(-1)
     seconds = (spans.end[child] - spans.start[child]) / 1e9
-    if unique.shape[1] > _MAX_KINDS:
-        notes.append(f"{unique.shape[1] - _MAX_KINDS} rarer kinds of span (the {_MAX_KINDS} longest are used)")
-        longest = np.sort(np.argsort(-np.bincount(inverse, weights=seconds))[:_MAX_KINDS])
+    if unique.shape[1] > MOST_KINDS:
+        notes.append(f"{unique.shape[1] - MOST_KINDS} rarer kinds of span (the {MOST_KINDS} longest are used)")
+        longest = np.sort(np.argsort(-np.bincount(inverse, weights=seconds))[:MOST_KINDS])
         new_index = np.full(unique.shape[1], -1)
         new_index[longest] = np.arange(len(longest))
         kept = new_index[inverse] >= 0

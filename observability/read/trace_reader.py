@@ -12,17 +12,23 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Final
 
 from observability import schema
 from observability.errors import TraceError
-from observability.read import jaeger_reader
+from observability.read import index, jaeger_reader
+from observability.read.long_trace import PART_SPANS, NotInParts, in_parts
+from observability.read.own_lines import OwnLines
 from observability.read.span_table import SpanCollector, SpanTable, as_text, as_truth
+from observability.read.step_table import StepTable, step_table
 
 _GZIP: Final = b"\x1f\x8b"
+_LONG: Final = 32 * 2**20  # bytes, unpacked: longer traces are read in parts
+_PACKING: Final = 12  # times smaller, roughly
 _MAX_LINE: Final = 256 * 2**20  # bytes; a longer line is no exporter's
 
 
@@ -35,12 +41,61 @@ def read_trace(source: str | Path) -> SpanTable:
     if is_address(source):
         jaeger_reader.read_address(str(source), collector)
     else:
-        _read_file(trace_path(Path(source)), collector)
-    table = collector.table()
+        for path in trace_files(Path(source)):
+            lines = _Lines(path)
+            for line in lines:
+                lines.take(line, collector)
+            collector.skipped.update(lines.skipped)
+    return _not_empty(collector.table(), source)
+
+
+def read_steps(source: str | Path) -> tuple[StepTable, SpanTable | int]:
+    """The steps of the newest run in a trace, and its spans; where those are too many for memory, how many they are.
+
+    What was found out of a long trace is kept beside it (index.py). Raises TraceError as `read_trace`, and where there
+    is no step.
+    """
+    if is_address(source) or not _is_long(files := trace_files(Path(source))):
+        spans = read_trace(source)
+        return step_table(spans, str(source)), spans
+    known = index.load(files)
+    if known is not None:
+        return known
+    try:
+        trace = in_parts(_parts(files), str(source))
+    except NotInParts:
+        spans = read_trace(source)
+        return step_table(spans, str(source)), spans
+    if not trace.spans:
+        raise TraceError(f"{source}: no spans in it")
+    table = trace.table()
+    index.save(files, table, trace.spans)
+    return table, trace.spans
+
+
+def _not_empty(table: SpanTable, source: str | Path) -> SpanTable:
     if not len(table):
         reasons = "; ".join(f"{count} {reason}" for reason, count in table.skipped.items())
         raise TraceError(f"{source}: no spans in it" + (f" ({reasons})" if reasons else ""))
     return table
+
+
+def _is_long(files: Sequence[Path]) -> bool:
+    return sum(path.stat().st_size * (_PACKING if path.suffix == ".gz" else 1) for path in files) >= _LONG
+
+
+def _parts(files: Sequence[Path]) -> Iterator[SpanCollector]:
+    """Collectors of consecutive lines of a trace, each of which ends where a step begins."""
+    collector = SpanCollector()
+    for path in files:
+        lines = _Lines(path)
+        for line in lines:
+            if len(collector) >= PART_SPANS and lines.begins_step(line):
+                yield collector
+                collector = SpanCollector()
+            lines.take(line, collector)
+        collector.skipped.update(lines.skipped)
+    yield collector
 
 
 def is_address(source: str | Path) -> bool:
@@ -53,10 +108,26 @@ def trace_path(path: Path) -> Path:
     if not os.path.exists(path):  # as Path.exists, but a name too long for any file is no error of its own
         raise TraceError(f"{path}: no such file or folder")
     if path.is_dir():
+        packed = path / f"{schema.TRACE_FILE}.gz"
+        if not (path / schema.TRACE_FILE).is_file() and packed.is_file():
+            return packed
         if not (path / schema.TRACE_FILE).is_file():
             raise TraceError(f"{path}: no {schema.TRACE_FILE} in this folder; was the run traced?")
         return path / schema.TRACE_FILE
     return path
+
+
+def trace_files(path: Path) -> list[Path]:
+    """The files that hold a trace, in order: of a run folder the parts that a long run packed, and its last lines."""
+    if not path.is_dir():
+        return [trace_path(path)]
+    parts: dict[str, Path] = {}
+    for name in (schema.TRACE_PARTS, f"{schema.TRACE_PARTS}.gz"):
+        for part in sorted(path.glob(name)):
+            parts[part.name.removesuffix(".gz")] = part  # packed where both are there: the other is about to go
+    last = [path / name for name in (schema.TRACE_FILE, f"{schema.TRACE_FILE}.gz") if (path / name).is_file()]
+    files = [parts[name] for name in sorted(parts)] + last[:1]
+    return files or [trace_path(path)]
 
 
 def newest_run(folder: Path) -> Path:
@@ -69,26 +140,40 @@ def newest_run(folder: Path) -> Path:
     return traces[-1].parent
 
 
-def _read_file(path: Path, collector: SpanCollector) -> None:
-    try:
-        with path.open("rb") as file:
-            packed = file.peek(2).startswith(_GZIP)
-            _read_lines(gzip.GzipFile(fileobj=file) if packed else file, path, collector)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        collector.skipped["end of the compressed file cut short or broken"] += 1
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+class _Lines:
+    """The lines of a trace file, packed or not; what is wrong with the file is counted in `skipped`."""
 
+    def __init__(self, path: Path) -> None:
+        self.skipped: Counter[str] = Counter()
+        self._path = path
+        self._own = OwnLines(_attributes)
 
-def _read_lines(stream: BufferedIOBase, path: Path, collector: SpanCollector) -> None:
-    number = 0
-    while line := stream.readline(_MAX_LINE):
-        number += 1
-        if len(line) == _MAX_LINE:
-            raise TraceError(f"{path}: line {number} is longer than {_MAX_LINE >> 20} MiB")
-        if number == 1 and line.strip() in (b"{", b"["):  # one object over many lines, as people and browsers save it
-            line = line + stream.read(_MAX_LINE)
-        if line.strip():
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            with self._path.open("rb") as file:
+                packed = file.peek(2).startswith(_GZIP)
+                yield from self._read(gzip.GzipFile(fileobj=file) if packed else file)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self.skipped["end of the compressed file cut short or broken"] += 1
+        except OSError as error:
+            raise TraceError(f"{self._path}: cannot be read: {error.strerror}") from None
+
+    def _read(self, stream: BufferedIOBase) -> Iterator[bytes]:
+        number = 0
+        while line := stream.readline(_MAX_LINE):
+            number += 1
+            if len(line) == _MAX_LINE:
+                raise TraceError(f"{self._path}: line {number} is longer than {_MAX_LINE >> 20} MiB")
+            if number == 1 and line.strip() in (b"{", b"["):  # one object over many lines, as people and browsers save
+                line = line + stream.read(_MAX_LINE)
+            if line.strip():
+                yield line
+
+    def begins_step(self, line: bytes) -> bool:
+        return self._own.begins_step(line)
+
+    def take(self, line: bytes, collector: SpanCollector) -> None:
+        if not self._own.read(line, collector):
             _read_line(line, collector)
 
 

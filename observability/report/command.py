@@ -16,7 +16,7 @@ from rich.console import Console
 from observability.detect import Analysis, analyse
 from observability.errors import TraceError
 from observability.files import write_whole
-from observability.read import is_address, newest_run, one_line, printable, read_trace, step_table, trace_path
+from observability.read import is_address, newest_run, one_line, printable, read_steps, trace_files
 from observability.report.compare import Comparison, compare
 from observability.report.kernels import kernel_report
 from observability.streams import print_any_text
@@ -81,7 +81,7 @@ def make_report(
     analysis = analyse(source, clusters)
     comparison = None
     if against is not None:
-        other = step_table(read_trace(against), against)
+        other, _ = read_steps(against)
         comparison = compare(analysis.table, other, printable(against), fail_above)
     made = Report(analysis, comparison)
     if json_out != "-":
@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m observab
 def _refuse_overwriting(sources: Sequence[str | None], outputs: Mapping[str, str | None]) -> None:
     """Raises TraceError for an output, by its flag, that would replace a trace that is read or another output."""
     files = [source for source in sources if source is not None and not is_address(source)]
-    taken = [(str(trace_path(Path(file))), "is the trace that is read") for file in files]
+    read = [str(path) for file in files for path in trace_files(Path(file))]
+    taken = [(path, "is the trace that is read") for path in read]
     for flag, path in outputs.items():
         if not path or (flag, path) == ("--json", "-"):
             continue

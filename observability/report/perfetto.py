@@ -18,7 +18,7 @@ import numpy as np
 
 from observability.detect import Analysis
 from observability.files import write_whole
-from observability.read import KERNEL, LAYER, OTHER, PHASE, RUN, RUN_STEP, SpanTable
+from observability.read import KERNEL, LAYER, OTHER, PHASE, RUN, RUN_STEP, SpanTable, read_trace
 
 _HOST, _GPU = 1, 2
 _TRACK_NAMES: Final = {
@@ -61,7 +61,7 @@ def _text(event: dict[str, Any]) -> str:
 
 
 def _events(analysis: Analysis) -> Iterator[dict[str, Any]]:
-    spans = analysis.spans
+    spans = analysis.spans if isinstance(analysis.spans, SpanTable) else read_trace(analysis.source)
     for process, name in ((_HOST, "host"), (_GPU, "GPU")):
         yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": name}}
         yield {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}}

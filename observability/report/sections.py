@@ -233,7 +233,7 @@ def told_section(analysis: Analysis) -> str:
 
 
 def notes(analysis: Analysis) -> str:
-    read = f"{len(analysis.spans):,} spans read from {analysis.source}."
+    read = f"{analysis.span_count:,} spans read from {analysis.source}."
     left = f" Left out or odd: {'; '.join(analysis.table.notes)}." if analysis.table.notes else ""
     return f"<footer>{html.escape(read + left)}</footer>"
 

@@ -6,9 +6,12 @@ behind a bounded queue, so that a collector that is dead, slow or unwell costs s
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import logging
 import math
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,10 +24,16 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from observability import schema
 from observability.errors import TraceError
 from observability.write.otlp_settings import last_words
 
 _log = logging.getLogger(__name__)
+
+PART_BYTES = 64 * 2**20  # of lines: an hour or so of steps, packed to a tenth
+_PART = "trace.{:05d}.jsonl"  # as schema.TRACE_PARTS matches
+_PACK_LEVEL = 6
+_PACK_SECONDS = 10.0
 
 # SpanFlags of trace.proto: bit 8 says that bit 9, "the parent is in another process", is meaningful.
 _HAS_IS_REMOTE = 0x100
@@ -88,7 +97,10 @@ def _value(value: str | bool | int | float) -> str:
 
 
 class TraceFile:
-    """The run's trace file, appended to by the line. A failing disk loses spans, and ends no run."""
+    """The run's trace file, appended to by the line. A failing disk loses spans, and ends no run.
+
+    From PART_BYTES on its lines become a numbered part, which a thread packs, and the file begins anew.
+    """
 
     def __init__(self, path: Path, head: str) -> None:
         """Raises TraceError where the file cannot be opened."""
@@ -96,12 +108,15 @@ class TraceFile:
         self.written = 0  # spans
         self.lost = 0  # spans
         self._head = head
+        self._packer: threading.Thread | None = None
+        self._most: float = PART_BYTES
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_partial_line(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
+        self._pack()  # what an earlier process left
 
     def write(self, spans: Sequence[ReadableSpan]) -> None:
         """Append `spans` as one line, handed to the operating system before this returns."""
@@ -117,6 +132,28 @@ class TraceFile:
             self._file.truncate(start)
         else:
             self.written += len(spans)
+            if start + len(line) >= self._most:
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Make a part of what the file holds; where that fails, the file just grows on."""
+        self.sync()
+        self._file.close()  # no open file has its name changed on Windows
+        try:
+            os.rename(self.path, self.path.with_name(_PART.format(_last_part(self.path.parent) + 1)))
+        except OSError as error:
+            _log.warning("%s: %s; it stays one file", self.path, error)
+            self._most = math.inf
+        self._file = self.path.open("ab", buffering=0)
+        self._pack()
+
+    def _pack(self) -> None:
+        """Pack the parts that are not, behind the run's back; what is not done at its end, a later run does."""
+        if self._packer is None or not self._packer.is_alive():
+            self._packer = threading.Thread(
+                target=_pack_parts, args=(self.path.parent,), name="trace-pack", daemon=True
+            )
+            self._packer.start()
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
@@ -126,7 +163,33 @@ class TraceFile:
             _log.debug("%s: %s", self.path, error)
 
     def close(self) -> None:
+        """Close the file; parts still being packed get a little time."""
         self._file.close()
+        if self._packer is not None:
+            self._packer.join(_PACK_SECONDS)
+
+
+def _last_part(folder: Path) -> int:
+    """The number of the newest part in `folder`, packed or not; 0 where there is none."""
+    names = [part.name for part in folder.glob(f"{schema.TRACE_PARTS}*")]
+    return max((int(name.split(".")[1]) for name in names), default=0)
+
+
+def _pack_parts(folder: Path) -> None:
+    """Pack each part in `folder`, which is there either as it was or packed whole; the first is the oldest."""
+    for part in sorted(folder.glob(schema.TRACE_PARTS)):
+        packed, temporary = part.with_name(f"{part.name}.gz"), part.with_name(f".{part.name}.gz.tmp")
+        try:
+            if not packed.exists():
+                with part.open("rb") as source, gzip.open(temporary, "wb", compresslevel=_PACK_LEVEL) as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                os.replace(temporary, packed)
+            part.unlink()
+        except OSError as error:  # a full disk: the part stays as it is, and can be read
+            _log.debug("%s: cannot be packed: %s", part, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return
 
 
 def _drop_partial_line(path: Path) -> None:

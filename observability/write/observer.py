@@ -24,10 +24,11 @@ from opentelemetry.trace import SpanContext
 
 from observability import schema
 from observability.errors import TraceError
-from observability.write import otlp_settings
+from observability.write import otlp_settings, sampling
 from observability.write.export import Sender, TraceFile, line_head
 from observability.write.metrics import RunMetrics, run_metrics
-from observability.write.tracing import OwnSpans, SpanBuilder, SpanSource, exported, span_source
+from observability.write.sampling import StepSample
+from observability.write.tracing import OwnSpans, SpanBuilder, SpanSource, span_source
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
@@ -47,11 +48,14 @@ class TraceSummary:
     sent: int  # to the collector
     dropped: int  # not sent, as the collector was dead or slow
     lost: int  # never built or not written: the disk was full, or tracing fell behind
+    left_out: int = 0  # not sent, of steps that are not in the sample
 
     def __str__(self) -> str:
         text = f"{self.written} spans written"
         if self.sent or self.dropped:
             text += f", {self.sent} sent to the collector"
+        if self.left_out:
+            text += f", {self.left_out} of other steps not (--otlp-sample)"
         if self.dropped:
             text += f", {self.dropped} dropped as it was down or slow"
         if self.lost:
@@ -66,6 +70,8 @@ def observe(
     otlp: str | None = None,
     processors: Sequence[SpanProcessor] = (),
     flush_seconds: float = FLUSH_SECONDS,
+    kernels_every: int | None = None,
+    otlp_sample: int | None = None,
 ) -> TraceObserver:
     """Make an observer that traces a run into `output_dir`/trace.jsonl, and to a collector where one is named.
 
@@ -74,6 +80,8 @@ def observe(
         say; where the calling program has set a tracer provider, they are that provider's business.
     processors: get every finished span through `on_end`, on the tracing thread, and `shutdown` at the end.
     flush_seconds: how long the end of the run may wait for the collector.
+    kernels_every: at level kernel, steps from one whose kernels are kept to the next; by default 1,000 steps have them.
+    otlp_sample: steps from one that the collector gets to the next; by default it gets some 50,000 spans of a run.
     Raises TraceError for an unusable level or address, before anything is started.
     """
     if level not in schema.LEVELS:
@@ -81,7 +89,10 @@ def observe(
     if not otlp_settings.sdk_disabled():  # complains now, before a model is loaded
         otlp_settings.target("traces", otlp)
         otlp_settings.target("metrics", otlp)
-    return TraceObserver(Path(output_dir), level, otlp, tuple(processors), flush_seconds)
+    for flag, every in (("--trace-kernels-every", kernels_every), ("--otlp-sample", otlp_sample)):
+        if every is not None and every < 1:
+            raise TraceError(f"{flag}: expected 1 and more, not {every}")
+    return TraceObserver(Path(output_dir), level, otlp, tuple(processors), flush_seconds, kernels_every, otlp_sample)
 
 
 class TraceObserver:
@@ -94,12 +105,16 @@ class TraceObserver:
         otlp: str | None,
         processors: tuple[SpanProcessor, ...],
         flush: float,
+        every: int | None = None,
+        sample: int | None = None,
     ) -> None:
         self._output_dir = output_dir
         self._level = level
         self._otlp = otlp
         self._processors = processors
         self._flush_seconds = flush
+        self._kernels_every = every
+        self._otlp_sample = sample
         self._disabled = otlp_settings.sdk_disabled()
         self._pipeline: _Pipeline | None = None
         self._promised: SpanContext | None = None
@@ -119,7 +134,8 @@ class TraceObserver:
         """
         source: SpanSource = OwnSpans() if self._disabled else span_source()
         around = trace.get_current_span().get_span_context()
-        builder = SpanBuilder(info, self._level, around if around.is_valid else None, source)
+        every = sampling.kernels_every(self._kernels_every, info.total_steps)
+        builder = SpanBuilder(info, self._level, around if around.is_valid else None, source, every)
         ours = isinstance(source, OwnSpans)
         if ours:
             otlp_settings.quiet_exporters()
@@ -137,7 +153,8 @@ class TraceObserver:
                 undo.callback(metrics.close, 0.0)
             file = TraceFile(self._output_dir / schema.TRACE_FILE, head)
             undo.pop_all()
-        self._pipeline = _Pipeline(builder, file, sender, metrics, self._processors)
+        sample = sampling.StepSample(self._otlp_sample, info.total_steps - info.first_step + 1, builder.train)
+        self._pipeline = _Pipeline(builder, file, sender, sample, metrics, self._processors)
         self._promise(source)
         atexit.register(self.close)
 
@@ -212,6 +229,7 @@ class _Pipeline:
         builder: SpanBuilder,
         file: TraceFile,
         sender: Sender | None,
+        sample: StepSample,
         metrics: RunMetrics | None,
         processors: tuple[SpanProcessor, ...],
     ) -> None:
@@ -220,6 +238,7 @@ class _Pipeline:
         self._finished = False
         self._file = file
         self._sender = sender
+        self._sample = sample
         self._processors = processors
         self._queue: deque[tuple[str, Any, int, SpanContext | None]] = deque()
         self._put_spans = 0  # written by the training thread only, as _taken_spans by the tracing thread only
@@ -261,7 +280,8 @@ class _Pipeline:
             self.metrics.close(max(deadline - time.monotonic(), 0.0))
         sent, dropped = (self._sender.sent, self._sender.dropped) if self._sender is not None else (0, 0)
         waiting = self._put_spans - self._taken_spans
-        return TraceSummary(self._file.written, sent, dropped, self._lost + self._file.lost + waiting)
+        left_out = self._sample.left_out if self._sender is not None else 0
+        return TraceSummary(self._file.written, sent, dropped, self._lost + self._file.lost + waiting, left_out)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -284,7 +304,8 @@ class _Pipeline:
 
     def _take(self, kind: str, record: Any, promised: SpanContext | None) -> None:
         if kind == "step":
-            self._give(self.builder.step(record, promised))
+            spans = self.builder.step(record, promised)
+            self._give(spans, self._sample.of_step(record.step, spans) if self._sender is not None else None)
             if self.metrics is not None:
                 self.metrics.step(record)
         elif kind == "evaluation":
@@ -294,6 +315,7 @@ class _Pipeline:
         elif kind == "checkpoint":
             self._give(self.builder.checkpoint(record))
         elif kind == "anomaly":
+            self._sample.expect(record[0].first_step, record[0].last_step)
             self._give(self.builder.anomaly(*record))
         elif kind == "flush":
             self._file.sync()
@@ -303,12 +325,13 @@ class _Pipeline:
             for processor in self._processors:
                 processor.shutdown()
 
-    def _give(self, spans: list[ReadableSpan]) -> None:
+    def _give(self, spans: list[ReadableSpan], sent: list[ReadableSpan] | None = None) -> None:
+        """Hand spans on; `sent` is what a collector gets of them where that is not all."""
         if not spans:
             return
         self._file.write(spans)
         if self._sender is not None:
-            self._sender.put([exported(span) for span in spans])
+            self._sender.put(self._sample.others(spans) if sent is None else sent)
         for processor in self._processors:
             for span in spans:
                 processor.on_end(span)

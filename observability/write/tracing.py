@@ -90,17 +90,14 @@ def finite(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def exported(span: ReadableSpan) -> ReadableSpan:
-    """`span` as backends get it, see `finite`."""
-    attributes = span.attributes or {}
-    if all(math.isfinite(value) for value in attributes.values() if isinstance(value, float)):
-        return span
+def copied(span: ReadableSpan, attributes: Mapping[str, Any], parent: SpanContext | None = None) -> ReadableSpan:
+    """`span` with other attributes, and below `parent` where one is given."""
     return ReadableSpan(
         span.name,
         span.context,
-        span.parent,
+        parent or span.parent,
         span.resource,
-        finite(attributes),
+        attributes,
         status=span.status,
         start_time=span.start_time,
         end_time=span.end_time,
@@ -174,13 +171,17 @@ class _Late:
 class SpanBuilder:
     """Builds a run's finished spans, in the order in which the file holds them. Not thread-safe."""
 
-    def __init__(self, info: Any, level: schema.Level, parent: SpanContext | None, source: SpanSource) -> None:
+    def __init__(
+        self, info: Any, level: schema.Level, parent: SpanContext | None, source: SpanSource, kernels_every: int = 1
+    ) -> None:
+        """At level kernel every `kernels_every`th step has them, the others their layers."""
         self.resource = run_resource(info)
         self.train = source.begin(schema.TRAIN, info.start_ns, parent)
         self.source = source
         self._info = info
         self._parent = parent
         self._depth = _DEPTH[level]
+        self._kernels_every = kernels_every
         self._scope = InstrumentationScope(schema.SCOPE_NAME, info.project_version)
         self._last_step = info.first_step - 1
         self._last_context = self.train
@@ -252,10 +253,12 @@ class SpanBuilder:
     def _below(self, record: Any, step: SpanContext, extra: dict[str, dict[str, Any]]) -> Iterator[ReadableSpan]:
         """The step's phases, layers and kernels down to the level; what is left out passes its parent on."""
         contexts: list[SpanContext] = []
+        has_kernels = (record.step - self._info.first_step) % self._kernels_every == 0
+        deepest = self._depth if has_kernels else min(self._depth, _DEPTH["layer"])
         for span in record.spans:
             parent = step if span.parent is None else contexts[span.parent]
             depth = _DEPTH[span.kind]
-            if depth > self._depth:
+            if depth > deepest:
                 contexts.append(parent)
                 continue
             attributes: dict[str, Any] = {schema.SPAN_LEVEL: span.kind}

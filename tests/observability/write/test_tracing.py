@@ -24,7 +24,8 @@ from observability.detect import Finding
 from observability.errors import TraceError
 from observability.write import otlp_settings
 from observability.write.logs import TraceIdFilter
-from observability.write.tracing import OwnSpans, SpanBuilder, clean, exported
+from observability.write.sampling import exported
+from observability.write.tracing import OwnSpans, SpanBuilder, clean
 from tests.helpers.step_records import (
     KERNELS,
     START_NS,
