@@ -119,7 +119,7 @@ def trace_path(path: Path) -> Path:
 
 def trace_files(path: Path) -> list[Path]:
     """The files that hold a trace, in order: of a run folder the parts that a long run packed, and its last lines."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [trace_path(path)]
     parts: dict[str, Path] = {}
     for name in (schema.TRACE_PARTS, f"{schema.TRACE_PARTS}.gz"):

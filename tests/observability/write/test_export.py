@@ -30,6 +30,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from entrenar_gpu.cli import main
+from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.events import notify
 from observability import observe, schema
 from observability.errors import TraceError
@@ -242,7 +243,7 @@ def test_anomalies_found_at_the_end_of_the_run_reach_the_metrics(
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     monkeypatch.setattr("opentelemetry.metrics.get_meter_provider", lambda: provider)
-    config = SimpleNamespace(output=str(tmp_path), trace_level="step", otlp=None)
+    config = TrainConfig(model="m", data="d", output=str(tmp_path), trace_level="step")
     said: list[str] = []
     _, observers = main._tracing(config, SimpleNamespace(say=lambda line, style: said.append(line)))
     notify(observers, "run_started", run_info())
