@@ -16,7 +16,8 @@ from observability import schema
 from observability.write import otlp_settings
 from observability.write.export import Sender, TraceFile, line_head
 from observability.write.observer import sender_to
-from observability.write.tracing import clean, exported, span_source
+from observability.write.sampling import exported
+from observability.write.tracing import clean, span_source
 
 FLUSH_SECONDS = 5.0
 
