@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from entrenar_gpu.api import evaluate as evaluate
+    from entrenar_gpu.api import export_model as export_model
     from entrenar_gpu.api import merge as merge
     from entrenar_gpu.api import plan as plan
     from entrenar_gpu.api import quantize as quantize
@@ -45,6 +46,7 @@ _HOMES = {
     "Trainer": "train",
     "UserError": "errors",
     "evaluate": "api",
+    "export_model": "api",
     "load": "infer",
     "merge": "api",
     "plan": "api",

@@ -45,6 +45,31 @@ def merge(model: str, adapter: str | Path, output: str | Path, base: str = "stor
         return merge_model(model, adapter, output, base)
 
 
+def export_model(
+    model: str,
+    output: str | Path,
+    to: str = "gguf",
+    adapter: str | Path | None = None,
+    dtype: str = "F16",
+    base: str = "stored",
+    adapter_only: bool = False,
+) -> None:
+    """Write a model, with its adapter folded in, or an adapter alone, as another program reads it.
+
+    to: "gguf" (llama.cpp, Ollama, LM Studio), "peft" or "mlx"; the last two are the adapter alone, and so is GGUF with
+        `adapter_only`.
+    adapter: a folder of PEFT, of mlx-lm, or of a run.
+    dtype: of a GGUF's weights: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
+    base: fold the adapter into the "stored" weights, or into their "nf4" form.
+
+    Raises UserError, with nothing written.
+    """
+    from entrenar_gpu.export import export_model as write
+
+    with naming_arguments():
+        write(model, output, to, adapter, dtype, base, adapter_only)
+
+
 def plan(model: str, profile: str | None = None, evaluates: bool = False, **options: Any) -> dict[str, Any]:
     """What a run would allocate, in bytes by purpose, without weights or a GPU: "peak_bytes", "activation_bytes", ...
 

@@ -18,7 +18,7 @@ can do."""
 # What a run does first and last, then what stands beside it.
 ORDER = (
     *("Trainer", "TrainConfig", "load", "LanguageModel", "Completion", "Score"),
-    *("evaluate", "merge", "plan", "quantize", "plot_run", "Progress"),
+    *("evaluate", "merge", "export_model", "plan", "quantize", "plot_run", "Progress"),
     *("StepObserver", "RunControl", "RunInfo", "StepRecord", "EvalRecord", "CheckpointRecord", "SampleRecord"),
     "RunSummary",
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from entrenar_gpu.adapters.lora import peft_config
+from entrenar_gpu.adapters.mlx_files import is_mlx_adapter, load_mlx_adapter
 from entrenar_gpu.adapters.spec import CONFIG_FILE, PEFT_PREFIX, AdapterSpec
 from entrenar_gpu.dtypes import STORED_FLOATS
 from entrenar_gpu.errors import UserError
@@ -22,10 +23,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterSpec, dict[str, Floats]]:
-    """An adapter that PEFT or this trainer saved: its description and its tensors in float32.
+    """An adapter that PEFT, mlx-lm or this trainer saved: its description and its tensors in float32.
 
     Raises UserError naming the file and the tensor that is missing, left over or shaped for another model.
     """
+    if is_mlx_adapter(folder):
+        return load_mlx_adapter(folder, model)
     spec = AdapterSpec.from_peft(folder, model)
     path = Path(folder) / WEIGHTS_FILE
     if not path.exists():

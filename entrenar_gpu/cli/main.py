@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from entrenar_gpu import __version__, signals
-from entrenar_gpu.cli import chat, evaluate, generate, options, serve
+from entrenar_gpu.cli import chat, evaluate, export, generate, options, serve
 from entrenar_gpu.cli.bench.commands import bench
 from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import shape_file
@@ -231,7 +231,7 @@ def report(context: typer.Context) -> None:
 
 
 app.command("eval")(evaluate.evaluate)
-for command in (generate.generate, chat.chat, serve.serve):
+for command in (generate.generate, chat.chat, serve.serve, export.export):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

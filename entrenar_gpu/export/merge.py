@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, load_adapter, trained_base
+from entrenar_gpu.adapters import AdapterSpec, LoraModule, load_adapter, trained_base
 from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import carried_sources, copy_model_files, name_to_write, save_checkpoint
@@ -35,7 +36,7 @@ def merge_model(model: str, adapter: str | Path, output: str | Path, base: str =
     with FolderLock(Path(output)):
         sweep(Path(output))
         merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)
-    notes = [*checkpoint.notes, *AdapterSpec.from_peft(adapter, checkpoint.config).notes]
+    notes = [*checkpoint.notes, *load_adapter(adapter, checkpoint.config)[0].notes]
     if base == "stored" and trained is not None and trained.method == "qlora" and not checkpoint.is_quantised:
         notes.append(
             f"{trained.source}: the adapter was trained on the NF4 form of them; --base nf4 folds it into that"
@@ -62,6 +63,11 @@ def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_
     copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], checkpoint.config.tie_word_embeddings)
 
 
+def merged_weight(checkpoint: HFCheckpoint, adapter: Path, double_quant: bool | None) -> Callable[[WeightSpec], Floats]:
+    """What makes each weight of the model in float32, with the adapter folded in as `merge_adapter` does."""
+    return _Merging(checkpoint, *load_adapter(adapter, checkpoint.config), double_quant).value
+
+
 @dataclass(frozen=True)
 class _Merging:
     """Where merged weights come from."""
@@ -77,17 +83,24 @@ class _Merging:
         )
 
     def _produce(self, spec: WeightSpec, dtype: str) -> Floats:
-        weight = self._base(spec)
-        adapter = self.adapters.modules.get(spec.module) if spec.adaptable else None
-        if adapter is not None:
-            adapter.merge(weight, self.values)
+        weight = self.value(spec)
         with np.errstate(over="ignore"):
             stored = weight.astype(np.float16) if dtype == "F16" else weight
         if not np.isfinite(stored).all():
             file = self.checkpoint.info(spec.name).file
-            merged = " merged with the adapter" if adapter is not None else ""
+            merged = " merged with the adapter" if self._adapter(spec) is not None else ""
             raise UserError(f"{file}: tensor {spec.name!r}{merged} holds numbers that are not finite in {dtype}")
         return weight
+
+    def value(self, spec: WeightSpec) -> Floats:
+        """The weight in float32, merged where it has an adapter."""
+        weight, adapter = self._base(spec), self._adapter(spec)
+        if adapter is not None:
+            adapter.merge(weight, self.values)
+        return weight
+
+    def _adapter(self, spec: WeightSpec) -> LoraModule | None:
+        return self.adapters.modules.get(spec.module) if spec.adaptable else None
 
     def _base(self, spec: WeightSpec) -> Floats:
         weight = self.checkpoint.f32(spec.name)

@@ -1,5 +1,6 @@
 """A model's configuration, weights and traced decoder; where its folder lies and how its files are read."""
 
+from entrenar_gpu.model.blocks import Attention
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
@@ -8,16 +9,19 @@ from entrenar_gpu.model.kv_cache import CachedPass, cache_names
 from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
 from entrenar_gpu.model.projection import ModuleAdapter, Product
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
+from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
+    "Attention",
     "CachedPass",
     "HFCheckpoint",
     "ModelConfig",
     "ModuleAdapter",
     "Product",
+    "Rope",
     "Storage",
     "Transformer",
     "WeightSpec",
