@@ -64,10 +64,10 @@ def export_model(
 
     Raises UserError, with nothing written.
     """
-    from entrenar_gpu.export import export_model as write
+    from entrenar_gpu import export
 
     with naming_arguments():
-        write(model, output, to, adapter, dtype, base, adapter_only)
+        export.export_model(model, output, to, adapter, dtype, base, adapter_only)
 
 
 def plan(model: str, profile: str | None = None, evaluates: bool = False, **options: Any) -> dict[str, Any]:

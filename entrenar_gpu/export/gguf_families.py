@@ -1,4 +1,4 @@
-"""Which families llama.cpp computes, under which name, and what their files say of them (its convert_hf_to_gguf.py)."""
+"""Which families llama.cpp computes, under which name, and what their files say of them (as its converter has it)."""
 
 from __future__ import annotations
 
