@@ -3,6 +3,7 @@
 from entrenar_gpu.adapters.lora import LoraModule
 from entrenar_gpu.adapters.mlx_files import save_mlx_adapter
 from entrenar_gpu.adapters.peft_files import WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.adapters.selection import trained_weights
 from entrenar_gpu.adapters.spec import PEFT_PREFIX, AdapterSpec, adapter_spec, init_adapter, refuse_other_adapter
 from entrenar_gpu.adapters.trained_base import RUN_FILE, trained_base
 
@@ -19,4 +20,5 @@ __all__ = [
     "save_adapter",
     "save_mlx_adapter",
     "trained_base",
+    "trained_weights",
 ]

@@ -83,8 +83,11 @@ def save_adapter(folder: str | Path, spec: AdapterSpec, tensors: Mapping[str, Fl
 
 
 def _targets(spec: AdapterSpec) -> list[str]:
-    """Names of the modules that have an adapter in every layer, and the whole paths of the others."""
-    layers = Counter(path.rpartition(".")[2] for path in spec.modules)
+    """Names of the modules that have an adapter in every layer, and the whole paths of the others.
+
+    A model that also sees has modules of the same names there: of its language part all are whole paths.
+    """
+    layers = Counter(path.rpartition(".")[2] for path in spec.modules if ".language_model." not in path)
     everywhere = {name for name, count in layers.items() if count == spec.num_layers}
     rest = {path for path in spec.modules if path.rpartition(".")[2] not in everywhere}
     return sorted(everywhere | rest)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from entrenar_gpu.adapters.pattern import full_match
 from entrenar_gpu.adapters.peft_reader import PeftReader
-from entrenar_gpu.config import EVERY_TARGET
+from entrenar_gpu.config import EVERY_TARGET, TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model import ModelConfig
 
@@ -99,6 +99,39 @@ def chosen_targets(target: str, model: ModelConfig) -> list[str]:
     if unknown or not full:
         raise UserError(f"--target: {', '.join(unknown) or 'empty'}; choose from {', '.join(known)}")
     return _in_order(full, known)
+
+
+def chosen_layers(config: TrainConfig, model: ModelConfig) -> list[int] | None:
+    """The layers that --layers or --layers-to-transform asks for; None where neither does.
+
+    Raises UserError naming the flag and how many layers the model has.
+    """
+    count = len(model.layers)
+    if config.layers is not None:
+        if config.layers_to_transform is not None:
+            raise UserError("--layers: give it or --layers-to-transform, not both")
+        if config.layers > count:
+            raise UserError(f"--layers: {config.layers} is more than the model's {count}")
+        return list(range(count - config.layers, count))
+    if config.layers_to_transform is None:
+        return None
+    if config.method == "full":
+        raise UserError("--layers-to-transform: is for adapters; --method full takes --layers, the last ones")
+    parts = [part.strip() for part in config.layers_to_transform.split(",")]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) < count)]
+    if wrong:
+        raise UserError(f"--layers-to-transform: {wrong[0][:20]!r} is not a layer of 0 to {count - 1}")
+    return sorted({int(part) for part in parts})
+
+
+def trained_weights(config: TrainConfig, model: ModelConfig) -> frozenset[str] | None:
+    """Names of the weights that full training changes: all (None), or those of --layers and what stands above them."""
+    layers = chosen_layers(config, model)
+    if config.method != "full" or layers is None:
+        return None
+    below = tuple(f"{model.layer_path(index)}." for index in range(layers[0]))
+    frozen = {model.embedding} | {spec.name for spec in model.weights if spec.name.startswith(below)}
+    return frozenset(spec.name for spec in model.weights) - frozen
 
 
 def _in_order(names: Iterable[str], known: list[str]) -> list[str]:

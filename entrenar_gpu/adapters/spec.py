@@ -14,7 +14,7 @@ from typing import Literal
 from entrenar_gpu.adapters.lora import LoraConfig, LoraModule, fresh_values, read_peft_config
 from entrenar_gpu.adapters.pattern import TooSlow, one_file
 from entrenar_gpu.adapters.peft_reader import PeftReader
-from entrenar_gpu.adapters.selection import ModuleSelection, chosen_targets
+from entrenar_gpu.adapters.selection import ModuleSelection, chosen_layers, chosen_targets
 from entrenar_gpu.config import TrainConfig, flag
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import read_json_object
@@ -40,8 +40,8 @@ class AdapterSpec:
 
     @classmethod
     def from_config(cls, config: TrainConfig, model: ModelConfig) -> AdapterSpec:
-        """What --rank, --alpha, --target, --rslora and --dropout ask for."""
-        selection = ModuleSelection(chosen_targets(config.target, model))
+        """What --rank, --alpha, --target, --layers, --layers-to-transform, --rslora and --dropout ask for."""
+        selection = ModuleSelection(chosen_targets(config.target, model), layers=chosen_layers(config, model))
         return cls.select(selection, LoraConfig.from_options(config), model)
 
     @classmethod

@@ -42,6 +42,10 @@ class TrainConfig(Options):
         " every one that the model has",
         listed=True,
     )
+    layers: int | None = option(
+        None, "train the last N layers only; the backward pass and its memory end there", "layers", low=1, high=10_000
+    )
+    layers_to_transform: str | None = option(None, "adapters in these layers only, as in 0,1,30", listed=True)
     rslora: bool = option(False, "scale by alpha/sqrt(R) instead of alpha/R (arXiv 2312.03732)")
     dropout: float = option(0.0, "dropout on the input of each adapter", "probability", 0, 0.99)
     lora_init: Literal["kaiming", "gaussian"] = option(

@@ -66,7 +66,7 @@ class Transformer:
     def hidden(self) -> Tensor:
         """The final normalised hidden states [T, D], times what logits are multiplied by."""
         config = self.config
-        trains = self.storage.method == "full" and self._trace.cache is None
+        trains = self.storage.is_trained(config.embedding) and self._trace.cache is None
         order = self.graph.tensor("id_order", (self._tokens,), "u32") if trains else None
         with self.graph.within("embed_tokens"):
             x = ops.embedding(self.input_ids, self.parameters.table(config.embedding), order)

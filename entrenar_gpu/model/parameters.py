@@ -29,11 +29,16 @@ class Storage:
     double_quant: bool = True
     kept_dense: frozenset[str] = frozenset()
     nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
+    trained: frozenset[str] | None = None  # with "full", the names of the weights that are; None, every one
     adapters: Mapping[str, ModuleAdapter] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
     adapter_prefix: str = ""  # of their tensors' names, where there are several over one base
 
     def is_nf4(self, spec: WeightSpec) -> bool:
         return self.method == "qlora" and spec.kind == "projection" and spec.name not in self.kept_dense
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a weight is trained itself."""
+        return self.method == "full" and (self.trained is None or name in self.trained)
 
     def nf4_state(self, name: str) -> tuple[bool, str]:
         return self.nf4_states.get(name, (self.double_quant, "float32"))
@@ -77,7 +82,7 @@ class Parameters:
         return WeightTensors(spec, tuple(shards))
 
     def _dense(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
-        if self._storage.method == "full":
+        if self._storage.is_trained(name.partition(".shard")[0]):
             return self._graph.parameter(name, shape)
         return self._graph.tensor(name, shape, dtype, "weight")
 

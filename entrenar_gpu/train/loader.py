@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec
+from entrenar_gpu.adapters import AdapterSpec, trained_weights
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.dtypes import NUMPY_TYPES, STORED_FLOATS, STORED_NAMES
@@ -50,7 +50,14 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
     modules = adapters.modules if adapters is not None else {}
     kept_dense = frozenset(dtypes) if states else frozenset()
     return Storage(
-        train.method, "bf16", dtypes, train.double_quant, nf4_states=states, adapters=modules, kept_dense=kept_dense
+        train.method,
+        "bf16",
+        dtypes,
+        train.double_quant,
+        kept_dense=kept_dense,
+        nf4_states=states,
+        trained=trained_weights(train, checkpoint.config),
+        adapters=modules,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter
+from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter, trained_weights
 from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
@@ -43,7 +43,8 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     model, device = model_shape(shape_name), open_device(config.device, engine=config.engine)
     spec = adapter_spec(config, model)
     modules = spec.modules if spec is not None else {}
-    storage = Storage(config.method, "bf16", double_quant=config.double_quant, adapters=modules)
+    trained, double = trained_weights(config, model), config.double_quant
+    storage = Storage(config.method, "bf16", double_quant=double, trained=trained, adapters=modules)
     shape = RunShape(model, storage, config)
     kernels = KernelCache(device)
     fitted = fit_on(kernels, TRACE, shape, memory_budget(config, device.caps))
