@@ -54,20 +54,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 # What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
 IDENTITY = (
-    *(
-        "method",
-        "rank",
-        "alpha",
-        "target",
-        "layers",
-        "layers_to_transform",
-        "rslora",
-        "dropout",
-        "double_quant",
-        "batch",
-        "seq",
-        "accumulate",
-    ),
+    *("method", "rank", "alpha", "target", "layers", "layers_to_transform", "rslora", "dropout", "double_quant"),
+    *("batch", "seq", "accumulate"),
     *("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision"),
 )
 
