@@ -16,7 +16,7 @@ from entrenar_gpu.ops.gemm.tiles import matrices_of
 BLOCK = 64  # tokens of a block of P and dS each way
 MARGIN = 8  # powers of two by which weights may exceed 1 until sums are rescaled: f16 holds up to 2^16
 KEYS = (64, 32, 16)  # that may be met at a time
-_BUSY = 1584  # workgroups that keep a large card busy to the end, though some have more to do than others
+_BUSY = 528  # workgroups that keep a large card busy
 
 
 def matrices_for(e: int, caps: Caps) -> MatrixConfig | None:

@@ -30,7 +30,7 @@ from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement,
 
 IGNORE = -100  # the label of a position without loss, as PyTorch's cross-entropy and transformers have it
 LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
-MATRIX_CHUNKS = 3  # times as many on matrix units, which fewer tokens do not keep busy
+MATRIX_CHUNKS = 2  # times as many on matrix units, which fewer tokens do not keep busy
 
 
 def cross_entropy(

@@ -20,7 +20,7 @@
 {% include "lib/widen.wgsl" %}
 var<workgroup> tile_a: array<vec4<u32>, {{ BM * A_ROW }}>;
 var<workgroup> tile_b: array<vec4<u32>, {{ [B_ROWS * B_ROW, (BN if q_contiguous else RK) * Q_ROW] | max if R else B_ROWS * B_ROW }}>;
-{% if not direct or residual %}
+{% if not direct %}
 var<workgroup> stored: array<f32, {{ DOWN * (BN // TN) * MM * STORED }}>;
 {% endif %}
 {{ matrix.functions({"tile_a": 8, "tile_b": 8}, [("tile_a", "tile_b")]) }}
@@ -95,22 +95,6 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
 {% macro multiply_counted(length) %}
 {{ multiply_slice("for (var step = 0u; step < %du; step++) { let k0 = from_k + step * %du;" % (length // BK, BK)) }}
 {% endmacro %}
-{# SUMS = the residual. Matrices loaded from C itself would slow the loop over K down, why ever, by a fifth. #}
-{% macro begin_with_residual() %}
-{% for i in range(TM // MM) %}
-{{ "  workgroupBarrier();" if i }}
-{% for part in range(MM // AT_ONCE) %}
-  for (var x = column; x < column + 4u; x++) {
-    stored[at_stored + ({{ part * AT_ONCE }}u + row) * {{ STORED }}u + x] = {{ residual }}[at_c + ({{ i * MM + part * AT_ONCE }}u + row) * {{ ldc }}u + x];
-  }
-{% endfor %}
-  workgroupBarrier();
-{% for j in range(TN // MN) %}
-{{ matrix.load("stored", "at_stored + %du" % (j * MN), "sums%d_%d" % (i, j), STORED) }}
-{% endfor %}
-{% endfor %}
-{% endmacro %}
-
 @compute @workgroup_size({{ THREADS }}){{ " @subgroup_size(%d)" % SUBGROUP if pinned and dialect != "emulated" }}
 
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -127,15 +111,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endif %}
 {% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
 {{ matrix.result("sums%d_%d" % (i, j)) }}
-{% endfor %}{% endfor %}
-{% if not direct or residual %}
-  let at_stored = subgroup * {{ MM * STORED }}u;
-  let row = lane / {{ LANES }}u;
-  let column = lane % {{ LANES }}u * 4u;
-{% endif %}
 {% if direct and residual %}
-{{ begin_with_residual() }}
+{{ matrix.load(residual, "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
 {% endif %}
+{% endfor %}{% endfor %}
 {% set last = K - (slices - 1) * slice %}
 {% if slices == 1 %}
 {{ multiply_slice("for (var k0 = 0u; k0 < %du; k0 += %du) {" % (K, BK)) }}
@@ -164,6 +143,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{ matrix.store("c", "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
 {% endfor %}{% endfor %}
 {% else %}
+  let at_stored = subgroup * {{ MM * STORED }}u;
+  let row = lane / {{ LANES }}u;
+  let column = lane % {{ LANES }}u * 4u;
 {% for i in range(TM // MM) %}
 {% set rows = [] %}{% for part in range(MM // AT_ONCE) %}{{ rows.append("(m0 + sm + %du + row)" % (i * MM + part * AT_ONCE)) or "" }}{% endfor %}
 {% set columns = ["n0 + sn + column"] %}
