@@ -32,6 +32,9 @@ class TrainConfig(Options):
     mix: str | None = option(None, "share of samples of each --data, as in 0.7,0.3 (default: all of all)", listed=True)
     map: str | None = option(None, "columns by other names, as in prompt=question,completion=answer", listed=True)
     output: str = option("", "run folder: adapter or weights, metrics.jsonl, checkpoints")
+    init: Literal["checkpoint", "random"] = option(
+        "checkpoint", "random: from scratch, with --method full; --model may be a --shape's name (docs/models.md)"
+    )
     method: Method = option("qlora", "qlora: NF4 base and adapters; lora: base as stored; full: every weight")
 
     rank: int = option(16, "adapter rank R", low=1, high=MOST)

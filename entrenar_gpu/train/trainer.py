@@ -52,6 +52,7 @@ from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
+from entrenar_gpu.train.random_base import with_random_base
 from entrenar_gpu.train.results import FinishedRun, plot_run
 from entrenar_gpu.train.run_data import load_data, planned_steps
 from entrenar_gpu.train.schedule import learning_rate
@@ -120,10 +121,11 @@ class Trainer:
             if not getattr(config, key) and (key != "data" or data is None):
                 raise UserError(f"--{key}: missing")
         self.control = RunControl()
-        self.config, self.output = config, Path(config.output)
+        self.output = Path(config.output)
         self._observers = (*observers, MetricsFile(self.output), SamplesFile(self.output))
         self._lock = FolderLock(self.output)
         self._lock.check()
+        self.config = config = with_random_base(config)
         saved = self._saved = run_checkpoint.resumed_run(config.resume, self.output)
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
