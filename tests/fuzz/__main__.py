@@ -26,36 +26,43 @@ _ROOM = 1 << 30  # of address space beyond MEMORY_BYTES: threads reserve some th
 
 
 class Worker:
-    """A process that tries inputs, and who watches it. `tried` counts inputs by kind."""
+    """A process that tries inputs in a folder of its own, and who watches it. `tried` counts inputs by kind."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.tried: Counter[str] = Counter()
+        folder.mkdir()
         self._receiver, sender = multiprocessing.Pipe(duplex=False)
         self._since = multiprocessing.Value("d", 0.0)  # when the input that is being read was given; 0: none is
         self._process = multiprocessing.Process(target=_work, args=(folder, seed, sender, self._since), daemon=True)
         self._process.start()
         sender.close()
-        self._kind = ""
+        self._kind = self._path = ""
 
-    def faults(self) -> list[tuple[str, bytes | None, str]]:
-        """(kind, input, what happened) since the last call; an input of None lies at its kind's path."""
-        found: list[tuple[str, bytes | None, str]] = []
+    def faults(self) -> list[tuple[str, bytes, str]]:
+        """(kind, input, what happened) since the last call."""
+        found: list[tuple[str, bytes, str]] = []
         try:
             while self._receiver.poll():
                 kind, data, what = self._receiver.recv()
-                self._kind = kind
-                if what == "begins":
+                if data is None:
+                    self._kind, self._path = kind, what
                     self.tried[kind] += 1
                 else:
                     found.append((kind, data, what))
         except EOFError:
             self._process.join()
         if not self._process.is_alive() and self._process.exitcode != 0:
-            found.append((self._kind, None, f"ended its process: status {self._process.exitcode}"))
+            found.append(self._interrupted(f"ended its process: status {self._process.exitcode}"))
         elif self._since.value and time.monotonic() - self._since.value > SECONDS + 5:
             self.stop()
-            found.append((self._kind, None, f"no end after {SECONDS:.0f} s"))
+            found.append(self._interrupted(f"no end after {SECONDS:.0f} s"))
         return found
+
+    def _interrupted(self, what: str) -> tuple[str, bytes, str]:
+        """What the process was at when it ended."""
+        if not self._kind:
+            raise SystemExit("the files that are to be damaged cannot be made")
+        return self._kind, Path(self._path).read_bytes(), what
 
     @property
     def alive(self) -> bool:
@@ -78,7 +85,7 @@ def _work(folder: Path, seed: int, sender: Connection, since: Synchronized[float
         name = rng.choice(list(kinds))
         data = kinds[name].mutated(contents[name], rng)
         before = _reset_peak()
-        sender.send((name, None, "begins"))
+        sender.send((name, None, str(kinds[name].path)))
         since.value = time.monotonic()
         what = outcome(kinds[name], data)
         since.value = 0.0
@@ -113,34 +120,23 @@ def campaign(minutes: float, jobs: int, seed: int) -> tuple[int, int]:
     """(inputs tried, faults). Prints each fault, once per kind and last line of what happened."""
     end, seen, total = time.monotonic() + 60 * minutes, Counter[tuple[str, str]](), 0
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / str(job) for job in range(jobs)]
-        for folder in folders:
-            folder.mkdir()
-        workers = [Worker(folder, seed + job) for job, folder in enumerate(folders)]
+        workers = [Worker(Path(temporary) / f"{seed + job}", seed + job) for job in range(jobs)]
         while time.monotonic() < end:
             time.sleep(0.2)
-            for job, (folder, worker) in enumerate(zip(folders, workers, strict=True)):
+            for job, worker in enumerate(workers):
                 for name, data, what in worker.faults():
-                    if not name:
-                        raise SystemExit("the files that are to be damaged cannot be made")
                     key = (name, what.strip().splitlines()[-1][:80])
                     seen[key] += 1
                     if seen[key] == 1:
-                        data = corpus_path(folder, name).read_bytes() if data is None else data
                         print(f"{name}: {what}\n  kept as {keep(name, data, seed)}", flush=True)
                 if not worker.alive:
                     total += sum(worker.tried.values())
                     seed += jobs
-                    workers[job] = Worker(folder, seed + job)
+                    workers[job] = Worker(Path(temporary) / f"{seed + job}", seed + job)
         for worker in workers:
             worker.stop()
             total += sum(worker.tried.values())
     return total, sum(seen.values())
-
-
-def corpus_path(folder: Path, name: str) -> Path:
-    """Where the input lies that a process was reading when it ended."""
-    return corpus(folder)[name].path
 
 
 def main() -> None:
