@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
 from tests.fuzz.readers import MEMORY_BYTES, SECONDS, corpus, outcome
@@ -32,7 +32,8 @@ class Worker:
         self.tried: Counter[str] = Counter()
         folder.mkdir()
         self._receiver, sender = multiprocessing.Pipe(duplex=False)
-        self._since = multiprocessing.Value("d", 0.0)  # when the input that is being read was given; 0: none is
+        # When the input that is being read was given, or 0, and the processor's time of the process then.
+        self._since = multiprocessing.Array("d", 2)
         self._process = multiprocessing.Process(target=_work, args=(folder, seed, sender, self._since), daemon=True)
         self._process.start()
         sender.close()
@@ -53,10 +54,18 @@ class Worker:
             self._process.join()
         if not self._process.is_alive() and self._process.exitcode != 0:
             found.append(self._interrupted(f"ended its process: status {self._process.exitcode}"))
-        elif self._since.value and time.monotonic() - self._since.value > SECONDS + 5:
+        elif self._is_stuck():
             self.stop()
             found.append(self._interrupted(f"no end after {SECONDS:.0f} s"))
         return found
+
+    def _is_stuck(self) -> bool:
+        """Whether an input takes too long; where the process hardly got a processor in that time, wait longer."""
+        since, used_before = self._since
+        if not since:
+            return False
+        seconds = time.monotonic() - since
+        return seconds > (SECONDS if _cpu_seconds(self._process.pid) - used_before > SECONDS / 2 else 10 * SECONDS)
 
     def _interrupted(self, what: str) -> tuple[str, bytes, str]:
         """What the process was at when it ended."""
@@ -73,7 +82,7 @@ class Worker:
         self._process.join()
 
 
-def _work(folder: Path, seed: int, sender: Connection, since: Synchronized[float]) -> None:
+def _work(folder: Path, seed: int, sender: Connection, since: SynchronizedArray[float]) -> None:
     kinds = corpus(folder)
     contents = {name: kind.path.read_bytes() for name, kind in kinds.items()}
     for name, content in contents.items():
@@ -86,14 +95,23 @@ def _work(folder: Path, seed: int, sender: Connection, since: Synchronized[float
         data = kinds[name].mutated(contents[name], rng)
         before = _reset_peak()
         sender.send((name, None, str(kinds[name].path)))
-        since.value = time.monotonic()
+        since[:] = time.monotonic(), time.process_time()
         what = outcome(kinds[name], data)
-        since.value = 0.0
+        since[:] = 0.0, 0.0
         if not what and _status("VmHWM") - before > MEMORY_BYTES:
             what = f"took {(_status('VmHWM') - before) / 2**30:.1f} GiB"
         if what:
             sender.send((name, data, what))
         kinds[name].path.write_bytes(contents[name])
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """What a process has used of the processor, its threads included; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _status(field: str) -> int:
