@@ -9,8 +9,15 @@ PYTEST_ENV = env -u CI -u BUILD_NUMBER
 DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/gpu/test_replay.py tests/train/test_replay_training.py
 DAWN_OPS ?= softmax or mean or gelu or attention-short or dropout
 
+# What to run before a commit, before a push, before a merge; docs/tests.md says what is where.
+TIER1 = tests/quant tests/adapters/test_qlora_properties.py tests/adapters/test_pattern.py
+TIER2 = tests/adapters/test_adapters.py tests/compiler/test_autodiff.py tests/compiler/test_plan.py tests/ops/test_ops.py \
+	tests/train/test_schedule.py tests/train/test_falsification.py
+TIER3 = tests/files tests/fuzz tests/gpu/test_replay.py tests/gpu/test_failures.py tests/ops/test_kernels.py \
+	tests/compiler/test_memory.py tests/train/test_training.py tests/train/test_resume.py tests/export tests/test_architecture.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test dawn gpu-test wgsl parity serve-test check format bench clean tools browser models real parity-setup profile-setup \
+.PHONY: help setup demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity serve-test check format bench clean tools browser models real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -24,6 +31,15 @@ demo: setup ## Fine-tune the model that ships with the project on Python's docst
 
 test: setup ## Run every test but the comparison with PyTorch
 	@$(PYTEST_ENV) .venv/bin/pytest -m "not parity" --ignore=tests/parity --require-gpu -n $(PYTEST_WORKERS)
+
+tier1: tools ## Unit and property tests of quantisation and adapters: under 5 s once warm
+	@$(PYTEST_ENV) .venv/bin/pytest -q $(TIER1)
+
+tier2: tools ## tier1, gradients, graphs and convergence, none on a GPU: under 30 s
+	@$(PYTEST_ENV) .venv/bin/pytest -q -n $(PYTEST_WORKERS) $(TIER1) $(TIER2)
+
+tier3: setup ## tier2, files, faults, kernels and training on the GPU: under 5 minutes
+	@$(PYTEST_ENV) .venv/bin/pytest -q -m "not slow" --require-gpu -n $(PYTEST_WORKERS) $(TIER1) $(TIER2) $(TIER3)
 
 dawn: setup ## Run ops, a training run and a resume through the second engine, Dawn, on SwiftShader if need be
 	@scripts/setup.sh dawn

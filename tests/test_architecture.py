@@ -1,6 +1,7 @@
 """The map in docs/architecture.md: every module is on it, imports point upwards, and there are no circles."""
 
 import ast
+import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,3 +178,16 @@ def test_files_that_pages_and_code_point_to_are_there() -> None:
             if not attribute and not any(f"/{file}".endswith(f"/{named}") for file in there):
                 gone.add(f"{path.relative_to(ROOT)}: {named}")
     assert not gone
+
+
+def test_the_tests_that_the_page_of_tests_names_are_there() -> None:
+    """An ellipsis or an asterisk stands for any ending."""
+    names, wrong = 0, []
+    for found in re.finditer(r"`([^`\s]*)::(test_[a-z0-9_*…]+)`", (ROOT / "docs/tests.md").read_text(encoding="utf-8")):
+        path = "tests/adapters/test_qlora_properties.py" if found[1] == "…" else found[1]
+        there = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+        if not any(fnmatch.fnmatch(name, found[2].replace("…", "*")) for name in there):
+            wrong.append(found[0])
+        names += 1
+    assert names > 20
+    assert not wrong
