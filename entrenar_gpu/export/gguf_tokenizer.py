@@ -9,15 +9,9 @@ from typing import Any
 
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.model import LLAMA3_WORDS, QWEN2_WORDS
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# Patterns that cut text into words, by llama.cpp's names for them. The first has other names with the same pattern;
-# smaug-bpe is the one that merges whole words too.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
@@ -75,9 +69,9 @@ def _words(rule: Any, ignore_merges: bool, path: Path) -> str:
     rules = rule.get("pretokenizers", [rule]) if isinstance(rule, dict) else []
     kinds = [each.get("type") for each in rules]
     patterns = [each.get("pattern", {}).get("Regex") for each in rules if each.get("type") == "Split"]
-    if patterns == [_LLAMA3]:
+    if patterns == [LLAMA3_WORDS]:
         return "llama-bpe" if ignore_merges else "smaug-bpe"
-    if patterns == [_QWEN2]:
+    if patterns == [QWEN2_WORDS]:
         return "qwen2"
     if kinds == ["ByteLevel"]:
         return "gpt-2"

@@ -13,10 +13,19 @@ import numpy as np
 
 from entrenar_gpu.adapters import load_adapter
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.export.gguf_families import GgufFamily, as_pairs, family_of, heads_of
 from entrenar_gpu.export.gguf_tokenizer import add_tokenizer
 from entrenar_gpu.files import cannot_write, new_folder, temporary_path
-from entrenar_gpu.model import Attention, HFCheckpoint, ModelConfig, Rope, WeightSpec
+from entrenar_gpu.model import (
+    Attention,
+    GgufFamily,
+    HFCheckpoint,
+    ModelConfig,
+    Rope,
+    WeightSpec,
+    as_pairs,
+    family_of,
+    heads_of,
+)
 
 Floats = np.ndarray
 # What gguf quantises; for what else llama.cpp reads, its own llama-quantize makes one file of another.

@@ -3,6 +3,8 @@
 from entrenar_gpu.model.blocks import Attention
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
+from entrenar_gpu.model.gguf_families import FAMILIES, GgufFamily, as_pairs, family_of, heads_of
+from entrenar_gpu.model.gguf_tokenizer import LLAMA3_WORDS, QWEN2_WORDS
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
 from entrenar_gpu.model.kv_cache import CachedPass, cache_names
@@ -13,10 +15,14 @@ from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 
 __all__ = [
+    "FAMILIES",
     "INDEX_FILE",
+    "LLAMA3_WORDS",
+    "QWEN2_WORDS",
     "SINGLE_FILE",
     "Attention",
     "CachedPass",
+    "GgufFamily",
     "HFCheckpoint",
     "ModelConfig",
     "ModuleAdapter",
@@ -26,8 +32,11 @@ __all__ = [
     "Transformer",
     "WeightSpec",
     "WeightTensors",
+    "as_pairs",
     "cache_names",
     "declared_weights",
+    "family_of",
+    "heads_of",
     "load_model_config",
     "model_shape",
     "parse_model_config",

@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.model.gguf_model import gguf_folder
 
 # Weights at the top of the repository, configuration and tokenizer; never pickles or code.
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
 
 
 def resolve_model(name: str, flag: str = "--model", weights: bool = True) -> Path:
-    """The folder of a model: `name` itself where that is one, otherwise the Hub's repository `name`, downloaded once,
-    on request without its weights.
+    """The folder of a model: `name` itself where that is one, a GGUF file's, unpacked once, otherwise the Hub's
+    repository `name`, downloaded once, on request without its weights.
 
     Raises UserError naming the flag when there is neither, or when the Hub cannot be reached and holds no copy here.
     """
@@ -21,6 +22,8 @@ def resolve_model(name: str, flag: str = "--model", weights: bool = True) -> Pat
         raise UserError(f"{flag}: missing; give a model folder or a Hub id")
     if Path(name).is_dir():
         return Path(name)
+    if name.lower().endswith(".gguf") and Path(name).is_file():
+        return gguf_folder(Path(name))
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise UserError(f"{flag}: {name}: no such folder, and no Hub id such as Qwen/Qwen3-4B")
     import huggingface_hub  # slow to import, and most runs name a folder

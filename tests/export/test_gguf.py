@@ -9,8 +9,8 @@ import pytest
 from entrenar_gpu.adapters import load_adapter, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import export_model
-from entrenar_gpu.export.gguf_families import FAMILIES, as_pairs, from_pairs
 from entrenar_gpu.export.merge import merged_weight
+from entrenar_gpu.model.gguf_families import FAMILIES, as_pairs, from_pairs
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from tests.data.test_chat import model_folder
 from tests.helpers import chat_templates
@@ -25,7 +25,7 @@ CONFIGS = {
     "llama3": {
         "architectures": ["LlamaForCausalLM"],
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 64},
+                         "original_max_position_embeddings": 8192},
     },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.model import Attention, ModelConfig
+from entrenar_gpu.model.blocks import Attention
+from entrenar_gpu.model.config import ModelConfig
 
 Floats = np.ndarray
 
