@@ -1,4 +1,4 @@
-// C = alpha * op(A) op(B) + beta * op(P) op(Q) + bias + residual: the matmul of every op in f32. All sums are f32, over
+// C = alpha * op(A) op(B) + lora_scale * op(P) op(Q) + bias + residual: the matmul of every op in f32. All sums are f32, over
 // blocks of K of {{ block }}, which C adds up: an accumulator's error grows with what it sums.
 //
 // A [M, K] or, transposed, [K, M]; B [K, N] or, transposed, [N, K]; the optional low-rank factors P, Q have the same layouts
@@ -123,7 +123,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   {{ epilogue.scale(rows, columns) }}
 {% if R %}
   {{ epilogue.once() }}{
-  {{ matmul("p", P, "q", Q, "0u", "%du" % R, "" if beta == 1.0 else " * f32(%r)" % beta) }}
+  {{ matmul("p", P, "q", Q, "0u", "%du" % R, "" if lora_scale == 1.0 else " * f32(%r)" % lora_scale) }}
   }
 {% endif %}
   {{ epilogue.write(rows, columns, 4, true) }}

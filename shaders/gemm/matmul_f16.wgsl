@@ -1,4 +1,4 @@
-// C [M, N] = alpha * A op(B) + beta * P op(Q) + bias + residual in f16 (= or, with an in-place residual, +=).
+// C [M, N] = alpha * A op(B) + lora_scale * P op(Q) + bias + residual in f16 (= or, with an in-place residual, +=).
 //
 // A [M, K] f16; B [N, K] or, where its k is not contiguous, [K, N], f16 or converted on the way in from f32, bf16 or half;
 // N a multiple of 4, K of BK; P [M, R], Q [N, R] or [R, N] f32; C f32 or f16. Products and their sums over one slice of BK

@@ -1,4 +1,4 @@
-// C [M, N] = A B^T + beta * P op(Q) + bias + residual in int8 (= or, with an in-place residual, +=).
+// C [M, N] = A B^T + lora_scale * P op(Q) + bias + residual in int8 (= or, with an in-place residual, +=).
 //
 // A [M, K], B [N, K] int8, four to a u32, with scales a_scale [K / 64, M] and b_scale [K / 64, N] for blocks of 64 along
 // K; N a multiple of BN, K of 64; P [M, R], Q [N, R] or [R, N] f32. A block's products are summed exactly in int32, and

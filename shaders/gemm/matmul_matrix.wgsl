@@ -1,4 +1,4 @@
-// C [M, N] = alpha * A op(B) + beta * P op(Q) + bias + residual on matrix units (= or, with an in-place residual, +=).
+// C [M, N] = alpha * A op(B) + lora_scale * P op(Q) + bias + residual on matrix units (= or, with an in-place residual, +=).
 //
 // A [M, K] f16; B [N, K] or [K, N], f16 or converted to it on the way in from f32, bf16 or half; N a multiple of 64, K of BK;
 // P [M, R], Q [N, R] or [R, N] f32, rounded to f16 too: they are {{ R }} more steps of K. C f32 or f16. Products are exact, their

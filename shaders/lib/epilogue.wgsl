@@ -32,16 +32,16 @@
 {{ "if (%s) " % terms | join(" && ") if terms }}
 {%- endmacro %}
 
-{# acc += beta * P op(Q), P [M, R], element by element: for kernels whose tiles hold no f32. #}
+{# acc += lora_scale * P op(Q), P [M, R], element by element: for kernels whose tiles hold no f32. #}
 {% macro add_low_rank(rows, columns, width) %}
   {{ once() }}{
   for (var r = 0u; r < {{ R }}u; r++) {
 {% for column in columns %}{% set j = loop.index0 %}
 {% if width == 4 %}
     let column{{ j }} = {{ "min(%s, %du)" % (column, N - 4) if N % BN else column }};
-    let q{{ j }} = vec4<f32>({% for x in range(4) %}q[(column{{ j }} + {{ x }}u) * {{ q_n }}u + r * {{ q_r }}u]{{ ", " if x < 3 }}{% endfor %}) * f32({{ beta }});
+    let q{{ j }} = vec4<f32>({% for x in range(4) %}q[(column{{ j }} + {{ x }}u) * {{ q_n }}u + r * {{ q_r }}u]{{ ", " if x < 3 }}{% endfor %}) * f32({{ lora_scale }});
 {% else %}
-    let q{{ j }} = q[({{ column }}) * {{ q_n }}u + r * {{ q_r }}u] * f32({{ beta }});
+    let q{{ j }} = q[({{ column }}) * {{ q_n }}u + r * {{ q_r }}u] * f32({{ lora_scale }});
 {% endif %}
 {% endfor %}
 {% for row in rows %}{% set i = loop.index0 %}

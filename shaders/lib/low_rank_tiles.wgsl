@@ -1,5 +1,5 @@
 {# An adapter's product P op(Q) as more steps of K of a product on matrix units: RK of its rank R at a time, rounded to f16,
-   into the tiles of A and B. P [M, R] times beta; Q [N, R] where r lies along memory, else [R, N]. What lies past R is zero. #}
+   into the tiles of A and B. P [M, R] times lora_scale; Q [N, R] where r lies along memory, else [R, N]. What lies past R is zero. #}
 {% macro read_row(name, factor) %}
 fn low_rank_{{ name }}(row: u32, r: u32) -> vec4<u32> {
 {% if R % 8 == 0 %}
@@ -15,7 +15,7 @@ fn low_rank_{{ name }}(row: u32, r: u32) -> vec4<u32> {
 {% endmacro %}
 
 {% macro readers() %}
-{{ read_row("p", " * f32(%s)" % beta) }}
+{{ read_row("p", " * f32(%s)" % lora_scale) }}
 {% if q_contiguous %}
 {{ read_row("q", "") }}
 {% else %}

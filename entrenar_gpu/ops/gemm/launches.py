@@ -40,7 +40,7 @@ def layout_of(transpose_a: bool, transpose_b: bool) -> str:
 
 @dataclass(frozen=True)
 class Matmul:
-    """C (+)= alpha op(A) op(B) + beta op(P) op(Q) + bias + residual; M, N, K and the low-rank inner length R.
+    """C (+)= alpha op(A) op(B) + lora_scale op(P) op(Q) + bias + residual; M, N, K and the low-rank inner length R.
 
     Of `low_rank`, P is transposed as A is, and Q by itself: [N, R] with `low_rank_transposed`. `accumulate` adds onto
     what C holds; a `residual` that is another tensor has C's layout. With `scales` of A and B, these hold int8, four
@@ -159,8 +159,8 @@ def _low_rank(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
     element by element."""
     if matmul.low_rank is None:
         return [], {"R": 0, "q_contiguous": False}
-    (m, n, _), (p, q, beta, r) = matmul.sizes, matmul.low_rank
-    constants: dict[str, Any] = {"R": r, "beta": beta}
+    (m, n, _), (p, q, lora_scale, r) = matmul.sizes, matmul.low_rank
+    constants: dict[str, Any] = {"R": r, "lora_scale": lora_scale}
     if isinstance(tile, MatrixTile):
         constants["q_contiguous"] = matmul.low_rank_transposed
         along_r = 4 if r % 8 == 0 else 1
