@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from entrenar_gpu.cli.options import FIELDS, kind_of
+from collections.abc import Iterable
+from typing import Any
+
+from entrenar_gpu.cli.options import FIELDS, SAMPLING, kind_of
 from entrenar_gpu.config import flag
 
 HEAD = """# Options of `entrenar-gpu train`
@@ -39,15 +42,32 @@ With t the optimizer step (1 is the first), w the warm-up steps, s = t - w - 1 a
 """
 
 
-def main() -> None:
-    print(HEAD)
-    for name, f in FIELDS.items():
-        kind, choices = kind_of(name)
+SAMPLING_HEAD = """
+# Options of sampling
+
+Of `generate` and `chat`, arguments of a model's methods in Python, and fields of the server's requests, from
+`entrenar_gpu/config/sampling_options.py`; [generate.md](generate.md) has the definitions. `--stop TEXT` and
+`--logit-bias ID=NUMBER` stand beside them, and may be given again.
+
+| flag | default | unit | what it does |
+|---|---|---|---|"""
+
+
+def print_rows(rows: Iterable[Any]) -> None:
+    for f in rows:
+        kind, choices = kind_of(f.name)
         default = "" if f.default in (None, "") else str(f.default).lower() if kind is bool else str(f.default)
-        shown = f"`{flag(name)}`" + (f" / `--no-{name.replace('_', '-')}`" if kind is bool else "")
+        shown = f"`{flag(f.name)}`" + (f" / `--no-{f.name.replace('_', '-')}`" if kind is bool else "")
         text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
         print(f"| {shown} | {default} | {f.metadata['unit']} | {text.replace('|', chr(92) + '|')} |")
+
+
+def main() -> None:
+    print(HEAD)
+    print_rows(FIELDS.values())
     print(FORMULAS, end="")
+    print(SAMPLING_HEAD)
+    print_rows(SAMPLING.values())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.errors import UserError
 
 Floats = np.ndarray
+Ints = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,17 @@ class Sampler:
         options = self._options
         if not np.isfinite(logits.max()):
             raise UserError("the model's logits are not finite: its weights, or its adapter's, overflow")
-        if options.temperature == 0 and self._plain:
-            token = int(np.argmax(logits))
+        adjusted = logits if self._plain else self._adjusted(logits)
+        if options.temperature == 0:
+            token = int(np.argmax(adjusted))
         else:
-            adjusted = self._adjusted(logits)
-            if options.temperature == 0:
-                token = int(np.argmax(adjusted))
-            else:
-                token = self._pick(probabilities(adjusted, options))
+            token = self._pick(*candidates(adjusted, options))
         self._count(token)
         return _described(token, logits, options.logprobs)
 
     def _adjusted(self, logits: Floats) -> Floats:
-        """Steps 1 to 3, in float64."""
-        options, values = self._options, logits.astype(np.float64)
+        """Steps 1 to 3."""
+        options, values = self._options, logits.copy()
         ids, biases = self._bias
         values[ids] += biases
         if self._seen is not None:
@@ -94,11 +92,11 @@ class Sampler:
             values[said] -= options.frequency_penalty * times + options.presence_penalty
         return values
 
-    def _pick(self, weights: Floats) -> int:
+    def _pick(self, ids: Ints, weights: Floats) -> int:
         """The id at which the cumulated probability passes a uniform number."""
-        cumulated = np.cumsum(weights)
+        cumulated = np.cumsum(weights, dtype=np.float64)
         at = int(np.searchsorted(cumulated, self._rng.random() * cumulated[-1], side="right"))
-        return min(at, int(np.flatnonzero(weights)[-1]))  # a product that rounded up to the whole
+        return int(ids[min(at, len(ids) - 1)])  # a product that rounded up to the whole
 
     def _count(self, token: int) -> None:
         if self._seen is not None and self._counts[token] == 0:
@@ -106,21 +104,42 @@ class Sampler:
         self._counts[token] += 1
 
 
-def probabilities(logits: Floats, options: SamplingOptions) -> Floats:
-    """Steps 4 to 7 for a temperature above 0: weights [V] in float64, zero for what is left out; not normalised."""
-    shifted = logits.astype(np.float64) - logits.max()
-    # The coldest temperatures would overflow; what lies beyond e^-745 is zero in any case.
-    weights = np.exp(np.maximum(shifted, -800.0 * options.temperature) / options.temperature)
-    if 0 < options.top_k < weights.size:
-        weights[weights < np.partition(weights, -options.top_k)[-options.top_k]] = 0
+def candidates(logits: Floats, options: SamplingOptions) -> tuple[Ints, Floats]:
+    """Steps 4 to 7 for a temperature above 0: (ids of what is left, in order, and their weights).
+
+    Weights are probabilities up to one factor, and above zero. Of a large vocabulary little is sorted.
+    """
+    ids = np.arange(logits.size)
+    if 0 < options.top_k < logits.size:
+        ids = np.flatnonzero(logits >= np.partition(logits, -options.top_k)[-options.top_k])
+    temperature = max(options.temperature, 1e-6)  # colder ones overflow, and differ in nothing
+    weights = np.exp((logits[ids] - logits.max()) / np.float32(temperature))
+    kept = weights > 0
     if options.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        cumulated = np.cumsum(weights[order])
-        kept = int(np.searchsorted(cumulated, options.top_p * cumulated[-1])) + 1
-        weights[order[kept:]] = 0
+        kept &= _nucleus(weights, options.top_p)
     if options.min_p > 0:
-        weights[weights < options.min_p * weights.max()] = 0
-    return weights
+        kept &= weights >= options.min_p * weights.max()
+    return ids[kept], weights[kept]
+
+
+def _nucleus(weights: Floats, share: float) -> np.ndarray:
+    """Which of the weights are the fewest largest that reach a share of all, the earlier of equal ones first.
+
+    Only the largest are sorted, as many as that takes.
+    """
+    wanted, count = share * weights.sum(dtype=np.float64), 256
+    while True:
+        largest = np.arange(weights.size)
+        if count < weights.size:
+            largest = np.flatnonzero(weights > np.partition(weights, -count)[-count])
+        order = largest[np.argsort(-weights[largest], kind="stable")]
+        reached = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted))
+        if reached < len(order) or len(order) == weights.size:
+            break
+        count *= 16
+    kept = np.zeros(weights.size, bool)
+    kept[order[: reached + 1]] = True
+    return kept
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -133,5 +152,7 @@ def _described(token: int, logits: Floats, wanted: int | None) -> SampledToken:
     if wanted is None:
         return SampledToken(token)
     values = log_softmax(logits)
-    likeliest = np.argsort(-values, kind="stable")[:wanted]
+    least = np.partition(values, -wanted)[-wanted] if 0 < wanted < values.size else -np.inf
+    likeliest = np.flatnonzero(values >= least)
+    likeliest = likeliest[np.argsort(-values[likeliest], kind="stable")][:wanted]
     return SampledToken(token, float(values[token]), tuple((int(i), float(values[i])) for i in likeliest))

@@ -7,7 +7,7 @@ import pytest
 
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.infer.sampling import Sampler, log_softmax, probabilities
+from entrenar_gpu.infer.sampling import Sampler, candidates, log_softmax
 
 LOGITS = np.array([1.0, 3.0, 2.0, 2.0, -1.0, 0.5], np.float32)
 
@@ -18,7 +18,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def kept(**options: float) -> list[int]:
-    return np.flatnonzero(probabilities(LOGITS, SamplingOptions(temperature=1.0, **options))).tolist()
+    return candidates(LOGITS, SamplingOptions(temperature=1.0, **options))[0].tolist()
 
 
 def frequencies(logits: np.ndarray, draws: int = 4000, **options: float) -> np.ndarray:
@@ -52,9 +52,22 @@ def test_top_k_keeps_ties():
 def test_top_p_keeps_the_fewest_that_reach_it():
     p = softmax(LOGITS)
     order = [1, 2, 3, 0, 5, 4]
-    for top_p in (0.0, 0.3, float(p[1]) - 1e-9, float(p[1]) + 1e-9, 0.8, 0.99, 1.0):
+    for top_p in (0.0, 0.3, float(p[1]) - 1e-6, float(p[1]) + 1e-6, 0.8, 0.99, 1.0):
         wanted = next(n for n in range(1, 7) if p[order[:n]].sum() >= top_p - 1e-12)
         assert kept(top_p=top_p) == sorted(order[:wanted])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(spread, top_p, rng):
+    logits = np.round(spread * rng.standard_normal(9000), 2).astype(np.float32)  # with many equal ones
+    ids, weights = candidates(logits, SamplingOptions(temperature=1.0, top_p=top_p))
+    p = softmax(logits)
+    order = np.argsort(-p, kind="stable")
+    wanted = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
+    assert abs(len(ids) - wanted) <= 1  # sums round
+    assert set(ids.tolist()) == set(order[: len(ids)].tolist())
+    np.testing.assert_allclose(weights / weights.sum(), p[ids] / p[ids].sum(), rtol=3e-6)
 
 
 def test_top_p_counts_shares_of_what_top_k_left():

@@ -129,6 +129,7 @@ def storm(url: str, server: psutil.Process, expected: dict[str, str], requests: 
         "draft_tokens": int(float(gauges["entrenar_draft_tokens"])),
         "draft_tokens_accepted": int(float(gauges["entrenar_draft_tokens_accepted"])),
         "resident_mib": round(resident[-1], 1),
+        "resident_mib_by_tenths": [round(each, 1) for each in resident],
         "grown_mib": round(resident[-1] - resident[len(resident) // 5], 1),  # since a fifth of the requests
         "wrong": seen.wrong,
     }
