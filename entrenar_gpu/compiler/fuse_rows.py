@@ -11,6 +11,7 @@ from collections import Counter
 
 from entrenar_gpu.graph import Caps, Graph, Node
 from entrenar_gpu.ops.activations import GATES
+from entrenar_gpu.ops.cache_heads import cache_heads_node
 from entrenar_gpu.ops.gemm.row_product import alike, bindings_of, can_merge, merged_row_products
 
 
@@ -29,6 +30,9 @@ def fuse_rows(graph: Graph, caps: Caps) -> None:
 
 def _next(nodes: list[Node], readers: Counter[int], caps: Caps) -> tuple[int, Node]:
     """How many of the first nodes one takes the place of, and that one."""
+    heads = cache_heads_node(*nodes[:3]) if len(nodes) > 2 and readers[nodes[1].output.id] == 1 else None
+    if heads is not None and len(heads.inputs) < caps.max_storage_buffers:  # the output is one more
+        return 3, heads
     run = 0
     while run < len(nodes) and can_merge(nodes[run]) and alike(nodes[0], nodes[run]):
         run += 1

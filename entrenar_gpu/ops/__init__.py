@@ -1,6 +1,7 @@
 """Every operation, by family. Importing this package fills the table in registry.py."""
 
 import entrenar_gpu.ops.attention_grad
+import entrenar_gpu.ops.cache_heads
 import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.activations import geglu, geglu_tanh, gelu, gelu_tanh, relu, relu_squared, swiglu, swish
 from entrenar_gpu.ops.attention import LONGEST_HEAD, attention

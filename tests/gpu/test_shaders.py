@@ -45,8 +45,9 @@ BYTES = {"f32": 4, "u32": 4, "i32": 4, "vec2<f32>": 8, "vec4<f32>": 16, "vec2<u3
 # `random` fills weights for benchmarks: nothing depends on its values.
 TEMPLATES = sorted(shader_files().keys() - {"random"})
 
-# Kernels for optional features, in test_low_precision.py and test_matrix_units.py.
+# Kernels for optional features, in test_low_precision.py and test_matrix_units.py, and one that binds many buffers.
 NEED_FEATURES = {
+    "cache_heads",
     "matmul_f16",
     "matmul_matrix",
     "attention_matrix",
@@ -80,6 +81,10 @@ def launches(caps: Caps) -> list[tuple[str, Launch, str]]:
     """(case, launch, rendered text) of everything the tests know."""
     plans = {name: plan_of(case, build(case), caps, keep=False) for name, case in CASES.items()}
     plans |= {name: make_plan({name: graph}, caps) for name, graph in other_graphs().items()}
+    for name in ("heads normed", "heads"):
+        graph = test_cached_attention.heads_graph(normed="normed" in name)
+        fuse_rows(graph, caps)
+        plans[name] = make_plan({name: graph}, caps)
     every = [(name, launch) for name, plan in plans.items() for s in plan.steps[name] for launch in s.launches]
     return [(name, launch, render(launch)) for name, launch in every]
 

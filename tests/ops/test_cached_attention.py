@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import ops
+from entrenar_gpu.compiler.fuse_rows import fuse_rows
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.executors.numpy_executor import NumpyExecutor
 from entrenar_gpu.gpu.replay import Replay
+from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.cached_attention import SPLIT_ROWS
 from tests.helpers.equivalence import check_close, fault
@@ -122,6 +124,7 @@ FAULTS = [
     ("cached_attention", "min(positions[t], 149u) + 1u", "min(positions[t], 149u)"),
     ("cached_attention_join", "run += 1u", "run += 2u"),
     ("cache_write", "slot >= 3u", "slot >= 2u"),
+    ("cache_heads", "slot < 3u", "slot < 2u"),
 ]
 
 
@@ -130,9 +133,53 @@ def test_planted_errors_are_seen(device, rng, shader, old, new):
     from entrenar_gpu.gpu.kernel import KernelCache
 
     graph = graph_of(18 if shader == "cached_attention" else 5, 4, 2, 24)
-    arrays = arrays_of(graph, rng)
+    if shader == "cache_heads":
+        graph = heads_graph(normed=False)
+        fuse_rows(graph, device.caps)
+    arrays = {"table": rng.uniform(-1, 1, (CONTEXT, 24))} if shader == "cache_heads" else {}
+    arrays |= arrays_of(graph, rng)
     want = run(NumpyExecutor({"g": graph}), arrays)
     with fault(shader, old, new):
         got = on_device(KernelCache(device), graph, arrays)
     wrong = max(np.abs(got[name] - want[name]).max() for name in want)
     assert not wrong <= 1e-3
+
+
+def heads_graph(normed: bool, tokens: int = 7, head: int = 24) -> Graph:
+    """Queries and keys rotated, after a norm or not, and a cache written: before fusing, three nodes."""
+    graph = Graph("g")
+    positions, slots = (graph.tensor(n, (tokens,), "u32") for n in ("positions", "slots"))
+    table = graph.tensor("table", (CONTEXT, head), role="weight")
+    turned = []
+    for name, heads in (("q", 4), ("k", 2)):
+        x = ops.scale(graph.tensor(name, (tokens, heads * head)), 1.25)
+        weight = graph.tensor(f"{name}_weight", (head,), role="weight") if normed else None
+        turned.append((x, weight))
+    (q, q_weight), (k, k_weight) = turned
+    v = ops.scale(graph.tensor("v", (tokens, 2 * head)), 1.25)
+    if q_weight is not None and k_weight is not None:
+        q = ops.norm_rope(q, q_weight, 1e-6, table, positions, 1.0)
+        k = ops.norm_rope(k, k_weight, 1e-6, table, positions, 1.0)
+    else:
+        q, k = ops.rope(q, table, positions), ops.rope(k, table, positions)
+    keys, values = (graph.tensor(n, (SLOTS, CONTEXT, 2 * head), role="state") for n in ("keys", "values"))
+    ops.cache_write(keys, values, k, v, slots, positions)
+    ops.keep(ops.scale(q, 1.0), "out")
+    return graph
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("head", [24, 130])
+def test_heads_and_their_cache_in_one_launch(kernels, rng, normed, head):
+    graph, fused = heads_graph(normed, head=head), heads_graph(normed, head=head)
+    fuse_rows(fused, replace(kernels.device.caps, max_storage_buffers=11))
+    assert [node.op for node in fused.nodes] == ["scale"] * 3 + ["cache_heads", "scale"]
+    untouched = heads_graph(normed, head=head)
+    fuse_rows(untouched, Caps())
+    assert len(untouched.nodes) == 7
+    arrays = arrays_of(graph, rng) | {"table": rng.uniform(-1, 1, (CONTEXT, head))}
+    arrays |= {name: rng.uniform(-0.5, 0.5, head) for name in ("q_weight", "k_weight") if normed}
+    want = run(NumpyExecutor({"g": graph}), arrays)
+    for got in (run(NumpyExecutor({"g": fused}), arrays), on_device(kernels, fused, arrays)):
+        for name, values in want.items():
+            check_close(got[name], values, values, 2e-6, name)
