@@ -49,9 +49,11 @@ def check_f16(name: str, device: Any, kernels: Any, caps: Caps | None = None) ->
         assert worst <= WORST, f"{output}: worst element {worst:.1e}"
 
 
-@pytest.mark.parametrize(
-    "name", ["short", "packed-across", "packed-long", "four-tiles-and-one", "head-6", "head-80", "head-96", "head-128"]
-)
+F16_CASES = ["short", "packed-across", "packed-long", "four-tiles-and-one", "head-6", "head-80", "head-96", "head-128"]
+F16_CASES += ["window-long", "window-softcap-scale"]
+
+
+@pytest.mark.parametrize("name", F16_CASES)
 def test_f16_is_off_by_its_rounding(name, device, kernels):
     check_f16(f"attention-{name}", device, kernels)
 

@@ -140,7 +140,10 @@ def test_weights_stored_in_16_bits(tmp_path, kernels, dtype):
     compare(folder, kernels, model, method="lora", adapter_init=str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3-tied", "qwen2", "llama31"])
+FULL = ["qwen3-tied", "qwen2", "llama31", "gemma2", "gemma3", "granite4", "olmo2", "phi4", "glm4", "arcee"]
+
+
+@pytest.mark.parametrize("architecture", FULL)
 def test_gradients_of_every_weight(tmp_path, kernels, architecture):
     """Full training: norms, biases and embeddings too, the tied one with both its uses."""
     folder = make_run(tmp_path, architecture)
