@@ -28,10 +28,11 @@ from entrenar_gpu.serve.engine import Engine, QueueFull, Ticket
 from entrenar_gpu.serve.meters import Meters
 from entrenar_gpu.serve.problems import Problem, bad_request
 from entrenar_gpu.serve.replies import END, Reply, event
-from entrenar_gpu.serve.served import Served
+from entrenar_gpu.serve.served import BASE, Served
 
 MOST_BODY_BYTES = 4 << 20
 BODY_SECONDS = 30.0  # for a client to send its body
+LONGEST_NAME = 200  # characters of a model's name that are kept of what a client sends
 CLOSED = 499  # nginx's status for a client that went away
 
 _log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class _Service:
 
     def _authorise(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._key is not None and not hmac.compare_digest(given.encode("utf-8", "replace"), self._key):
+        if self._key is not None and not hmac.compare_digest(given.encode("latin-1", "replace"), self._key):
             raise Problem(401, "no valid API key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _generate(self, request: Request, read: Callable[[dict[str, Any]], Asked], prefix: str) -> Response:
@@ -132,7 +133,8 @@ class _Service:
         if self._engine.broken is not None:
             raise Problem(503, self._engine.broken)
         asked = read(bodies.decode(await _body(request)))
-        record = _Record(f"{prefix}-{uuid.uuid4().hex}", request.url.path, asked.model or "base", start_ns)
+        name = (asked.model or BASE)[:LONGEST_NAME]
+        record = _Record(f"{prefix}-{uuid.uuid4().hex}", request.url.path, name, start_ns)
         with contextlib.ExitStack() as finish:
             try:
                 finish.enter_context(self._engine.place(asked.n * len(asked.prompts)))
@@ -142,7 +144,7 @@ class _Service:
                 raise Problem(429, message, code="queue_full", headers=wait) from None
             record.ticket = ticket = await self._begin(asked, record)
             finish.callback(self._engine.cancel, ticket)
-            reply = Reply(record.request_id, asked.model or "base", asked, self._served.model.tokenizer)
+            reply = Reply(record.request_id, record.model, asked, self._served.model.tokenizer)
             if not asked.stream:
                 return await self._whole(request, ticket, reply, record)
             finish.callback(lambda: self._tell(record, record.status))

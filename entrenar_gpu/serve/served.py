@@ -44,10 +44,10 @@ class Served:
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a body's `model` means. Raises Problem for a name that is not served."""
-        if name in (None, BASE, self.name):
-            return None
         if name in self.model.adapters:
             return name
+        if name in (None, BASE, self.name):
+            return None
         raise Problem(404, f"model: {str(name)[:80]!r} is not served here; see /v1/models", "model", "model_not_found")
 
     def requests(self, asked: Asked) -> Sequence[Request]:

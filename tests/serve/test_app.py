@@ -264,13 +264,18 @@ def test_other_types_of_content_routes_and_methods_are_refused(client):
 
 def test_a_key_is_asked_for(decoder, tokenizer):
     model = LanguageModel(decoder, tokenizer, 32)
-    with TestClient(make_app(Served(model, "tiny"), api_key="geheim")) as client:
+    with TestClient(make_app(Served(model, "tiny"), api_key="geheimé")) as client:
         assert client.get("/health").json() == {"status": "ok"}
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer geheimé".encode()}):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer geheime"}):
             assert client.get("/v1/models", headers=headers).status_code == 401
             assert client.post(TEXT, json={"prompt": "w1"}, headers=headers).status_code == 401
             assert client.get("/metrics", headers=headers).status_code == 401
-        assert client.get("/v1/models", headers={"authorization": "Bearer geheim"}).status_code == 200
+        assert client.get("/v1/models", headers={"authorization": "Bearer geheimé".encode()}).status_code == 200
+
+
+def test_what_a_client_calls_a_model_is_kept_short(client, records):
+    assert client.post(TEXT, json={"prompt": "w1", "model": "x" * 100_000}).status_code == 404
+    assert len(records[0].model) == 200
 
 
 def in_thread(call) -> threading.Thread:
