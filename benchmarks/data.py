@@ -2,7 +2,8 @@
 
 Rows are made of the standard library's docstrings, for the demo model's tokenizer and template; nothing is downloaded.
 Prints, for each kind of row, MB of JSONL per second with and without everything around the tokenizer, their ratio, and
-the memory taken above the packed tokens. Each is run in a process of its own, alternately; medians of three are shown.
+the memory taken above the packed tokens; for conversations also what the process costs in which their templates run, as
+a share of the time that reading takes without it. Each is run in a process of its own, alternately; medians of three.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from entrenar_gpu.chat.process import TEMPLATES
+from entrenar_gpu.chat.worker import Service
 from entrenar_gpu.cli import docstrings
 from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.data import Tokenizer, load_samples
@@ -62,6 +65,8 @@ def measure(what: str, path: Path) -> None:
             tokenizer.backend.encode_batch_fast(texts[at : at + 1024], add_special_tokens=False)
         packed = 0
     else:
+        if what == "templates here":
+            TEMPLATES._here = Service()
         samples = load_samples(path, tokenizer, vocab_size=tokenizer.vocab_size, seq=SEQ)
         packed = samples.tokens.nbytes + samples.targets.nbytes + samples.starts.nbytes
     seconds = time.perf_counter() - start
@@ -82,17 +87,19 @@ def main(megabytes: float) -> None:
         for kind in ("text", "long text", "chat"):
             path = Path(folder) / "data.jsonl"
             write(path, kind, megabytes)
-            found: dict[str, list[dict[str, float]]] = {"tokenizers": [], "load_samples": []}
+            whats = ["tokenizers", "load_samples", *(["templates here"] if kind == "chat" else [])]
+            found: dict[str, list[dict[str, float]]] = {what: [] for what in whats}
             for _ in range(REPEATS):
                 for what, results in found.items():
                     command = [sys.executable, __file__, what, str(path)]
                     results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-            alone, ours = (statistics.median(r["seconds"] for r in found[what]) for what in found)
+            alone, ours, *here = (statistics.median(r["seconds"] for r in found[what]) for what in found)
             above = max(r["above"] for r in found["load_samples"])
             size = path.stat().st_size / 1e6
             print(
                 f"{kind:10} {size:6.0f} MB  tokenizers {size / alone:6.2f} MB/s  load_samples {size / ours:6.2f} MB/s"
                 f"  ratio {alone / ours:4.0%}  {above:5.0f} MiB above the packed tokens"
+                + (f"  templates in a process of their own: {ours / here[0] - 1:+.0%}" if here else "")
             )
 
 

@@ -5,8 +5,11 @@ A reader may return or raise the error that becomes one line (UserError, TraceEr
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import random
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tokenizers
@@ -24,9 +28,10 @@ from entrenar_gpu.cli.options import make_config
 from entrenar_gpu.data import Tokenizer, load_samples
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
+from entrenar_gpu.export import export_model
 from entrenar_gpu.files import SafetensorsFile, save_safetensors
 from entrenar_gpu.gpu.autotune import read_cache
-from entrenar_gpu.model import HFCheckpoint, load_model_config
+from entrenar_gpu.model import HFCheckpoint, load_model_config, resolve_model
 from entrenar_gpu.quant.nf4 import CODEBOOK, Nf4Weight
 from entrenar_gpu.train.metrics_file import MetricsFile
 from entrenar_gpu.train.run_checkpoint import load_run, read_state
@@ -109,7 +114,22 @@ def _make_files(folder: Path) -> None:
         backend.save(str(folder / name / "tokenizer.json"))
         _make_beside(folder / name)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    table = "".join(f'"Name, reef {n}"," The ""Great"" one, {n}"\n' for n in range(5))
+    (folder / "rows.csv").write_text(f"prompt,completion\n{table}")
+    if importlib.util.find_spec("gguf"):
+        _make_gguf(folder)
     made_traces.write(folder / "trace.jsonl", made_traces.plain_steps(12))
+
+
+def _make_gguf(folder: Path) -> None:
+    """The model, with a tokenizer, as llama.cpp has it."""
+    shutil.copytree(folder / "model", folder / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / "bpe" / name, folder / "whole" / name)
+    config = json.loads((folder / "whole/config.json").read_text()) | {"vocab_size": VOCAB}
+    make_model(folder / "whole", **config)
+    export_model(str(folder / "whole"), folder / "model.gguf", dtype="F32")
 
 
 def _make_indexed(model: Path, folder: Path) -> None:
@@ -197,8 +217,18 @@ def _model_kinds(folder: Path) -> dict[str, Kind]:
     def adapter(path: Path) -> object:
         return load_adapter(path.parent, model)
 
+    def unpacked(path: Path) -> None:
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+            try:
+                made = resolve_model(str(path))
+                HFCheckpoint.open(made)
+                Tokenizer.load(made).encode("reef")
+            finally:
+                shutil.rmtree(folder / "cache", ignore_errors=True)
+
+    ggufs = {"gguf": Kind(folder / "model.gguf", unpacked)} if (folder / "model.gguf").exists() else {}
     adapter_files = folder / "run/checkpoint-000001"
-    return {
+    return ggufs | {
         "safetensors": Kind(folder / "model/model.safetensors", weights, changed_header),
         "nf4": Kind(folder / "nf4/model.safetensors", weights, changed_header),
         "config": Kind(folder / "model/config.json", lambda path: load_model_config(path.parent), changed_json),
@@ -247,6 +277,8 @@ def _text_kinds(folder: Path) -> dict[str, Kind]:
     kinds = {
         "ids": Kind(folder / "train.jsonl", ids, changed_json),
         "rows": Kind(folder / "rows.jsonl", rows, changed_json),
+        "array": Kind(folder / "rows.json", rows, changed_json),
+        "table": Kind(folder / "rows.csv", rows),
         "template": Kind(folder / "bpe/chat_template.jinja", encode),
     }
     for name in ("bpe", "unigram", "wordpiece"):
