@@ -96,6 +96,8 @@ def chosen_targets(target: str, model: ModelConfig) -> list[str]:
         return known
     full = {name if name in known or name.endswith("_proj") else f"{name}_proj" for name in names}
     unknown = sorted(full - set(known))
+    if any("vision" in name or "multi_modal" in name for name in unknown):
+        raise UserError(f"--target: {unknown[0]}: of a model that also sees the language part alone is trained")
     if unknown or not full:
         raise UserError(f"--target: {', '.join(unknown) or 'empty'}; choose from {', '.join(known)}")
     return _in_order(full, known)

@@ -49,9 +49,13 @@ class ConfigFile:
             raise self.error(f"{key} must be true or false, not {shown(value)}")
         return bool(value)
 
-    def perhaps(self, key: str) -> float | None:
-        """A number above 0, or None where there is none."""
-        return None if self.raw.get(key) is None else self.real(key)
+    def cap(self, key: str) -> float | None:
+        """A soft cap, 0.001 at least so that its inverse is a number of f32 too; None where there is none."""
+        if self.raw.get(key) is None:
+            return None
+        if self.real(key) < 1e-3:
+            raise self.error(f"{key} {shown(self.raw[key])} is below 0.001")
+        return self.real(key)
 
     def layer_kinds(self, default: Sequence[str]) -> Sequence[str]:
         """`layer_types`, one for each layer: full or sliding attention; `default` where the file has none."""

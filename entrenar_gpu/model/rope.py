@@ -244,6 +244,8 @@ class LongRopeScaling:
     @classmethod
     def read(cls, given: _Reader) -> LongRopeScaling:
         original = given.original(of_file=True)
+        if original < 2:
+            raise given.file.error("rope_scaling.original_max_position_embeddings of longrope must be 2 at least")
         factor = given.perhaps("factor")
         if factor is None:
             factor = given.file.count("max_position_embeddings", most=2**40) / original

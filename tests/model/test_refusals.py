@@ -87,3 +87,37 @@ def test_unknown_ropes_are_refused_by_name(kind):
         return
     with pytest.raises(UserError, match=rf"rope scaling {kind!r} is not supported; supported: default, linear"):
         parse_model_config(raw)
+
+
+BOUNDS = {
+    "LongRoPE from one position": (
+        {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 1, "factor": 2.0}},
+        "original_max_position_embeddings of longrope",
+    ),
+    "a factor for another number of pairs": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "factor": 2.0}},
+        "rope_scaling.short_factor must be a list of 12 numbers",
+    ),
+    "YaRN of a theta of one": ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta"),
+    "a head cut to no pairs": ({"partial_rotary_factor": 0.05}, "partial_rotary_factor 0.05 of heads of 24"),
+    "heads that attention does not compute": ({"head_dim": 258}, "head_dim 258 is above 256"),
+    "a cap that ends all": (
+        {"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 1e-30},
+        "final_logit_softcapping 1e-30 is below 0.001",
+    ),
+    "layers of another kind": ({"architectures": ["Olmo3ForCausalLM"], "layer_types": ["full_attention"]}, "list of 2"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BOUNDS.values(), ids=BOUNDS)
+def test_what_cannot_be_computed_is_refused_by_its_key(changes, message):
+    with pytest.raises(UserError, match=message):
+        parse_model_config(QWEN3 | changes)
+
+
+def test_vision_towers_are_not_trained():
+    from entrenar_gpu.adapters.selection import chosen_targets
+
+    config = parse_model_config(SEES | {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 1}})
+    with pytest.raises(UserError, match="--target: vision_tower_proj: of a model that also sees"):
+        chosen_targets("vision_tower", config)

@@ -44,7 +44,7 @@ def gemma_layer(file: ConfigFile, qk_norm: Normed | None = None) -> Layer:
     attention = replace(
         Attention.read(file, bias, bias, qk_norm, norm),
         scale=file.real("query_pre_attn_scalar") ** -0.5,
-        softcap=file.perhaps("attn_logit_softcapping"),
+        softcap=file.cap("attn_logit_softcapping"),
     )
     return Layer(attention, FeedForward.read(file, "hidden_activation"), norm, NORMS)
 
@@ -52,5 +52,5 @@ def gemma_layer(file: ConfigFile, qk_norm: Normed | None = None) -> Layer:
 def gemma_model(file: ConfigFile, layers: Sequence[Layer]) -> ModelConfig:
     """Embeddings times the root of their width, and capped logits."""
     return ModelConfig.read(
-        file, layers, math.sqrt(file.count("hidden_size")), softcap=file.perhaps("final_logit_softcapping")
+        file, layers, math.sqrt(file.count("hidden_size")), softcap=file.cap("final_logit_softcapping")
     )
