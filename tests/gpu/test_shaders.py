@@ -70,8 +70,9 @@ def other_graphs() -> dict[str, Graph]:
     for kind, sizes in test_row_product.SIZES.items():
         graphs |= {f"rows {kind} {n}x{k}": test_row_product.graph_of(kind, n, k, 3) for n, k in sizes}
     for double in (False, True):
-        merged = graphs[f"rows merged {double}"] = test_row_product.merged_graph(double)
-        fuse_rows(merged, Caps())
+        for rows in (3, 40):
+            merged = graphs[f"rows merged {rows} {double}"] = test_row_product.merged_graph(double, rows)
+            fuse_rows(merged, Caps())
     graphs["linear"] = test_low_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
 

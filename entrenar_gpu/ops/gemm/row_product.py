@@ -20,6 +20,7 @@ from entrenar_gpu.ops.activations import GATES
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
 from entrenar_gpu.ops.registry import OPS, Op, Placement, Spec, record, register
+from entrenar_gpu.quant import nf4
 
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
@@ -151,10 +152,16 @@ class _Part:
         return sizes | {"added": added, "rounded": self.rounded, "double": len(self.stored) == 4}
 
 
+def _workgroup_bytes(blocking: dict[str, int], gate: str | None) -> int:
+    """Of the sums that lanes leave for each other, and the codebook."""
+    sums = blocking["ROWS"] * blocking["COLUMNS"] * (2 if gate else 1)
+    return 4 * (sums * (blocking["THREADS"] + 1) + nf4.CODEBOOK.size)
+
+
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    n, nf4, rounded = _shape(node)[0], node.group("nf4"), node.attrs.get("rounded", "float32")
+    n, codes, rounded = _shape(node)[0], node.group("nf4"), node.attrs.get("rounded", "float32")
     bias, residual = node.inputs.get("bias"), node.inputs.get("residual")
-    stored = [(nf4, 0, n)] if nf4 else []
+    stored = [(codes, 0, n)] if codes else []
     shards = node.group("shards")
     stored += [((shard,), start, shard.shape[0]) for shard, start in zip(shards, shard_starts(shards), strict=True)]
     parts = [_Part("", held, rows, rounded, node.output, at, n, bias, residual) for held, at, rows in stored]
@@ -168,6 +175,8 @@ def _parts_launch(
     k, first = x.columns, parts[0]
     stored = _stored(k, first.stored[0].dtype)
     blocking = _blocking(x.rows, sum(part.rows for part in parts), k, stored, caps)
+    while blocking["COLUMNS"] > 1 and _workgroup_bytes(blocking, gate) > caps.max_workgroup_bytes:
+        blocking["COLUMNS"] //= 2  # which no sum depends on
     across = blocking["THREADS"] // blocking["LANES"] * blocking["COLUMNS"]
     bindings = [reads("x", x, 4 if stored.step % 4 == 0 else 1)]
     weights, groups = [], 0
