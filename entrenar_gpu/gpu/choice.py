@@ -10,6 +10,7 @@ from typing import Any
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu.engines import ENGINES, Engine, engine
 from entrenar_gpu.gpu.memory_info import free_bytes, memory_bytes
+from entrenar_gpu.gpu.vulkan_memory import heap_of
 from entrenar_gpu.graph import Caps, MatrixConfig
 
 NO_GPU = (
@@ -138,6 +139,7 @@ def _picked(found: tuple[Gpu, ...], choice: str | None) -> Gpu:
 def gpu_caps(gpu: Gpu) -> Caps:
     """What the trainer would use of a GPU, before a device is made."""
     limits, info = gpu.adapter.limits, gpu.info
+    total, free = _memory_of(gpu)
     return Caps(
         name=info["device"],
         max_binding_bytes=limits["max-storage-buffer-binding-size"] // 4 * 4,
@@ -152,7 +154,19 @@ def gpu_caps(gpu: Gpu) -> Caps:
         timestamps_inside_passes=gpu.offers("timestamps_inside_passes"),
         matrices=gpu.matrices,
         software=info["adapter_type"] == "CPU",
-        memory_bytes=memory_bytes(info) or gpu.engine.heap_bytes(gpu.adapter),
-        free_bytes=free_bytes(info),
+        memory_bytes=total,
+        free_bytes=free,
         flops_per_second=_PACES.get(info["adapter_type"], 1e11),
     )
+
+
+def _memory_of(gpu: Gpu) -> tuple[int | None, int | None]:
+    """(bytes of memory, free bytes of a card's own), as the system tells, else the engine, else the Vulkan driver."""
+    kind = gpu.info["adapter_type"]
+    total, free = memory_bytes(gpu.info) or gpu.engine.heap_bytes(gpu.adapter), free_bytes(gpu.info)
+    if kind != "CPU" and (total is None or (free is None and kind == "DiscreteGPU")):
+        heap = heap_of(gpu.info["vendor_id"], gpu.info["device_id"])
+        if heap is not None:
+            total = total or heap.nbytes
+            free = heap.free if free is None and kind == "DiscreteGPU" else free
+    return total, free
