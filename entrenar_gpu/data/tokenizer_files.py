@@ -16,7 +16,7 @@ from entrenar_gpu.files import read_json_object, read_text
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 # Far above what real models have (Gemma's tokenizer: 33 MB), low enough to be refused at once.
-_MOST_OF_TOKENIZER, _MOST_OF_TEMPLATE = 512 << 20, 4 << 20
+_MOST_OF_TOKENIZER, _MOST_OF_TEMPLATE = 128 << 20, 4 << 20
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:

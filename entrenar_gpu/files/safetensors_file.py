@@ -20,6 +20,9 @@ from entrenar_gpu.files.stored import OpenFile, StoredArray
 
 # The reference implementation's limit. A header this long would describe a million tensors.
 LARGEST_HEADER = 100_000_000
+# A tensor is described in at least 55 bytes, of which seven are brackets, braces or colons. What is denser would be
+# gigabytes of Python objects.
+SMALL_HEADER, BYTES_PER_MARK = 1 << 20, 6
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,11 @@ def _read_header(file: OpenFile) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(0, min(size, 8), "its header"), "little")
     if size < 8 or length > LARGEST_HEADER or 8 + length > size:
         raise UserError(f"{path}: not a safetensors file, or cut off within its header ({size} bytes)")
+    text = file.read(8, length, "its header")
+    if length > SMALL_HEADER and sum(map(text.count, (b"[", b"{", b":"))) > length // BYTES_PER_MARK:
+        raise UserError(f"{path}: not a safetensors file: its header holds more than descriptions of tensors")
     try:
-        header = json.loads(file.read(8, length, "its header").decode(), object_pairs_hook=_unique)
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not a safetensors file: its header is not valid JSON") from None
     if not isinstance(header, dict):

@@ -267,6 +267,22 @@ def test_malformed_headers_are_refused(tmp_path, header, size, message):
         SafetensorsFile(path)
 
 
+@pytest.mark.parametrize("filling", [b"[],", b"{},", b'{"":[]},'])
+def test_a_header_of_lists_and_objects_is_refused_before_they_are_made(tmp_path, filling):
+    """99 MB of these would be 2.3 GiB of Python objects."""
+    header = b'{"a":[' + filling * (2 << 20) + b"0]}"
+    with pytest.raises(UserError, match=r"x\.safetensors: .* its header holds more than descriptions of tensors"):
+        SafetensorsFile(raw_file(tmp_path / "x.safetensors", header))
+
+
+def test_a_header_of_many_small_tensors_is_none_of_those(tmp_path):
+    entry = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
+    names = [f"{n:x}" for n in range(25_000)]
+    text = json.dumps({n: entry | {"shape": [0]} for n in names}, separators=(",", ":")).encode()
+    assert len(text) > 1 << 20
+    assert len(SafetensorsFile(raw_file(tmp_path / "x.safetensors", text)).tensors) == len(names)
+
+
 @pytest.mark.parametrize("content", [b"", b"\1", (2**63).to_bytes(8, "little") + b"{}", (3).to_bytes(8, "little")])
 def test_header_lengths_beyond_the_file_are_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
