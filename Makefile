@@ -63,6 +63,11 @@ parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes 
 real: models ## Compare two pretrained models with transformers and PEFT: 200 sentences, 30 steps (an hour on a CPU)
 	@.venv-parity/bin/python -m tests.real.compare
 
+llama-cpp: parity-setup ## Have llama.cpp itself read what is written for it (npm; make models first)
+	@mkdir -p build/llama-cpp && cp scripts/llama_cpp_check.mjs build/llama-cpp/
+	@cd build/llama-cpp && npm install --silent --no-save --no-audit --no-fund --ignore-scripts node-llama-cpp@3.21.1
+	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity tests/parity/test_gguf_parity.py
+
 fuzz: setup ## Damage files for every reader for MINUTES (default 1); what is found is kept as a test
 	@.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 

@@ -158,6 +158,7 @@ class RunSummary:
     status: str  # "finished", "interrupted" or "failed: <reason>"
     end_ns: int
     stopped: str = ""  # why a run that finished took fewer steps than planned
+    result: str = ""  # which step's weights the result has, where they are not the last one's
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class Progress:
 
     def run_started(self, info: RunInfo) -> None:
         self._task = self._bar.add_task("", total=info.total_steps, completed=info.first_step - 1)
-        self._every = max((info.total_steps - info.first_step + 1) // 20, 1)
+        self._every = info.config.get("steps_per_report") or max((info.total_steps - info.first_step + 1) // 20, 1)
         self._total = info.total_steps
         self._bar.start()
 
@@ -205,6 +205,8 @@ class Progress:
             f" ({rate:.2f} steps/s), last loss {summary.final_loss:.4f}; {summary.output}",
             "bold",
         )
+        for note in filter(None, (summary.stopped, summary.result)):
+            self.say(note)
 
     def say(self, text: str, style: str = "") -> None:
         """A line above the bar."""

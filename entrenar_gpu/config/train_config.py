@@ -101,6 +101,16 @@ class TrainConfig(Options):
     eval_every: int | None = option(None, "evaluate every N steps, and at step 0 and the end", "steps", low=1)
     save_every: int | None = option(None, "checkpoint every N steps; the end is always saved", "steps", low=1)
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints", "checkpoints", low=1)
+    eval_epochs: float | None = option(
+        None, "evaluate every so many passes over the data, instead of --eval-every", "passes", low=1e-6, high=1e4
+    )
+    keep_best: bool = option(
+        False, "checkpoint at each best evaluation loss, keep that one, and make it the run's result"
+    )
+    patience: int | None = option(None, "stop after N evaluations without a better loss", "evaluations", low=1)
+    steps_per_report: int | None = option(
+        None, "print every N steps where output is no terminal (default: 20 times a run)", "steps", low=1
+    )
     sample_prompts: str | None = option(
         None, 'JSONL file of {"prompt": ...} or {"messages": [...]} that the model answers at step 0 and the end'
     )

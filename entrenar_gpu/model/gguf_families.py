@@ -47,6 +47,10 @@ def family_of(model: ModelConfig, source: str) -> GgufFamily:
         raise UserError(f"{source}: {model.architecture} cannot be written as GGUF; can be: {', '.join(FAMILIES)}")
     if not family.windows and any(layer.attention.window for layer in model.layers):
         raise UserError(f"{source}: a window of attention in {model.architecture} is nothing that GGUF can say")
+    attention = model.layers[0].attention
+    scale = attention.head_dim**-0.5
+    if model.architecture != "granite" and abs((attention.scale or scale) - scale) > 1e-6 * scale:
+        raise UserError(f"{source}: attention is scaled otherwise than by 1/sqrt(head_dim), which GGUF cannot say")
     return family
 
 

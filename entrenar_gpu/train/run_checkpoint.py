@@ -94,8 +94,9 @@ def save_run(
     started: datetime,
     run_id: str,
     keep: int | None,
+    spared: Path | None = None,
 ) -> Path:
-    """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`; returns it."""
+    """Write `output/checkpoint-STEP` and drop the oldest beyond `keep`, but for `spared`; returns it."""
     target = output / f"checkpoint-{step:06}"
     temporary = temporary_path(target)
     try:
@@ -127,7 +128,8 @@ def save_run(
         remove(temporary)
     if keep is not None:
         for old in find_checkpoints(output)[:-keep]:
-            _remove(old)
+            if old != spared:
+                _remove(old)
     return target
 
 

@@ -121,6 +121,21 @@ def planned_steps(config: TrainConfig, batches: Batches) -> int:
     return max(batches.steps(DEFAULT_EPOCHS if config.epochs is None else config.epochs), 1)
 
 
+def evaluation_steps(config: TrainConfig, batches: Batches, evaluates: bool) -> int | None:
+    """After how many steps each the run is evaluated: --eval-every, or what --eval-epochs comes to."""
+    for name in ("eval_every", "eval_epochs", "patience", "keep_best"):
+        if getattr(config, name) and not evaluates:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: no evaluation data; give --eval-data, or a valid file in a --data folder")
+    if config.eval_epochs is None:
+        return config.eval_every
+    if config.eval_every is not None:
+        raise UserError("--eval-epochs: give it or --eval-every, not both")
+    if not isinstance(batches, TrainBatches):
+        raise UserError("--eval-epochs: rows that come one by one have no passes; give --eval-every")
+    return max(batches.steps(config.eval_epochs), 1)
+
+
 def train_batches(config: TrainConfig, samples: Samples) -> TrainBatches:
     """The steps of a run, in order, without end."""
     return TrainBatches(

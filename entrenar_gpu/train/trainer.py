@@ -47,6 +47,7 @@ from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
+from entrenar_gpu.train.best import best_checkpoint
 from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
@@ -54,7 +55,7 @@ from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
 from entrenar_gpu.train.random_base import with_random_base
 from entrenar_gpu.train.results import FinishedRun, plot_run
-from entrenar_gpu.train.run_data import load_data, planned_steps
+from entrenar_gpu.train.run_data import evaluation_steps, load_data, planned_steps
 from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_timer import StepTimer
@@ -122,7 +123,9 @@ class Trainer:
                 raise UserError(f"--{key}: missing")
         self.control = RunControl()
         self.output = Path(config.output)
-        self._observers = (*observers, MetricsFile(self.output), SamplesFile(self.output))
+        self._best = best_checkpoint(config, self.output)
+        own = (MetricsFile(self.output), SamplesFile(self.output), *([self._best] if self._best else []))
+        self._observers = (*observers, *own)
         self._lock = FolderLock(self.output)
         self._lock.check()
         self.config = config = with_random_base(config)
@@ -137,6 +140,7 @@ class Trainer:
         self.batches, self.eval_samples = load_data(config, self.started, data, eval_data)
         self.train_samples = self.batches.samples
         self.total_steps = planned_steps(config, self.batches)
+        self._eval_every = evaluation_steps(config, self.batches, self.eval_samples is not None)
         self._sampler = None if config.sample_prompts is None else _infer().RunSampler(config)
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
@@ -156,11 +160,15 @@ class Trainer:
         self._waiting: _Drawn | None = None  # a step that was drawn and not handed over
         self._begun = self._finished = False
         self.stopped_by: int | None = None  # the signal that asked this run to end
+        self._evaluated = -1  # the step after which the run was evaluated last
+        self.result_note = ""  # which step's weights the result has, where they are not the last one's
         notify(self._observers, "attached", self.control)
 
     def _go_on(self, saved: run_checkpoint.SavedRun) -> int:
         """Put a checkpoint onto the device; returns the first step to take."""
         run_checkpoint.load_run(self.session, saved)
+        if self._best is not None and saved.lies_in(self.output):
+            self._best.remember(saved.step)
         self.batches.restore(saved.data)
         if saved.step > self.total_steps:
             raise UserError(f"--steps: {saved.path.parent} is at step {saved.step} already, past {self.total_steps}")
@@ -254,6 +262,7 @@ class Trainer:
                 status,
                 time.time_ns(),
                 (self.control.stop_reason or "") if self._done < self.total_steps else "",
+                self.result_note,
             )
             self._tell("run_finished", summary)
             self._lock.release()
@@ -372,16 +381,17 @@ class Trainer:
             self.save()
             return
         evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
-        if self.eval_samples is not None and not evaluated:
+        if self.eval_samples is not None and not evaluated and self._evaluated != self._done:
             self.evaluate()
         if self._sampler is not None:
             self.sample()
         self.save()
         run_checkpoint.save_result(self.session, self.output)
+        self.result_note = self._best.make_result(self._done) if self._best is not None else ""
         self._finished = True
 
     def _evaluates_after(self, number: int) -> bool:
-        every = self.config.eval_every if self.eval_samples is not None else None
+        every = self._eval_every if self.eval_samples is not None else None
         return every is not None and number % every == 0 and number < self.total_steps
 
     def _samples_after(self, number: int) -> bool:
@@ -475,6 +485,7 @@ class Trainer:
         begin = self._timer.now()
         loss, tokens = evaluate(self.session, self.eval_samples)
         dates = self._timer.between_steps(begin)
+        self._evaluated = self._done
         record = EvalRecord(self._done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
         self._tell("eval_finished", record)
         return record
@@ -515,6 +526,7 @@ class Trainer:
             self.started,
             self.run_id,
             self.config.save_total_limit,
+            spared=None if self._best is None else self._best.checkpoint,
         )
         nbytes = sum(f.stat().st_size for f in path.iterdir())
         record = CheckpointRecord(self._done, str(path), nbytes, *self._timer.between_steps(begin))

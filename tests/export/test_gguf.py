@@ -34,9 +34,14 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def make(tmp_path: Path, name: str) -> HFCheckpoint:
+MODEL_TYPES = {"llama3": "llama", "gemma3": "gemma3_text"}
+
+
+def make(tmp_path: Path, name: str, **changes) -> HFCheckpoint:
     """A tiny model of a family, with a tokenizer."""
-    folder = make_model(tmp_path / "model", **(TINY | {"model_type": None} | CONFIGS[name]))
+    folder = make_model(
+        tmp_path / "model", **(TINY | {"model_type": MODEL_TYPES.get(name, name)} | CONFIGS[name] | changes)
+    )
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_templates.QWEN25}
     model_folder(folder, config, bos=True)
     return HFCheckpoint.open(folder)

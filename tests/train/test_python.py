@@ -259,3 +259,47 @@ def test_a_run_in_a_thread(folder, tmp_path, rows):
     traces = {trace.name: trace for trace in summaries[0].plot().data}
     assert list(traces["loss"].x) == [1, 2, 3, 4]
     assert traces["loss"].y == trainer.plot().data[0].y
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Evaluation losses that fall twice and rise then."""
+    told = itertools.chain([5.0, 4.0, 3.0], itertools.count(3.5, 0.5))
+    monkeypatch.setattr("entrenar_gpu.train.trainer.evaluate", lambda session, samples: (next(told), 9))
+
+
+def test_the_best_checkpoint_is_kept_and_is_the_result(folder, tmp_path, rows, evaluations):
+    options = {"steps": 12, "eval_every": 2, "keep_best": True, "save_total_limit": 1, "schedule": "constant"}
+    with trainer_on(folder, tmp_path / "run", (), rows, rows[:6], **options) as trainer:
+        summary = trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best == 4
+    assert summary.result == f"the result is that of step {best}, with evaluation loss {losses[best]:.4f}"
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == [
+        f"checkpoint-{best:06}",
+        "checkpoint-000012",
+    ]
+    result, kept = (SafetensorsFile(tmp_path / f / "adapter_model.safetensors")
+                    for f in ("run", f"run/checkpoint-{best:06}"))  # fmt: skip
+    assert all(np.array_equal(result[name], kept[name]) for name in kept.tensors)
+
+
+def test_patience_ends_a_run_that_gets_no_better(folder, tmp_path, rows, evaluations):
+    options = {"steps": 40, "eval_every": 2, "patience": 2, "schedule": "constant"}
+    with trainer_on(folder, tmp_path / "run", (), rows, rows[:6], **options) as trainer:
+        summary = trainer.run()
+    assert summary.stopped == "no better evaluation loss in 2 evaluations"
+    assert summary.steps == 8
+
+
+def test_evaluations_by_passes_over_the_data(folder, tmp_path, rows):
+    trainer = trainer_on(folder, tmp_path / "run", given=rows, held_out=rows[:4], steps=None, epochs=2, eval_epochs=0.5)
+    asking = Asking(99, None)
+    trainer.observe(asking)
+    half = trainer.batches.steps(0.5)
+    with trainer:
+        trainer.run()
+    evaluated = [entry[1] for entry in asking.told if entry[0] == "eval"]
+    assert evaluated[:3] == [0, half, 2 * half]
