@@ -17,7 +17,7 @@ TIER3 = tests/files tests/fuzz tests/gpu/test_replay.py tests/gpu/test_failures.
 	tests/compiler/test_memory.py tests/train/test_training.py tests/train/test_resume.py tests/export tests/test_architecture.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity serve-test check format bench clean tools browser models real parity-setup profile-setup \
+.PHONY: help setup demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
