@@ -16,7 +16,8 @@ from entrenar_gpu.train.plan_report import PROFILES
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, and matmuls of devices that grant matrix units.
-MADE_ELSEWHERE = {"random", "decide", "matmul_matrix"}
+ON_MATRIX_UNITS = {"matmul_matrix", "attention_matrix", "attention_dscores_matrix", "attention_grad_matrix"}
+MADE_ELSEWHERE = {"random", "decide", *ON_MATRIX_UNITS}  # no profile has matrix units
 
 
 @pytest.fixture(autouse=True)
