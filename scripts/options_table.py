@@ -16,6 +16,10 @@ the file. `--resume` may stand alone and then means the newest checkpoint of `--
 an older one takes the later steps again: their lines of metrics.jsonl and their checkpoints are dropped when it starts;
 the adapter or weights that it had ended with stay until this one ends.
 
+Names of mlx-lm and TRL are understood where they mean the same (`--learning-rate`, `--batch-size`, `--max_length`,
+`--lora_r`, ...: `entrenar_gpu/cli/other_names.py`); `--iters` counts micro-batches and is converted. `entrenar-gpu
+import-config FILE` prints an mlx-lm YAML file as one of ours and lists what has no counterpart.
+
 | flag | default | unit | what it does |
 |---|---|---|---|"""
 

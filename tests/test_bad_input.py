@@ -161,7 +161,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "no folder for the cache": (lambda f: None, ["--cache", "--cache-dir", ""], ["--cache-dir: missing"]),
     "rows too long": (lambda f: None, ["--seq", "600"], ["--seq: 600 exceeds the model's 512 positions"]),
     "flag out of bounds": (lambda f: None, ["--dropout", "1.5"], ["--dropout", "1.5"]),
-    "unknown flag": (lambda f: None, ["--learning-rate", "1"], ["--learning-rate"]),
+    "unknown flag": (lambda f: None, ["--learning-speed", "1"], ["--learning-speed"]),
     "unknown projection": (lambda f: None, ["--target", "q,x"], ["--target: x_proj; choose from q_proj"]),
     "unknown key in a file": (
         lambda f: (f / "run.yaml").write_text("steps: 3\nlearing_rate: 1\n"),

@@ -17,6 +17,7 @@ import typer
 from entrenar_gpu import __version__, signals
 from entrenar_gpu.cli import chat, evaluate, export, generate, options, serve
 from entrenar_gpu.cli.bench.commands import bench
+from entrenar_gpu.cli.other_names import our_names
 from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.config import shape_file
 from entrenar_gpu.errors import OutOfDeviceMemory, UserError, speaking_flags
@@ -256,6 +257,17 @@ def merge(
         print(f"note: {printable(note)}")
 
 
+@app.command("import-config")
+def import_config(file: Annotated[str, typer.Argument(help="YAML file of mlx-lm")]) -> None:
+    """Print an mlx-lm configuration as one of ours, for train --config; what has no counterpart to standard error."""
+    from entrenar_gpu.cli.other_names import import_mlx_config
+
+    text, left = import_mlx_config(file)
+    print(text, end="")
+    for line in left:
+        print(printable(f"no counterpart: {line}"), file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line and exit with its status; `__main__` calls this."""
     print_any_text()
@@ -281,7 +293,7 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         command = typer.main.get_command(app)
-        result = command.main(args=_with_resume(arguments), prog_name="entrenar-gpu", standalone_mode=False)
+        result = command.main(args=_with_resume(our_names(arguments)), prog_name="entrenar-gpu", standalone_mode=False)
         interrupted = result == _TYPERS_INTERRUPT and signals.interrupted_by()
         return signals.exit_status(interrupted) if interrupted else int(result or 0)
     except OutOfDeviceMemory as error:
