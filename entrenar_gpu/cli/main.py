@@ -1,6 +1,6 @@
 """The command line: parses, calls one function a command, and turns bad input into one line and exit status 2.
 
-The only module that wires observers (progress, tracing) to a run.
+The only module, but for serve.py, that wires observers (progress, tracing) to what runs.
 """
 
 from __future__ import annotations
