@@ -130,7 +130,8 @@ class Tokenizer:
         return [] if there else self.opening
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with faults_of(self._path, "cannot decode tokens"):
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def ends_with_special(self, text: str) -> bool:
         """Whether the last thing in `text`, white space aside, is a special token: an end of turn or of text."""

@@ -90,7 +90,9 @@ def outcome(kind: Kind, data: bytes) -> str:
         kind.read(kind.path)
     except (UserError, TraceError):
         pass
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic in a library is no Exception
         return traceback.format_exc()
     seconds, used = time.monotonic() - begin, time.process_time() - used
     busy_machine = used < SECONDS / 2 and seconds < 10 * SECONDS
