@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.events import notify
+from entrenar_gpu.train.host_stats import HostSampler
 from observability import observe, schema
 from observability.detect.live import LiveDetector
 from observability.write.export import encode_line, line_head
@@ -63,6 +64,15 @@ def cost_by_part(level: schema.Level, steps: int) -> Parts:
         observer.run_finished(run_summary(steps))
     spans = len(build.step(records[0]))
     return Parts(spans, handover / steps * 1e6, work / steps * 1e3, len(lines[0]) / 1e3)
+
+
+def sampler_cost(readings: int) -> float:
+    """CPU microseconds of one reading of the host's counters, of which HostSampler's thread makes 50 a second."""
+    sampler = HostSampler()
+    start = time.process_time()
+    for _ in range(readings):
+        sampler._read()
+    return (time.process_time() - start) / readings * 1e6
 
 
 class Switch:
@@ -182,6 +192,8 @@ def main() -> None:
                 f"{level:7} {parts.spans:5} spans a step: {parts.handover_us:6.1f} us in the training thread,"
                 f" {parts.work_ms:7.2f} ms in the tracing thread, {parts.kilobytes:7.1f} kB in the file"
             )
+        cost = sampler_cost(2000)
+        print(f"host    50 readings a second of {cost:.1f} us: {50 * cost / 1e6:.2%} of a processor")
         return
     train = train_demo(options.steps)
     if options.model:

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.detection import recording
 from benchmarks.detection.rivals import RIVALS, events_above, median_shift
 from benchmarks.detection.scoring import Event
-from observability.detect import Finding, host
+from observability.detect import Finding, LiveDetector, host
 from observability.detect.detector import detect
 from observability.detect.findings import (
     CHECKPOINT_STALL,
@@ -44,6 +44,7 @@ from observability.read import HOST_VALUES, Pause, StepTable
 RECORDINGS: Final = Path(__file__).with_name("recordings")
 MACHINES: Final = ("quiet", "loaded")
 WINDOW: Final = 150
+LENGTHS: Final = (8, 16, 30, 60, 1000, 10_000)  # of clean runs
 Rng = np.random.Generator
 
 
@@ -415,6 +416,34 @@ def records(table: StepTable) -> Iterator[Any]:
         now = end
 
 
+def alarms_by_length(machine: str, which: str, detect: Detect) -> dict[str, dict[str, float]]:
+    """Alarms on clean runs of other lengths; longer ones than the recording go through it again and again."""
+    table, _ = recording.load(RECORDINGS / f"{machine}_{which}.npz")
+    figures = {}
+    for length in LENGTHS:
+        count = max(len(table) // length, 1)
+        score = Score()
+        for index in range(count):
+            rows = np.arange(index * length, (index + 1) * length) % len(table)
+            judged((recording.rows(table, rows), None), detect, score)
+        figures[str(length)] = {"runs": count, "false_per_thousand": score.figures()["false_per_thousand"]}
+        print(f"{machine:7} clean, {length:6,} steps: {score.false_alarms} alarms in {count} runs", flush=True)
+    return figures
+
+
+def live_alarms(machine: str, which: str) -> dict[str, int]:
+    """Lines that the live detector tells of step times in clean windows."""
+    found: list[Finding] = []
+    parts = windows(machine, which, WINDOW)[:20]
+    for table in parts:
+        detector = LiveDetector(emit=lambda line: None, on_finding=found.append)
+        for record in records(table):
+            detector.step_finished(record)
+        detector.run_finished(None)
+    print(f"{machine:7} clean, live: {len(found)} alarms in {len(parts)} windows", flush=True)
+    return {"windows": len(parts), "alarms": len(found)}
+
+
 def _rng(*parts: object) -> Rng:
     return np.random.default_rng(zlib.crc32(repr(parts).encode()))
 
@@ -458,19 +487,24 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=40, help="windows with each fault, on each machine")
     parser.add_argument("--length", type=int, default=WINDOW, help="steps of a window")
     parser.add_argument("--tuning", action="store_true", help="the tuning recordings, without the rivals")
+    parser.add_argument("--alone", action="store_true", help="without the rivals, which take most of the time")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     which = "tuning" if options.tuning else "reported"
     figures: dict[str, Any] = {"which": which, "length": options.length, "draws": options.draws}
     for machine in MACHINES:
         detectors: dict[str, Detect] = {"this detector": lambda table: detect(table)[0]}
-        if not options.tuning:
+        if not (options.tuning or options.alone):
             detectors |= rivals(machine, options.length)
         figures[machine] = {}
         for case in (*CLEAN, *SUSTAINED, *OTHER):
             scores = {n: measure(case, machine, which, options.draws, options.length, d) for n, d in detectors.items()}
             figures[machine][case.name] = {name: score.figures() for name, score in scores.items()}
             print(_line(machine, case, figures[machine][case.name]), flush=True)
+        figures.setdefault("clean, by length", {})[machine] = alarms_by_length(
+            machine, which, detectors["this detector"]
+        )
+        figures.setdefault("clean, live", {})[machine] = live_alarms(machine, which)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

@@ -46,6 +46,10 @@ _FELT_FIRST: Final = 0.1  # the same, where no other pause tells what is usual
 _WRITE_SECONDS: Final = 0.025
 _WRITE_BYTES_A_SECOND: Final = 100e6
 _OUT_OF_ALL_PROPORTION: Final = 3.0  # typical steps lost at once: worth a line even there
+# On a machine that others share, what one step waited is news where it is so many times what one in fifty waits.
+_CROWD: Final = 0.98
+_OF_THE_CROWD: Final = 3.0
+_STOPPED: Final = 0.5  # of the time lost, in which the process was stopped and not only outrun
 _UNDISTURBED: Final = 0.02  # of a step: one that waited less was left alone
 _FREQUENT: Final = 0.05  # of the run
 _SLOWER_PAUSES: Final = 1.3  # times those before
@@ -54,12 +58,16 @@ _LONGER: Final = 1.1  # times the usual tokens: a batch that is worth a line
 _COSTLY: Final = 0.10  # share of the run's time in checkpoints that is worth a line
 
 
-def of_step(table: StepTable, step: Scores, kinds: Scores, row: int, outside: float = 0.0) -> Finding:
-    """The finding for one slow step; `outside` is by how many sigmas it was slow outside every phase."""
+def of_step(
+    table: StepTable, step: Scores, kinds: Scores, row: int, outside: float = 0.0, lost_outside: float = 0.0
+) -> Finding:
+    """The finding for one slow step; `outside` is by how many sigmas it was slow outside every phase, and
+    `lost_outside` the seconds.
+    """
     lost = float(step.excess[row])
     z = float(step.z[row])
-    if z < NOTICED_AT and kinds.excess.shape[1]:  # hidden in the step's noise, but clear in one kind of span
-        lost = float(np.max(kinds.excess[row]))
+    if z < NOTICED_AT:  # hidden in the step's noise, but clear in one kind of span, or outside of all
+        lost = max(float(np.max(kinds.excess[row], initial=0.0)), lost_outside if outside >= ALARM_AT else 0.0)
     z = max(z, outside)
     cause, culprit, share = _where(table, kinds.excess[row], lost)
     number = int(table.step[row])
@@ -90,8 +98,16 @@ def crowded(table: StepTable, findings: list[Finding]) -> list[Finding]:
     """
     if not host.busy(table):
         return findings
-    most = _OUT_OF_ALL_PROPORTION * typical_step(table)
-    return [f for f in findings if f.cause != INTERFERENCE or f.seconds - f.expected >= most]
+    outrun = host.outrun(table)
+    usual = _OF_THE_CROWD * float(np.quantile(outrun, _CROWD))
+    most = max(_OUT_OF_ALL_PROPORTION * typical_step(table), usual)
+    kept = []
+    for finding in findings:
+        lost = finding.seconds - finding.expected
+        row = int(np.searchsorted(table.step, finding.step))
+        if finding.cause != INTERFERENCE or lost >= most or host.stopped(table, row) >= _STOPPED * lost:
+            kept.append(finding)
+    return kept
 
 
 def interference(table: StepTable, step: Scores) -> list[Finding]:
@@ -149,8 +165,8 @@ def of_kind_shift(table: StepTable, slow: KindShift) -> Finding:
     return Finding(cause, first, last, first, kind.label, level, expected, shift.z, severity(shift.z), text)
 
 
-def of_shift(table: StepTable, kinds: Scores, shift: Shift) -> Finding:
-    """The finding for whole steps that stay slow."""
+def of_shift(table: StepTable, kinds: Scores, shift: Shift, waits_apart: bool = False) -> Finding:
+    """The finding for whole steps that stay slow; `waits_apart` where what threads waited was taken off before."""
     first, last = shift.first, shift.last
     lost = shift.level - shift.healthy
     drifts = shift.kind == DRIFT_SHAPE
@@ -160,13 +176,15 @@ def of_shift(table: StepTable, kinds: Scores, shift: Shift) -> Finding:
     tail = slice(max(first, last - (last - first) // 3), last + 1) if drifts else slice(first, last + 1)
     risen = np.median(table.durations[tail], axis=0) - np.median(table.durations[before], axis=0)
     cause, culprit, share = _where(table, risen, lost)
+    if culprit is not None and table.kinds[culprit].level != "phase" and host.busy(table):
+        culprit = None  # against its like it stood out in nothing (kinds.py), and medians of few steps scatter
     span, seconds, expected = "step", shift.level, shift.healthy
     if drifts:
         cause = DRIFT
         text = f"{shift.slope * 10:+.1%} every 10 steps, {shift.level / shift.healthy - 1:+.0%} by the end"
     else:
         text = f"{lost / shift.healthy:+.0%} for {last - first + 1} steps, {duration(expected)} to {duration(seconds)}"
-    found = host.evidence(table, np.arange(len(table))[tail], before, lost)
+    found = host.evidence(table, np.arange(len(table))[tail], before, lost, waits_apart)
     memory = _memory_rise(table, first, last)
     if culprit is not None and (found is None or found[0] != INTERFERENCE):
         text += f"; {share:.0%} of it in {table.kinds[culprit].label}"

@@ -22,8 +22,13 @@ WAITED: Final = "threads waited"
 Rows = Any  # what picks rows of a column: indices, a mask, a slice
 
 
-def evidence(table: StepTable, rows: Rows, before: Rows, lost: float) -> tuple[str, str] | None:
-    """(cause, words) for `rows` that took `lost` seconds longer each than those `before`; None where nothing tells."""
+def evidence(
+    table: StepTable, rows: Rows, before: Rows, lost: float, waits_apart: bool = False
+) -> tuple[str, str] | None:
+    """(cause, words) for `rows` that took `lost` seconds longer each than those `before`; None where nothing tells.
+
+    `waits_apart`: what threads waited for a processor is in none of these times, so that it explains nothing of them.
+    """
 
     def risen(key: str) -> float:
         """By how much the typical figure of `rows` lies over that of the steps before; NaN where it is not told."""
@@ -33,19 +38,37 @@ def evidence(table: StepTable, rows: Rows, before: Rows, lost: float) -> tuple[s
         return float(np.nanmedian(column[rows]) - np.nanmedian(column[before]))
 
     held = table.values.get("held_seconds")
-    stopped = float(np.nanmean(held[rows])) if held is not None and np.any(np.isfinite(held[rows])) else 0.0
-    if stopped >= _HELD * lost > 0:
-        return INTERFERENCE, f"the process did not run for {duration(stopped)} (stopped, swapped out or outrun)"
+    held_back = float(np.nanmean(held[rows])) if held is not None and np.any(np.isfinite(held[rows])) else 0.0
+    if not waits_apart and held_back >= _HELD * lost > 0:
+        return INTERFERENCE, f"the process did not run for {duration(held_back)} (stopped, swapped out or outrun)"
     faults = risen("major_faults")
     if faults >= _FAULTS:
         return MEMORY_PRESSURE, f"{faults:,.0f} more pages a step were read back from disk"
     waited, others = risen("run_delay_seconds"), risen("others_cpu_seconds")
-    if waited >= _WAITED * lost > 0 and others >= _OTHERS * lost:
+    if not waits_apart and waited >= _WAITED * lost > 0 and others >= _OTHERS * lost:
         return (
             INTERFERENCE,
             f"{WAITED} {duration(waited)} more for a processor, of which others took {duration(others)}",
         )
     return _throttled(table, rows, before)
+
+
+def outrun(table: StepTable) -> Floats:
+    """Seconds by step that threads waited for a processor, but no more than the step took; zeros where untold."""
+    waits = table.values.get("run_delay_seconds")
+    if waits is None:
+        return np.zeros(len(table))
+    result: Floats = np.minimum(np.nan_to_num(waits), table.seconds)
+    return result
+
+
+def stopped(table: StepTable, row: int) -> float:
+    """Seconds in which the process did not run though nobody kept a processor from it: stopped, swapped out, asleep."""
+    held = table.values.get("held_seconds")
+    if held is None or not np.isfinite(held[row]):
+        return 0.0
+    usual = float(np.median(outrun(table)))
+    return float(held[row]) - max(float(outrun(table)[row]) - usual, 0.0)
 
 
 def busy(table: StepTable) -> bool:

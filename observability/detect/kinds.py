@@ -20,7 +20,7 @@ from observability.read import Floats, StepTable
 _OFFSET: Final = 0.002  # of a step, added to each time: what takes next to nothing has no ratio to speak of
 _MATERIAL: Final = 0.003  # of a step, lost in each of the slow steps
 _SHARED: Final = 0.05  # the same, on a machine that other programs share all the time
-_OF_NOISE: Final = 0.3  # of the sigma of the bulk of steps: less is lost in what they do anyway
+_OF_NOISE: Final = 0.2  # of the sigma of the bulk of steps: less is lost in what they do anyway
 _OWN_PART: Final = 0.5  # of the rise against its like, in logarithms, that the kind's own times must show
 _BEYOND: Final = 1.2  # times the rise of the rest of the step
 _LEAST_PEERS: Final = 2

@@ -29,6 +29,8 @@ _FELT: Final = 0.025  # of a step: the least sigma of a step, and of what any ki
 _SHARED_RISE: Final = 0.3
 _SHARED_WAITS: Final = 0.5
 _SHARED_TOTAL: Final = 0.4
+_LATE: Final = 0.8  # of a step: a loader so much late is told, however much steps differ
+_BEGIN: Final = 8  # steps: a stretch that begins earlier began with the run
 _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
 
 
@@ -76,7 +78,8 @@ class Body:
         """
         waits = np.array([kind.level == "phase" and kind.name == schema.DATA for kind in self.table.kinds], dtype=bool)
         scale = self.times.scale[:, None]
-        result: Floats = np.where(waits, np.minimum(MATERIAL * scale, self.felt[:, None]), MATERIAL * scale)
+        most = np.minimum(self.felt, _LATE * float(np.median(self.table.seconds)))[:, None]
+        result: Floats = np.where(waits, np.minimum(MATERIAL * scale, most), MATERIAL * scale)
         return result
 
     @property
@@ -116,15 +119,21 @@ def sustained(body: Body) -> list[Finding]:
     own = np.maximum(seconds - body.waited, 0.05 * seconds)
     shared = host.busy(table)
     body.shifts = find_shifts(np.maximum(own, 1e-9) / factor, _SHARED_RISE if shared else LEAST_RISE)
+    if shared:  # what a run began with is no change, where others come and go
+        found = [slow for slow in found if slow.shift.first >= _BEGIN]
+        body.shifts = [shift for shift in body.shifts if shift.first >= _BEGIN]
     findings = [causes.of_kind_shift(table, slow) for slow in found]
-    findings += [causes.of_shift(table, body.kinds, shift) for shift in body.shifts]
-    if body.waited.any():
+    apart = bool(body.waited.any())
+    findings += [causes.of_shift(table, body.kinds, shift, apart) for shift in body.shifts]
+    if apart:
         base = float(np.median(own / factor))
         waits = find_shifts(base + body.waited, _SHARED_WAITS if shared else LEAST_RISE)
+        waits = [shift for shift in waits if not shared or shift.first >= _BEGIN]
         findings += [causes.of_waits(table, shift) for shift in waits]
         body.shifts += waits
         if not body.shifts:  # neither alone is sure, or the waits told do not follow the steps
             body.shifts = find_shifts(np.maximum(seconds, 1e-9) / factor, _SHARED_TOTAL if shared else LEAST_RISE)
+            body.shifts = [shift for shift in body.shifts if not shared or shift.first >= _BEGIN]
             findings += [causes.of_shift(table, body.kinds, shift) for shift in body.shifts]
     body.shifts += [slow.shift for slow in found]
     return findings
@@ -169,7 +178,11 @@ def single_steps(body: Body) -> list[Finding]:
     top = np.maximum(kind_z.max(axis=1, initial=0.0), away)
     rows = np.flatnonzero((step_z >= NOTICED_AT) | (top >= ALARM_AT))
     return causes.crowded(
-        body.table, [causes.of_step(body.table, times, kinds, int(row), float(away[row])) for row in rows]
+        body.table,
+        [
+            causes.of_step(body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]))
+            for row in rows.tolist()
+        ],
     )
 
 
