@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from entrenar_gpu.adapters import AdapterSpec, save_adapter
+from entrenar_gpu.adapters.selection import chosen_targets
+from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model.registry import load_model_config, parse_model_config
 from tests.helpers.tiny import QWEN3
@@ -116,8 +120,15 @@ def test_what_cannot_be_computed_is_refused_by_its_key(changes, message):
 
 
 def test_vision_towers_are_not_trained():
-    from entrenar_gpu.adapters.selection import chosen_targets
-
     config = parse_model_config(SEES | {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 1}})
     with pytest.raises(UserError, match="--target: vision_tower_proj: of a model that also sees"):
         chosen_targets("vision_tower", config)
+
+
+def test_an_adapter_of_a_language_part_names_no_module_of_the_tower(tmp_path):
+    """Its tower has projections of the same names, which PEFT would adapt too."""
+    config = parse_model_config(SEES | {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 1}})
+    spec = AdapterSpec.from_config(TrainConfig(target="q,v", rank=1), config)
+    save_adapter(tmp_path, spec, {name: np.zeros(shape, np.float32) for name, shape in spec.shapes().items()}, "base")
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == [f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qv"]
