@@ -188,6 +188,7 @@ def train(
 def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     """(tracer, all observers that watch a run): spans to its folder and to --otlp, anomalies as they happen."""
     import observability
+    from entrenar_gpu.cli.trackers import trackers
     from observability.detect import LiveDetector
 
     tracer = observability.observe(
@@ -202,7 +203,7 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
         on_finding=tracer.told,
     )
     # At the end of the run the detector still finds anomalies, which the tracer counts until it has ended itself.
-    return tracer, [detector, tracer]
+    return tracer, [detector, tracer, *trackers(config.report_to, config.output)]
 
 
 @app.command()

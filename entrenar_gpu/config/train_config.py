@@ -149,6 +149,9 @@ class TrainConfig(Options):
     otlp_sample: int | None = option(
         None, "send every Nth step to the OTLP endpoint (default: some 50,000 spans of a run)", "steps", low=1
     )
+    report_to: str | None = option(
+        None, "also tell these of the run: tensorboard, wandb, mlflow, trackio (each an extra)", listed=True
+    )
     otlp: str | None = option(None, "also send traces and metrics to this OTLP endpoint, http://... or grpc://...")
     device: str | None = option(None, "GPU by index or name as listed by `info`, or numpy (default: the best)")
     engine: Literal["auto", "wgpu", "dawn"] | None = option(
