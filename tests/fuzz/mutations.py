@@ -83,7 +83,7 @@ def _with_one_change(value: Any, rng: random.Random) -> Any:
     if kind < 0.15 and isinstance(value, int) and not isinstance(value, bool):
         return value * rng.choice((-1, 2, 1000, 2**32)) + rng.choice((-1, 0, 1))
     if kind < 0.25 and isinstance(value, str):
-        return value * rng.choice((2, 100)) if rng.random() < 0.5 else value[: rng.randrange(len(value) + 1)]
+        return value[:10_000] * rng.choice((2, 100)) if rng.random() < 0.5 else value[: rng.randrange(len(value) + 1)]
     if kind < 0.3:
         for _ in range(rng.randrange(_NESTED)):
             value = [value]
