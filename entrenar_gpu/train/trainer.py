@@ -17,7 +17,6 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from entrenar_gpu import signals
 from entrenar_gpu.adapters import RUN_FILE, adapter_spec, refuse_other_adapter
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.data import Step
 from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError, naming_arguments
 from entrenar_gpu.events import (
     CheckpointRecord,
@@ -45,20 +43,17 @@ from entrenar_gpu.files import FolderLock, sweep, write_text
 from entrenar_gpu.gpu import KernelCache, device_errors
 from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
-from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.train import run_checkpoint
 from entrenar_gpu.train.best import best_checkpoint
 from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.evaluate import evaluate
 from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
-from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
 from entrenar_gpu.train.random_base import with_random_base
 from entrenar_gpu.train.results import FinishedRun, plot_run
 from entrenar_gpu.train.run_data import evaluation_steps, load_data, planned_steps
-from entrenar_gpu.train.schedule import learning_rate
 from entrenar_gpu.train.session import Session
-from entrenar_gpu.train.step_timer import StepTimer
+from entrenar_gpu.train.step_pipeline import StepOnDevice, StepPipeline
 
 
 def _infer() -> Any:
@@ -67,25 +62,6 @@ def _infer() -> Any:
 
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A step's batches, the place in the data behind them, and when the host began and ended to make them."""
-
-    number: int
-    batches: Step
-    data_state: dict[str, Any]
-    drawn_ns: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Flying:
-    """A step the device is still at, and what it will report."""
-
-    drawn: _Drawn
-    lr: float
-    report: Any
 
 
 class Trainer:
@@ -145,7 +121,6 @@ class Trainer:
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
-        self._loss = math.nan
         with self._lost_device_told():
             self.session = Session.open(config, trace, began, kernels=kernels, engine=engine, identified=True)
             try:
@@ -153,11 +128,9 @@ class Trainer:
             except BaseException:
                 self.session.close()
                 raise
-        self._done = self._launched = self.first_step - 1  # the last step that was told of, and handed over
-        self._data_state = self.batches.state()  # behind the last step that was handed over
-        self._timer = StepTimer(self.executor, self.session.fitted.plan.groups, config.accumulate)
-        self._skipped = 0
-        self._waiting: _Drawn | None = None  # a step that was drawn and not handed over
+        self._pipeline = StepPipeline(self.session, self.batches, self.control, self.total_steps, self.first_step - 1)
+        if self.first_step > 1:  # the last loss of a run in which no step is left to take
+            self._pipeline.loss = field(self.executor.read(STATE_NAME), "loss")
         self._begun = self._finished = False
         self.stopped_by: int | None = None  # the signal that asked this run to end
         self._evaluated = -1  # the step after which the run was evaluated last
@@ -172,8 +145,6 @@ class Trainer:
         self.batches.restore(saved.data)
         if saved.step > self.total_steps:
             raise UserError(f"--steps: {saved.path.parent} is at step {saved.step} already, past {self.total_steps}")
-        if saved.step:  # the last loss of a run in which no step is left to take
-            self._loss = field(self.executor.read(STATE_NAME), "loss")
         return saved.step + 1
 
     def observe(self, *observers: Any) -> None:
@@ -231,7 +202,7 @@ class Trainer:
     def _run(self) -> RunSummary:
         if self._finished:
             raise UserError('this Trainer has run; make another to go on, with resume="latest"')
-        began, first = time.monotonic(), self._done + 1
+        began, first = time.monotonic(), self._pipeline.done + 1
         self.stopped_by = None
         steps = self._opened(ahead=True)
         try:
@@ -252,16 +223,16 @@ class Trainer:
             status = f"failed: {error}"
             raise
         finally:
-            taken, seconds = self._done - first + 1, time.monotonic() - began
+            taken, seconds = self._pipeline.done - first + 1, time.monotonic() - began
             summary = FinishedRun(
                 taken,
-                self._skipped,
-                self._loss,
+                self._pipeline.skipped,
+                self._pipeline.loss,
                 seconds,
                 str(self.output),
                 status,
                 time.time_ns(),
-                (self.control.stop_reason or "") if self._done < self.total_steps else "",
+                (self.control.stop_reason or "") if self._pipeline.done < self.total_steps else "",
                 self.result_note,
             )
             self._tell("run_finished", summary)
@@ -301,15 +272,17 @@ class Trainer:
     def _opened(self, ahead: bool) -> Iterator[StepRecord]:
         if self._finished:
             raise UserError(f"this Trainer is at its last step, {self.total_steps}; make another to train on")
-        if self._launched != self._done:
-            raise UserError(f'step {self._launched} was broken off; make another Trainer, with resume="latest"')
+        if self._pipeline.launched != self._pipeline.done:
+            raise UserError(
+                f'step {self._pipeline.launched} was broken off; make another Trainer, with resume="latest"'
+            )
         self._make_output()
         return self._watched_steps(ahead)
 
     def _watched_steps(self, ahead: bool) -> Iterator[StepRecord]:
         """The steps, with what the host does meanwhile; when they end, the folder is another run's to take."""
         try:
-            with self._lost_device_told(), HostSampler(str(self.session.gpu_info["adapter"])) as self._host:
+            with self._lost_device_told(), self._pipeline.watched_host():
                 yield from self._steps(ahead)
         finally:
             self._lock.release()
@@ -317,13 +290,13 @@ class Trainer:
     def _steps(self, ahead: bool) -> Iterator[StepRecord]:
         """`ahead`: the device gets the next step before the record of one is handed out."""
         self._begin()
-        flying: _Flying | None = None
-        for number in range(self._done + 1, self.total_steps + 1):
-            drawn = self._draw(number)  # while the device is at the step before
+        flying: StepOnDevice | None = None
+        for number in range(self._pipeline.done + 1, self.total_steps + 1):
+            drawn = self._pipeline.draw(number)  # while the device is at the step before
             if flying is not None and not ahead:
                 yield self._land(flying)
                 flying = None
-                self._timer.resume()
+                self._pipeline.timer.resume()
             if self.control.waiting and flying is not None:
                 yield self._land(flying)
                 flying = None
@@ -335,7 +308,7 @@ class Trainer:
                 self.control.stop(f"the data ended at step {number - 1} of {self.total_steps}")
             if drawn is None or self.stopped_by is not None or self.control.stop_reason is not None:
                 break
-            launched = self._launch(drawn)
+            launched = self._pipeline.launch(drawn)
             if flying is not None:
                 yield self._land(flying)
             flying = launched
@@ -365,11 +338,11 @@ class Trainer:
     def _begin(self) -> None:
         """What comes before the first step, or before those of another loop over them."""
         if self._begun:
-            self._timer.resume()
+            self._pipeline.timer.resume()
             return
         self._begun = True
         run_checkpoint.forget_after(self._saved, self.output)  # only now: a run that is refused has lost nothing
-        self._timer.calibrate()
+        self._pipeline.timer.calibrate()
         if self.eval_samples is not None and self._saved is None:
             self.evaluate()
         if self._sampler is not None and self._saved is None:
@@ -377,17 +350,17 @@ class Trainer:
 
     def _end(self) -> None:
         """What comes after the last step, or after that in which the run was asked to stop."""
-        if self._done < self.total_steps and self.control.stop_reason is None:
+        if self._pipeline.done < self.total_steps and self.control.stop_reason is None:
             self.save()
             return
         evaluated = self.first_step > self.total_steps and MetricsFile(self.output).evaluated(self.total_steps)
-        if self.eval_samples is not None and not evaluated and self._evaluated != self._done:
+        if self.eval_samples is not None and not evaluated and self._evaluated != self._pipeline.done:
             self.evaluate()
         if self._sampler is not None:
             self.sample()
         self.save()
         run_checkpoint.save_result(self.session, self.output)
-        self.result_note = self._best.make_result(self._done) if self._best is not None else ""
+        self.result_note = self._best.make_result(self._pipeline.done) if self._best is not None else ""
         self._finished = True
 
     def _evaluates_after(self, number: int) -> bool:
@@ -413,63 +386,13 @@ class Trainer:
         with signals.ending(stop) as undo:
             yield
 
-    def _draw(self, number: int) -> _Drawn | None:
-        """Make a step's batches, where they have not been made yet; None where the data have ended."""
-        if self._waiting is None:
-            begin = self._timer.now()
-            batches = next(self.batches, None)
-            if batches is None:
-                return None
-            self._waiting = _Drawn(number, batches, self.batches.state(), (begin, self._timer.now()))
-        return self._waiting
-
-    def _launch(self, drawn: _Drawn) -> _Flying:
-        """Hand a step to the device."""
-        self._launched, self._data_state, self._waiting = drawn.number, drawn.data_state, None
-        lr = self.control.learning_rate
-        lr = learning_rate(self.config, drawn.number, self.total_steps) if lr is None else lr
-        write = self.executor.write
-        write("inv_tokens", np.array([1 / drawn.batches.tokens]))
-        write("lr", np.array([lr]))
-        for number, batch in enumerate(drawn.batches.micro_batches):
-            self.session.write_batch(batch)
-            if "rng" in self.executor.tensors:
-                write("rng", np.array([self.config.seed, drawn.number, number]))
-            self.executor.run("micro", number)
-        return _Flying(drawn, lr, self.executor.run("update"))
-
-    def _land(self, flying: _Flying) -> StepRecord:
+    def _land(self, flying: StepOnDevice) -> StepRecord:
         """Wait for a step and tell of it."""
-        state, batches = flying.report.result(), flying.drawn.batches
-        times = self._timer.step(flying.report, flying.drawn.drawn_ns)
-        self._done = flying.drawn.number
-        skipped = not field(state, "apply")
-        self._skipped += skipped
-        self._loss = field(state, "loss")
-        record = StepRecord(
-            step=self._done,
-            epoch=batches.epoch,
-            loss=self._loss,
-            lr=flying.lr,
-            grad_norm=field(state, "grad_norm"),
-            tokens=batches.tokens,
-            row_tokens=self.config.batch * self.config.seq * self.config.accumulate,
-            step_seconds=times.seconds,
-            tokens_per_second=batches.positions / times.seconds,
-            start_ns=times.start_ns,
-            end_ns=times.end_ns,
-            skipped=skipped,
-            allocated_bytes=self.session.allocated_bytes,
-            flops=self._flops,
-            spans=times.spans,
-            host=self._host.between(times.start_ns, times.end_ns),
-            positions=batches.positions,
-            trained_tokens_per_second=batches.tokens / times.seconds,
-        )
+        record = self._pipeline.land(flying)
         self._tell("step_finished", record)
-        if field(state, "in_a_row") >= MAX_SKIPPED_IN_A_ROW:
+        if self._pipeline.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
-                f"step {self._done}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
+                f"step {record.step}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
                 f" lower --lr; {self._last_checkpoint()}"
             )
         return record
@@ -482,11 +405,11 @@ class Trainer:
         if self.eval_samples is None:
             raise UserError("eval_data: there is none to evaluate on")
         self._settled(step)
-        begin = self._timer.now()
+        begin = self._pipeline.timer.now()
         loss, tokens = evaluate(self.session, self.eval_samples)
-        dates = self._timer.between_steps(begin)
-        self._evaluated = self._done
-        record = EvalRecord(self._done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
+        dates = self._pipeline.timer.between_steps(begin)
+        self._evaluated = self._pipeline.done
+        record = EvalRecord(self._pipeline.done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
         self._tell("eval_finished", record)
         return record
 
@@ -494,9 +417,11 @@ class Trainer:
         """What the model answers to --sample-prompts, greedily, after the last step that was told of."""
         assert self._sampler is not None
         self._settled(None)
-        begin = self._timer.now()
+        begin = self._pipeline.timer.now()
         texts = self._sampler.answers(self.session)
-        record = SampleRecord(self._done, self._sampler.rows, texts, *self._timer.between_steps(begin))
+        record = SampleRecord(
+            self._pipeline.done, self._sampler.rows, texts, *self._pipeline.timer.between_steps(begin)
+        )
         self._tell("samples_drawn", record)
         return record
 
@@ -516,30 +441,31 @@ class Trainer:
         `step`, where given, must be that step's number.
         """
         self._settled(step)
-        begin = self._timer.now()
+        begin = self._pipeline.timer.now()
         flush(self._observers)  # what goes on from a checkpoint finds every record before it
         path = run_checkpoint.save_run(
             self.session,
             self.output,
-            self._done,
-            self._data_state,
+            self._pipeline.done,
+            self._pipeline.data_state,
             self.started,
             self.run_id,
             self.config.save_total_limit,
             spared=None if self._best is None else self._best.checkpoint,
         )
         nbytes = sum(f.stat().st_size for f in path.iterdir())
-        record = CheckpointRecord(self._done, str(path), nbytes, *self._timer.between_steps(begin))
+        record = CheckpointRecord(self._pipeline.done, str(path), nbytes, *self._pipeline.timer.between_steps(begin))
         self._tell("checkpoint_saved", record)
         return path
 
     def _settled(self, step: int | None) -> None:
         """Raise unless the device is as the last record left it: in `run` the next step is under way."""
-        if step not in (None, self._done):
-            raise ValueError(f"step {step}: the run stands after step {self._done}")
-        if self._launched != self._done:
+        done, launched = self._pipeline.done, self._pipeline.launched
+        if step not in (None, done):
+            raise ValueError(f"step {step}: the run stands after step {done}")
+        if launched != done:
             raise RuntimeError(
-                f"step {self._launched} is under way: save and evaluate in the body of `for step in trainer.steps()`"
+                f"step {launched} is under way: save and evaluate in the body of `for step in trainer.steps()`"
             )
 
     def _tell(self, method: str, record: object) -> None:
@@ -557,15 +483,6 @@ class Trainer:
                 yield
         except DeviceLost as error:
             raise DeviceLost(f"{error}; {self._last_checkpoint()}") from error
-
-    @property
-    def _flops(self) -> int:
-        if not hasattr(self, "_flops_cache"):
-            micro, update = (
-                sum(OPS[n.op].flops(n) for n in self.session.graphs[name].nodes) for name in ("micro", "update")
-            )
-            self._flops_cache = micro * self.config.accumulate + update
-        return self._flops_cache
 
     def _run_info(self, first_step: int) -> RunInfo:
         return RunInfo(

@@ -96,10 +96,11 @@ def test_the_plan_counts_every_byte_that_is_allocated(folder, tmp_path, kernels,
 def order_of(trainer: Trainer, monkeypatch: Any, go: Callable[[], Any]) -> list[str]:
     """What was done to each step, by number."""
     order: list[str] = []
-    draw, launch, land = trainer._draw, trainer._launch, trainer._land
-    monkeypatch.setattr(trainer, "_draw", lambda n: (order.append(f"draw {n}"), draw(n))[1])
-    monkeypatch.setattr(trainer, "_launch", lambda d: (order.append(f"launch {d.number}"), launch(d))[1])
-    monkeypatch.setattr(trainer, "_land", lambda f: (order.append(f"land {f.drawn.number}"), land(f))[1])
+    steps = trainer._pipeline
+    draw, launch, land = steps.draw, steps.launch, steps.land
+    monkeypatch.setattr(steps, "draw", lambda n: (order.append(f"draw {n}"), draw(n))[1])
+    monkeypatch.setattr(steps, "launch", lambda d: (order.append(f"launch {d.number}"), launch(d))[1])
+    monkeypatch.setattr(steps, "land", lambda f: (order.append(f"land {f.drawn.number}"), land(f))[1])
     go()
     trainer.session.close()
     return order
