@@ -1,8 +1,8 @@
-"""Matrix products of a QLoRA step at a model's shapes: `python benchmarks/gemm.py --rows 512,2048 --precision f32`.
+"""Matmuls of a QLoRA step at a model's shapes: `python benchmarks/gemm.py --rows 512,2048 --precision f32`.
 
-Prints a line a product as it is measured: TFLOP/s of the op and of its multiplication alone, GB/s of what it must read
+Prints a line per matmul as it is measured: TFLOP/s of the op and of its multiplication alone, GB/s of what it must read
 and write, relative error of sampled rows against float64. `--sweep` times the blockings that the model of waves finds
-plausible and prints the fastest beside the default choice; `--only` picks products whose name contains a text.
+plausible and prints the fastest beside the default choice; `--only` picks matmuls whose name contains a text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from entrenar_gpu.cli.bench.gemm import bench_gemm, products
+from entrenar_gpu.cli.bench.gemm import bench_gemm, cases
 from entrenar_gpu.files import write_text
-from entrenar_gpu.gpu import Device, KernelCache, Product, choice_of, open_device, sweep
+from entrenar_gpu.gpu import Device, KernelCache, MatmulCase, choice_of, open_device, sweep
 from entrenar_gpu.model import model_shape
 from entrenar_gpu.ops.gemm.tiles import to_numbers
 
@@ -31,20 +31,20 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--device")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no product after this long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no matmul after this long")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = open_device(args.device)
     rows = [int(n) for n in args.rows.split(",")]
-    wanted = products(model_shape(args.shape), rows, args.rank, args.precision.split(","))
+    wanted = cases(model_shape(args.shape), rows, args.rank, args.precision.split(","))
     chosen = [p for p in wanted if any(text in p.name for text in args.only.split(","))]
     print(f"{device.caps.name}, {device.info['description']}")
     begin, results = time.perf_counter(), []
     kernels = KernelCache(device)
-    for product in chosen:
+    for case in chosen:
         if time.perf_counter() - begin > args.seconds:
             break
-        rows_of = [_swept(device, kernels, product)] if args.sweep else list(bench_gemm(device, [product], kernels))
+        rows_of = [_swept(device, kernels, case)] if args.sweep else list(bench_gemm(device, [case], kernels))
         for row in rows_of:
             results.append(row)
             _print(row)
@@ -52,9 +52,9 @@ def main() -> None:
         write_text(args.json, json.dumps(results, indent=1))
 
 
-def _swept(device: Device, kernels: KernelCache, product: Product) -> dict:
-    rows = sorted(sweep(device, kernels, product), key=lambda row: row["seconds"])
-    default = to_numbers(choice_of(product, device.caps))
+def _swept(device: Device, kernels: KernelCache, case: MatmulCase) -> dict:
+    rows = sorted(sweep(device, kernels, case), key=lambda row: row["seconds"])
+    default = to_numbers(choice_of(case, device.caps))
     held = next(row for row in rows if tuple(row["tile"]) == default)
     beside = "; ".join(f"{row['tflops']:.1f} {list(row['tile'])}" for row in rows[1:4])
     return {

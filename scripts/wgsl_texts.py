@@ -16,7 +16,7 @@ from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.gpu.engines.dawn import Dawn
 from entrenar_gpu.gpu.kernel import render
-from entrenar_gpu.gpu.measure import Product, Program
+from entrenar_gpu.gpu.measure import MatmulCase, Program
 from entrenar_gpu.graph import Caps, Graph, MatrixConfig
 from entrenar_gpu.train.plan_report import PROFILES
 from tests.helpers.cases import CASES
@@ -30,7 +30,7 @@ MATRICES = (
 
 
 def graphs() -> Iterator[tuple[Graph, Caps]]:
-    """Every case of every op, forward and backward; then products in low precision by kind of device."""
+    """Every case of every op, forward and backward; then matmuls in low precision by kind of device."""
     for case in CASES.values():
         for caps in PROFILES.values():
             yield build(case).graph, caps
@@ -40,8 +40,8 @@ def graphs() -> Iterator[tuple[Graph, Caps]]:
         for arithmetic in ("f32", "f16", "int8"):
             for m in (2048, 70):
                 for by_columns in (True, False):
-                    product = Product("", arithmetic, m, 9728, 2560, transpose_b=by_columns, weight=True)
-                    yield Program(product).graph, replace(caps, f16=True)
+                    case = MatmulCase("", arithmetic, m, 9728, 2560, transpose_b=by_columns, weight=True)
+                    yield Program(case).graph, replace(caps, f16=True)
     for caps in low:
         for e in (64, 80, 128):
             yield attention_graph(e), replace(caps, f16=True)

@@ -8,7 +8,7 @@ from entrenar_gpu.gpu.engines import ENGINES, engine
 from entrenar_gpu.gpu.failures import device_errors
 from entrenar_gpu.gpu.kernel import KernelCache, render
 from entrenar_gpu.gpu.matrix_check import open_device
-from entrenar_gpu.gpu.measure import TOLERANCES, Product, choice_of, measure, time_run
+from entrenar_gpu.gpu.measure import TOLERANCES, MatmulCase, choice_of, measure, time_run
 from entrenar_gpu.gpu.memory_info import driver_bytes
 from entrenar_gpu.gpu.replay import Replay, Report
 from entrenar_gpu.gpu.upload import THREADS, Uploader, finite, pieces
@@ -23,7 +23,7 @@ __all__ = [
     "Gpu",
     "GpuClock",
     "KernelCache",
-    "Product",
+    "MatmulCase",
     "Replay",
     "Report",
     "Uploader",

@@ -19,7 +19,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import Product, measure
+from entrenar_gpu.gpu.measure import MatmulCase, measure
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.ops.gemm.linear import product_sizes
 from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
@@ -29,60 +29,60 @@ Tiles = dict[str, tuple[int, ...]]
 VERSION = 3  # of the kernels: choices measured with other ones are forgotten
 
 
-def products_of(graphs: Iterable[Graph]) -> list[Product]:
+def matmuls_of(graphs: Iterable[Graph]) -> list[MatmulCase]:
     """The matmuls that graphs run by blocks, each once: an adapter's small ones have a kernel of their own."""
     found = {}
     for graph in graphs:
         for node in graph.nodes:
             if node.op == "matmul" and not is_low_rank(node):
                 m, n, k, _ = matmul_sizes(node)
-                product = Product("", "f32", m, n, k, node.attrs["transpose_a"], node.attrs["transpose_b"])
+                case = MatmulCase("", "f32", m, n, k, node.attrs["transpose_a"], node.attrs["transpose_b"])
             elif node.op == "linear":
                 m, n, k, _ = product_sizes(node)
                 forward = not node.attrs["transposed"]
-                product = Product("", node.attrs["arithmetic"], m, n, k, transpose_b=forward, weight=True)
+                case = MatmulCase("", node.attrs["arithmetic"], m, n, k, transpose_b=forward, weight=True)
             else:
                 continue
-            found[_name(product)] = product
+            found[_name(case)] = case
     return list(found.values())
 
 
-def autotune(device: Device, wanted: Iterable[Product], kernels: KernelCache | None = None) -> Tiles:
+def autotune(device: Device, wanted: Iterable[MatmulCase], kernels: KernelCache | None = None) -> Tiles:
     """The fastest blocking of each matmul, from the cache file where it is there, else measured and added to it."""
     kernels = kernels or KernelCache(device)
     path, wanted = cache_path(device), list(wanted)
     known = read_cache(path)
-    unknown = [product for product in wanted if _name(product) not in known]
+    unknown = [case for case in wanted if _name(case) not in known]
     if unknown:
         new_folder(path.parent)
         print(f"tune: measuring tiles of {len(unknown)} matmuls, kept in {path}", file=sys.stderr)
-    for product in unknown:
-        known[_name(product)] = fastest(device, kernels, product)
+    for case in unknown:
+        known[_name(case)] = fastest(device, kernels, case)
         write_cache(path, known)
-    return {_name(product): known[_name(product)] for product in wanted}
+    return {_name(case): known[_name(case)] for case in wanted}
 
 
-def _name(product: Product) -> str:
-    return key(product.arithmetic, product.m, product.n, product.k, product.layout)
+def _name(case: MatmulCase) -> str:
+    return key(case.arithmetic, case.m, case.n, case.k, case.layout)
 
 
 def tuned(fit: Callable[[PlanOptions], FittedPlan], options: PlanOptions, kernels: KernelCache) -> FittedPlan:
     """What `fit` plans once the matmuls of the graphs that it plans unmeasured are measured."""
     unmeasured = fit(options)
-    return fit(replace(options, tiles=autotune(kernels.device, products_of(unmeasured.graphs.values()), kernels)))
+    return fit(replace(options, tiles=autotune(kernels.device, matmuls_of(unmeasured.graphs.values()), kernels)))
 
 
-def fastest(device: Device, kernels: KernelCache, product: Product) -> tuple[int, ...]:
+def fastest(device: Device, kernels: KernelCache, case: MatmulCase) -> tuple[int, ...]:
     """The fastest blocking of one matmul."""
-    tile: tuple[int, ...] = min(sweep(device, kernels, product), key=lambda row: float(row["seconds"]))["tile"]
+    tile: tuple[int, ...] = min(sweep(device, kernels, case), key=lambda row: float(row["seconds"]))["tile"]
     return tile
 
 
-def sweep(device: Device, kernels: KernelCache, product: Product) -> Iterable[dict[str, Any]]:
+def sweep(device: Device, kernels: KernelCache, case: MatmulCase) -> Iterable[dict[str, Any]]:
     """The plausible blockings of one matmul, measured."""
-    for choice in plausible(product.arithmetic, product.m, product.n, product.k, device.caps):
+    for choice in plausible(case.arithmetic, case.m, case.n, case.k, device.caps):
         numbers = to_numbers(choice)
-        row = measure(device, kernels, product, {_name(product): numbers}, check=False, alone=False)
+        row = measure(device, kernels, case, {_name(case): numbers}, check=False, alone=False)
         yield {**row, "tile": numbers}
 
 

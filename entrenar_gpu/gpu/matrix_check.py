@@ -1,6 +1,6 @@
 """Whether a driver's matrix units compute what they should: tried once per GPU and driver, before they are used.
 
-A feature bit tells that a driver knows matrices, not that it multiplies them. So products, a layer with its adapter and
+A feature bit tells that a driver knows matrices, not that it multiplies them. So matmuls, a layer with its adapter and
 attention, both passes, over random operands are held against the same without matrix units. The outcome is kept in the
 cache folder; a driver that crashes on the way has left "running" there, and is not tried again.
 """
@@ -21,7 +21,7 @@ from entrenar_gpu.executors import run_node
 from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
-from entrenar_gpu.gpu.measure import TOLERANCES, Product, Program
+from entrenar_gpu.gpu.measure import TOLERANCES, MatmulCase, Program
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.ops.attention import attention
@@ -32,8 +32,8 @@ VERSION = 2  # of the kernels on matrix units
 PASSED = "passed"
 _ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice
 # Whole tiles and edges, both layouts of B; K of several slices' length.
-_PRODUCTS = [
-    Product("matrix check", "f16", m, 128, 512, transpose_b=by_columns, weight=True)
+_CASES = [
+    MatmulCase("matrix check", "f16", m, 128, 512, transpose_b=by_columns, weight=True)
     for m in (256, 70)
     for by_columns in (True, False)
 ]
@@ -62,8 +62,8 @@ def open_device(choice: str | None = None, engine: str | None = None) -> Device:
 def try_matrices(device: Device) -> str:
     """PASSED, or in words what was wrong."""
     kernels = KernelCache(device)
-    for product in _PRODUCTS:
-        program = Program(product)
+    for case in _CASES:
+        program = Program(case)
         try:
             replay = Replay(device, make_plan({"gemm": program.graph}, device.caps), kernels)
             try:
@@ -75,7 +75,7 @@ def try_matrices(device: Device) -> str:
         except (RuntimeError, device.engine.api.GPUError) as failure:
             return str(failure).splitlines()[0]
         if not error <= TOLERANCES["f16"]:
-            return f"a product of {product.m}x{product.n}x{product.k} is off by {error:.1e}"
+            return f"a matmul of {case.m}x{case.n}x{case.k} is off by {error:.1e}"
     for graph in (_layer(), _attention()):
         try:
             error = _error(device, kernels, graph)

@@ -1,4 +1,4 @@
-"""One matrix product timed on a device, and checked against float64."""
+"""One matmul timed on a device, and checked against float64."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TIMED_SECONDS = 0.1
 
 
 CHECKED_ROWS = 4
-# Relative Frobenius error against the exact product that a precision may show on normal deviates (docs/gemm.md).
+# Relative Frobenius error against the exact result that a precision may show on normal deviates (docs/gemm.md).
 TOLERANCES: dict[Arithmetic, float] = {"f32": 2.7e-6, "f16": 1.2e-3, "int8": 1.2e-2}
 
 
 @dataclass(frozen=True)
-class Product:
-    """One product to time: C[m, n] over k, as the op that training records for it."""
+class MatmulCase:
+    """One matmul to time: C[m, n] over k, as the op that training records for it."""
 
     name: str
     arithmetic: Arithmetic
@@ -54,15 +54,15 @@ class Product:
 def measure(
     device: Device,
     kernels: KernelCache,
-    product: Product,
+    case: MatmulCase,
     tiles: TileTable | None = None,
     check: bool = True,
     alone: bool = True,
 ) -> dict[str, Any]:
-    """One product: see `bench_gemm`. `tiles` overrides the choice of tiles; `check` compares with float64;
+    """One matmul: see `bench_gemm`. `tiles` overrides the choice of tiles; `check` compares with float64;
     `alone` times the multiplication by itself too."""
     caps, tiles = device.caps, tiles or {}
-    program = Program(product)
+    program = Program(case)
     plan = make_plan({"gemm": program.graph}, caps, PlanOptions(tiles=tiles))
     (step,) = plan.steps["gemm"]
     # lavapipe is timed too, in tests, on one repetition
@@ -72,28 +72,28 @@ def measure(
     try:
         program.write(replay)
         seconds = time_run(replay, "gemm") / repeats
-        apart = alone and "product" in plan.steps
-        product_seconds = time_run(replay, "product") / repeats if apart else seconds
+        apart = alone and "alone" in plan.steps
+        alone_seconds = time_run(replay, "alone") / repeats if apart else seconds
         error = program.error(replay) if check else None
     finally:
         replay.close()
-    flops = 2 * product.m * product.n * product.k
+    flops = 2 * case.m * case.n * case.k
     return {
-        "name": product.name,
-        "arithmetic": product.arithmetic,
-        "sizes": [product.m, product.n, product.k],
+        "name": case.name,
+        "arithmetic": case.arithmetic,
+        "sizes": [case.m, case.n, case.k],
         "seconds": seconds,
         "tflops": flops / seconds / 1e12,
-        "product_tflops": flops / product_seconds / 1e12,
+        "product_tflops": flops / alone_seconds / 1e12,
         "gbytes_per_second": _bytes(step.node) / seconds / 1e9,
         "error": error,
-        "within": error is None or error <= TOLERANCES[product.arithmetic],
-        "tile": list(to_numbers(choice_of(product, Target.of(caps, tiles)))),
+        "within": error is None or error <= TOLERANCES[case.arithmetic],
+        "tile": list(to_numbers(choice_of(case, Target.of(caps, tiles)))),
     }
 
 
-def choice_of(product: Product, caps: Caps) -> Any:
-    return choose(product.arithmetic, product.m, product.n, product.k, product.layout, caps)
+def choice_of(case: MatmulCase, caps: Caps) -> Any:
+    return choose(case.arithmetic, case.m, case.n, case.k, case.layout, caps)
 
 
 def _bytes(node: Node) -> int:
@@ -101,11 +101,11 @@ def _bytes(node: Node) -> int:
 
 
 def _repeat(plan: Plan, step: Step, repeats: int) -> None:
-    """Run the product many times in a graph, and its multiplication alone in another."""
+    """Run the matmul many times in a graph, and its multiplication alone in another."""
     plan.steps["gemm"] = [step] * repeats
     alone = tuple(launch for launch in step.launches if launch.shader.startswith("matmul"))
     if len(alone) < len(step.launches):
-        plan.steps["product"] = [replace(step, launches=alone)] * repeats
+        plan.steps["alone"] = [replace(step, launches=alone)] * repeats
 
 
 def time_run(replay: Replay, name: str) -> float:
@@ -136,15 +136,15 @@ def _deviates(seed: int) -> np.ndarray:
 
 
 class Program:
-    """A graph of one product over random inputs."""
+    """A graph of one matmul over random inputs."""
 
-    def __init__(self, product: Product) -> None:
-        self.product = product
+    def __init__(self, case: MatmulCase) -> None:
+        self.case = case
         self.graph = Graph("gemm")
         self._rng = np.random.default_rng(0)
         self._makers: dict[str, Callable[[], np.ndarray]] = {}  # nothing is made before a plan has room for it
         self._arrays: dict[str, np.ndarray] = {}
-        p = product
+        p = case
         self._a = self._normal("a", (p.k, p.m) if p.transpose_a else (p.m, p.k))
         if p.weight and p.arithmetic != "f32":
             self.output = self._linear()
@@ -158,7 +158,7 @@ class Program:
         return self.graph.tensor(name, shape)
 
     def _linear(self) -> Tensor:
-        p = self.product
+        p = self.case
         shape = (p.n, p.k) if p.transpose_b else (p.k, p.n)
         weight = ops.Nf4Tensors.declare(self.graph, "weight", shape, False, "float32")
         size = shape[0] * shape[1]
@@ -177,7 +177,7 @@ class Program:
 
     def error(self, replay: Replay) -> float:
         """Relative Frobenius error of a few rows against float64."""
-        p = self.product
+        p = self.case
         rows = np.sort(self._rng.choice(p.m, min(p.m, CHECKED_ROWS), replace=False))
         a = self._arrays["a"]
         left = (a[:, rows].T if p.transpose_a else a[rows]).astype(np.float64)

@@ -9,7 +9,7 @@ from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoi
 from entrenar_gpu.model.hub import resolve_model
 from entrenar_gpu.model.kv_cache import CachedPass, cache_names
 from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
-from entrenar_gpu.model.projection import ModuleAdapter, Product
+from entrenar_gpu.model.projection import ModuleAdapter, ProjectionCall
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
 from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
@@ -26,7 +26,7 @@ __all__ = [
     "HFCheckpoint",
     "ModelConfig",
     "ModuleAdapter",
-    "Product",
+    "ProjectionCall",
     "Rope",
     "Storage",
     "Transformer",

@@ -1,4 +1,4 @@
-"""The product of one projection, and the place where an adapter changes it."""
+"""The matmul of one projection, and the place where an adapter changes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LowRank = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
-class Product:
+class ProjectionCall:
     """x W^T + bias + residual, [T, N], of a projection with W [N, K], before it is recorded.
 
     `precision` is the arithmetic where W is NF4. `dropped` is adapter dropout, where the run has any. `by_rows`: of a
@@ -43,9 +43,9 @@ class Product:
         return self.dropped is None and (self.by_rows or isinstance(self.weight, Nf4Tensors))
 
     def record(self, low_rank: LowRank | None = None, lora: LowRank | None = None) -> Tensor:
-        """The product in one node, with scale * p q^T of `low_rank` = (p [T, R], q [N, R], scale) added to it.
+        """The matmul in one node, with scale * p q^T of `low_rank` = (p [T, R], q [N, R], scale) added to it.
 
-        `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale), where the product `takes_lora`.
+        `lora` = (A [R, K], B [N, R], scale) stands for (x A^T, B, scale), where the matmul `takes_lora`.
         """
         if self.by_rows:
             return self._by_rows(low_rank, lora)
@@ -57,7 +57,7 @@ class Product:
         )
 
     def _by_rows(self, low_rank: LowRank | None, lora: LowRank | None) -> Tensor:
-        """What is of low rank is made first, and the product adds to it."""
+        """What is of low rank is made first, and the matmul adds to it."""
         if lora is not None:
             a, b, scale = lora
             low_rank = (ops.row_product(self.x, [a]), b, scale)
@@ -72,5 +72,5 @@ class Product:
 class ModuleAdapter(Protocol):
     """The adapter of one projection, as a method of the room `adapters` implements it."""
 
-    def apply(self, product: Product) -> Tensor:
-        """Declare what is trained in the product's graph, and record the product with it."""
+    def apply(self, call: ProjectionCall) -> Tensor:
+        """Declare what is trained in the call's graph, and record the matmul with it."""

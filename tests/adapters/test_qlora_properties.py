@@ -19,7 +19,7 @@ from entrenar_gpu.config.presets import SHAPES
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import Storage, WeightSpec, declared_weights, parse_model_config
-from entrenar_gpu.model.projection import Product
+from entrenar_gpu.model.projection import ProjectionCall
 from entrenar_gpu.ops import Nf4Tensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant.nf4 import Nf4Weight, quantize
@@ -52,8 +52,8 @@ def forward(x: np.ndarray, weight: np.ndarray | Nf4Weight, module: LoraModule | 
         stored = dict(zip(nf4_part_names("w", weight.double), host_parts(weight), strict=True))
     else:
         held, stored = graph.tensor("w", weight.shape, "f32", "weight"), {"w": weight}
-    product = Product(graph, taken, held, None, None, "f32", None)
-    ops.keep(product.record() if module is None else module.apply(product), "y")
+    call = ProjectionCall(graph, taken, held, None, None, "f32", None)
+    ops.keep(call.record() if module is None else module.apply(call), "y")
     executor = NumpyExecutor({"projection": graph})
     for name, array in {"x": x, **stored, **values}.items():
         executor.write(name, array)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from entrenar_gpu.cli.bench.gemm import bench_gemm, products, projection_shapes
+from entrenar_gpu.cli.bench.gemm import bench_gemm, cases, projection_shapes
 from entrenar_gpu.cli.bench.generate import bench_generate
 from entrenar_gpu.cli.bench.ops import bench_ops
 from entrenar_gpu.cli.bench.train import bench_train
@@ -24,8 +24,8 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, 
 TINY = parse_model_config({**presets.SHAPES["qwen3-0.6b"], **SMALL, "head_dim": 32})
 
 
-def test_products_of_a_step_each_once():
-    every = list(products(TINY, [8, 16], 4, ["f32", "int8"]))
+def test_matmuls_of_a_step_each_once():
+    every = list(cases(TINY, [8, 16], 4, ["f32", "int8"]))
     assert len(every) == len(set(every)) == 42
     assert projection_shapes(TINY) == [(128, 64), (64, 64), (64, 128)]
 
@@ -33,7 +33,7 @@ def test_products_of_a_step_each_once():
 def test_products_are_timed_and_checked(device, kernels, monkeypatch):
     monkeypatch.setattr(measuring, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr("entrenar_gpu.cli.bench.gemm.VOCABULARY_SHARD", 64)
-    wanted = [p for p in products(TINY, [8], 4, ["f32", "int8"]) if p.name.split()[-1] in ("128x64", "128", "page")]
+    wanted = [p for p in cases(TINY, [8], 4, ["f32", "int8"]) if p.name.split()[-1] in ("128x64", "128", "page")]
     rows = list(bench_gemm(device, wanted, kernels))
     assert [row["name"] for row in rows] == [p.name for p in wanted]
     assert all(row["within"] and row["seconds"] > 0 for row in rows)
@@ -42,7 +42,7 @@ def test_products_are_timed_and_checked(device, kernels, monkeypatch):
 def test_a_wrong_product_is_reported(device, monkeypatch):
     monkeypatch.setattr(measuring, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setitem(TOLERANCES, "f32", 0.0)
-    wanted = [p for p in products(TINY, [8], 4, ["f32"]) if p.name == "forward 64x64"]
+    wanted = [p for p in cases(TINY, [8], 4, ["f32"]) if p.name == "forward 64x64"]
     assert not any(row["within"] for row in bench_gemm(device, wanted))
 
 

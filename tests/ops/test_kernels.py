@@ -221,7 +221,7 @@ LENGTHS = st.integers(1, 70)
 
 @settings(max_examples=5)
 @given(LENGTHS, LENGTHS, LENGTHS, st.booleans(), st.booleans(), st.sampled_from(["f32", "bf16", "half"]))
-def test_products_of_any_shape(device, kernels, m, n, k, ta, tb, dtype):
+def test_matmuls_of_any_shape(device, kernels, m, n, k, ta, tb, dtype):
     a, b = matmul_shape(m, n, k, ta, tb)
 
     def apply(*operands):

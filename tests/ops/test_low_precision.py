@@ -364,7 +364,7 @@ def test_autotune_measures_each_product_once(monkeypatch, tmp_path):
         info: dict[str, str] = {"description": "driver 1"}  # noqa: RUF012
 
     layer = Layer((512, 128, 1024, 8), "int8")
-    wanted = autotune.products_of([layer.graph])
+    wanted = autotune.matmuls_of([layer.graph])
     assert len(wanted) == len({repr(p) for p in wanted}) == 2  # the adapters' have a kernel without tiles
     device: Any = Stub()
     first = autotune.autotune(device, wanted, device)

@@ -1,4 +1,4 @@
-"""The LoRA adapter of one projection: what it trains, what it adds to the product, and what it merges into."""
+"""The LoRA adapter of one projection: what it trains, what it adds to the matmul, and what it merges into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from entrenar_gpu import ops
 from entrenar_gpu.graph import Tensor
-from entrenar_gpu.model import Product
+from entrenar_gpu.model import ProjectionCall
 from entrenar_gpu.quant import Floats
 
 
@@ -42,13 +42,13 @@ class LoraModule:
         """Of the trained tensors, A before B."""
         return {self.a_name: (self.rank, self.in_features), self.b_name: (self.out_features, self.rank)}
 
-    def apply(self, product: Product) -> Tensor:
-        """x W^T + scale * (x A^T) B^T + bias + residual, in one product; dropout takes elements of A's x alone."""
-        a, b = (product.parameter(name, shape) for name, shape in self.shapes().items())
-        if product.takes_lora:
-            return product.record(lora=(a, b, self.scale))
-        x = product.dropped(product.x) if product.dropped is not None else product.x
-        return product.record(low_rank=(ops.matmul(x, a, transpose_b=True), b, self.scale))
+    def apply(self, call: ProjectionCall) -> Tensor:
+        """x W^T + scale * (x A^T) B^T + bias + residual, in one matmul; dropout takes elements of A's x alone."""
+        a, b = (call.parameter(name, shape) for name, shape in self.shapes().items())
+        if call.takes_lora:
+            return call.record(lora=(a, b, self.scale))
+        x = call.dropped(call.x) if call.dropped is not None else call.x
+        return call.record(low_rank=(ops.matmul(x, a, transpose_b=True), b, self.scale))
 
     def merge(self, weight: Floats, values: Mapping[str, Floats]) -> None:
         """Add scale * B A to a weight [out, in], in place."""

@@ -61,7 +61,7 @@ def bench_gemm(
     opened = open_device(device)
     if "f16" in kinds and not opened.caps.f16:
         print(f"{opened.caps.name} has no f16 arithmetic: its matmuls are left out", file=sys.stderr)
-    wanted = list(gemm.products(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
+    wanted = list(gemm.cases(model_shape(shape), [int(n) for n in rows.split(",")], rank, kinds))
     _show_rows(gemm.bench_gemm(opened, wanted), as_json)
 
 

@@ -1,8 +1,8 @@
 """`entrenar-gpu bench gemm`: matmuls at a model's shapes, timed and checked on sampled rows in one run.
 
-A matmul is timed as its op runs in a training step; for the low precisions `product` is the multiplication alone,
-without narrowing its operands. Times are of many repetitions submitted together, after warming up: clocks of an idle
-card take a tenth of a second to rise.
+A matmul is timed as its op runs in a training step; for the low precisions `product_tflops` is of the multiplication
+alone, without converting its operands. Times are of many repetitions submitted together, after warming up: clocks of an
+idle card take a tenth of a second to rise.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from entrenar_gpu.gpu import Device, KernelCache, Product, measure
+from entrenar_gpu.gpu import Device, KernelCache, MatmulCase, measure
 from entrenar_gpu.model import ModelConfig
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
 VOCABULARY_SHARD = 8192  # rows of a shard of the vocabulary that is timed
 
 
-def products(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[Product]:
+def cases(model: ModelConfig, rows: Sequence[int], rank: int, precisions: Sequence[Arithmetic]) -> Iterator[MatmulCase]:
     """Every matmul of a QLoRA step over a model's projections, without doubles: base, adapters, vocabulary."""
     for t in rows:
         for n, k in projection_shapes(model):
             for p in precisions:
                 yield forward(n, k, p, t)
-                yield Product(f"input gradient {n}x{k}", p, t, k, n, weight=True)
+                yield MatmulCase(f"input gradient {n}x{k}", p, t, k, n, weight=True)
         for width in sorted({size for shape in projection_shapes(model) for size in shape}):
-            yield Product(f"x A^T {width}", "f32", t, rank, width, transpose_b=True)
-            yield Product(f"v^T x {width}", "f32", rank, width, t, transpose_a=True)
-            yield Product(f"dy B {width}", "f32", t, rank, width)
-            yield Product(f"dy^T u {width}", "f32", width, rank, t, transpose_a=True)
-        yield Product("vocabulary shard", "f32", t, VOCABULARY_SHARD, model.hidden_size, transpose_b=True)
+            yield MatmulCase(f"x A^T {width}", "f32", t, rank, width, transpose_b=True)
+            yield MatmulCase(f"v^T x {width}", "f32", rank, width, t, transpose_a=True)
+            yield MatmulCase(f"dy B {width}", "f32", t, rank, width)
+            yield MatmulCase(f"dy^T u {width}", "f32", width, rank, t, transpose_a=True)
+        yield MatmulCase("vocabulary shard", "f32", t, VOCABULARY_SHARD, model.hidden_size, transpose_b=True)
 
 
-def forward(n: int, k: int, precision: Arithmetic, rows: int) -> Product:
+def forward(n: int, k: int, precision: Arithmetic, rows: int) -> MatmulCase:
     """x W^T; in f32, W is dequantised transposed, so that B lies as [K, N]."""
-    return Product(f"forward {n}x{k}", precision, rows, n, k, transpose_b=precision != "f32", weight=True)
+    return MatmulCase(f"forward {n}x{k}", precision, rows, n, k, transpose_b=precision != "f32", weight=True)
 
 
 def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -44,11 +44,11 @@ def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def bench_gemm(
-    device: Device, wanted: Sequence[Product], kernels: KernelCache | None = None
+    device: Device, wanted: Sequence[MatmulCase], kernels: KernelCache | None = None
 ) -> Iterator[dict[str, Any]]:
     """Seconds, TFLOP/s and error of each matmul, as it is measured."""
     kernels = kernels or KernelCache(device)
-    for product in wanted:
-        if product.arithmetic == "f16" and not device.caps.f16:
+    for case in wanted:
+        if case.arithmetic == "f16" and not device.caps.f16:
             continue
-        yield measure(device, kernels, product)
+        yield measure(device, kernels, case)

@@ -107,8 +107,8 @@ def measured_ceiling(replay: Replay, model: ModelConfig, arithmetic: Arithmetic,
     """
     rows = min(tokens, CEILING_ROWS) if replay.device.caps.software else CEILING_ROWS
     n, k = max(projection_shapes(model), key=math.prod)
-    product = forward(n, k, arithmetic, rows)
-    return float(measure(replay.device, replay.kernels, product, check=False)["product_tflops"])
+    case = forward(n, k, arithmetic, rows)
+    return float(measure(replay.device, replay.kernels, case, check=False)["product_tflops"])
 
 
 def randomise(replay: Replay, weights: Sequence[WeightTensors]) -> None:

@@ -11,7 +11,7 @@ from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.model.config_file import ConfigFile
 from entrenar_gpu.model.kv_cache import KeyValueCache
 from entrenar_gpu.model.parameters import Parameters
-from entrenar_gpu.model.projection import Product
+from entrenar_gpu.model.projection import ProjectionCall
 from entrenar_gpu.model.rope import Rope
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
@@ -30,7 +30,7 @@ class Trace:
     rope_tables: Mapping[Rope, Tensor]
     dropped: Callable[[Tensor], Tensor] | None  # adapter dropout
     cache: KeyValueCache | None = None  # where tokens attend to what a cache keeps of those before them
-    by_rows: bool = False  # products are of a few rows, each by itself
+    by_rows: bool = False  # matmuls are of a few rows, each by itself
 
     def row_length(self, x: Tensor) -> int:
         """Positions that a row of x [T, ..] may have."""
@@ -81,15 +81,15 @@ class Linear:
             yield WeightSpec(f"{prefix}.{self.path}.bias", (self.out_features,), "bias")
 
     def trace(self, trace: Trace, x: Tensor, prefix: str, residual: Tensor | None = None) -> Tensor:
-        """x W^T + bias + residual, [T, out], in one product with what an adapter adds."""
+        """x W^T + bias + residual, [T, out], in one matmul with what an adapter adds."""
         module, parameters = f"{prefix}.{self.path}", trace.parameters
         with trace.graph.within(self.path.rpartition(".")[2]):
             weight = parameters.matrix(f"{module}.weight")
             bias = parameters.vector(f"{module}.bias") if self.bias else None
             how = (trace.precision, trace.dropped, trace.by_rows, parameters.adapter_prefix)
-            product = Product(trace.graph, x, weight, bias, residual, *how)
+            call = ProjectionCall(trace.graph, x, weight, bias, residual, *how)
             adapter = parameters.adapter(module)
-            return adapter.apply(product) if adapter is not None else product.record()
+            return adapter.apply(call) if adapter is not None else call.record()
 
 
 def columns(x: Tensor, *widths: int) -> list[Tensor]:
