@@ -1,6 +1,6 @@
 """Launches of a decoder's pass made fewer: a token costs about as many of them as it costs arithmetic.
 
-A pass over a graph without gradients, under the contract of `fuse.py`: row products of one x that follow one another
+A pass over a graph without gradients, under the contract of `fuse.py`: gemv of one x that follow one another
 become one node, two of them and the gate behind them too, and what is done to queries and keys before a cache becomes
 one with writing it. A node binds no more buffers than the device has; what does not fit stays as it is.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from entrenar_gpu.graph import Caps, Graph, Node
 from entrenar_gpu.ops.activations import GATES
 from entrenar_gpu.ops.cache_heads import cache_heads_node
-from entrenar_gpu.ops.gemm.row_product import alike, bindings_of, can_merge, merged_row_products
+from entrenar_gpu.ops.gemm.gemv import alike, bindings_of, can_merge, merged_gemv
 
 
 def fuse_rows(graph: Graph, caps: Caps) -> None:
@@ -37,11 +37,11 @@ def _next(nodes: list[Node], readers: Counter[int], caps: Caps) -> tuple[int, No
     while run < len(nodes) and can_merge(nodes[run]) and alike(nodes[0], nodes[run]):
         run += 1
     if run == 2 and run < len(nodes) and _is_gate(nodes[0], nodes[1], nodes[2], readers):
-        merged = merged_row_products(nodes[:2], gate=nodes[2])
+        merged = merged_gemv(nodes[:2], gate=nodes[2])
         if bindings_of(merged) <= caps.max_storage_buffers:
             return 3, merged
     for count in range(run, 1, -1):
-        merged = merged_row_products(nodes[:count])
+        merged = merged_gemv(nodes[:count])
         if bindings_of(merged) <= caps.max_storage_buffers:
             return count, merged
     return 1, nodes[0]

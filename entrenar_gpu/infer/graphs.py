@@ -1,7 +1,7 @@
 """The graphs of a decoder: passes over a few tokens or over a piece of a prompt, and the head of what the latter leave.
 
 Two families of products make them. A few tokens take the one that reads each weight as it is stored
-(`ops/gemm/row_product.py`). Prompts take that of training where it has f16 or int8 arithmetic, with the blocking of the
+(`ops/gemm/gemv.py`). Prompts take that of training where it has f16 or int8 arithmetic, with the blocking of the
 longest piece for shorter ones too; else the same as a few tokens do. In both a row is summed in one order.
 """
 

@@ -94,7 +94,7 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            project = ops.project if self._trace.cache is None else ops.row_product
+            project = ops.project if self._trace.cache is None else ops.gemv
             logits = project(hidden, self._head())
             return logits if self.config.softcap is None else ops.softcapped(logits, self.config.softcap)
 

@@ -60,13 +60,13 @@ class ProjectionCall:
         """What is of low rank is made first, and the matmul adds to it."""
         if lora is not None:
             a, b, scale = lora
-            low_rank = (ops.row_product(self.x, [a]), b, scale)
+            low_rank = (ops.gemv(self.x, [a]), b, scale)
         bias, residual = self.bias, self.residual
         if low_rank is not None:
             p, q, scale = low_rank
-            bias, residual = None, ops.row_product(p, [q], scale, bias, residual)
+            bias, residual = None, ops.gemv(p, [q], scale, bias, residual)
         weight = self.weight if isinstance(self.weight, Nf4Tensors) else [self.weight]
-        return ops.row_product(self.x, weight, 1.0, bias, residual)
+        return ops.gemv(self.x, weight, 1.0, bias, residual)
 
 
 class ModuleAdapter(Protocol):

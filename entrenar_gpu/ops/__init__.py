@@ -9,9 +9,9 @@ from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
 from entrenar_gpu.ops.dropout import dropout
 from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, softcapped, sub, zeros
 from entrenar_gpu.ops.embedding import embedding
+from entrenar_gpu.ops.gemm.gemv import gemv
 from entrenar_gpu.ops.gemm.linear import linear
 from entrenar_gpu.ops.gemm.matmul import matmul
-from entrenar_gpu.ops.gemm.row_product import row_product
 from entrenar_gpu.ops.loss import IGNORE, cross_entropy, project
 from entrenar_gpu.ops.norm import layer_norm, rms_norm
 from entrenar_gpu.ops.norm_rope import norm_rope
@@ -42,6 +42,7 @@ __all__ = [
     "geglu_tanh",
     "gelu",
     "gelu_tanh",
+    "gemv",
     "in_place",
     "keep",
     "layer_norm",
@@ -61,7 +62,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
-    "row_product",
     "scale",
     "sgd",
     "softcapped",

@@ -85,7 +85,7 @@ def test_generation_is_measured_and_held_to_what_memory_allows(monkeypatch):
     assert 0 < one["floor_seconds"] < two["floor_seconds"]  # the second sequence's keys and values are read too
     of_a_step = [row for row in kernels if row["name"] == "pass.1"]
     assert sum(row["share"] for row in of_a_step) == pytest.approx(1)
-    assert {row["kernel"].split("/")[1].split()[0] for row in of_a_step} >= {"row_product", "cached_attention"}
+    assert {row["kernel"].split("/")[1].split()[0] for row in of_a_step} >= {"gemv", "cached_attention"}
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from entrenar_gpu.train.plan_report import PROFILES
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, ops that only answers are made with, and products on matrix units.
 ON_MATRIX_UNITS = {"matmul_matrix", "attention_matrix", "attention_dscores_matrix", "attention_grad_matrix"}
-OF_ANSWERS = {"cache_write", "cache_heads", "cached_attention", "cached_attention_join", "row_product"}
+OF_ANSWERS = {"cache_write", "cache_heads", "cached_attention", "cached_attention_join", "gemv"}
 MADE_ELSEWHERE = {"random", "decide", *OF_ANSWERS, *ON_MATRIX_UNITS}  # no profile has matrix units
 
 

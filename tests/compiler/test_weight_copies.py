@@ -26,7 +26,7 @@ from tests.helpers.runs import config_of, fit_for
 from tests.helpers.tiny import QWEN3, make_data, make_model
 from tests.ops.test_kernels import check_on
 
-# Every projection a multiple of 64 both ways, as narrow products want.
+# Every projection a multiple of 64 both ways, as low-precision matmuls want.
 WIDE = {"intermediate_size": 192, "head_dim": 32}
 MODEL = parse_model_config(QWEN3 | WIDE)
 CARD = Caps("card", f16=True, max_binding_bytes=1 << 30, flops_per_second=2e12, free_bytes=1 << 40)

@@ -24,12 +24,12 @@ from tests.helpers.equivalence import build, plan_of
 from tests.ops import (
     test_attention_matrix,
     test_cached_attention,
+    test_gemv,
     test_half,
     test_kernels,
     test_low_precision,
     test_low_rank,
     test_optimizer,
-    test_row_product,
 )
 
 LARGE = replace(
@@ -67,11 +67,11 @@ def other_graphs() -> dict[str, Graph]:
     from_half(*to_half(graphs["half"].tensor("x", (7, 66))))
     for tokens in (5, 18):
         graphs[f"cache {tokens}"] = test_cached_attention.graph_of(tokens, 4, 2, 24, window=70, softcap=1.5)
-    for kind, sizes in test_row_product.SIZES.items():
-        graphs |= {f"rows {kind} {n}x{k}": test_row_product.graph_of(kind, n, k, 3) for n, k in sizes}
+    for kind, sizes in test_gemv.SIZES.items():
+        graphs |= {f"rows {kind} {n}x{k}": test_gemv.graph_of(kind, n, k, 3) for n, k in sizes}
     for double in (False, True):
         for rows in (3, 40):
-            merged = graphs[f"rows merged {rows} {double}"] = test_row_product.merged_graph(double, rows)
+            merged = graphs[f"rows merged {rows} {double}"] = test_gemv.merged_graph(double, rows)
             fuse_rows(merged, Caps())
     graphs["linear"] = test_low_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
@@ -147,7 +147,7 @@ def test_every_template_has_a_planted_fault():
     planted = {row[0] for row in (*test_kernels.FAULTS, *test_optimizer.FAULTS)} | set(test_kernels.SPLIT.values())
     planted |= {row[0] for row in (*test_low_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
-    planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_row_product.FAULTS)}
+    planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_gemv.FAULTS)}
     planted |= {row[0] for row in test_attention_matrix.FAULTS}
     planted.add("matmul_matrix")  # test_matrix_units.py
     assert planted == set(TEMPLATES)

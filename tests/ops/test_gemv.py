@@ -40,7 +40,7 @@ def graph_of(kind: str, n: int, k: int, rows: int, added: bool = True, own: bool
     else:  # in two shards, the first of 64 rows where there are as many
         cut = min(64, n - 1)
         weight = [graph.tensor(f"w{i}", (m, k), name, "weight") for i, m in enumerate((cut, n - cut))]
-    ops.keep(ops.row_product(x, weight, 0.5 if added else 1.0, bias, residual), "out")
+    ops.keep(ops.gemv(x, weight, 0.5 if added else 1.0, bias, residual), "out")
     return graph
 
 
@@ -52,7 +52,7 @@ def arrays_of(kind: str, graph: Graph, rng: np.random.Generator) -> dict[str, np
     }
     name, _, how = kind.partition(" ")
     if name == "nf4":
-        shape = next(node for node in graph.nodes if node.op == "row_product").attrs["shape"]
+        shape = next(node for node in graph.nodes if node.op == "gemv").attrs["shape"]
         parts = host_parts(Nf4Weight.from_dense(rng.standard_normal(shape, np.float32), how == "double"))
         names = [t.name for t in graph.persistents.values() if t.name.startswith("w.")]
         return arrays | dict(zip(names, parts, strict=True))
@@ -104,9 +104,9 @@ def merged_graph(double: bool, rows: int = 3) -> Graph:
     x, bias = graph.tensor("x", (rows, 128)), graph.tensor("bias", (40,))
     shapes = [(n, 128) for n in (70, 40, 9, 33, 33)]
     weights = [Nf4Tensors.declare(graph, f"w{i}", shape, double, "float32") for i, shape in enumerate(shapes)]
-    outs = [ops.row_product(x, w, bias=bias if w.shape[0] == 40 else None) for w in weights[:3]]
+    outs = [ops.gemv(x, w, bias=bias if w.shape[0] == 40 else None) for w in weights[:3]]
     other = ops.scale(x, 0.5)
-    gated = ops.swiglu(*(ops.row_product(other, w) for w in weights[3:]))
+    gated = ops.swiglu(*(ops.gemv(other, w) for w in weights[3:]))
     for number, out in enumerate((*outs, gated)):
         ops.keep(out, f"out{number}")
     return graph
@@ -118,10 +118,10 @@ def test_merged_products(kernels, rng, double, as_card):
     """What one launch makes is what each makes by itself: bit for bit, but for a gate's last digits."""
     graph, merged = merged_graph(double), merged_graph(double)
     fuse_rows(merged, replace(Caps(), max_storage_buffers=17))
-    assert [node.op for node in merged.nodes] == ["row_products", "scale", "row_products"]
+    assert [node.op for node in merged.nodes] == ["gemv_group", "scale", "gemv_group"]
     few = merged_graph(double)
     fuse_rows(few, Caps())
-    assert [node.op for node in few.nodes].count("row_products") == (0 if double else 2)
+    assert [node.op for node in few.nodes].count("gemv_group") == (0 if double else 2)
     arrays = {name: rng.standard_normal(graph.persistents[name].shape, np.float32) for name in ("x", "bias")}
     for i, n in enumerate((70, 40, 9, 33, 33)):
         parts = host_parts(Nf4Weight.from_dense(rng.standard_normal((n, 128), np.float32), double))
@@ -146,10 +146,10 @@ def test_merged_products(kernels, rng, double, as_card):
 
 
 FAULTS = [
-    ("row_product", "bits >> shift", "bits >> (shift ^ 4u)"),
-    ("row_product", ") / 4u);", ") / 8u);"),  # the block of a scale
-    ("row_product", "p < 8u", "p < 7u"),
-    ("row_product", "fma(w0_1_0, x0_1_0", "fma(w0_0_0, x0_1_0"),
+    ("gemv", "bits >> shift", "bits >> (shift ^ 4u)"),
+    ("gemv", ") / 4u);", ") / 8u);"),  # the block of a scale
+    ("gemv", "p < 8u", "p < 7u"),
+    ("gemv", "fma(w0_1_0, x0_1_0", "fma(w0_0_0, x0_1_0"),
 ]
 
 

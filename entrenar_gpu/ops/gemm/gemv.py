@@ -1,7 +1,7 @@
 """x W^T for a few rows x, from W as it is stored: NF4 codes and scales, or rows in f32, bf16 or half.
 
 What a token costs is reading the weights once, so each is read where it lies and no copy is made. A row's sums have
-one order, told by the sizes of W alone (`shaders/gemm/row_product.wgsl`): its result is the same, bit for bit, whatever
+one order, told by the sizes of W alone (`shaders/gemm/gemv.wgsl`): its result is the same, bit for bit, whatever
 other rows are multiplied beside it.
 """
 
@@ -28,7 +28,7 @@ MOST_CHAINS, PARTS = 32, 8  # of the sum of a row of W: see the shader
 SMALL = 2048  # rows of W that make too few workgroups to fill a GPU by twos
 
 
-def row_product(
+def gemv(
     x: Tensor,
     weight: Nf4Tensors | Sequence[Tensor],
     alpha: float = 1.0,
@@ -41,8 +41,8 @@ def row_product(
     """
     if isinstance(weight, Nf4Tensors):
         attrs = {"shape": weight.shape, "rounded": weight.rounded}
-        return record("row_product", x=x, nf4=[*weight.parts], bias=bias, residual=residual, alpha=alpha, **attrs)[0]
-    return record("row_product", x=x, shards=list(weight), bias=bias, residual=residual, alpha=alpha)[0]
+        return record("gemv", x=x, nf4=[*weight.parts], bias=bias, residual=residual, alpha=alpha, **attrs)[0]
+    return record("gemv", x=x, shards=list(weight), bias=bias, residual=residual, alpha=alpha)[0]
 
 
 def _shape(node: Node) -> tuple[int, int]:
@@ -201,7 +201,7 @@ def _parts_launch(
     }
     folds = ceil_div(groups, caps.max_workgroups)
     grid = (ceil_div(groups, folds), folds, ceil_div(x.rows, blocking["ROWS"]))
-    return Launch("row_product", tuple(bindings), constants, grid, trusted=True)
+    return Launch("gemv", tuple(bindings), constants, grid, trusted=True)
 
 
 def _flops(node: Node) -> int:
@@ -211,8 +211,8 @@ def _flops(node: Node) -> int:
 # --- several weights at once
 
 
-def merged_row_products(nodes: Sequence[Node], gate: Node | None = None) -> Node:
-    """A node that makes the outputs of row products of one x, or of a gate that follows two of them, in one launch."""
+def merged_gemv(nodes: Sequence[Node], gate: Node | None = None) -> Node:
+    """A node that makes the outputs of gemv of one x, or of a gate that follows two of them, in one launch."""
     inputs: dict[str, Tensor] = {"x": nodes[0].inputs["x"]}
     for number, node in enumerate(nodes):
         stored = node.group("nf4") or node.group("shards")
@@ -222,16 +222,16 @@ def merged_row_products(nodes: Sequence[Node], gate: Node | None = None) -> Node
     attrs |= {"shapes": tuple(_shape(node) for node in nodes)} | ({"gate": gate.op} if gate is not None else {})
     last = gate if gate is not None else nodes[-1]
     outputs = last.outputs if gate is not None else tuple(node.output for node in nodes)
-    return Node("row_products", inputs, attrs, outputs, last.scope, last.layer, last.phase)
+    return Node("gemv_group", inputs, attrs, outputs, last.scope, last.layer, last.phase)
 
 
 def can_merge(node: Node) -> bool:
-    """Whether a node is a row product that others may join: of one piece, nothing scaled."""
-    return node.op == "row_product" and node.attrs["alpha"] == 1.0 and len(node.group("shards")) < 2
+    """Whether a node is a gemv that others may join: of one piece, nothing scaled."""
+    return node.op == "gemv" and node.attrs["alpha"] == 1.0 and len(node.group("shards")) < 2
 
 
 def alike(one: Node, other: Node) -> bool:
-    """Whether two row products multiply one x by weights that are stored alike, of one inner length."""
+    """Whether two gemv multiply one x by weights that are stored alike, of one inner length."""
     held = [(node.group("nf4") or node.group("shards"))[0].dtype for node in (one, other)]
     return (
         one.inputs["x"] is other.inputs["x"]
@@ -277,7 +277,7 @@ def _merged_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch
 
 register(
     Op(
-        "row_products",
+        "gemv_group",
         _merged_infer,
         _merged_reference,
         _merged_launch,
@@ -288,7 +288,7 @@ register(
 
 register(
     Op(
-        "row_product",
+        "gemv",
         _infer,
         _reference,
         _launch,
