@@ -209,6 +209,8 @@ class Reader:
             if record.get("labels") is None and record.get(name) is not None:
                 mask = _bits(record, name, len(ids))
                 labels = [label if bit else IGNORE for label, bit in zip(labels, mask, strict=True)]
+        if record.get("weights") is not None:
+            labels = [label if w else IGNORE for label, w in zip(labels, _weights(record, len(ids)), strict=True)]
         if record.get("attention_mask") is not None:
             ids, labels = _unpadded(ids, labels, _bits(record, "attention_mask", len(ids)))
         return Tokens(ids, labels)
@@ -321,6 +323,16 @@ def _bits(record: Mapping[str, Any], key: str, length: int) -> list[int]:
         raise UserError(f"{key} must be a list of 0 and 1")
     if len(value) != length:
         raise UserError(f"{key}: {len(value)} of them for {length} input_ids")
+    return value
+
+
+def _weights(record: Mapping[str, Any], length: int) -> list[float]:
+    """Weights of the tokens in the loss, of which only 0 and 1 are known: others are refused, never rounded."""
+    value = listed(record["weights"])
+    if not isinstance(value, list) or not all(isinstance(w, int | float) and w in (0, 1) for w in value):
+        raise UserError("weights must be a list of 0 and 1: a token is trained or it is not")
+    if len(value) != length:
+        raise UserError(f"weights: {len(value)} of them for {length} input_ids")
     return value
 
 

@@ -325,13 +325,17 @@ def test_masks_beside_tokens(tmp_path):
         ids | {"attention_mask": [1, 1, 1, 1, 0]},
         ids | {"completion_mask": [0, 0, 1, 1, 0]},
         ids | {"assistant_masks": [0, 0, 1, 1, 0], "attention_mask": [0, 1, 1, 1, 0]},
+        ids | {"labels": [5, 6, 7, 8, -100], "weights": [1, 1.0, 0, 1, 1]},
     ]
     samples = load(tmp_path, None, *rows)
     assert [samples[i][0].tolist() for i in range(3)] == [[5, 6, 7, 8], [5, 6, 7, 8, 0], [6, 7, 8]]
     assert samples[0][1].tolist() == [6, 7, 8, IGNORE]
     assert samples[1][1].tolist() == [IGNORE, 7, 8, IGNORE, IGNORE]
     assert samples[2][1].tolist() == [7, 8, IGNORE]
-    for bad in ({"attention_mask": [1, 0, 1, 1, 1]}, {"completion_mask": [1]}, {"completion_mask": [2] * 5}):
+    assert samples[3][1].tolist() == [6, IGNORE, 8, IGNORE, IGNORE]
+    wrong = [{"attention_mask": [1, 0, 1, 1, 1]}, {"completion_mask": [1]}, {"completion_mask": [2] * 5}]
+    wrong += [{"weights": [1, 0.5, 1, 1, 1]}, {"weights": [1]}, {"weights": "11111"}]
+    for bad in wrong:
         with pytest.raises(UserError, match=rf"data\.jsonl:1: {next(iter(bad))}"):
             load(tmp_path, None, ids | bad)
 
