@@ -318,7 +318,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(folder, kernels, monk
         def state(self) -> dict[str, Any]:
             return {}
 
-    monkeypatch.setattr(other, "batches", Batches())
+    monkeypatch.setattr(other._pipeline, "_batches", Batches())
     losses = [record.loss for record in other.steps()]
     assert losses == [record.loss for record in records if record.step != 3]
     for name, value in other.session.adapter_values().items():

@@ -163,8 +163,9 @@ def test_a_device_lost_while_a_run_is_set_up_is_one_line(folder, tmp_path, monke
         return str(caught.value)
 
     from entrenar_gpu.train.session import Session
+    from entrenar_gpu.train.step_pipeline import StepPipeline
 
-    owners = {"planned": (Replay, "__init__"), "loading": (Session, "_load"), "steps": (Trainer, "_launch")}
+    owners = {"planned": (Replay, "__init__"), "loading": (Session, "_load"), "steps": (StepPipeline, "launch")}
     losing(*owners[moment])
     assert attempt().endswith("; there is no checkpoint yet")
     monkeypatch.undo()

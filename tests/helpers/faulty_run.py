@@ -60,7 +60,7 @@ def late_loader(trainer: Trainer) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(batches, name)
 
-    trainer.batches = Late()  # type: ignore[assignment]
+    trainer._pipeline._batches = Late()
 
 
 def slow_fsync(folder: Path) -> None:

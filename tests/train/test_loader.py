@@ -265,11 +265,13 @@ def test_the_benchmark_loads_what_the_generator_writes(tmp_path, device, capsys)
     assert len(files) > 3
     loading.run_all(tmp_path / "model", None)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-2]] == ["read", "read", "load", "load", "the", "next", "next"]
+    labels = [line.split()[0] for line in lines[1:-4]]
+    assert labels == ["read", "read", "load", "load", "with", "with", "the", "next", "next"]
     sources = [line.split("from ")[1] for line in lines if "from " in line]
-    assert sources[:2] == ["checkpoint", "checkpoint"]
-    assert sources[3] == sources[4] == sources[2].split("kept in ")[1]
-    assert lines[-2].startswith("cold: loading takes")
+    assert sources[:4] == ["checkpoint"] * 4
+    assert sources[5] == sources[6] == sources[4].split("kept in ")[1]
+    assert lines[-4].startswith("cold: loading takes")
+    assert lines[-3].startswith("cold: checksums cost")
 
 
 NAMES = {"projection": "model.layers.0.mlp.up_proj.weight", "embedding": "model.embed_tokens.weight"}

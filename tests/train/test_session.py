@@ -80,15 +80,15 @@ def test_a_run_starts_from_a_fresh_adapter_or_the_one_it_is_given(folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"), [({"rank": 3}, "--rank"), ({"alpha": 9.0}, "--alpha"), ({"target": "q"}, "--target")]
+    ("options", "argument"), [({"rank": 3}, "rank"), ({"alpha": 9.0}, "alpha"), ({"target": "q"}, "target")]
 )
-def test_another_adapter_than_the_one_given_is_refused(folder, tmp_path, options, flag):
+def test_another_adapter_than_the_one_given_is_refused(folder, tmp_path, options, argument):
     model = open_session(folder).checkpoint.config
     spec = AdapterSpec.from_config(TrainConfig(rank=2, target="q,down"), model)
     save_adapter(tmp_path, spec, init_adapter(spec, 0), "x")
     defaults = {"rank": TrainConfig.rank, "device": "numpy", "adapter_init": str(tmp_path)}
     Trainer(config_of(folder, str(tmp_path / "run"), **defaults)).session.close()  # defaults are no contradiction
-    with pytest.raises(UserError, match=f"{flag}: .* has another"):
+    with pytest.raises(UserError, match=f"^{argument}: .* has another"):
         Trainer(config_of(folder, str(tmp_path / "other"), **(defaults | options)))
 
 
