@@ -7,6 +7,7 @@ stopped once, the disk takes its time over one checkpoint, and in the end other 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,15 +26,12 @@ SECONDS = 1.0  # of each single fault
 
 
 class Faults:
-    """Observer that makes what goes wrong with the process, after the step before."""
+    """Observer that lets other programs run, from the step before on."""
 
     def __init__(self) -> None:
         self.loops: list[subprocess.Popen[bytes]] = []
 
     def step_finished(self, record: Any) -> None:
-        if record.step == STOPPED - 1:
-            own = os.getpid()
-            subprocess.Popen(["sh", "-c", f"kill -STOP {own}; sleep {SECONDS}; kill -CONT {own}"])
         if record.step == BUSY - 1:
             loop = [sys.executable, "-c", "while True: pass"]
             self.loops = [subprocess.Popen(loop) for _ in range(4 * (os.cpu_count() or 1))]
@@ -63,6 +61,23 @@ def late_loader(trainer: Trainer) -> None:
     trainer._pipeline._batches = Late()
 
 
+def stopped_process(trainer: Trainer) -> None:
+    """In the middle of step STOPPED the process is stopped: between two steps it would be told as a gap there."""
+    run, launched = trainer.executor.run, iter(range(1, STEPS + 2))
+
+    def stop(*_: Any) -> None:
+        subprocess.Popen(["sh", "-c", f"sleep {SECONDS}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def interrupted(name: str, *arguments: Any) -> Any:
+        if name == "micro" and next(launched) == STOPPED:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+        return run(name, *arguments)
+
+    signal.signal(signal.SIGALRM, stop)
+    trainer.executor.run = interrupted
+
+
 def slow_fsync(folder: Path) -> None:
     """Of the first file of the checkpoint at step DISK, the system waits for the disk."""
     fsync = os.fsync
@@ -86,6 +101,7 @@ def main(folder: Path) -> None:
     trainer, tracer, faults = Trainer(config), observability.observe(config.output), Faults()
     trainer.observe(LiveDetector(on_finding=tracer.told), tracer, faults)
     late_loader(trainer)
+    stopped_process(trainer)
     slow_fsync(folder / "run")
     try:
         trainer.run()
