@@ -1,4 +1,5 @@
 {% import "lib/attention.wgsl" as parts with context %}
+{% import "lib/visible.wgsl" as visible with context %}
 // The second half of attention's gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2): matmuls of the blocks that
 // attention_dscores left.
 //   dq = scale dS k, dk = scale dS^T q, dv = P^T dout
@@ -31,16 +32,7 @@ var<workgroup> tile_b: array<vec4<{{ T }}>, {{ CK * EP // 4 }}>;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let tx = thread % {{ TX }}u;
   let ty = thread / {{ TX }}u;
-  let head = group.x % {{ HEADS }}u;
-  let kv_head = head / {{ H // K }}u;
-  let row_start = (group.x / {{ HEADS }}u) * {{ S }}u;
-  let of_query = group.y == 0u;
-  let own = select(group.z, {{ END - 1 }}u - min(group.z, {{ END - 1 }}u), of_query);
-  let segments = {{ BASES.segment_start }}row_start;
-  let earliest = min({{ parts.first_key("segment_start[segments + own * 64u]", "own * 64u") }}, own * 64u) / 64u;
-  let begin = select(max(own, {{ FIRST }}u), earliest, of_query);
-  var stop = select({{ END }}u, own + 1u, of_query);
-  if (of_query && own < {{ FIRST }}u) { stop = begin; }
+{{ visible.blocks_of_gradient() }}
   let own0 = own * 64u;
   {{ parts.declare("o", 2) }}
 {% if LONG %}

@@ -9,6 +9,7 @@
 {% set STORED = PART + 4 %}
 {% import "lib/matrix.wgsl" as matrix with context %}
 {% import "lib/attention_matrix.wgsl" as parts with context %}
+{% import "lib/visible.wgsl" as visible with context %}
 {% set LANES = parts.LANES %}
 var<workgroup> block: array<vec4<u32>, {{ 64 * 9 }}>; // of dS or P: rows of queries, eight words and one of padding
 var<workgroup> tile: array<vec4<u32>, {{ 64 * parts.ROW }}>;
@@ -44,16 +45,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let subgroup = thread / {{ SUBGROUP }}u;
   let sm = subgroup % {{ DOWN }}u * {{ TM }}u;
   let sn = subgroup / {{ DOWN }}u * {{ TN }}u;
-  let head = group.x % {{ HEADS }}u;
-  let kv_head = head / {{ H // K }}u;
-  let row_start = (group.x / {{ HEADS }}u) * {{ S }}u;
-  let of_query = group.y == 0u;
-  let own = select(group.z, {{ END - 1 }}u - min(group.z, {{ END - 1 }}u), of_query);
-  let segments = {{ BASES.segment_start }}row_start;
-  let earliest = min({{ parts.first_key("segment_start[segments + own * 64u]", "own * 64u") }}, own * 64u) / 64u;
-  let begin = select(max(own, {{ FIRST }}u), earliest, of_query);
-  var stop = select({{ END }}u, own + 1u, of_query);
-  if (of_query && own < {{ FIRST }}u) { stop = begin; }
+{{ visible.blocks_of_gradient() }}
 {{ matrix.begin() }}
 {% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
 {{ matrix.result("sums%d_%d" % (i, j)) }}
