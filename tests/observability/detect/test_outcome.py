@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.detection import grid
+from benchmarks.detection import grid, grid_cases
 from observability import schema
 from observability.detect import Analysis, Finding, LiveDetector, analyse, lost_in, time_lost, verdict
 from observability.detect.detector import detect
@@ -110,26 +110,26 @@ def quiet() -> StepTable:
 def test_no_sigma_comes_from_a_scale_of_zero(quiet: StepTable) -> None:
     """600 ms of data where it usually takes none is many steps, and not 500 billion sigmas."""
     row = np.array([70])
-    (finding,) = alarms(grid.added(quiet, row, [grid.kind_index(quiet, "data")], np.array([0.6])))
+    (finding,) = alarms(grid_cases.added(quiet, row, [grid_cases.kind_index(quiet, "data")], np.array([0.6])))
     assert finding.cause == DATA_STALL
-    assert finding.z < 0.6 / (0.02 * grid.typical(quiet))
+    assert finding.z < 0.6 / (0.02 * grid_cases.typical(quiet))
 
 
 def test_a_layer_that_stays_slow_is_named_though_its_step_hardly_shows_it(quiet: StepTable) -> None:
-    table, fault = grid.slow_layer(0.10)(quiet, np.random.default_rng(1))
+    table, fault = grid_cases.slow_layer(0.10)(quiet, np.random.default_rng(1))
     (finding,) = alarms(table)
     assert (finding.cause, finding.span) == (SLOW_KERNEL, fault.span if fault else "")
 
 
 def test_a_process_that_was_held_up_had_no_slow_kernel(quiet: StepTable) -> None:
-    table, _ = grid.single(5.0, "forward", (INTERFERENCE,), held=True)(quiet, np.random.default_rng(1))
+    table, _ = grid_cases.single(5.0, "forward", (INTERFERENCE,), held=True)(quiet, np.random.default_rng(1))
     (finding,) = alarms(table)
     assert finding.cause == INTERFERENCE
     assert "the process did not run for" in finding.evidence
 
 
 def test_throttling_names_clock_and_temperature(quiet: StepTable) -> None:
-    table, _ = grid.slower_gpu(0.3)(quiet, np.random.default_rng(1))
+    table, _ = grid_cases.slower_gpu(0.3)(quiet, np.random.default_rng(1))
     reasons = np.full(len(table), "", dtype="<U9")
     reasons[75:] = "power cap"
     (finding,) = alarms(replace(table, throttle=reasons))
@@ -142,8 +142,8 @@ def test_frequent_interference_is_priced_at_what_it_costs(quiet: StepTable) -> N
     """A third of the steps, twice as long as they wait for a processor: no alarm, but a cost."""
     rows = np.flatnonzero(np.random.default_rng(3).random(150) < 0.35)
     waits = quiet.seconds[rows]
-    table = grid.stretched(quiet, rows, np.full(len(rows), 2.0))
-    table = grid.told(table, rows, "run_delay_seconds", lambda delay: delay + waits)
+    table = grid_cases.stretched(quiet, rows, np.full(len(rows), 2.0))
+    table = grid_cases.told(table, rows, "run_delay_seconds", lambda delay: delay + waits)
     findings, _ = detect(table)
     (priced,) = [finding for finding in findings if finding.cost is not None and finding.cause == INTERFERENCE]
     assert not priced.is_alarm
