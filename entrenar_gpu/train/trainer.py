@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import signal
 import time
@@ -25,10 +24,10 @@ import numpy as np
 
 import entrenar_gpu
 from entrenar_gpu import signals
-from entrenar_gpu.adapters import RUN_FILE, adapter_spec, refuse_other_adapter
+from entrenar_gpu.adapters import adapter_spec, refuse_other_adapter
 from entrenar_gpu.compiler import PlanOptions
 from entrenar_gpu.config import TrainConfig
-from entrenar_gpu.errors import DeviceLost, TrainingDiverged, UserError, naming_arguments
+from entrenar_gpu.errors import TrainingDiverged, UserError, naming_arguments
 from entrenar_gpu.events import (
     CheckpointRecord,
     EvalRecord,
@@ -39,8 +38,7 @@ from entrenar_gpu.events import (
     flush,
     notify,
 )
-from entrenar_gpu.files import FolderLock, sweep, write_text
-from entrenar_gpu.gpu import KernelCache, device_errors
+from entrenar_gpu.gpu import KernelCache
 from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.train import run_checkpoint
@@ -52,6 +50,7 @@ from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
 from entrenar_gpu.train.random_base import with_random_base
 from entrenar_gpu.train.results import FinishedRun, plot_run
 from entrenar_gpu.train.run_data import evaluation_steps, load_data, planned_steps
+from entrenar_gpu.train.run_folder import RunFolder
 from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_pipeline import StepOnDevice, StepPipeline
 
@@ -102,10 +101,9 @@ class Trainer:
         self._best = best_checkpoint(config, self.output)
         own = (MetricsFile(self.output), SamplesFile(self.output), *([self._best] if self._best else []))
         self._observers = (*observers, *own)
-        self._lock = FolderLock(self.output)
-        self._lock.check()
+        self._folder = RunFolder(self.output, config.resume)
         self.config = config = with_random_base(config)
-        saved = self._saved = run_checkpoint.resumed_run(config.resume, self.output)
+        saved = self._folder.saved
         self.run_id = uuid.uuid4().hex
         # Some chat templates write the date: a resumed run shows them the day on which it began.
         self.started = datetime.now() if saved is None else saved.started
@@ -121,7 +119,7 @@ class Trainer:
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
-        with self._lost_device_told():
+        with self._folder.device_errors():
             self.session = Session.open(config, trace, began, kernels=kernels, engine=engine, identified=True)
             try:
                 self.first_step = 1 if saved is None else self._go_on(saved)
@@ -208,7 +206,7 @@ class Trainer:
         try:
             self._tell("run_started", self._run_info(first))
         except BaseException:
-            self._lock.release()
+            self._folder.release()
             raise
         status = "failed"
         try:
@@ -236,7 +234,7 @@ class Trainer:
                 self.result_note,
             )
             self._tell("run_finished", summary)
-            self._lock.release()
+            self._folder.release()
         return summary
 
     def steps(self) -> Iterator[StepRecord]:
@@ -276,16 +274,16 @@ class Trainer:
             raise UserError(
                 f'step {self._pipeline.launched} was broken off; make another Trainer, with resume="latest"'
             )
-        self._make_output()
+        self._folder.take(self.config, self._begun)
         return self._watched_steps(ahead)
 
     def _watched_steps(self, ahead: bool) -> Iterator[StepRecord]:
         """The steps, with what the host does meanwhile; when they end, the folder is another run's to take."""
         try:
-            with self._lost_device_told(), self._pipeline.watched_host():
+            with self._folder.device_errors(), self._pipeline.watched_host():
                 yield from self._steps(ahead)
         finally:
-            self._lock.release()
+            self._folder.release()
 
     def _steps(self, ahead: bool) -> Iterator[StepRecord]:
         """`ahead`: the device gets the next step before the record of one is handed out."""
@@ -341,11 +339,11 @@ class Trainer:
             self._pipeline.timer.resume()
             return
         self._begun = True
-        run_checkpoint.forget_after(self._saved, self.output)  # only now: a run that is refused has lost nothing
+        self._folder.forget_later()  # only now: a run that is refused has lost nothing
         self._pipeline.timer.calibrate()
-        if self.eval_samples is not None and self._saved is None:
+        if self.eval_samples is not None and self._folder.saved is None:
             self.evaluate()
-        if self._sampler is not None and self._saved is None:
+        if self._sampler is not None and self._folder.saved is None:
             self.sample()
 
     def _end(self) -> None:
@@ -393,7 +391,7 @@ class Trainer:
         if self._pipeline.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
                 f"step {record.step}: loss or gradient not finite {MAX_SKIPPED_IN_A_ROW} times in a row;"
-                f" lower --lr; {self._last_checkpoint()}"
+                f" lower --lr; {self._folder.last_checkpoint()}"
             )
         return record
 
@@ -471,19 +469,6 @@ class Trainer:
     def _tell(self, method: str, record: object) -> None:
         notify(self._observers, method, record)
 
-    def _last_checkpoint(self) -> str:
-        found = run_checkpoint.find_checkpoints(self.output)
-        return f"the last checkpoint stands: {found[-1]}" if found else "there is no checkpoint yet"
-
-    @contextlib.contextmanager
-    def _lost_device_told(self) -> Iterator[None]:
-        """Has the error of a device that went away say what is left."""
-        try:
-            with device_errors():
-                yield
-        except DeviceLost as error:
-            raise DeviceLost(f"{error}; {self._last_checkpoint()}") from error
-
     def _run_info(self, first_step: int) -> RunInfo:
         return RunInfo(
             run_id=self.run_id,
@@ -495,26 +480,10 @@ class Trainer:
             precision=self.config.precision,
             total_steps=self.total_steps,
             first_step=first_step,
-            resumes=self._saved.run_id if self._saved is not None else None,
+            resumes=self._folder.saved.run_id if self._folder.saved is not None else None,
             parameters=self.session.shape.model.parameters,
             trainable_parameters=sum(math.prod(s) for s in self.session.trainable().values()),
             planned_bytes=self.session.plan.peak_bytes if self.session.plan is not None else 0,
             config=self.config.to_mapping(),
             start_ns=time.time_ns(),
         )
-
-    def _make_output(self) -> None:
-        """Take the folder, and write what this run is into it. Raises UserError where another has used it meanwhile."""
-        self._lock.acquire()
-        try:
-            if not self._begun and run_checkpoint.resumed_run(self.config.resume, self.output) != self._saved:
-                raise UserError(f"--output: another process has gone on with {self.output} meanwhile; start again")
-            sweep(self.output)
-            self._write_config()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _write_config(self) -> None:
-        saved = {"version": entrenar_gpu.__version__, "config": self.config.to_mapping()}
-        write_text(self.output / RUN_FILE, json.dumps(saved, indent=2) + "\n")
