@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,17 @@ from entrenar_gpu.events import EvalRecord, RunInfo, RunSummary, StepRecord
 SCALARS = ("loss", "lr", "grad_norm", "tokens_per_second")
 
 
-class _Tracker:
+class _Tracker(ABC):
     """What all have in common: numbers by name and step. `open` begins a run, `log` adds to it, `close` ends it."""
 
-    def open(self, info: RunInfo) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self, info: RunInfo) -> None: ...
 
-    def log(self, values: Mapping[str, float], step: int, seconds: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, values: Mapping[str, float], step: int, seconds: float) -> None: ...
 
-    def close(self, status: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self, status: str) -> None: ...
 
     def run_started(self, info: RunInfo) -> None:
         self.open(info)

@@ -52,12 +52,12 @@ def _reference(
     k_weight: np.ndarray | None = None,
     **cache: np.ndarray,
 ) -> Sequence[np.ndarray]:
-    turned = []
+    rotated = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         if weight is not None:
             x = OPS["rms_norm"].reference(node, x, weight)[0]
-        turned.append(OPS["rope"].reference(Node("rope", {}, {"inverse": False}), x, table, positions)[0])
-    return [turned[0], *OPS["cache_write"].reference(node, k=turned[1], positions=positions, **cache)]
+        rotated.append(OPS["rope"].reference(Node("rope", {}, {"inverse": False}), x, table, positions)[0])
+    return [rotated[0], *OPS["cache_write"].reference(node, k=rotated[1], positions=positions, **cache)]
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
