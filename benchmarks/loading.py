@@ -26,7 +26,7 @@ from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import SHAPES, TrainConfig
 from entrenar_gpu.gpu import Device, Replay, open_device
 from entrenar_gpu.model import HFCheckpoint, declared_weights
-from entrenar_gpu.train import BaseIdentity, WeightCache, load_weights, storage_of
+from entrenar_gpu.session import BaseIdentity, WeightCache, load_weights, storage_of
 
 BLOCK_BYTES = 16 << 20
 TIME_LIMIT = 300.0

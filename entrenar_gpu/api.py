@@ -22,7 +22,8 @@ def evaluate(
 
     The loss is the mean cross-entropy, in nats, over all tokens that are trained. Raises UserError.
     """
-    from entrenar_gpu.train import default_base, evaluate_data
+    from entrenar_gpu.session import default_base
+    from entrenar_gpu.train import evaluate_data
 
     with naming_arguments():
         folder = None if adapter is None else str(adapter)
@@ -79,7 +80,7 @@ def plan(model: str, profile: str | None = None, evaluates: bool = False, **opti
 
     Raises UserError, as where nothing fits into `memory_budget`.
     """
-    from entrenar_gpu.train import caps_for, memory_budget, plan_run
+    from entrenar_gpu.session import caps_for, memory_budget, plan_run
 
     with naming_arguments():
         config = TrainConfig.from_mapping({"model": model, "batch": 1, **options}, "plan")

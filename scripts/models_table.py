@@ -11,7 +11,7 @@ from entrenar_gpu.adapters import AdapterSpec
 from entrenar_gpu.config import SHAPES, TrainConfig, shape_file
 from entrenar_gpu.graph import Caps
 from entrenar_gpu.model import ModelConfig, Storage, declared_weights, model_shape
-from entrenar_gpu.train.plan_report import PROFILES, plan_run
+from entrenar_gpu.session.plan_report import PROFILES, plan_run
 
 RANKS = (8, 16, 64)
 HEAD = """# Models: sizes, adapters, memory

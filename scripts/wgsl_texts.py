@@ -18,7 +18,7 @@ from entrenar_gpu.gpu.engines.dawn import Dawn
 from entrenar_gpu.gpu.kernel import render
 from entrenar_gpu.gpu.measure import MatmulCase, Program
 from entrenar_gpu.graph import Caps, Graph, MatrixConfig
-from entrenar_gpu.train.plan_report import PROFILES
+from entrenar_gpu.session.plan_report import PROFILES
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build
 

@@ -19,7 +19,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile
 from entrenar_gpu.gpu.autotune import read_cache
 from entrenar_gpu.model import HFCheckpoint
-from entrenar_gpu.train import WeightCache
+from entrenar_gpu.session import WeightCache
 from entrenar_gpu.train.run_checkpoint import load_run, read_state
 from entrenar_gpu.train.trainer import Trainer
 from observability import report

@@ -45,7 +45,8 @@ def evaluate(
 
 
 def _loss(given: Mapping[str, Any], adapter: str | None, window: int | None) -> dict[str, Any]:
-    from entrenar_gpu.train import default_base, evaluate_data
+    from entrenar_gpu.session import default_base
+    from entrenar_gpu.train import evaluate_data
 
     defaults, base = default_base(given.get("model", ""), adapter, given)
     config = options.make_config(given, **defaults, adapter_init=adapter)

@@ -80,7 +80,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Print what a run would allocate and what it would recompute, without weights or a GPU."""
-    from entrenar_gpu.train import caps_for, memory_budget, plan_run
+    from entrenar_gpu.session import caps_for, memory_budget, plan_run
 
     if shape is not None:
         if "model" in given:
@@ -118,7 +118,7 @@ def shader(
     """Print the WGSL of an op at a shape, without a GPU."""
     from entrenar_gpu.cli.op_programs import PROGRAMS
     from entrenar_gpu.cli.shader import dispatches, print_launches, print_shaders, usage
-    from entrenar_gpu.train import caps_for
+    from entrenar_gpu.session import caps_for
 
     if op is None:
         if not list_:

@@ -130,7 +130,7 @@ def open_model(
     `adapters` are folders, or NAME=FOLDER; the first answers to begin with.
     """
     from entrenar_gpu.infer import load
-    from entrenar_gpu.train import default_base
+    from entrenar_gpu.session import default_base
 
     named: dict[str, str] = {}
     for text in adapters:

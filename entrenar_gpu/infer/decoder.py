@@ -25,7 +25,7 @@ from entrenar_gpu.infer.graphs import (
     fit_decoder,
 )
 from entrenar_gpu.model import cache_names, load_model_config, resolve_model
-from entrenar_gpu.train import RunShape, Session
+from entrenar_gpu.session import RunShape, Session
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from entrenar_gpu.ops.gemm.launches import layout_of
 from entrenar_gpu.ops.gemm.linear import product_sizes
 from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, choose, key, to_numbers
-from entrenar_gpu.train import PlanReport, RunShape, Trace, plan_graphs
+from entrenar_gpu.session import PlanReport, RunShape, Trace, plan_graphs
 
 CHUNK = 256  # tokens of a prompt's longest piece
 HEAD_ROWS = 16  # tokens of a pass over a few, and whose logits one pass makes at most

@@ -13,7 +13,7 @@ from entrenar_gpu.gpu import KernelCache
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.language_model import LanguageModel
 from entrenar_gpu.model import load_model_config, resolve_model
-from entrenar_gpu.train import default_base
+from entrenar_gpu.session import default_base
 
 DEFAULT_CONTEXT = 2048  # tokens, or the model's positions where those are fewer
 DEFAULT_SLOTS = 4

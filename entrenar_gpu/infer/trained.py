@@ -17,7 +17,7 @@ from entrenar_gpu.infer.graphs import CHUNK, adapter_prefix, decoder_graphs, fit
 from entrenar_gpu.infer.language_model import LanguageModel
 from entrenar_gpu.infer.prompts import encode_row, read_prompts
 from entrenar_gpu.model import resolve_model
-from entrenar_gpu.train import RunShape, Session
+from entrenar_gpu.session import RunShape, Session
 
 MOST_SLOTS = 4
 TRAINED = "trained"  # what the adapter of a run is called

@@ -13,9 +13,8 @@ from entrenar_gpu.data import Samples, eval_batches
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.ops.loss import IGNORE
-from entrenar_gpu.train.graphs import EVAL_LOSS_NAME, RunShape, evaluate_graph
+from entrenar_gpu.session import EVAL_LOSS_NAME, RunShape, Session, evaluate_graph
 from entrenar_gpu.train.run_data import DataReader, ending_sources
-from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.windows import sliding
 
 

@@ -41,11 +41,8 @@ from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
-from entrenar_gpu.train.base_identity import BaseIdentity
-from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, STATE_NAME
-from entrenar_gpu.train.loader import load_weights
+from entrenar_gpu.session import LOSS_SCALE_NAME, STATE_NAME, BaseIdentity, Session, load_weights
 from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile, SamplesFile
-from entrenar_gpu.train.session import Session
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 # The fields of the optimizer's state that a next step reads: a skipped one leaves its loss and norm in others.

@@ -15,10 +15,10 @@ from entrenar_gpu.data import Step
 from entrenar_gpu.events import StepRecord
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
+from entrenar_gpu.session import Session
 from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.host_stats import HostSampler
 from entrenar_gpu.train.schedule import learning_rate
-from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_timer import StepTimer
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
 import signal
 import time
@@ -39,26 +38,20 @@ from entrenar_gpu.events import (
     notify,
 )
 from entrenar_gpu.gpu import KernelCache
+from entrenar_gpu.infer import LanguageModel, RunSampler, model_of
 from entrenar_gpu.model import load_model_config, resolve_model
 from entrenar_gpu.ops.optimizer import field
+from entrenar_gpu.session import STATE_NAME, Session, training_graphs
 from entrenar_gpu.train import run_checkpoint
 from entrenar_gpu.train.best import best_checkpoint
 from entrenar_gpu.train.control import RunControl
 from entrenar_gpu.train.evaluate import evaluate
-from entrenar_gpu.train.graphs import STATE_NAME, training_graphs
 from entrenar_gpu.train.metrics_file import MetricsFile, SamplesFile
 from entrenar_gpu.train.random_base import with_random_base
 from entrenar_gpu.train.results import FinishedRun, plot_run
 from entrenar_gpu.train.run_data import evaluation_steps, load_data, planned_steps
 from entrenar_gpu.train.run_folder import RunFolder
-from entrenar_gpu.train.session import Session
 from entrenar_gpu.train.step_pipeline import StepOnDevice, StepPipeline
-
-
-def _infer() -> Any:
-    """The room that answers prompts. It stands below this one and knows it; here alone something looks down."""
-    return importlib.import_module("entrenar_gpu.infer")
-
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -115,7 +108,7 @@ class Trainer:
         self.train_samples = self.batches.samples
         self.total_steps = planned_steps(config, self.batches)
         self._eval_every = evaluation_steps(config, self.batches, self.eval_samples is not None)
-        self._sampler = None if config.sample_prompts is None else _infer().RunSampler(config)
+        self._sampler = None if config.sample_prompts is None else RunSampler(config)
         trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
@@ -424,14 +417,14 @@ class Trainer:
         return record
 
     @functools.cached_property
-    def model(self) -> Any:
+    def model(self) -> LanguageModel:
         """The model as it stands when this is first asked for, to talk to (`infer.LanguageModel`).
 
         It is copied on the device, beside the run, and answers on when the run has gone on or was closed. Raises
         UserError where there is no room for it.
         """
         self._settled(None)
-        return _infer().model_of(self.session, self.config.seq)
+        return model_of(self.session, self.config.seq)
 
     def save(self, step: int | None = None) -> Path:
         """Write a checkpoint of the run as it stands after the last step that was told of.

@@ -17,7 +17,7 @@ from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.gpu import choose_gpu, gpu_caps
 from entrenar_gpu.gpu.measure import TOLERANCES
 from entrenar_gpu.model.registry import parse_model_config
-from entrenar_gpu.train.plan_report import plan_run
+from entrenar_gpu.session.plan_report import plan_run
 
 measuring = importlib.import_module("entrenar_gpu.gpu.measure")  # not the function that the room hands on by this name
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -12,7 +12,7 @@ from entrenar_gpu.cli.shader import dispatches, usage, workgroup_bytes
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.gpu.kernel import shader_files
 from entrenar_gpu.graph.tensor import Graph
-from entrenar_gpu.train.plan_report import PROFILES
+from entrenar_gpu.session.plan_report import PROFILES
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, ops that only answers are made with, and products on matrix units.

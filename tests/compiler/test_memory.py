@@ -22,8 +22,8 @@ from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.model.registry import model_shape, parse_model_config
-from entrenar_gpu.train.graphs import RunShape, training_graphs
-from entrenar_gpu.train.plan_report import PROFILES
+from entrenar_gpu.session.graphs import RunShape, training_graphs
+from entrenar_gpu.session.plan_report import PROFILES
 from tests import ROOT
 from tests.helpers.runs import fit_for
 from tests.helpers.tiny import QWEN3

@@ -53,7 +53,7 @@ def micro_batches(
         assert any(n.op == "to_half" for n in rewritten["micro"].nodes) == hand.get("fp16", False)
         return FittedPlan(make_plan(rewritten, caps), rewritten, choice)
 
-    monkeypatch.setattr("entrenar_gpu.train.graphs.fit", planned)
+    monkeypatch.setattr("entrenar_gpu.session.graphs.fit", planned)
     trainer = Trainer(config_of(folder, str(output), accumulate=2, **options), kernels=kernels)
     try:
         if "rng" in trainer.executor.tensors:

@@ -18,7 +18,7 @@ from entrenar_gpu.graph.tensor import Graph, Tensor
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
-from entrenar_gpu.train.graphs import RunShape
+from entrenar_gpu.session.graphs import RunShape
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.cases import CASES, Case
 from tests.helpers.equivalence import needs

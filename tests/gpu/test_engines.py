@@ -174,7 +174,7 @@ def test_a_checkpoint_tells_its_engine_and_a_resumed_run_says_what_differs(
 def test_a_resumed_run_takes_the_engine_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where none is asked for, and it is there."""
     from entrenar_gpu.config import TrainConfig
-    from entrenar_gpu.train import session
+    from entrenar_gpu.session import session
 
     asked: list[str | None] = []
 

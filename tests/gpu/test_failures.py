@@ -162,7 +162,7 @@ def test_a_device_lost_while_a_run_is_set_up_is_one_line(folder, tmp_path, monke
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    from entrenar_gpu.train.session import Session
+    from entrenar_gpu.session.session import Session
     from entrenar_gpu.train.step_pipeline import StepPipeline
 
     owners = {"planned": (Replay, "__init__"), "loading": (Session, "_load"), "steps": (StepPipeline, "launch")}

@@ -13,8 +13,8 @@ from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.graph.caps import Caps
+from entrenar_gpu.session.graphs import RunShape, fit_run, training_graphs
 from entrenar_gpu.train import run_checkpoint
-from entrenar_gpu.train.graphs import RunShape, fit_run, training_graphs
 from entrenar_gpu.train.trainer import Trainer
 
 # Small enough for 20 steps on a software adapter in about a second; two rows, so that packing has something to do.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entrenar_gpu.train import Session
+from entrenar_gpu.session import Session
 
 
 def next_logits(session: Session, ids: Sequence[int]) -> np.ndarray:

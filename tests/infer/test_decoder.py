@@ -16,8 +16,8 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.decoder import Decoder
 from entrenar_gpu.infer.graphs import plan_decoder
 from entrenar_gpu.model.registry import load_model_config
-from entrenar_gpu.train.graphs import logits_graph
-from entrenar_gpu.train.session import Session
+from entrenar_gpu.session.graphs import logits_graph
+from entrenar_gpu.session.session import Session
 from tests.helpers.tiny import make_model
 from tests.helpers.whole_row import next_logits
 

@@ -16,8 +16,8 @@ bnb = pytest.importorskip("bitsandbytes.functional")
 
 from entrenar_gpu.export.merge import merge_adapter  # noqa: E402
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint  # noqa: E402
-from entrenar_gpu.train.graphs import logits_graph  # noqa: E402
-from entrenar_gpu.train.session import Session  # noqa: E402
+from entrenar_gpu.session.graphs import logits_graph  # noqa: E402
+from entrenar_gpu.session.session import Session  # noqa: E402
 from entrenar_gpu.train.trainer import Trainer  # noqa: E402
 from tests.helpers.runs import config_of, gradients, run_micro_batches  # noqa: E402
 from tests.helpers.tiny import make_data  # noqa: E402

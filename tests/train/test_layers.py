@@ -13,7 +13,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.model import Storage, parse_model_config
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.train.graphs import RunShape, micro_graph, training_graphs
+from entrenar_gpu.session.graphs import RunShape, micro_graph, training_graphs
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.runs import config_of, fit_for, gradients, run_micro_batches
 from tests.helpers.tiny import QWEN3, make_data, make_model

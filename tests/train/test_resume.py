@@ -26,10 +26,10 @@ from entrenar_gpu.files.safetensors_file import SafetensorsFile
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.gpu.clock import GpuClock, step_spans
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
+from entrenar_gpu.session.graphs import MARGIN
+from entrenar_gpu.session.session import Budget
 from entrenar_gpu.train import run_checkpoint
-from entrenar_gpu.train.graphs import MARGIN
 from entrenar_gpu.train.metrics_file import MetricsFile
-from entrenar_gpu.train.session import Budget
 from entrenar_gpu.train.trainer import Trainer
 from observability.read.step_table import step_table
 from observability.read.trace_reader import read_trace
@@ -74,7 +74,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(folder, tmp_path, kernels, 
 @pytest.mark.gpu
 def test_a_resumed_run_plans_for_the_memory_it_began_with(folder, tmp_path, kernels, monkeypatch):
     """What is free changes from day to day on some systems, and what a plan keeps in half precision would with it."""
-    monkeypatch.setattr("entrenar_gpu.train.session.memory_budget", lambda config, caps: Budget(64 << 20, "now"))
+    monkeypatch.setattr("entrenar_gpu.session.session.memory_budget", lambda config, caps: Budget(64 << 20, "now"))
     train(folder, str(tmp_path / "run"), kernels, steps=1, save_every=1)
     monkeypatch.undo()
     for given, planned in [(None, 64 << 20), (0.25, 1 << 28)]:

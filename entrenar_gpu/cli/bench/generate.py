@@ -22,7 +22,7 @@ from entrenar_gpu.gpu import Device, KernelCache, Replay, open_device, time_run
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.infer import CHUNK, Decoder, decoder_graphs, fit_decoder
 from entrenar_gpu.model import Storage, cache_names, declared_weights, load_model_config, model_shape
-from entrenar_gpu.train import RunShape, fit_on, memory_budget
+from entrenar_gpu.session import RunShape, fit_on, memory_budget
 
 WARM_UP = 3  # steps before those that count
 COPY_BYTES = 1 << 30  # of the copy that tells the speed of memory; a software GPU copies COPY_SOFTWARE_BYTES

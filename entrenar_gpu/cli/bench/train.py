@@ -24,7 +24,7 @@ from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_wei
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.train import RunShape, fit_on, memory_budget, training_graphs
+from entrenar_gpu.session import RunShape, fit_on, memory_budget, training_graphs
 
 TRACE = functools.partial(training_graphs, evaluates=False)
 WARM_UP = 2

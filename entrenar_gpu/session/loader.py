@@ -25,7 +25,7 @@ from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant import Nf4Weight, nf4
-from entrenar_gpu.train.weight_cache import WeightCache
+from entrenar_gpu.session.weight_cache import WeightCache
 
 CHUNK_BYTES = 32 << 20
 AHEAD = 8  # tensors that the system is told to read while one is on its way

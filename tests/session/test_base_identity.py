@@ -12,8 +12,9 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import SafetensorsFile, save_safetensors, streamed_checksum
 from entrenar_gpu.files.stored import OpenFile
 from entrenar_gpu.model import HFCheckpoint
-from entrenar_gpu.train import base_identity, run_checkpoint
-from entrenar_gpu.train.base_identity import BaseIdentity, release_identity
+from entrenar_gpu.session import base_identity
+from entrenar_gpu.session.base_identity import BaseIdentity, release_identity
+from entrenar_gpu.train import run_checkpoint
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.runs import config_of, train
 from tests.helpers.tiny import make_data, make_model

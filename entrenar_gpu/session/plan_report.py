@@ -26,8 +26,8 @@ from entrenar_gpu.model import (
     load_model_config,
     resolve_model,
 )
-from entrenar_gpu.train.graphs import Fit, RunShape, Trace, fit_run, training_graphs
-from entrenar_gpu.train.loader import storage_of
+from entrenar_gpu.session.graphs import Fit, RunShape, Trace, fit_run, training_graphs
+from entrenar_gpu.session.loader import storage_of
 
 # Capabilities to plan for without a device: WebGPU's guaranteed limits, those of common drivers, and a large card's.
 PROFILES = {

@@ -17,8 +17,8 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
-from entrenar_gpu.train.graphs import training_graphs
-from entrenar_gpu.train.session import Session, memory_budget
+from entrenar_gpu.session.graphs import training_graphs
+from entrenar_gpu.session.session import Session, memory_budget
 from entrenar_gpu.train.trainer import Trainer
 from tests.helpers.runs import config_of
 from tests.helpers.tiny import make_data, make_model

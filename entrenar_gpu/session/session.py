@@ -22,10 +22,10 @@ from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import TileTable
-from entrenar_gpu.train import loader
-from entrenar_gpu.train.base_identity import BaseIdentity
-from entrenar_gpu.train.graphs import LOSS_SCALE_NAME, MARGIN, Fit, RunShape, Trace, fit_run
-from entrenar_gpu.train.weight_cache import WeightCache
+from entrenar_gpu.session import loader
+from entrenar_gpu.session.base_identity import BaseIdentity
+from entrenar_gpu.session.graphs import LOSS_SCALE_NAME, MARGIN, Fit, RunShape, Trace, fit_run
+from entrenar_gpu.session.weight_cache import WeightCache
 
 Floats = np.ndarray
 DEFAULT_BUDGET_GIB = 16.0

@@ -13,7 +13,7 @@ from entrenar_gpu.graph.caps import Caps
 from entrenar_gpu.graph.tensor import Graph, Node
 from entrenar_gpu.model import ModelConfig, Storage, parse_model_config
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.train.graphs import RunShape, evaluate_graph, logits_graph, micro_graph
+from entrenar_gpu.session.graphs import RunShape, evaluate_graph, logits_graph, micro_graph
 from tests.helpers.tiny import QWEN3
 
 MATRIX_OPS = ("matmul", "linear", "attention", "cross_entropy")

@@ -24,9 +24,9 @@ from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
 from entrenar_gpu.quant.nf4 import Nf4Weight
-from entrenar_gpu.train import loader, weight_cache
-from entrenar_gpu.train.graphs import training_graphs
-from entrenar_gpu.train.session import Session
+from entrenar_gpu.session import loader, weight_cache
+from entrenar_gpu.session.graphs import training_graphs
+from entrenar_gpu.session.session import Session
 from tests.helpers.runs import config_of
 from tests.helpers.tiny import QWEN3, make_model, projections
 from tests.model.test_hf_checkpoint import nf4_tensors
@@ -145,7 +145,7 @@ def test_weights_kept_of_other_files_are_made_again(tmp_path, kernels, monkeypat
     elif change == "rewritten":
         make_model(tmp_path / "model", seed=1, **TINY)
     else:
-        monkeypatch.setattr("entrenar_gpu.train.weight_cache.__version__", "0.0.1")
+        monkeypatch.setattr("entrenar_gpu.session.weight_cache.__version__", "0.0.1")
     session = open_session(tmp_path, kernels)
     want = weights_of(session)
     session.close()
