@@ -1,10 +1,12 @@
 // One row of logits [C, V] of the tokens first .. first + C: its loss and log-sum-exp (=), and, in place of the logits,
 // d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times `scale` and, in the backward pass, times
-// upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time, and bent to cap tanh(logit / cap) where there is a cap. Rows whose target is negative cost nothing.
+// upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time, and bent to cap tanh(logit / cap) where there is a cap.
+// Rows whose target is negative cost nothing; with weights a row's loss and dscores are multiplied by its own.
 // Maximum and sum of exponentials are found in one pass, rescaled as the maximum grows (arXiv 1805.02867, algorithm 3).
 // Sums are f32. One workgroup of 256 per row. Grid: C, folded.
 {% include "lib/grid.wgsl" %}
 {% include "lib/reduce.wgsl" %}
+{% set weight = " * weight" if weighted else "" %}
 {% set values = "f32" if VECTOR == 1 else "vec4<f32>" %}
 {% set stored = format if VECTOR == 1 else "vec4<%s>" % format %}
 {% macro largest(v) %}{{ v if VECTOR == 1 else "max(max(%s.x, %s.y), max(%s.z, %s.w))" % (v, v, v, v) }}{% endmacro %}
@@ -23,10 +25,14 @@ fn main(
   let token = {{ first }}u + row;
   var goal = -1;
   if (end > 0u) { goal = min(targets[token], {{ V - 1 }}); }
+{% if weighted %}
+  var weight = 0.0;
+  if (end > 0u) { weight = weights[token]; }
+{% endif %}
 {% if mode == "dscores" %}
   var top = 0.0;
   if (end > 0u) { top = lse[token]; }
-  let factor = select(0.0, {{ scale }} * upstream[0], goal >= 0);
+  let factor = select(0.0, {{ scale }} * upstream[0]{{ weight }}, goal >= 0);
 {% else %}
   var highest = -3.4e38;
   var total = 0.0;
@@ -49,7 +55,7 @@ fn main(
   let mean = workgroup_sum(sum, thread) / {{ V }}.0;
 {% endif %}
   let top = peak + log(total);
-  let factor = select(0.0, {{ scale }}, goal >= 0);
+  let factor = select(0.0, {{ scale }}{{ weight }}, goal >= 0);
   if (end > 0u && thread == 0u) {
     lse[token] = top;
     var loss = 0.0;
@@ -64,7 +70,7 @@ fn main(
       loss = {{ keep }} * loss + {{ smoothing }} * (top - mean);
 {% endif %}
     }
-    losses[token] = loss;
+    losses[token] = loss{{ weight }};
   }
 {% endif %}
 {% if mode != "loss" %}

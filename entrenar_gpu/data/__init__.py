@@ -1,6 +1,6 @@
 """From rows to packed batches."""
 
-from entrenar_gpu.data.batches import Step, TrainBatches, eval_batches, pack_rows
+from entrenar_gpu.data.batches import Step, TrainBatches, count_targets, eval_batches, pack_rows, weight_of
 from entrenar_gpu.data.given import Stream, given_sources
 from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
@@ -24,6 +24,7 @@ __all__ = [
     "StreamBatches",
     "Tokenizer",
     "TrainBatches",
+    "count_targets",
     "eval_batches",
     "files_of",
     "find_sources",
@@ -37,4 +38,5 @@ __all__ = [
     "read_samples",
     "read_tools",
     "read_variables",
+    "weight_of",
 ]

@@ -57,7 +57,8 @@ def collate(samples: Samples, rows: Sequence[Sequence[int]], batch: int, seq: in
     """The graph's inputs for up to `batch` rows of samples, the rest empty rows; each array is [batch, seq].
 
     input_ids u32 (0 in padding), targets i32 (IGNORE without loss), positions u32 (index in the sample),
-    segment_start u32 (index in the row of the first position of this position's sample).
+    segment_start u32 (index in the row of the first position of this position's sample); where samples are weighted
+    also weights f32 (0 without loss).
     """
     arrays: Batch = {
         "input_ids": np.zeros((batch, seq), np.uint32),
@@ -65,6 +66,8 @@ def collate(samples: Samples, rows: Sequence[Sequence[int]], batch: int, seq: in
         "positions": np.zeros((batch, seq), np.uint32),
         "segment_start": np.tile(np.arange(seq, dtype=np.uint32), (batch, 1)),
     }
+    if samples.weights is not None:
+        arrays["weights"] = np.zeros((batch, seq), np.float32)
     for b, row in enumerate(rows):
         start = 0
         for i in row:
@@ -74,6 +77,8 @@ def collate(samples: Samples, rows: Sequence[Sequence[int]], batch: int, seq: in
             arrays["targets"][here] = targets
             arrays["positions"][here] = np.arange(len(tokens))
             arrays["segment_start"][here] = start
+            if samples.weights is not None:
+                arrays["weights"][here] = samples.weights[samples.starts[i] : samples.starts[i + 1]]
             start += len(tokens)
     return arrays
 
@@ -85,15 +90,38 @@ def eval_batches(samples: Samples, *, batch: int, seq: int, pack: bool = True) -
         yield collate(samples, rows[at : at + batch], batch, seq)
 
 
+def count_targets(batches: Sequence[Batch]) -> int:
+    """How many positions have a target."""
+    return sum(int(np.count_nonzero(batch["targets"] != IGNORE)) for batch in batches)
+
+
+def weight_of(batches: Sequence[Batch]) -> float:
+    """What the sum of losses is divided by: the sum of the weights, or the number of targets where all weigh 1."""
+    if all("weights" not in batch for batch in batches):
+        return count_targets(batches)
+    return sum(float(batch["weights"].sum(dtype=np.float64)) for batch in batches)
+
+
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step trains on: micro-batches, how many positions of them have a target, the passes over the
-    data made when it is done, and how many positions hold data, prompts included and padding not."""
+    data made when it is done, how many positions hold data, prompts included and padding not, and the sum of the
+    targets' weights."""
 
     micro_batches: list[Batch]
     tokens: int
     epoch: float
     positions: int
+    weight: float
+
+    @classmethod
+    def of(cls, micro_batches: list[Batch], epoch: float, positions: int) -> Step:
+        """With weights of at most 1, divided by a power of two: a mean is the same, and f16 holds its gradients."""
+        largest = max((float(batch["weights"].max()) for batch in micro_batches if "weights" in batch), default=0.0)
+        if largest > 0:
+            factor = np.float32(2.0 ** -math.ceil(math.log2(largest)))
+            micro_batches = [batch | {"weights": batch["weights"] * factor} for batch in micro_batches]
+        return cls(micro_batches, count_targets(micro_batches), epoch, positions, weight_of(micro_batches))
 
 
 class TrainBatches:
@@ -130,6 +158,11 @@ class TrainBatches:
             rows += (epochs - whole) * len(self._epoch_rows(whole))
         return math.ceil(rows / (self.batch * self.accumulate))
 
+    @property
+    def weighted(self) -> bool:
+        """Whether batches have weights."""
+        return self.samples.weights is not None
+
     def __iter__(self) -> Iterator[Step]:
         return self
 
@@ -137,8 +170,7 @@ class TrainBatches:
         rows = [[self._next_row() for _ in range(self.batch)] for _ in range(self.accumulate)]
         micro_batches = [collate(self.samples, some, self.batch, self.seq) for some in rows]
         positions = sum(int(self.samples.lengths[row].sum()) for some in rows for row in some)
-        tokens = sum(int(np.count_nonzero(m["targets"] != IGNORE)) for m in micro_batches)
-        return Step(micro_batches, tokens, self._epoch + self._next / len(self._rows), positions)
+        return Step.of(micro_batches, self._epoch + self._next / len(self._rows), positions)
 
     def state(self) -> dict[str, Any]:
         """Where the iterator stands: the epoch, the row that comes next in it, and which data and order these count."""

@@ -86,7 +86,7 @@ def add_chunk(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilde
             encoded.update((draft.row, encoding) for draft, encoding in zip(drafts, batch, strict=True))
     for row in chunk:
         if isinstance(row, Tokens):
-            builder.add(row.ids, row.labels)
+            builder.add(row.ids, row.labels, row.weights)
         else:
             builder.add_spans(*_ended(row, *encoded.pop(row.row), reader, builder.seq))
 

@@ -2,7 +2,7 @@
 
 A row has one of these shapes, the first that is there with all its keys (shapes.py), and a source may mix them:
 
-    {"input_ids": [...], "labels": [...]?}    loss where the label is not -100; labels stand at their own token
+    {"input_ids": [...], "labels", "weights"} loss where the label is not -100; labels stand at their own token
     {"messages": [...], "tools": [...]?}      loss on what the assistant says
     {"conversations": [...], "tools"?}        the same, as ShareGPT writes it
     {"prompt": ..., "completion": ...}        loss on the completion; texts, or lists of messages
@@ -31,6 +31,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.ops.loss import IGNORE
 
 _MASKS = ("completion_mask", "assistant_masks")  # beside input_ids: 1 where a token is trained
+_LEAST_WEIGHT = 1e-6  # of a token that counts; its reciprocal is the largest
 # Rows that are tokenised together, on all cores: up to so many, or so many bytes of them.
 ROWS_AT_ONCE = 1024
 _BYTES_AT_ONCE = 1 << 20
@@ -57,6 +58,7 @@ class Tokens:
 
     ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None  # of the tokens in the loss; None: all the same
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,13 @@ class Reader:
             if record.get("labels") is None and record.get(name) is not None:
                 mask = _bits(record, name, len(ids))
                 labels = [label if bit else IGNORE for label, bit in zip(labels, mask, strict=True)]
-        if record.get("weights") is not None:
-            labels = [label if w else IGNORE for label, w in zip(labels, _weights(record, len(ids)), strict=True)]
+        weights = None if record.get("weights") is None else _weights(record, len(ids))
+        if weights is not None:
+            labels = [label if w else IGNORE for label, w in zip(labels, weights, strict=True)]
         if record.get("attention_mask") is not None:
-            ids, labels = _unpadded(ids, labels, _bits(record, "attention_mask", len(ids)))
-        return Tokens(ids, labels)
+            there = _unpadded(_bits(record, "attention_mask", len(ids)))
+            ids, labels, weights = ids[there], labels[there], weights and weights[there]
+        return Tokens(ids, labels, weights if weights and any(w not in (0, 1) for w in weights) else None)
 
     def _rendered(self, chunk: Sequence[Draft | Tokens | _Chat]) -> list[Draft | Tokens]:
         """The chunk with every conversation rendered, those of one template together."""
@@ -327,20 +331,23 @@ def _bits(record: Mapping[str, Any], key: str, length: int) -> list[int]:
 
 
 def _weights(record: Mapping[str, Any], length: int) -> list[float]:
-    """Weights of the tokens in the loss, of which only 0 and 1 are known: others are refused, never rounded."""
+    """How much each token counts in the loss; 0 leaves it out."""
     value = listed(record["weights"])
-    if not isinstance(value, list) or not all(isinstance(w, int | float) and w in (0, 1) for w in value):
-        raise UserError("weights must be a list of 0 and 1: a token is trained or it is not")
+    if not isinstance(value, list) or not all(isinstance(w, int | float) and not isinstance(w, bool) for w in value):
+        raise UserError("weights must be a list of numbers")
+    wrong = next((w for w in value if w != 0 and not _LEAST_WEIGHT <= w <= 1 / _LEAST_WEIGHT), None)
+    if wrong is not None:
+        raise UserError(f"weights: {wrong} is neither 0 nor between {_LEAST_WEIGHT:g} and {1 / _LEAST_WEIGHT:g}")
     if len(value) != length:
         raise UserError(f"weights: {len(value)} of them for {length} input_ids")
     return value
 
 
-def _unpadded(ids: list[int], labels: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-    """Without the padding at either end, which an attention_mask of 0 shows."""
+def _unpadded(mask: list[int]) -> slice:
+    """What is left without the padding at either end, which an attention_mask of 0 shows."""
     if 1 not in mask:
-        return [], []
+        return slice(0)
     first, last = mask.index(1), len(mask) - mask[::-1].index(1)
     if 0 in mask[first:last]:
         raise UserError("attention_mask: 0 between tokens; only padding at the ends can be left out")
-    return ids[first:last], labels[first:last]
+    return slice(first, last)

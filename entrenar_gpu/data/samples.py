@@ -20,7 +20,8 @@ class Samples:
     """All samples of a file, end to end: sample i holds positions starts[i] to starts[i+1].
 
     `tokens` [N] are token ids; `targets` [N] the token to predict at each position, IGNORE where there is no loss:
-    the sample's next label, so the last position of a sample has none. `skipped` samples had nothing to train and are
+    the sample's next label, so the last position of a sample has none. `weights` [N] say how much the targets count, 0
+    where there is none; they are None where all count the same. `skipped` samples had nothing to train and are
     not here, `lost` ones of them because what they train lay behind the cut; `cut` ones were longer than allowed.
     `notes` say how the rows were read, for people. `groups` are the numbers of samples that came from each of several
     sources, in order.
@@ -34,6 +35,7 @@ class Samples:
     notes: tuple[str, ...] = ()
     lost: int = 0
     groups: tuple[int, ...] = ()
+    weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -58,6 +60,8 @@ class Samples:
         digest = hashlib.sha256()
         for values, kind in ((self.tokens, "<u4"), (self.targets, "<i4"), (self.starts, "<i8")):
             digest.update(values.astype(kind, copy=False).data)
+        if self.weights is not None:
+            digest.update(self.weights.astype("<f4", copy=False).data)
         return digest.hexdigest()
 
 
@@ -67,17 +71,20 @@ class SampleBuilder:
     def __init__(self, seq: int) -> None:
         self.seq, self.skipped, self.cut, self.lost = seq, 0, 0, 0
         self.tokens, self.targets, self.starts = array("I"), array("i"), array("q", [0])
+        self._weighted: list[tuple[int, NDArray[np.float32]]] = []  # weights of targets, and where they begin
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
-        """One sample; `labels` stand at their own token, IGNORE where it is not trained."""
+    def add(self, ids: Sequence[int], labels: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        """One sample; `labels` stand at their own token, IGNORE where it is not trained, `weights` likewise."""
         targets = [*labels[1 : self.seq], IGNORE]
         if all(target == IGNORE for target in targets):
             self._skip(any(label != IGNORE for label in labels[self.seq :]))
             return
         self.cut += len(ids) > self.seq
+        if weights is not None:
+            self._weighted.append((len(self.tokens), np.array([*weights[1 : self.seq], 0], np.float32)))
         self.tokens.extend(ids[: self.seq])
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
@@ -115,7 +122,16 @@ class SampleBuilder:
             notes,
             self.lost,
             groups,
+            self._weights(),
         )
+
+    def _weights(self) -> NDArray[np.float32] | None:
+        if not self._weighted:
+            return None
+        weights = (_view(self.targets, np.int32) != IGNORE).astype(np.float32)
+        for start, values in self._weighted:
+            weights[start : start + len(values)] *= values
+        return weights
 
 
 def _view(values: array[int], kind: type) -> NDArray[Any]:

@@ -20,15 +20,18 @@ from entrenar_gpu.ops.loss import IGNORE
 
 ROWS_AT_ONCE = 64  # are tokenised together, and read ahead of the step that needs them
 
-Sample = tuple[NDArray[np.uint32], NDArray[np.int32]]
+Sample = tuple[NDArray[np.uint32], NDArray[np.int32], NDArray[np.float32]]  # tokens, targets, weights of these
 
 
 class StreamBatches:
     """An iterator over optimizer steps, as TrainBatches is one, that ends where the rows do.
 
     Rows that can be begun anew are, pass after pass. Packed rows hold samples in their order (next fit). A resumed run
-    reads the rows that were trained on once more, and passes them over.
+    reads the rows that were trained on once more, and passes them over. Batches have weights, since a row yet to come
+    may.
     """
+
+    weighted = True
 
     def __init__(
         self,
@@ -59,12 +62,12 @@ class StreamBatches:
         positions = 0
         for _ in range(self.accumulate):
             rows = [row for _ in range(self.batch) if (row := self._next_row())]
-            positions += sum(len(tokens) for row in rows for tokens, _ in row)
+            positions += sum(len(tokens) for row in rows for tokens, _, _ in row)
             micro_batches.append(_collated(rows, self.batch, self.seq))
-        tokens = sum(int(np.count_nonzero(batch["targets"] != IGNORE)) for batch in micro_batches)
-        if not tokens:
+        step = Step.of(micro_batches, float(self._epoch), positions)
+        if not step.tokens:
             raise StopIteration
-        return Step(micro_batches, tokens, float(self._epoch), positions)
+        return step
 
     def state(self) -> dict[str, Any]:
         """How many samples were trained on, and what else decides which come next."""
@@ -121,7 +124,11 @@ class StreamBatches:
                 add_chunk(chunk, reader, builder)
                 samples = builder.samples()
                 read += len(samples)
-                yield from (samples[i] for i in range(len(samples)))
+                weights = samples.weights
+                if weights is None:
+                    weights = (samples.targets != IGNORE).astype(np.float32)
+                for i, start in enumerate(samples.starts[:-1]):
+                    yield *samples[i], weights[start : samples.starts[i + 1]]
             if not self._stream.again:
                 return
             if not read:
@@ -132,8 +139,10 @@ class StreamBatches:
 def _collated(rows: list[list[Sample]], batch: int, seq: int) -> Batch:
     """The inputs of a micro-batch; rows that are missing are empty."""
     parts = [sample for row in rows for sample in row]
-    starts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
-    tokens = np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _ in parts)])
-    targets = np.concatenate([np.zeros(0, np.int32), *(targets for _, targets in parts)])
+    starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in parts)])
+    tokens = np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _, _ in parts)])
+    targets = np.concatenate([np.zeros(0, np.int32), *(targets for _, targets, _ in parts)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, _, weights in parts)])
     numbers = iter(range(len(parts)))
-    return collate(Samples(tokens, targets, starts), [[next(numbers) for _ in row] for row in rows], batch, seq)
+    samples = Samples(tokens, targets, starts, weights=weights)
+    return collate(samples, [[next(numbers) for _ in row] for row in rows], batch, seq)

@@ -14,7 +14,16 @@ from entrenar_gpu.errors import UserError
 
 _ROWS_AT_ONCE = 256
 # Columns that hold lists: a cell of text is their JSON.
-_LISTS = ("messages", "conversations", "input_ids", "labels", "weights", "attention_mask", "completion_mask")
+_LISTS = (
+    "messages",
+    "conversations",
+    "input_ids",
+    "labels",
+    "weights",
+    "attention_mask",
+    "completion_mask",
+    "assistant_masks",
+)
 
 
 def read_csv(path: str) -> Iterator[dict[str, Any]]:

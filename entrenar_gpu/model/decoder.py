@@ -19,8 +19,9 @@ class Transformer:
     """A decoder traced into one graph, for rows of a fixed length or for tokens that a cache remembers.
 
     Inputs by name: input_ids u32 [T], positions u32 [T], segment_start u32 [T]; for training also targets i32 [T],
-    inv_tokens f32 [1] (1 / unmasked tokens of the whole step), rng u32 [3] with dropout, and id_order u32 [T] (a
-    stable argsort of the ids) when the embedding is trained. The tables of `ModelConfig.rope_tables` are written once.
+    weights f32 [T] where tokens have them, inv_tokens f32 [1] (1 / unmasked tokens of the whole step, or the sum of
+    their weights), rng u32 [3] with dropout, and id_order u32 [T] (a stable argsort of the ids) when the embedding is
+    trained. The tables of `ModelConfig.rope_tables` are written once.
 
     With `cached`, a pass takes T = `cached.tokens` tokens of any of the `rows` sequences of a cache, each of up to
     `seq` tokens: input_ids, positions and slots u32 [T] are the inputs, their names ending with T, since graphs for
@@ -79,12 +80,14 @@ class Transformer:
             x = config.norm.trace(self._trace, x, config.final_norm)
             return x if config.logits_multiplier == 1 else ops.scale(x, config.logits_multiplier)
 
-    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
-        """Sum over unmasked tokens of the cross-entropy, [1]."""
+    def loss_sum(self, smoothing: float = 0.0, weighted: bool = False) -> Tensor:
+        """Sum over unmasked tokens of the cross-entropy, [1]; of each times its weight where they are `weighted`."""
         targets = self.graph.tensor("targets", (self._tokens,), "i32")
+        weights = self.graph.tensor("weights", (self._tokens,)) if weighted else None
         x, config = self.hidden(), self.config
         with self.graph.within("lm_head"):
-            return ops.cross_entropy(x, targets, self._head(), smoothing, self._head_precision, config.softcap)
+            precision = self._head_precision
+            return ops.cross_entropy(x, targets, self._head(), smoothing, precision, config.softcap, weights)
 
     def last_logits(self) -> Tensor:
         """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.dtypes import ELEMENT_BYTES
-from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import shard_starts
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch
@@ -40,13 +40,15 @@ def cross_entropy(
     smoothing: float = 0.0,
     precision: Arithmetic = "f32",
     softcap: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of x W^T, shape [1]; with `softcap` c, of c tanh(x W^T / c).
 
     x [T, D]; W [V, D] as consecutive shards of rows, f32, bf16 or half; targets i32 [T], IGNORE where a token does not
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
-    arXiv 1512.00567, section 7). Where x requires a gradient and W is frozen, the forward pass leaves d(sum)/dx behind,
-    unscaled, since the logits are at hand; with a trainable W the backward pass computes the logits again.
+    arXiv 1512.00567, section 7), times its weight where there are `weights` f32 [T]. Where x requires a gradient and W
+    is frozen, the forward pass leaves d(sum)/dx behind, unscaled, since the logits are at hand; with a trainable W the
+    backward pass computes the logits again.
 
     With `precision` other than "f32", matmuls with a frozen W are made in f16 with f32 sums, and logits are kept in
     f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
@@ -55,7 +57,7 @@ def cross_entropy(
     arithmetic = "f32" if trains else arithmetic_of(precision, shards)
     emit = x.requires_grad and not trains
     attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic, "softcap": softcap}
-    return record("cross_entropy", x=x, targets=targets, shards=list(shards), **attrs)[0]
+    return record("cross_entropy", x=x, targets=targets, weights=weights, shards=list(shards), **attrs)[0]
 
 
 def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
@@ -68,12 +70,15 @@ def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Sp
 
 def _infer(node: Node) -> Sequence[Spec]:
     x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
-    if targets.size != x.rows or any(p.columns != x.columns for p in shards):
-        raise ValueError(f"{node.label()}: {x!r}, {targets!r} and {shards!r} do not fit")
+    weights = node.inputs.get("weights", targets)
+    if {targets.size, weights.size} != {x.rows} or any(p.columns != x.columns for p in shards):
+        raise ValueError(f"{node.label()}: {x!r}, {targets!r}, {weights!r} and {shards!r} do not fit")
     return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
 
 
-def _dscores(node: Node, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _dscores(
+    node: Node, logits: np.ndarray, targets: np.ndarray, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(loss by token, lse by token, d(sum of losses)/d(logits)), for logits before their soft cap."""
     softcap, slope = node.attrs.get("softcap"), None
     if softcap is not None:
@@ -92,17 +97,22 @@ def _dscores(node: Node, logits: np.ndarray, targets: np.ndarray) -> tuple[np.nd
     dscores[rows, place] -= 1 - s
     if slope is not None:
         dscores *= slope
-    return np.where(counted, losses, 0).astype(logits.dtype), lse, dscores * counted[:, None]
+    factor = counted.astype(logits.dtype)
+    if weights is not None:
+        factor *= weights.reshape(-1)
+    return (np.where(counted, losses, 0) * factor).astype(logits.dtype), lse, dscores * factor[:, None]
 
 
-def _low_precision_reference(node: Node, x: np.ndarray, targets: np.ndarray, table: np.ndarray) -> Sequence[np.ndarray]:
+def _low_precision_reference(
+    node: Node, x: np.ndarray, targets: np.ndarray, table: np.ndarray, weights: np.ndarray | None
+) -> Sequence[np.ndarray]:
     """loss by token, lse by token and dx where operands, logits and dscores are rounded to f16."""
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float16).astype(np.float32)
 
     table, rows = rounded(table), rounded(x.reshape(-1, x.shape[-1]))
-    losses, lse, dscores = _dscores(node, rounded(rows @ table.T), targets)
+    losses, lse, dscores = _dscores(node, rounded(rows @ table.T), targets, weights)
     dx = rounded(dscores * np.float32(DSCORE_SCALE)) @ table / np.float32(DSCORE_SCALE)
     return [losses, lse, dx.reshape(x.shape)]
 
@@ -111,12 +121,14 @@ def _table(x: np.ndarray, shards: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([p.astype(x.dtype, copy=False) for p in shards])
 
 
-def _reference(node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+def _reference(
+    node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[np.ndarray], weights: np.ndarray | None = None
+) -> Sequence[np.ndarray]:
     table = _table(x, shards)
     if node.attrs["arithmetic"] == "f16":
-        losses, lse, dx = _low_precision_reference(node, x, targets, table)
+        losses, lse, dx = _low_precision_reference(node, x, targets, table, weights)
     else:
-        losses, lse, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets)
+        losses, lse, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets, weights)
         dx = (dscores @ table).reshape(x.shape)
     emitted = [dx.astype(x.dtype)] if node.attrs["emit"] else []
     return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *emitted]
@@ -147,6 +159,7 @@ def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -
         "C": count,
         "V": vocabulary,
         "first": at,
+        "weighted": "weights" in node.inputs,
         "smoothed": s > 0,
         "keep": literal(1 - s),
         "smoothing": literal(s),
@@ -155,6 +168,12 @@ def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -
         "inverse_cap": literal(1 / node.attrs["softcap"]) if "softcap" in node.attrs else "",
         "WIDTH": 256,
     }
+
+
+def _weights(node: Node, offset: int) -> list[Binding]:
+    """The weights from `offset` on, in bytes, where there are any."""
+    weights = node.inputs.get("weights")
+    return [] if weights is None else [reads("weights", weights, offset=offset)]
 
 
 def _vector(logits: Tensor) -> int:
@@ -175,6 +194,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         offset, first = split_offset(at, losses)
         bindings = (
             reads("targets", targets, offset=offset),
+            *_weights(node, offset),
             use("logits", logits, _vector(logits)),
             writes("losses", losses, offset=offset),
             writes("lse", lse, offset=offset),
@@ -197,6 +217,7 @@ def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> 
             "cross_entropy_grad",
             x=x,
             targets=targets,
+            weights=node.inputs.get("weights"),
             lse=node.outputs[1],
             upstream=upstream[0],
             shards=[*shards],
@@ -219,9 +240,10 @@ def _grad_reference(
     upstream: np.ndarray,
     shards: Sequence[np.ndarray],
     held: Sequence[np.ndarray],
+    weights: np.ndarray | None = None,
 ) -> Sequence[np.ndarray]:
     table = _table(x, shards)
-    _, _, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets)
+    _, _, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets, weights)
     dscores = dscores.astype(x.dtype) * upstream
     whole = dscores.T @ x.reshape(-1, x.shape[-1])
     edges = np.cumsum([len(p) for p in shards])[:-1]
@@ -243,6 +265,7 @@ def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         offset, first = split_offset(at, lse)
         bindings = (
             reads("targets", targets, offset=offset),
+            *_weights(node, offset),
             reads("lse", lse, offset=offset),
             reads("upstream", upstream),
             writes("logits", logits, _vector(logits)),

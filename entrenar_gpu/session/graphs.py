@@ -71,12 +71,15 @@ Trace = Callable[[RunShape, Caps], Mapping[str, Graph]]  # what makes the graphs
 Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]  # what plans them
 
 
-def micro_graph(shape: RunShape, caps: Caps) -> Graph:
-    """Forward and backward of one micro-batch: gradients and the loss are added to what is there."""
+def micro_graph(shape: RunShape, caps: Caps, weighted: bool = False) -> Graph:
+    """Forward and backward of one micro-batch: gradients and the loss are added to what is there.
+
+    With `weighted` tokens the batch has their weights, and inv_tokens is 1 / the sum of a step's.
+    """
     graph = Graph("micro", traced=True, repeats=shape.train.accumulate)
     model = _transformer(graph, shape, caps, shape.dropout)
     inverse = graph.tensor("inv_tokens", (1,))
-    loss = ops.mul(model.loss_sum(shape.train.label_smoothing), inverse)
+    loss = ops.mul(model.loss_sum(shape.train.label_smoothing, weighted), inverse)
     total = graph.tensor(LOSS_NAME, (1,), role="state")
     ops.in_place(ops.add(total, loss), total)
     parameters = [t for t in graph.persistents.values() if t.role == "param"]
@@ -84,10 +87,10 @@ def micro_graph(shape: RunShape, caps: Caps) -> Graph:
     return graph
 
 
-def evaluate_graph(shape: RunShape, caps: Caps) -> Graph:
+def evaluate_graph(shape: RunShape, caps: Caps, weighted: bool = False) -> Graph:
     """Sum of the losses of one batch, added to `eval_loss`; without dropout, smoothing or gradients."""
     graph = Graph("evaluate", report=EVAL_LOSS_NAME, differentiable=False)
-    loss = _transformer(graph, shape, caps).loss_sum()
+    loss = _transformer(graph, shape, caps).loss_sum(weighted=weighted)
     total = graph.tensor(EVAL_LOSS_NAME, (1,), role="state")
     ops.in_place(ops.add(total, loss), total)
     return graph
@@ -134,12 +137,14 @@ class Beside(Protocol):
     def graphs(self, shape: RunShape, caps: Caps) -> Mapping[str, Graph]: ...
 
 
-def training_graphs(shape: RunShape, caps: Caps, evaluates: bool, beside: Beside | None = None) -> dict[str, Graph]:
+def training_graphs(
+    shape: RunShape, caps: Caps, evaluates: bool, beside: Beside | None = None, weighted: bool = False
+) -> dict[str, Graph]:
     """The graphs of a training run: micro, update, where there is data to evaluate on evaluate, and what is beside."""
-    micro = micro_graph(shape, caps)
+    micro = micro_graph(shape, caps, weighted)
     graphs = {"micro": micro, "update": update_graph(shape, micro, caps)}
     if evaluates:
-        graphs["evaluate"] = evaluate_graph(shape, caps)
+        graphs["evaluate"] = evaluate_graph(shape, caps, weighted)
     return {**graphs, **(beside.graphs(shape, caps) if beside is not None else {})}
 
 

@@ -169,7 +169,9 @@ class Session:
         return {t.name: t.shape for t in self.executor.tensors.values() if t.role == "param"}
 
     def write_batch(self, batch: Mapping[str, Any]) -> None:
-        """The arrays of a batch that the graphs take."""
+        """The arrays of a batch that the graphs take; where they take weights and it has none, each is 1."""
+        if "weights" in self.executor.tensors and "weights" not in batch:
+            batch = {**batch, "weights": np.ones(batch["targets"].shape, np.float32)}
         for name, array in batch.items():
             if name in self.executor.tensors:
                 self.executor.write(name, array.reshape(-1))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from entrenar_gpu.config import MOST, TrainConfig
-from entrenar_gpu.data import Samples, eval_batches
+from entrenar_gpu.data import Samples, count_targets, eval_batches, weight_of
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
-from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.session import EVAL_LOSS_NAME, RunShape, Session, evaluate_graph
 from entrenar_gpu.train.run_data import DataReader, ending_sources
 from entrenar_gpu.train.windows import sliding
@@ -21,7 +20,8 @@ from entrenar_gpu.train.windows import sliding
 def evaluate_data(
     config: TrainConfig, with_adapter: bool, data: Any = None, window: int | None = None
 ) -> dict[str, Any]:
-    """{"loss", "perplexity", "tokens", "samples"} of --data, or of `data`; loss is the mean over unmasked tokens.
+    """{"loss", "perplexity", "tokens", "samples"} of --data, or of `data`; loss is the mean over unmasked tokens,
+    by their weights where rows have any.
 
     With a `window`, samples longer than --seq are not cut: they are read in pieces of --seq tokens, each so many tokens
     further on (`windows.sliding`).
@@ -34,7 +34,7 @@ def evaluate_data(
         samples = sliding(samples, config.seq, window)
 
     def trace(shape: RunShape, caps: Caps) -> dict[str, Graph]:
-        return {"evaluate": evaluate_graph(shape, caps)}
+        return {"evaluate": evaluate_graph(shape, caps, weighted=samples.weights is not None)}
 
     session = Session.open(config, trace, with_adapter=with_adapter)
     try:
@@ -45,8 +45,8 @@ def evaluate_data(
 
 
 def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
-    """(mean loss over unmasked tokens, their number) of samples, as the weights stand. Sums in float64 on the host."""
-    total, tokens, pending = 0.0, 0, None
+    """(mean loss over unmasked tokens, by their weights; their number) of samples. Sums in float64 on the host."""
+    total, weight, tokens, pending = 0.0, 0.0, 0, None
     zero = np.zeros(1, np.float32)
     c = session.config
     for batch in eval_batches(samples, batch=c.batch, seq=c.seq, pack=c.pack):
@@ -56,7 +56,8 @@ def evaluate(session: Session, samples: Samples) -> tuple[float, int]:
         if pending is not None:
             total += float(pending.result()[0])
         pending = report
-        tokens += int(np.count_nonzero(batch["targets"] != IGNORE))
+        tokens += count_targets([batch])
+        weight += weight_of([batch])
     if pending is not None:
         total += float(pending.result()[0])
-    return total / tokens, tokens
+    return total / weight, tokens

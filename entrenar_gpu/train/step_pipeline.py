@@ -77,7 +77,7 @@ class StepPipeline:
         lr = self._control.learning_rate
         lr = learning_rate(self._config, drawn.number, self._total_steps) if lr is None else lr
         write = self._executor.write
-        write("inv_tokens", np.array([1 / drawn.batches.tokens]))
+        write("inv_tokens", np.array([1 / drawn.batches.weight]))
         write("lr", np.array([lr]))
         for number, batch in enumerate(drawn.batches.micro_batches):
             self._session.write_batch(batch)

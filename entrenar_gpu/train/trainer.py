@@ -109,7 +109,11 @@ class Trainer:
         self.total_steps = planned_steps(config, self.batches)
         self._eval_every = evaluation_steps(config, self.batches, self.eval_samples is not None)
         self._sampler = None if config.sample_prompts is None else RunSampler(config)
-        trace = functools.partial(training_graphs, evaluates=self.eval_samples is not None, beside=self._sampler)
+        held_out = self.eval_samples
+        weighted = self.batches.weighted or (held_out is not None and held_out.weights is not None)
+        trace = functools.partial(
+            training_graphs, evaluates=held_out is not None, beside=self._sampler, weighted=weighted
+        )
         began = None if saved is None else PlanOptions(saved.budget, tiles=saved.tiles)
         engine = None if saved is None else saved.engine
         with self._folder.device_errors():

@@ -14,7 +14,7 @@ def sliding(samples: Samples, seq: int, stride: int) -> Samples:
     So all but a sample's first `seq` tokens are predicted from at least `seq - stride + 1` others; the perplexity of
     fixed-length models in transformers' documentation. Samples of at most `seq` tokens stay as they are.
     """
-    tokens, targets, starts = [], [], [0]
+    tokens, targets, weights, starts = [], [], [], [0]
     for i in range(len(samples)):
         ids, wanted = samples[i]
         for begin in range(0, max(len(ids) - (seq - stride), 1), stride):
@@ -24,5 +24,14 @@ def sliding(samples: Samples, seq: int, stride: int) -> Samples:
             if (window != IGNORE).any():
                 tokens.append(ids[begin : begin + seq])
                 targets.append(window)
+                if samples.weights is not None:
+                    counted = samples.weights[samples.starts[i] + begin :][: len(window)]
+                    weights.append(np.where(window != IGNORE, counted, 0))
                 starts.append(starts[-1] + len(window))
-    return Samples(np.concatenate(tokens), np.concatenate(targets), np.array(starts), notes=samples.notes)
+    return Samples(
+        np.concatenate(tokens),
+        np.concatenate(targets),
+        np.array(starts),
+        notes=samples.notes,
+        weights=np.concatenate(weights) if weights else None,
+    )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -334,10 +335,31 @@ def test_masks_beside_tokens(tmp_path):
     assert samples[2][1].tolist() == [7, 8, IGNORE]
     assert samples[3][1].tolist() == [6, IGNORE, 8, IGNORE, IGNORE]
     wrong = [{"attention_mask": [1, 0, 1, 1, 1]}, {"completion_mask": [1]}, {"completion_mask": [2] * 5}]
-    wrong += [{"weights": [1, 0.5, 1, 1, 1]}, {"weights": [1]}, {"weights": "11111"}]
+    wrong += [{"weights": [1, -0.5, 1, 1, 1]}, {"weights": [1]}, {"weights": "11111"}, {"weights": [True] * 5}]
+    wrong += [
+        {"weights": [1, float("nan"), 1, 1, 1]},
+        {"weights": [1, 1e-30, 1, 1, 1]},
+        {"weights": [1, None, 1, 1, 1]},
+    ]
     for bad in wrong:
         with pytest.raises(UserError, match=rf"data\.jsonl:1: {next(iter(bad))}"):
             load(tmp_path, None, ids | bad)
+
+
+def test_weights_stand_at_their_tokens(tmp_path):
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7, 8], "weights": [9, 0.5, 0, 2]},
+        {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
+        {"input_ids": [0, 6, 7, 8], "weights": [1, 1, 0.25, 3], "attention_mask": [0, 1, 1, 1]},
+    ]
+    samples = load(tmp_path, None, *rows)
+    assert samples.weights is not None
+    assert samples.targets.tolist() == [6, IGNORE, 8, IGNORE, IGNORE, 7, IGNORE, 7, 8, IGNORE]
+    assert samples.weights.tolist() == [0.5, 0, 2, 0, 0, 1, 0, 0.25, 3, 0]
+    assert load(tmp_path, None, rows[1]).weights is None
+    assert samples.fingerprint != load(
+        tmp_path, None, *[row | {"weights": [1] * len(row["input_ids"])} for row in rows]
+    )
 
 
 # --- what ends a turn

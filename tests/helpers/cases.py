@@ -409,7 +409,14 @@ def losses() -> list[Case]:
         apply = functools.partial(_cross_entropy, smoothing=0.1, softcap=3.0)
         cases.append(Case(f"cross_entropy-softcap-{name}-{role}", fixed, apply))
     cases.append(Case("cross_entropy-evaluation", (frozen_x, *tail), functools.partial(_cross_entropy, smoothing=0.1)))
+    for role in ("weight", "param"):
+        fixed = (x(19, 33), targets(19, 65, 0.3), Input((19,), "input", make=positive), Input((65, 33), role))
+        cases.append(Case(f"cross_entropy-weighted-{role}", fixed, _weighted_cross_entropy, 4 * 65 * 8))
     return cases
+
+
+def _weighted_cross_entropy(a: Tensor, ids: Tensor, weights: Tensor, page: Tensor) -> Tensor:
+    return ops.cross_entropy(a, ids, [page], 0.1, weights=weights)
 
 
 def _cross_entropy(a: Tensor, ids: Tensor, *pages: Tensor, smoothing: float, softcap: float | None = None) -> Tensor:

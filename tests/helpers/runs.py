@@ -38,7 +38,7 @@ def train(folder: Path, output: str = "run", kernels: KernelCache | None = None,
 
 def run_micro_batches(trainer: Trainer, step: Any) -> None:
     """Forward and backward of a step, without the update: loss and gradients stay on the device."""
-    trainer.executor.write("inv_tokens", np.array([1 / step.tokens]))
+    trainer.executor.write("inv_tokens", np.array([1 / step.weight]))
     for number, batch in enumerate(step.micro_batches):
         trainer.session.write_batch(batch)
         trainer.executor.run("micro", number)

@@ -95,6 +95,8 @@ FAULTS = [
     ("embedding", "id_at(n) != id", "id_at(n) == id", "embedding-learn-repeats-param"),
     ("cross_entropy", "dscore -=", "dscore -= 0.001 +", "cross_entropy-plain-weight"),
     ("cross_entropy", "* factor", "", "cross_entropy-ignored-param"),
+    ("cross_entropy", "= loss * weight", "= loss", "cross_entropy-weighted-weight"),
+    ("cross_entropy", "upstream[0] * weight", "upstream[0]", "cross_entropy-weighted-param"),
     ("cross_entropy", "lse[token] = top", "lse[token] = highest", "cross_entropy-plain-weight"),
     ("cross_entropy", "* (top - mean)", "* top", "cross_entropy-smoothed-weight"),
     ("cross_entropy", "let token = 8u + row", "let token = row", "cross_entropy-chunks-weight"),

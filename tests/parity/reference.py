@@ -201,28 +201,32 @@ def random_adapter(folder: Path, model: Any, seed: int = 1, **options: Any) -> A
     return wrapped
 
 
-def segments(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, targets) of every sample that a batch packs, padding left out."""
+def segments(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, targets, weights of the targets) of every sample that a batch packs, padding left out."""
     found = []
-    for ids, targets, starts in zip(batch["input_ids"], batch["targets"], batch["segment_start"], strict=True):
+    weights = batch.get("weights", (batch["targets"] != IGNORE).astype(np.float32))
+    rows = (batch["input_ids"], batch["targets"], weights, batch["segment_start"])
+    for ids, targets, counts, starts in zip(*rows, strict=True):
         for start in np.unique(starts):
             here = starts == start
             if (targets[here] != IGNORE).any():
-                found.append((ids[here].astype(np.int64), targets[here].astype(np.int64)))
+                found.append((ids[here].astype(np.int64), targets[here].astype(np.int64), counts[here]))
     return found
 
 
 def loss_of(model: Any, micro_batches: list[dict[str, np.ndarray]], smoothing: float = 0.0) -> Any:
-    """Mean loss over the unmasked tokens of a step, each sample run alone: no padding or packing to get wrong."""
-    total, tokens = torch.zeros(()), 0
+    """Mean loss over the unmasked tokens of a step, by their weights, each sample run alone: no padding or packing to
+    get wrong."""
+    total, weight = torch.zeros(()), 0.0
     for batch in micro_batches:
-        for ids, targets in segments(batch):
+        for ids, targets, counts in segments(batch):
             logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0]
-            total = total + torch.nn.functional.cross_entropy(
-                logits, torch.from_numpy(targets), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+            losses = torch.nn.functional.cross_entropy(
+                logits, torch.from_numpy(targets), ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
             )
-            tokens += int((targets != IGNORE).sum())
-    return total / tokens
+            total = total + (losses * torch.from_numpy(counts)).sum()
+            weight += float(counts.sum())
+    return total / weight
 
 
 def gradients(model: Any) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_fifty_steps_of_qlora(tmp_path, kernels, architecture):
     folder = make_run(tmp_path, architecture)
     base = reference.load_model(folder / "model", quantised=True)
     model = reference.random_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    adapter = str(tmp_path / "adapter")
+    trainer = Trainer(config_of(folder, adapter_init=adapter, accumulate=2, **OPTIONS), kernels=kernels)
+    try:
+        check(trainer, model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
+    finally:
+        trainer.session.close()
+
+
+def test_fifty_steps_over_weighted_tokens(tmp_path, kernels, rng):
+    """Each token counts as its row says, packed and over two micro-batches."""
+    folder = make_run(tmp_path, "qwen3-tied")
+    path = folder / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    weighted = [row | {"weights": rng.uniform(0.1, 3, len(row["input_ids"])).tolist()} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in weighted))
+    model = reference.random_adapter(tmp_path / "adapter", reference.load_model(folder / "model", quantised=True))
     adapter = str(tmp_path / "adapter")
     trainer = Trainer(config_of(folder, adapter_init=adapter, accumulate=2, **OPTIONS), kernels=kernels)
     try:

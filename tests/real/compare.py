@@ -101,7 +101,7 @@ def compare_losses(model: Path, config: TrainConfig) -> bool:
     samples = DataReader(config).named("valid")
     with torch.no_grad():
         for batch in eval_batches(samples, batch=config.batch, seq=config.seq, pack=config.pack):
-            for ids, targets in reference.segments(batch):
+            for ids, targets, _ in reference.segments(batch):
                 logits = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0].double()
                 wanted = torch.from_numpy(targets)
                 total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))  # skips -100

@@ -127,7 +127,7 @@ def test_f_edge_007_gradients_of_four_micro_batches_are_one_update(rows_of):
     folder = rows_of(8)
     trainer = Trainer(config_of(folder, steps=2, accumulate=4, **QV))
     before, step = held(trainer), next(trainer.batches)
-    trainer.executor.write("inv_tokens", np.array([1 / step.tokens]))
+    trainer.executor.write("inv_tokens", np.array([1 / step.weight]))
     for number, batch in enumerate(step.micro_batches):
         trainer.session.write_batch(batch)
         trainer.executor.run("micro", number)
