@@ -75,6 +75,11 @@ def _norm_rope(graph: Graph, precision: str, tokens: int, heads: int, head: int)
     return ops.norm_rope(_x(graph, "x", tokens, heads * head), weight, EPS, *_positions(graph, tokens, head))
 
 
+def _uniform_noise(graph: Graph, precision: str, rows: int, columns: int) -> Tensor:
+    x, magnitude = _x(graph, "x", rows, columns), graph.tensor("magnitude", (rows,))
+    return ops.uniform_noise(x, magnitude, graph.tensor("rng", (3,), "u32"), 0)
+
+
 def _dropout(graph: Graph, precision: str, rows: int, columns: int) -> Tensor:
     return ops.dropout(_x(graph, "x", rows, columns), graph.tensor("rng", (3,), "u32"), 0.1, 0)
 
@@ -171,6 +176,7 @@ PROGRAMS: dict[str, OpProgram] = {
     "layer_norm": OpProgram(_layer_norm, _MATRIX, (512, 2560)),
     "rope": OpProgram(_rope, ("tokens", "heads", "head"), (512, 32, 128)),
     "norm_rope": OpProgram(_norm_rope, ("tokens", "heads", "head"), (512, 32, 128)),
+    "uniform_noise": OpProgram(_uniform_noise, _MATRIX, (512, 2560)),
     "dropout": OpProgram(_dropout, _MATRIX, (512, 2560)),
     "nf4_quantize": OpProgram(_nf4_quantize, ("out", "in"), (9728, 2560)),
     "nf4_dequantize": OpProgram(_nf4_dequantize, ("out", "in"), (9728, 2560)),

@@ -19,6 +19,7 @@ ALIASES = {
     "learning-rate": "lr",
     "max-seq-length": "seq",
     "steps-per-eval": "eval-every",
+    "num-layers": "layers",  # of which -1 is all
     "grad-accumulation-steps": "accumulate",
     "adapter-path": "output",
     # TRL and transformers
@@ -43,6 +44,8 @@ ALIASES = {
     "eval-steps": "eval-every",
     "save-steps": "save-every",
     "resume-from-checkpoint": "resume",
+    "neftune-noise-alpha": "neftune",
+    "loraplus-lr-ratio": "lr-ratio-b",  # PEFT's
 }
 ITERS = "iters"  # mlx-lm counts micro-batches
 
@@ -67,7 +70,7 @@ def our_names(arguments: Sequence[str]) -> list[str]:
     """A command line of `train` in our own flags. `--iters N` becomes steps, and that is said where they differ."""
     if not arguments or arguments[0] != "train":
         return list(arguments)
-    words = [_ours(word) for word in arguments]
+    words = _without_all_layers([_ours(word) for word in arguments])
     flags = [word.partition("=")[0] for word in words]
     if f"--{ITERS}" not in flags:
         return words
@@ -79,6 +82,12 @@ def our_names(arguments: Sequence[str]) -> list[str]:
         print(f"--iters {iters} of {accumulate} micro-batches a step: --steps {steps}", file=sys.stderr)
     at = flags.index(f"--{ITERS}")
     return [*words[:at], "--steps", str(steps), *words[at + (1 if "=" in words[at] else 2) :]]
+
+
+def _without_all_layers(words: list[str]) -> list[str]:
+    """mlx-lm's --num-layers -1 stands for every layer, as no --layers does."""
+    at = [i for i, word in enumerate(words) if word == "--layers=-1" or words[i : i + 2] == ["--layers", "-1"]]
+    return [word for i, word in enumerate(words) if i not in at and not (i - 1 in at and words[i - 1] == "--layers")]
 
 
 def _ours(word: str) -> str:
@@ -116,7 +125,7 @@ def import_mlx_config(path: str) -> tuple[str, list[str]]:
     if given.get("mask_prompt") is not None:
         ours["loss_on"] = "completions" if given["mask_prompt"] else "all"
     if given.get("num_layers") not in (None, -1):
-        left.append(f"num_layers: {given['num_layers']} (every layer is trained)")
+        ours["layers"] = given["num_layers"]
     read = {*_MLX_KEYS, "fine_tune_type", "lora_parameters", "lr_schedule", "optimizer", "iters", "mask_prompt"}
     known = {*read, "num_layers", "optimizer_config", *_NOTHING_TO_DO}
     left += [f"{key}: {given[key]}" for key in given if key not in known]

@@ -27,13 +27,15 @@ class Slice:
 class ParameterPage:
     """What one launch of an update reads and overwrites: flat tensors of one length, by the same offsets.
 
-    `decays` is False for vectors (norms, biases): weight decay leaves them out where they are trained.
+    `decays` is False for vectors (norms, biases): weight decay leaves them out where they are trained. `group` is that
+    of its tensors.
     """
 
     param: Tensor
     grad: Tensor
     moments: tuple[Tensor, ...]
     decays: bool
+    group: str = ""
 
 
 def parameter_pages(graph: Graph, parameters: Sequence[Tensor], moments: int) -> list[ParameterPage]:
@@ -47,7 +49,7 @@ def parameter_pages(graph: Graph, parameters: Sequence[Tensor], moments: int) ->
         param, grad = (graph.tensor(page.name(role), shape, role="page") for role in PAGED_ROLES)
         names = [page.name(f"moment{number}") for number in range(1, moments + 1)]
         held = tuple(graph.tensor(name, shape, role="moment") for name in names)
-        pages.append(ParameterPage(param, grad, held, decays=page.matrices))
+        pages.append(ParameterPage(param, grad, held, decays=page.matrices, group=page.group))
     return pages
 
 
@@ -55,7 +57,8 @@ def page_layout(tensors: Sequence[Tensor], role: str, page_bytes: int = PAGE_BYT
     """Slices of pages of at most `page_bytes`, in the order given; tensors of one name share a slice.
 
     A parameter, its gradient and its moments get the same offsets in pages of their own, so that one launch over a
-    page updates many tensors. Vectors (norms, biases) have pages apart: weight decay leaves them out.
+    page updates many tensors. Vectors (norms, biases) have pages apart: weight decay leaves them out; so
+    has each `Tensor.group`.
     """
     places = {t.name: (page, offset) for t, (page, offset) in _places(tensors, page_bytes).items()}
     return [Slice(places[t.name][0].name(role), places[t.name][1], t.nbytes) for t in tensors]
@@ -65,26 +68,27 @@ def page_layout(tensors: Sequence[Tensor], role: str, page_bytes: int = PAGE_BYT
 class _Page:
     matrices: bool
     number: int
+    group: str = ""
 
     def name(self, role: str) -> str:
-        return f"{role}.{'matrix' if self.matrices else 'vector'}.{self.number}"
+        return f"{role}.{'matrix' if self.matrices else 'vector'}{self.group}.{self.number}"
 
 
 def _places(tensors: Sequence[Tensor], page_bytes: int) -> dict[Tensor, tuple[_Page, int]]:
     """The page and the offset of each tensor, of several with one name the first."""
     placed: dict[Tensor, tuple[_Page, int]] = {}
     seen: set[str] = set()
-    ends = {True: (0, 0), False: (0, 0)}  # of the last page of matrices and of vectors: its number, and where it ends
+    ends: dict[tuple[bool, str], tuple[int, int]] = {}  # of the last page of a kind: its number, and where it ends
     for tensor in tensors:
         if tensor.name in seen:
             continue
         seen.add(tensor.name)
-        matrices = len(tensor.shape) > 1
-        number, offset = ends[matrices]
+        kind = (len(tensor.shape) > 1, tensor.group)
+        number, offset = ends.get(kind, (0, 0))
         if offset and offset + tensor.nbytes > page_bytes:
             number, offset = number + 1, 0
-        placed[tensor] = (_Page(matrices, number), offset)
-        ends[matrices] = (number, offset + round_up(tensor.nbytes, ALIGNMENT))
+        placed[tensor] = (_Page(kind[0], number, kind[1]), offset)
+        ends[kind] = (number, offset + round_up(tensor.nbytes, ALIGNMENT))
     return placed
 
 

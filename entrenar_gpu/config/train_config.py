@@ -75,6 +75,9 @@ class TrainConfig(Options):
     gamma: float | None = option(
         None, "factor per drop (step, default 0.1) or per step (exponential, default 0.999)", low=0, high=1
     )
+    lr_ratio_b: float | None = option(
+        None, "LoRA+: the B of each adapter learns at lr times this (arXiv 2402.12354; 16 is usual)", low=0, high=1e6
+    )
     optimizer: Optimizer = option("adamw", "adamw: decoupled decay (arXiv 1711.05101); adam, sgd: decay as L2")
     momentum: float = option(0.9, "momentum of sgd", low=0, high=0.9999)
     weight_decay: float = option(0.0, "weight decay; norms and biases are left out in full training", low=0)
@@ -83,6 +86,15 @@ class TrainConfig(Options):
     eps: float = option(1e-8, "Adam: added to the root of the second moment", low=1e-30)
     clip: float = option(1.0, "largest global gradient norm; 0 switches clipping off", low=0)
     label_smoothing: float = option(0.0, "share of the target spread over the vocabulary", "probability", 0, 0.99)
+
+    neftune: float | None = option(
+        None,
+        "noise on the embeddings in training, uniform within ALPHA/sqrt(L*D) for samples of L tokens (arXiv 2310.05914;"
+        " 5 is usual)",
+        "alpha",
+        low=0,
+        high=1e6,
+    )
 
     loss_on: Literal["completions", "all"] = option(
         "completions", "completions: only what the assistant says, where the format tells; all: every token"
@@ -94,7 +106,7 @@ class TrainConfig(Options):
     )
     pack: bool = option(True, "fill rows with several whole samples (--no-pack: one padded row per sample)")
     shuffle: bool = option(True, "draw samples in seeded random order (--no-shuffle: file order)")
-    seed: int = option(0, "seeds adapter init, shuffling and dropout", low=0, high=2**32 - 1)
+    seed: int = option(0, "seeds adapter init, shuffling, dropout and noise", low=0, high=2**32 - 1)
 
     eval_data: str | None = option(None, "evaluation data, likewise (default: the valid file of a --data folder)")
     eval_split: str | None = option(None, "split of a data set of the Hub to evaluate on; alone, of --data")

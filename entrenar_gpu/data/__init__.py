@@ -1,6 +1,14 @@
 """From rows to packed batches."""
 
-from entrenar_gpu.data.batches import Step, TrainBatches, count_targets, eval_batches, pack_rows, weight_of
+from entrenar_gpu.data.batches import (
+    Step,
+    TrainBatches,
+    count_targets,
+    eval_batches,
+    pack_rows,
+    segment_lengths,
+    weight_of,
+)
 from entrenar_gpu.data.given import Stream, given_sources
 from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
@@ -38,5 +46,6 @@ __all__ = [
     "read_samples",
     "read_tools",
     "read_variables",
+    "segment_lengths",
     "weight_of",
 ]

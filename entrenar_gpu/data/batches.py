@@ -90,6 +90,13 @@ def eval_batches(samples: Samples, *, batch: int, seq: int, pack: bool = True) -
         yield collate(samples, rows[at : at + batch], batch, seq)
 
 
+def segment_lengths(segment_start: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many positions the sample at each position of a batch has, [batch, seq]; 1 in padding."""
+    batch, seq = segment_start.shape
+    first = segment_start.astype(np.int64) + seq * np.arange(batch)[:, None]
+    return np.bincount(first.reshape(-1), minlength=batch * seq)[first]
+
+
 def count_targets(batches: Sequence[Batch]) -> int:
     """How many positions have a target."""
     return sum(int(np.count_nonzero(batch["targets"] != IGNORE)) for batch in batches)

@@ -64,7 +64,8 @@ class NumpyExecutor:
         self._store: dict[str, np.ndarray] = {}
         self.tensors: dict[str, Tensor] = {}
         for graph in self._graphs.values():
-            self.tensors.update(graph.persistents)
+            for name, tensor in graph.persistents.items():
+                self.tensors.setdefault(name, tensor)
         for role in PAGED_ROLES:
             paged = [t for t in self.tensors.values() if t.role == role]
             layout = page_layout(paged, role)

@@ -34,10 +34,14 @@ class Tensor:
     """A symbolic array. `shape` is in elements, row-major; `dtype` a key of ELEMENT_BYTES.
 
     `updates` names the persistent tensor whose storage this node output overwrites: gradients accumulate and
-    optimizers step in place that way, while the graph itself stays in single-assignment form.
+    optimizers step in place that way, while the graph itself stays in single-assignment form. Parameters of a `group`
+    share pages with each other alone, since they are not updated as the others are.
     """
 
-    __slots__ = ("dtype", "grad", "graph", "id", "name", "node", "requires_grad", "role", "shape", "updates", "value")
+    __slots__ = (
+        *("dtype", "grad", "graph", "group", "id", "name", "node", "requires_grad", "role", "shape", "updates"),
+        "value",
+    )
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Tensor:
         self.requires_grad = requires_grad
         self.grad: Tensor | None = None
         self.updates: Tensor | None = None
+        self.group = ""
         self.value: np.ndarray | None = None
 
     @property

@@ -14,14 +14,17 @@ from entrenar_gpu.model.kv_cache import CachedPass, KeyValueCache
 from entrenar_gpu.model.parameters import Parameters, Storage
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
+NOISE_KEY = 0  # of the embeddings' noise; dropouts count from 1
+
 
 class Transformer:
     """A decoder traced into one graph, for rows of a fixed length or for tokens that a cache remembers.
 
     Inputs by name: input_ids u32 [T], positions u32 [T], segment_start u32 [T]; for training also targets i32 [T],
     weights f32 [T] where tokens have them, inv_tokens f32 [1] (1 / unmasked tokens of the whole step, or the sum of
-    their weights), rng u32 [3] with dropout, and id_order u32 [T] (a stable argsort of the ids) when the embedding is
-    trained. The tables of `ModelConfig.rope_tables` are written once.
+    their weights), rng u32 [3] with dropout or noise, noise f32 [T] (its magnitude) where the embeddings are `noisy`,
+    and id_order u32 [T] (a stable argsort of the ids) when the embedding is trained. The tables of
+    `ModelConfig.rope_tables` are written once.
 
     With `cached`, a pass takes T = `cached.tokens` tokens of any of the `rows` sequences of a cache, each of up to
     `seq` tokens: input_ids, positions and slots u32 [T] are the inputs, their names ending with T, since graphs for
@@ -39,6 +42,7 @@ class Transformer:
         dropout: float = 0.0,
         precision: Arithmetic = "f32",
         cached: CachedPass | None = None,
+        noisy: bool = False,
     ) -> None:
         self._head_precision: Arithmetic = precision if caps.f16 else "f32"  # the loss knows f16 and f32 alone
         self.graph, self.config, self.storage = graph, config, storage
@@ -53,7 +57,8 @@ class Transformer:
             rope: graph.tensor(name, (seq, rope.rotary_dim), "f32", "weight")
             for name, rope in config.rope_tables.items()
         }
-        self._rng = graph.tensor("rng", (3,), "u32") if dropout else None
+        self._rng = graph.tensor("rng", (3,), "u32") if dropout or noisy else None
+        self._noise = graph.tensor("noise", (self._tokens,)) if noisy else None
         self._dropouts = 0
         dropped, by_rows = self._dropped if dropout else None, cached is not None and cached.by_rows
         self._trace = Trace(
@@ -73,6 +78,8 @@ class Transformer:
             x = ops.embedding(self.input_ids, self.parameters.table(config.embedding), order)
             if config.embedding_multiplier != 1:
                 x = ops.scale(x, config.embedding_multiplier)
+            if self._noise is not None and self._rng is not None:
+                x = ops.uniform_noise(x, self._noise, self._rng, NOISE_KEY)
         for index, layer in enumerate(config.layers):
             with self.graph.within(f"layers.{index}", layer=index):
                 x = layer.trace(self._trace, x, config.layer_path(index))

@@ -6,7 +6,7 @@ import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.activations import geglu, geglu_tanh, gelu, gelu_tanh, relu, relu_squared, swiglu, swish
 from entrenar_gpu.ops.attention import LONGEST_HEAD, attention
 from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
-from entrenar_gpu.ops.dropout import dropout
+from entrenar_gpu.ops.dropout import dropout, uniform_noise
 from entrenar_gpu.ops.elementwise import add, div, fill, mul, ones, scale, softcapped, sub, zeros
 from entrenar_gpu.ops.embedding import embedding
 from entrenar_gpu.ops.gemm.gemv import gemv
@@ -75,5 +75,6 @@ __all__ = [
     "swiglu",
     "swish",
     "transpose",
+    "uniform_noise",
     "zeros",
 ]

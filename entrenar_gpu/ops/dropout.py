@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, step, micro-batch, node, element)."""
+"""Dropout and noise: each element's draw is a pure function of (seed, step, micro-batch, node, element)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, literal
 from entrenar_gpu.ops.elementwise import elementwise_launch
-from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, record, register, same_as
+from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register, same_as
 
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3: Philox4x32-10.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -24,6 +24,15 @@ def dropout(x: Tensor, rng: Tensor, probability: float, key: int) -> Tensor:
     NumPy executor and a resumed run see the same mask.
     """
     return record("dropout", x=x, rng=rng, probability=probability, key=key)[0]
+
+
+def uniform_noise(x: Tensor, magnitude: Tensor, rng: Tensor, key: int) -> Tensor:
+    """x [T, D] with noise added to each element, uniform in [-m, m) for the m of its row: magnitude f32 [T].
+
+    rng and `key` as in `dropout`; the gradient passes as it is. NEFTune (Jain et al., arXiv 2310.05914, algorithm 1)
+    adds it to embeddings, with m = alpha / sqrt(L D) for a sample of L tokens.
+    """
+    return record("uniform_noise", x=x, magnitude=magnitude, rng=rng, key=key)[0]
 
 
 def philox(counter: Sequence[np.ndarray | int], key: tuple[int, int]) -> list[np.ndarray]:
@@ -44,9 +53,18 @@ def _threshold(probability: float) -> int:
     return min(round(probability * 2**32), 2**32 - 1)
 
 
-def _reference(node: Node, x: np.ndarray, rng: np.ndarray) -> Sequence[np.ndarray]:
+def _words(node: Node, x: np.ndarray, rng: np.ndarray) -> np.ndarray:
+    """The random word of each element."""
     seed, step, micro = (int(word) for word in rng)
-    (word, *_) = philox([np.arange(x.size), node.attrs["key"], step, micro], (seed, 0))
+    return philox([np.arange(x.size), node.attrs["key"], step, micro], (seed, 0))[0]
+
+
+def _word(node: Node) -> str:
+    return f"philox(vec4<u32>(i, {node.attrs['key']}u, in_rng[1], in_rng[2]), in_rng[0])"
+
+
+def _reference(node: Node, x: np.ndarray, rng: np.ndarray) -> Sequence[np.ndarray]:
+    word = _words(node, x, rng)
     keep = (word >= _threshold(node.attrs["probability"])).reshape(x.shape)
     return [np.where(keep, x * x.dtype.type(1 / (1 - node.attrs["probability"])), x.dtype.type(0))]
 
@@ -76,8 +94,7 @@ fn philox(start: vec4<u32>, seed: u32) -> u32 {{
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     p = node.attrs["probability"]
-    word = f"philox(vec4<u32>(i, {node.attrs['key']}u, in_rng[1], in_rng[2]), in_rng[0])"
-    kept = f"select(0.0, x * {literal(1 / (1 - p))}, {word} >= {_threshold(p)}u)"
+    kept = f"select(0.0, x * {literal(1 / (1 - p))}, {_word(node)} >= {_threshold(p)}u)"
     return elementwise_launch(node, caps, placed, [kept], _source())
 
 
@@ -92,6 +109,36 @@ register(
         _reference,
         _launch,
         _gradient,
+        flops=lambda node: 100 * node.output.size,
+        inplace=lambda node: [(0, "x")],
+    )
+)
+
+
+def _noise_infer(node: Node) -> Sequence[Spec]:
+    x, magnitude = node.inputs["x"], node.inputs["magnitude"]
+    if magnitude.size != x.rows:
+        raise ValueError(f"{node.label()}: {magnitude!r} does not have a value for each row of {x!r}")
+    return [(x.shape, x.dtype)]
+
+
+def _noise_reference(node: Node, x: np.ndarray, magnitude: np.ndarray, rng: np.ndarray) -> Sequence[np.ndarray]:
+    unit = (_words(node, x, rng) >> np.uint32(8)).astype(x.dtype) * x.dtype.type(2.0**-23) - 1  # 24 bits: exact in f32
+    return [x + unit.reshape(x.shape) * magnitude.reshape(*x.shape[:-1], 1)]
+
+
+def _noise_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+    unit = f"(f32({_word(node)} >> 8u) * {literal(2.0**-23)} - 1.0)"
+    return elementwise_launch(node, caps, placed, [f"x + {unit} * magnitude"], _source(), by_row=["magnitude"])
+
+
+register(
+    Op(
+        "uniform_noise",
+        _noise_infer,
+        _noise_reference,
+        _noise_launch,
+        lambda node, upstream, context: {"x": upstream[0]},
         flops=lambda node: 100 * node.output.size,
         inplace=lambda node: [(0, "x")],
     )

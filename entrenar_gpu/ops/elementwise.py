@@ -6,7 +6,7 @@ dimensions, or from a single value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,13 @@ def elementwise_launch(
     expressions: Sequence[str],
     functions: str = "",
     names: Sequence[str] | None = None,
+    by_row: Collection[str] = (),
 ) -> list[Launch]:
     """The launch of a node whose k-th output is expressions[k] over its inputs, by their names or `names` in order.
 
-    An input that shares storage with an output is read through the output's binding. An invocation takes four values
-    where all tensors are as long, and that in fours.
+    An input that is shorter than the output is repeated; those named in `by_row` have a value for each row. An input
+    that shares storage with an output is read through the output's binding. An invocation takes four values where all
+    tensors are as long, and that in fours.
     """
     size = node.output.size
     wide = size % 4 == 0 and all(t.size == size for t in node.inputs.values())
@@ -54,6 +56,7 @@ def elementwise_launch(
         if not shared and all(b.name != source for b in bindings):
             bindings.append(reads(source, tensor, width))
         index = "i" if tensor.size == size else "0" if tensor.size == 1 else f"i % {tensor.size}u"
+        index = f"i / {node.output.columns}u" if name in by_row else index
         loads.append((name, f"{source}[{index}]"))
     bindings += [writes(out, tensor, width) for out, tensor in zip(outs, node.outputs, strict=True)]
     constants = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from entrenar_gpu import ops
+from entrenar_gpu.adapters import LoraModule
 from entrenar_gpu.compiler import (
     FittedPlan,
     PlanOptions,
@@ -29,6 +30,7 @@ from entrenar_gpu.ops.optimizer import FIRST_SCALE, OPTIMIZERS, STATE
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
 LOSS_SCALE_NAME = "loss_scale"
+FASTER = "_b"  # the group of parameters that --lr-ratio-b is about
 MARGIN = 0.9  # of a GPU's memory; the rest is the display's and the driver's
 
 
@@ -43,6 +45,8 @@ class RunShape:
     def __post_init__(self) -> None:
         if self.train.seq > self.model.max_positions:
             raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.max_positions} positions")
+        if self.train.lr_ratio_b is not None and not self.faster_parameters:
+            raise UserError(f"--lr-ratio-b: --method {self.train.method} trains no adapter that has a B")
 
     def precision(self, caps: Caps) -> Arithmetic:
         """The arithmetic of matmuls with NF4 weights on such a device. Raises UserError where it is not to be had."""
@@ -66,6 +70,11 @@ class RunShape:
     def dropout(self) -> float:
         return self.train.dropout if self.storage.method != "full" else 0.0
 
+    @property
+    def faster_parameters(self) -> frozenset[str]:
+        """What --lr-ratio-b makes faster (LoRA+, Hayou et al., arXiv 2402.12354): the B of every adapter."""
+        return frozenset(module.b_name for module in self.storage.adapters.values() if isinstance(module, LoraModule))
+
 
 Trace = Callable[[RunShape, Caps], Mapping[str, Graph]]  # what makes the graphs that a session runs
 Fit = Callable[[Trace, RunShape, Caps, PlanOptions], FittedPlan]  # what plans them
@@ -77,12 +86,15 @@ def micro_graph(shape: RunShape, caps: Caps, weighted: bool = False) -> Graph:
     With `weighted` tokens the batch has their weights, and inv_tokens is 1 / the sum of a step's.
     """
     graph = Graph("micro", traced=True, repeats=shape.train.accumulate)
-    model = _transformer(graph, shape, caps, shape.dropout)
+    model = _transformer(graph, shape, caps, shape.dropout, noisy=bool(shape.train.neftune))
     inverse = graph.tensor("inv_tokens", (1,))
     loss = ops.mul(model.loss_sum(shape.train.label_smoothing, weighted), inverse)
     total = graph.tensor(LOSS_NAME, (1,), role="state")
     ops.in_place(ops.add(total, loss), total)
     parameters = [t for t in graph.persistents.values() if t.role == "param"]
+    for parameter in parameters if shape.train.lr_ratio_b is not None else ():
+        if parameter.name in shape.faster_parameters and parameter.grad is not None:
+            parameter.group = parameter.grad.group = FASTER
     autodiff.backward(loss, parameters, upstream=graph.tensor(LOSS_SCALE_NAME, (1,), role="state"))
     return graph
 
@@ -119,16 +131,18 @@ def update_graph(shape: RunShape, micro: Graph, caps: Caps) -> Graph:
         low_precision = shape.precision(caps) != "f32"
         state = ops.decide(state, loss, scale, partials, c.clip, (c.beta1, c.beta2), adapts=low_precision)
     with graph.within("step", phase="optimizer"):
+        faster = ops.scale(lr, c.lr_ratio_b) if c.lr_ratio_b is not None else lr
         for page in pages:
+            rate = faster if page.group == FASTER else lr
             decay = c.weight_decay if page.decays or shape.storage.method != "full" else 0.0
-            optimizer.step(page.param, page.grad, page.moments, state, lr, decay, c)
+            optimizer.step(page.param, page.grad, page.moments, state, rate, decay, c)
     return graph
 
 
-def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0) -> Transformer:
+def _transformer(graph: Graph, shape: RunShape, caps: Caps, dropout: float = 0.0, noisy: bool = False) -> Transformer:
     train = shape.train
     precision = shape.precision(caps)
-    return Transformer(graph, shape.model, shape.storage, caps, train.batch, train.seq, dropout, precision)
+    return Transformer(graph, shape.model, shape.storage, caps, train.batch, train.seq, dropout, precision, noisy=noisy)
 
 
 class Beside(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter, load_adapter
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, weight_copies
 from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.data import segment_lengths
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, open_device, tuned
@@ -175,6 +176,9 @@ class Session:
         for name, array in batch.items():
             if name in self.executor.tensors:
                 self.executor.write(name, array.reshape(-1))
+        if "noise" in self.executor.tensors and self.config.neftune is not None:
+            elements = segment_lengths(batch["segment_start"]) * self.shape.model.hidden_size
+            self.executor.write("noise", (self.config.neftune / np.sqrt(elements)).reshape(-1))
         if "id_order" in self.executor.tensors:
             order = np.argsort(batch["input_ids"].reshape(-1), kind="stable")
             self.executor.write("id_order", order.astype(np.uint32))

@@ -54,6 +54,7 @@ IDENTITY = (
     *("method", "rank", "alpha", "target", "layers", "layers_to_transform", "rslora", "dropout", "double_quant"),
     *("batch", "seq", "accumulate"),
     *("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision"),
+    *("neftune", "lr_ratio_b"),
 )
 
 

@@ -260,7 +260,9 @@ def attentions() -> list[Case]:
 def dropouts() -> list[Case]:
     words = Input((3,), "input", "u32", lambda rng, s: rng.integers(0, 2**32, s, dtype=np.uint32))
     drop = functools.partial(ops.dropout, key=7)
-    return [Case(f"dropout-{p}", (x(17, 33), words), functools.partial(drop, probability=p)) for p in (0.0, 0.1, 0.9)]
+    cases = [Case(f"dropout-{p}", (x(17, 33), words), functools.partial(drop, probability=p)) for p in (0.0, 0.1, 0.9)]
+    noise = functools.partial(ops.uniform_noise, key=7)
+    return [*cases, Case("uniform_noise-17x33", (x(17, 33), Input((17,), "input", make=positive), words), noise)]
 
 
 def matmul_shape(m: int, n: int, k: int, ta: bool, tb: bool) -> tuple[tuple[int, int], tuple[int, int]]:

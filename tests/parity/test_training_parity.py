@@ -13,6 +13,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from peft.optimizers import create_loraplus_optimizer  # noqa: E402
+from transformers.integrations.neftune import neftune_post_forward_hook  # noqa: E402
+
+from entrenar_gpu.model.decoder import NOISE_KEY  # noqa: E402
+from entrenar_gpu.ops.dropout import philox  # noqa: E402
 from entrenar_gpu.train.trainer import Trainer  # noqa: E402
 from tests.helpers.runs import config_of  # noqa: E402
 from tests.helpers.tiny import make_data  # noqa: E402
@@ -84,6 +89,51 @@ def test_fifty_steps_over_weighted_tokens(tmp_path, kernels, rng):
         check(trainer, model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
     finally:
         trainer.session.close()
+
+
+def test_fifty_steps_with_a_faster_b(tmp_path, kernels):
+    """LoRA+ as PEFT builds its optimizer."""
+    folder = make_run(tmp_path, "qwen3-tied")
+    base = reference.load_model(folder / "model", quantised=True)
+    model = reference.random_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    options = {"optimizer_cls": torch.optim.AdamW, "lr": OPTIONS["lr"], "loraplus_lr_ratio": 8.0}
+    made = create_loraplus_optimizer(model, weight_decay=OPTIONS["weight_decay"], **options)
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in made.param_groups]
+    assert {group["lr"] for group in groups if group["params"]} == {OPTIONS["lr"], 8 * OPTIONS["lr"]}
+    adapter = str(tmp_path / "adapter")
+    trainer = Trainer(config_of(folder, adapter_init=adapter, lr_ratio_b=8.0, **OPTIONS), kernels=kernels)
+    try:
+        check(trainer, model, groups)
+    finally:
+        trainer.session.close()
+
+
+def test_noise_is_that_of_transformers(tmp_path, kernels, monkeypatch):
+    """The loss under the hook that transformers and TRL put onto the embeddings, which draws what we draw."""
+    folder = make_run(tmp_path, "qwen3-tied")
+    model = reference.random_adapter(tmp_path / "adapter", reference.load_model(folder / "model", quantised=True))
+    options = OPTIONS | {"steps": 1, "pack": False, "batch": 1, "neftune": 5.0, "seed": 3}
+    trainer = Trainer(config_of(folder, adapter_init=str(tmp_path / "adapter"), **options), kernels=kernels)
+    with trainer:
+        start = trainer.batches.state()
+        (batch,) = next(trainer.batches).micro_batches
+        plain = reference.loss_of(model, [batch]).item()
+        trainer.batches.restore(start)
+        (record,) = trainer.steps()
+
+    def drawn(tensor: Any, low: float, high: float) -> Any:
+        words = philox([np.arange(tensor.numel()), NOISE_KEY, 1, 0], (3, 0))[0]
+        unit = torch.from_numpy((words >> np.uint32(8)) * 2.0**-24).reshape(tensor.shape)
+        return low + (high - low) * unit.to(tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", drawn)
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
+    embedding.train()
+    want = reference.loss_of(model, [batch]).item()
+    assert record.loss == pytest.approx(want, abs=1e-6)
+    assert abs(want - plain) > 1e-4
 
 
 def test_fifty_steps_of_full_training(tmp_path, kernels):

@@ -50,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 RUNS: dict[str, dict[str, Any]] = {
     "qlora, dropout": {"dropout": 0.2, "accumulate": 2},
+    "noisy, B faster": {"neftune": 5.0, "lr_ratio_b": 4.0},
     "lora, sgd": {"method": "lora", "optimizer": "sgd", "lr": 0.1, "pack": False},
     "full": {"method": "full", "lr": 2e-3},
 }

@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "qlora": {"weight_decay": 0.1},
     "qlora, single quantisation, sgd": {"double_quant": False, "optimizer": "sgd", "lr": 0.2},
     "lora, dropout, two micro-batches": {"method": "lora", "dropout": 0.2, "accumulate": 2, "rank": 3},
+    "noisy, B faster": {"neftune": 5.0, "lr_ratio_b": 4.0, "lr": 3e-3},
     "lora, unpacked, smoothed": {"method": "lora", "pack": False, "label_smoothing": 0.1, "target": "q,v,down"},
     "full": {"method": "full", "lr": 2e-3, "weight_decay": 0.1},
     "full, adam": {"method": "full", "lr": 2e-3, "weight_decay": 0.01, "optimizer": "adam", "clip": 0.0},
