@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.config import TrainConfig, path_text, whole_number
 from entrenar_gpu.errors import naming_arguments
 
 
 def evaluate(
-    model: str, data: Any, adapter: str | Path | None = None, window: int | None = None, **options: Any
+    model: str | Path, data: Any, adapter: str | Path | None = None, window: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """{"loss", "perplexity", "tokens", "samples"} of a model, with an adapter or without, on data.
 
@@ -26,13 +26,14 @@ def evaluate(
     from entrenar_gpu.train import evaluate_data
 
     with naming_arguments():
-        folder = None if adapter is None else str(adapter)
+        folder = None if adapter is None else path_text(adapter, "--adapter")
+        window = None if window is None else whole_number(window, "--window", 1)
         defaults, _ = default_base(model, folder, options)
         config = TrainConfig.from_mapping({"model": model, "adapter_init": folder, **defaults, **options}, "evaluate")
         return evaluate_data(config, folder is not None, data, window)
 
 
-def merge(model: str, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
+def merge(model: str | Path, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
     """Fold a PEFT adapter into its model, as safetensors that transformers loads; returns what is worth knowing of it.
 
     base: "stored" for the weights as they are, each in its dtype; "nf4" for their NF4 form, in float32, which a QLoRA
@@ -47,7 +48,7 @@ def merge(model: str, adapter: str | Path, output: str | Path, base: str = "stor
 
 
 def export_model(
-    model: str,
+    model: str | Path,
     output: str | Path,
     to: str = "gguf",
     adapter: str | Path | None = None,
@@ -71,7 +72,7 @@ def export_model(
         export.export_model(model, output, to, adapter, dtype, base, adapter_only)
 
 
-def plan(model: str, profile: str | None = None, evaluates: bool = False, **options: Any) -> dict[str, Any]:
+def plan(model: str | Path, profile: str | None = None, evaluates: bool = False, **options: Any) -> dict[str, Any]:
     """What a run would allocate, in bytes by purpose, without weights or a GPU: "peak_bytes", "activation_bytes", ...
 
     profile: capabilities to plan for: "webgpu", "desktop" (the default), "large"; or give `device`.
@@ -88,7 +89,7 @@ def plan(model: str, profile: str | None = None, evaluates: bool = False, **opti
         return plan_run(config, caps, memory_budget(config, caps).nbytes, evaluates).to_mapping()
 
 
-def quantize(model: str, output: str | Path, double_quant: bool = True) -> None:
+def quantize(model: str | Path, output: str | Path, double_quant: bool = True) -> None:
     """Write a model with its projections in NF4, in bitsandbytes' layout, which transformers loads as it is.
 
     double_quant: quantise the block scales to 8 bits too (QLoRA, arXiv 2305.14314, section 3).
@@ -99,6 +100,9 @@ def quantize(model: str, output: str | Path, double_quant: bool = True) -> None:
     from entrenar_gpu.files import FolderLock, sweep
     from entrenar_gpu.model import HFCheckpoint, resolve_model
 
-    with naming_arguments(), FolderLock(Path(output)):
-        sweep(Path(output))
-        quantize_model(HFCheckpoint.open(resolve_model(model)), Path(output), double_quant)
+    with naming_arguments():
+        folder = Path(path_text(output, "--output"))
+        checkpoint = HFCheckpoint.open(resolve_model(model))
+        with FolderLock(folder):
+            sweep(folder)
+            quantize_model(checkpoint, folder, double_quant)

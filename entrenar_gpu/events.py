@@ -200,6 +200,12 @@ class StepObserver(Protocol):
         """Called before a checkpoint is written: what was told so far has to outlive the process with it."""
 
 
+def is_observer(value: Any) -> bool:
+    """Whether an object, not a class, has any of the methods."""
+    names = [name for name in vars(StepObserver) if not name.startswith("_")]
+    return not isinstance(value, type) and any(callable(getattr(value, name, None)) for name in names)
+
+
 def notify(observers: Sequence[Any], method: str, record: object) -> None:
     """Call `method` on every observer that has it."""
     for observer in observers:

@@ -15,6 +15,7 @@ from scripts import api_reference
 from tests import ROOT
 from tests.helpers.runs import train
 from tests.helpers.tiny import make_data, make_model
+from tests.helpers.word_tokenizer import word_tokenizer
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
 
@@ -98,3 +99,24 @@ def test_a_quantised_model_is_read_as_it_was_made(folder, tmp_path, double):
         np.testing.assert_array_equal(made.f32(spec.name), expected)
     with pytest.raises(UserError, match="its weights are quantised already"):
         entrenar_gpu.quantize(str(tmp_path / "nf4"), tmp_path / "again")
+
+
+def test_paths_are_taken_and_what_is_none_is_named(folder, tmp_path):
+    model, adapter = folder / "model", folder / "adapter"
+    word_tokenizer(model, 96)
+    with entrenar_gpu.load(model, adapter, context=np.int64(16), device="numpy") as opened:
+        assert opened.adapter == str(adapter)
+    assert entrenar_gpu.plan(model, seq=32) == entrenar_gpu.plan(str(model), seq=32)
+    for call, message in (
+        (lambda: entrenar_gpu.load(3), "^model: 3 is neither text nor a path"),
+        (lambda: entrenar_gpu.load(model, adapters=[adapter]), "^adapters: a list, not a mapping of names to folders"),
+        (lambda: entrenar_gpu.load(model, context="16"), "^context: '16' is not a whole number"),
+        (lambda: entrenar_gpu.load(model, slots=None), "^slots: None is not a whole number"),
+        (lambda: entrenar_gpu.merge(model, None, tmp_path / "m"), "^adapter: None is neither text nor a path"),
+        (lambda: entrenar_gpu.quantize(model, None), "^output: None is neither text nor a path"),
+        (lambda: entrenar_gpu.export_model(model, tmp_path / "x.gguf", adapter=5), "^adapter: 5 is neither text nor"),
+        (lambda: entrenar_gpu.evaluate(model, [], window="8"), "^window: '8' is not a whole number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,15 @@
 """Every option of a run, declared once, and the shapes of well-known models."""
 
-from entrenar_gpu.config.options import MOST, SEVERAL, flag, is_union, known_keys, load_yaml
+from entrenar_gpu.config.options import (
+    MOST,
+    SEVERAL,
+    flag,
+    is_union,
+    known_keys,
+    load_yaml,
+    path_text,
+    whole_number,
+)
 from entrenar_gpu.config.presets import SHAPES, shape_file
 from entrenar_gpu.config.sampling_options import SamplingOptions
 from entrenar_gpu.config.train_config import EVERY_TARGET, TrainConfig
@@ -16,5 +25,7 @@ __all__ = [
     "is_union",
     "known_keys",
     "load_yaml",
+    "path_text",
     "shape_file",
+    "whole_number",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -106,6 +108,25 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def path_text(value: Any, flag: str) -> str:
+    """A path, or a name that stands for one, as text. Raises UserError naming the flag for what is neither."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise UserError(f"{flag}: {value!r} is neither text nor a path")
+    return text
+
+
+def whole_number(value: Any, flag: str, low: int) -> int:
+    """An argument that counts something, as Python's own integer. Raises UserError naming the flag."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UserError(f"{flag}: {value!r} is not a whole number") from None
+    if number < low:
+        raise UserError(f"{flag}: {number} is below {low}")
+    return number
+
+
 def is_union(hint: Any) -> bool:
     """Whether a type hint is `A | B`, which Python 3.11 spells in two ways."""
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
@@ -132,6 +153,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return value
     if kind is str:
         value = _joined(value) if f.metadata["listed"] else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         value = str(value) if type(value) is int else value  # as YAML reads a name or an index that is all digits
         if not isinstance(value, str) or "\0" in value:
             raise bad

@@ -59,7 +59,7 @@ def given_sources(data: Any, name: str, seq: int, split: str | None = None) -> l
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
         return [[RowsInMemory(_Indexed(data), name)]]
     if not isinstance(data, Iterable) or isinstance(data, bytes):
-        raise UserError(f"{name}: a {type(data).__name__} is neither a path nor rows")
+        raise UserError(f"{name}: neither a path nor rows, but of type {type(data).__name__}")
     return [[RowsInMemory(data, name)]] if hasattr(data, "__len__") else Stream(data, name)
 
 

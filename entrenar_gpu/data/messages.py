@@ -60,7 +60,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     part = without_nulls(part)
     kind = part.get("type", "text" if "text" in part else next(iter(part), "none"))
     if kind not in _TEXT_PARTS:
-        raise UserError(f"{where} holds a part of type {str(kind)[:40]!r}; only text can be trained")
+        raise UserError(f"{where} holds a part of type {str(kind)[:40]!r}; only text is read")
     if not isinstance(part.get("text"), str):
         raise UserError(f"{where} holds a part whose text is {kind_of(part.get('text'))}")
     return {**part, "type": "text"}

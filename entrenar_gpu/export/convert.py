@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from entrenar_gpu.adapters import load_adapter, save_adapter, save_mlx_adapter, trained_base
+from entrenar_gpu.config import path_text
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.gguf_writer import write_gguf, write_gguf_adapter
 from entrenar_gpu.export.merge import merged_weight
@@ -14,7 +15,7 @@ LAYOUTS = ("gguf", "peft", "mlx")
 
 
 def export_model(
-    model: str,
+    model: str | Path,
     output: str | Path,
     to: str = "gguf",
     adapter: str | Path | None = None,
@@ -32,8 +33,10 @@ def export_model(
         raise UserError(f"--to: {to!r} is not one of {', '.join(LAYOUTS)}")
     if base not in ("stored", "nf4"):
         raise UserError(f"--base: {base!r} is not one of stored, nf4")
-    if not str(output):
+    if not path_text(output, "--output"):
         raise UserError("--output: missing")
+    if adapter is not None:
+        path_text(adapter, "--adapter")
     alone = adapter_only or to != "gguf"
     if adapter is None and alone:
         raise UserError("--adapter: missing; name the folder of the adapter to write")
@@ -56,7 +59,7 @@ def export_model(
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--output: {target} is in use; choose another folder")
     if to == "peft":
-        save_adapter(target, spec, values, model)
+        save_adapter(target, spec, values, str(model))
     else:
         save_mlx_adapter(target, spec, values)
     return f"adapter: {target}, in the layout of {'PEFT' if to == 'peft' else 'mlx-lm'}"

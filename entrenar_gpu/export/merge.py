@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from entrenar_gpu.adapters import AdapterSpec, LoraModule, load_adapter, trained_base
+from entrenar_gpu.config import path_text
 from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import carried_sources, copy_model_files, name_to_write, save_checkpoint
@@ -20,13 +21,13 @@ from entrenar_gpu.quant import Nf4Weight
 Floats = np.ndarray
 
 
-def merge_model(model: str, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
+def merge_model(model: str | Path, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
     """Merge the model of a folder or Hub id as `merge_adapter` does; returns what is worth knowing of it.
 
     `base` is "stored", or "nf4" for the NF4 form of the weights.
     """
     for name, folder in (("--adapter", adapter), ("--output", output)):
-        if not str(folder):  # the current one, to Path
+        if not path_text(folder, name):  # the current one, to Path
             raise UserError(f"{name}: missing; name a folder")
     if base not in ("stored", "nf4"):
         raise UserError(f"--base: {base!r} is not one of stored, nf4")

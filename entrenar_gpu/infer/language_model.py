@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from entrenar_gpu.config import SamplingOptions
+from entrenar_gpu.config import SamplingOptions, whole_number
 from entrenar_gpu.data import Tokenizer
-from entrenar_gpu.errors import UserError
-from entrenar_gpu.infer.prompts import Messages, conversations, encode_chat, encode_text
+from entrenar_gpu.errors import UserError, naming_arguments
+from entrenar_gpu.infer.prompts import Messages, conversations, encode_chat, encode_text, token_ids
 from entrenar_gpu.infer.sampling import SampledToken, log_softmax
 from entrenar_gpu.infer.scheduler import Delta, Request, Scheduler
 from entrenar_gpu.infer.slots import CachedDecoder
@@ -67,6 +68,7 @@ class LanguageModel:
         self.scheduler = Scheduler(decoder, tokenizer, vocabulary, speculate)
         self.adapters = tuple(adapters)
         self._adapter: str | None = None
+        self._closed = False
         self._lock = threading.RLock()
 
     @property
@@ -75,7 +77,8 @@ class LanguageModel:
         return self._adapter
 
     @adapter.setter
-    def adapter(self, name: str | None) -> None:
+    def adapter(self, name: str | os.PathLike[str] | None) -> None:
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
         if name is not None and name not in self.adapters:
             raise UserError(f"adapter {name!r}: not loaded; there is {', '.join(self.adapters) or 'none'}")
         self._adapter = name
@@ -88,7 +91,7 @@ class LanguageModel:
     def generate(self, prompts: str | Sequence[str], *, n: int = 1, **options: Any) -> Any:
         """What the model continues a text with, as it is (for models that chat see `chat`); a list of texts gives a
         list. With `n` above 1 each is a list of so many."""
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             return self._texts([self.encode(prompts)], n, options)[0]
         return self._texts([self.encode(prompt) for prompt in prompts], n, options)
 
@@ -100,7 +103,7 @@ class LanguageModel:
         return texts if several is messages else texts[0]
 
     def _texts(self, prompts: Sequence[Sequence[int]], n: int, options: Mapping[str, Any]) -> list[Any]:
-        sampling = SamplingOptions(**options)
+        sampling = _sampling(options)
         found = self.answer(self.request(prompt, sampling, n) for prompt in prompts)
         texts = [[completion.text for completion in completions] for completions in found]
         return [several[0] for several in texts] if n == 1 else texts
@@ -111,18 +114,20 @@ class LanguageModel:
         Whoever stops listening ends the answer.
         """
         as_chat = not isinstance(prompt, str) if chat is None else chat
-        ids = self.encode_chat(prompt) if as_chat else self.encode(str(prompt))
-        return (delta.text for delta in self.deltas(self.request(ids, SamplingOptions(**options))) if delta.text)
+        ids = self.encode_chat(prompt) if as_chat else self.encode(prompt)  # type: ignore[arg-type]
+        return (delta.text for delta in self.deltas(self.request(ids, _sampling(options))) if delta.text)
 
     def complete(self, prompts: Sequence[Sequence[int]], *, n: int = 1, **options: Any) -> list[Completion]:
         """Answers to prompts of token ids: `n` to the first, then `n` to the second, and so on."""
-        sampling = SamplingOptions(**options)
+        sampling = _sampling(options)
         requests = [self.request(prompt, sampling, n) for prompt in prompts]
         return [completion for completions in self.answer(requests) for completion in completions]
 
     def request(self, prompt: Sequence[int], options: SamplingOptions, n: int = 1) -> Request:
-        """A request to the adapter that answers now."""
-        return Request(tuple(prompt), options, self._adapter, n)
+        """A request to the adapter that answers now. Raises UserError for what are no token ids, or none answers."""
+        self._check_open()
+        with naming_arguments():
+            return Request(tuple(token_ids(prompt, "prompt")), options, self._adapter, whole_number(n, "n", 1))
 
     def answer(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """The answers to each request, in order, batched: a few requests run ahead of the one that is waited for.
@@ -166,8 +171,9 @@ class LanguageModel:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [n, V] in float32: row i are those of the token after `ids[: i + 1]`."""
-        if not len(ids):
-            raise UserError("no token ids")
+        ids = token_ids(ids, "ids")
+        if not ids:
+            raise UserError("ids: empty; the model needs a token to go on from")
         return self._run([ids[0]], [ids[1:]])[0]
 
     def score(self, prompt: str, completion: str) -> Score:
@@ -185,9 +191,10 @@ class LanguageModel:
 
     def score_ids(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[Score]:
         """The same for token ids; `prompt` holds at least one."""
+        prompt = token_ids(prompt, "prompt")
         if not prompt:
             raise UserError("score: the prompt is empty, and this model has no token to begin with")
-        found, wanted = [], [list(completion) for completion in completions]
+        found, wanted = [], [token_ids(completion, "completion") for completion in completions]
         for rows, ids in zip(self._run(list(prompt), [ids[:-1] for ids in wanted]), wanted, strict=True):
             values = log_softmax(rows)[np.arange(len(ids)), ids] if ids else np.zeros(0)
             greedy = bool((rows[: len(ids)].argmax(-1) == np.array(ids)).all())
@@ -196,10 +203,14 @@ class LanguageModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text to be continued."""
-        return encode_text(self.tokenizer, prompt)
+        with naming_arguments():
+            return encode_text(self.tokenizer, prompt)
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of what is scored after it, see `score`."""
+        for name, text in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(text, str):
+                raise UserError(f"{name}: expected text, not a {type(text).__name__}")
         kept = prompt.rstrip()
         completion = prompt[len(kept) :] + completion
         context, whole = self.encode(kept), self.encode(kept + completion)
@@ -211,11 +222,14 @@ class LanguageModel:
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Token ids of a conversation with the opening of an answer. Raises UserError where there is no template."""
-        return encode_chat(self.tokenizer, messages)
+        with naming_arguments():
+            return encode_chat(self.tokenizer, messages)
 
+    @naming_arguments()
     def _run(self, prefix: list[int], endings: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Logits [1 + n, V] after a prefix and each of the n tokens of each of its endings, in batches; what the cache
         has of the prefix is not read again."""
+        self._check_open()
         for ending in endings:
             self.scheduler.check_tokens([*prefix, *ending])
             if len(prefix) + len(ending) > self.context:
@@ -249,7 +263,13 @@ class LanguageModel:
                 slots.give_back(slot)
         return [logits[slot.number] for slot in taken]
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("this model is closed; load it again")
+
     def close(self) -> None:
+        """Give back the device and its memory."""
+        self._closed = True
         self.decoder.close()
 
     def __enter__(self) -> Self:
@@ -259,6 +279,11 @@ class LanguageModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sampling(options: Mapping[str, Any]) -> SamplingOptions:
+    with naming_arguments():
+        return SamplingOptions.from_mapping(options, "sampling")
 
 
 def _checked(delta: Delta) -> Delta:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.config import TrainConfig
+from entrenar_gpu.config import TrainConfig, path_text, whole_number
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError, naming_arguments
 from entrenar_gpu.gpu import KernelCache
@@ -21,8 +21,8 @@ DEFAULT_SLOTS = 4
 
 @naming_arguments()
 def load(
-    model: str,
-    adapter: str | None = None,
+    model: str | Path,
+    adapter: str | Path | None = None,
     *,
     adapters: Mapping[str, str | Path] | None = None,
     context: int | None = None,
@@ -44,18 +44,20 @@ def load(
 
     Raises UserError for what is wrong with the files or does not fit, before memory is allocated.
     """
-    if adapter is not None and adapter not in (adapters or {}):
-        adapters = {**(adapters or {}), adapter: adapter}
-    named = {name: str(folder) for name, folder in (adapters or {}).items()}
+    if not isinstance(adapters or {}, Mapping):
+        raise UserError(f"--adapters: a {type(adapters).__name__}, not a mapping of names to folders")
+    named = {name: path_text(folder, "--adapters") for name, folder in (adapters or {}).items()}
+    if adapter is not None:
+        adapter = path_text(adapter, "--adapter")
+        named.setdefault(adapter, adapter)
     first = named[adapter] if adapter is not None else next(iter(named.values()), None)
     defaults, _ = default_base(model, first, options)
     folder = resolve_model(model)
     positions = load_model_config(folder).max_positions
-    context = min(DEFAULT_CONTEXT, positions) if context is None else context
+    context = min(DEFAULT_CONTEXT, positions) if context is None else whole_number(context, "--context", 2)
     if context > positions:
         raise UserError(f"--context: {context} exceeds the model's {positions} positions")
-    if context < 2 or slots < 1:
-        raise UserError("--context: at least 2 tokens, and 1 slot")
+    slots = whole_number(slots, "--slots", 1)
     config = TrainConfig.from_mapping({"model": model, **defaults, **options}, "load")
     tokenizer = Tokenizer.load(folder)
     decoder = Decoder.open(config, slots, context, adapters=named, kernels=kernels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ Messages = str | Sequence[Message] | Conversation  # a text is one message of th
 
 def conversations(messages: Any) -> Any:
     """A list of conversations as it is, and one conversation as a list of it."""
-    if isinstance(messages, str | Conversation) or not messages or isinstance(messages[0], Mapping):
+    several = isinstance(messages, Sequence) and not isinstance(messages, str | bytes) and len(messages) > 0
+    if not several or isinstance(messages[0], Mapping):
         return [messages]
     return messages
 
@@ -26,11 +28,23 @@ def encode_text(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode_prompt(_utf8(prompt))
 
 
+def token_ids(ids: Any, name: str) -> list[int]:
+    """Token ids as Python's own integers. Raises UserError naming what is none."""
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise UserError(f"{name}: expected a sequence of token ids, whole numbers") from None
+
+
 def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Token ids of a conversation with the opening of an answer. Raises UserError where there is no template."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": _utf8(messages)}]
-    conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
+    if isinstance(messages, Conversation):
+        conversation = messages
+    else:
+        given = list(messages) if isinstance(messages, tuple) else messages
+        conversation = Conversation(read_messages(given, "messages"))
     (rendered,) = tokenizer.template(conversation.tools).render_all([conversation], "prompt")
     return tokenizer.encode(_utf8(rendered.text), add_special_tokens=False)
 
@@ -78,6 +92,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _utf8(text: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"--prompt: expected text, not a {type(text).__name__}")
     if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line, half a pair in JSON
         raise UserError("--prompt: not UTF-8 text")
     return text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from entrenar_gpu.config import path_text
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model.gguf_model import gguf_folder
 
@@ -12,18 +14,21 @@ from entrenar_gpu.model.gguf_model import gguf_folder
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
 
 
-def resolve_model(name: str, flag: str = "--model", weights: bool = True) -> Path:
+def resolve_model(name: str | os.PathLike[str], flag: str = "--model", weights: bool = True) -> Path:
     """The folder of a model: `name` itself where that is one, a GGUF file's, unpacked once, otherwise the Hub's
     repository `name`, downloaded once, on request without its weights.
 
     Raises UserError naming the flag when there is neither, or when the Hub cannot be reached and holds no copy here.
     """
+    name = path_text(name, flag)
     if not name:
         raise UserError(f"{flag}: missing; give a model folder or a Hub id")
     if Path(name).is_dir():
         return Path(name)
     if name.lower().endswith(".gguf") and Path(name).is_file():
         return gguf_folder(Path(name))
+    if Path(name).is_file():
+        raise UserError(f"{flag}: {name}: a file, not the folder of a model; of files only .gguf is read")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise UserError(f"{flag}: {name}: no such folder, and no Hub id such as Qwen/Qwen3-4B")
     import huggingface_hub  # slow to import, and most runs name a folder

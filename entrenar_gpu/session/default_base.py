@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.adapters import trained_base
@@ -11,7 +12,7 @@ from entrenar_gpu.model import HFCheckpoint, resolve_model
 IN_WORDS = {"qlora": "NF4", "lora": "as stored", "full": "as stored"}
 
 
-def default_base(model: str, adapter: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def default_base(model: str | Path, adapter: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(options of the run, what the base is and why, in words). `given` are the flags, which win.
 
     A checkpoint that is stored as NF4 is read as that.

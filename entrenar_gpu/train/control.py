@@ -40,7 +40,11 @@ class RunControl:
 
     @learning_rate.setter
     def learning_rate(self, value: float | None) -> None:
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        try:
+            fine = value is None or (math.isfinite(value) and value >= 0)
+        except TypeError:
+            fine = False
+        if not fine:
             raise UserError(f"learning_rate: {value!r} is not a number from 0 up")
         self._learning_rate = value
 

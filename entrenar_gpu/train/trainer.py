@@ -35,6 +35,7 @@ from entrenar_gpu.events import (
     SampleRecord,
     StepRecord,
     flush,
+    is_observer,
     notify,
 )
 from entrenar_gpu.gpu import KernelCache
@@ -54,6 +55,19 @@ from entrenar_gpu.train.run_folder import RunFolder
 from entrenar_gpu.train.step_pipeline import StepOnDevice, StepPipeline
 
 MAX_SKIPPED_IN_A_ROW = 10
+
+
+def _check_observers(observers: Any) -> None:
+    """Raise UserError unless these are a sequence of observers."""
+    if not isinstance(observers, Sequence) or isinstance(observers, str | bytes):
+        raise UserError(f"observers: a {type(observers).__name__}, not a list of observers")
+    for observer in observers:
+        if isinstance(observer, type):
+            raise UserError(f"observers: {observer.__name__} is a class, not an object of it")
+        if not is_observer(observer):
+            raise UserError(
+                f"observers: a {type(observer).__name__} has no method of StepObserver; rows go in as data="
+            )
 
 
 class Trainer:
@@ -86,6 +100,9 @@ class Trainer:
     def _prepare(
         self, config: TrainConfig, observers: Sequence[Any], kernels: KernelCache | None, data: Any, eval_data: Any
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise UserError(f"config: expected a TrainConfig, not a {type(config).__name__}")
+        _check_observers(observers)
         for key in ("model", "data", "output"):
             if not getattr(config, key) and (key != "data" or data is None):
                 raise UserError(f"--{key}: missing")
@@ -128,6 +145,7 @@ class Trainer:
             self._pipeline.loss = field(self.executor.read(STATE_NAME), "loss")
         self._begun = self._finished = False
         self.stopped_by: int | None = None  # the signal that asked this run to end
+        self._closed = False
         self._evaluated = -1  # the step after which the run was evaluated last
         self.result_note = ""  # which step's weights the result has, where they are not the last one's
         notify(self._observers, "attached", self.control)
@@ -144,6 +162,7 @@ class Trainer:
 
     def observe(self, *observers: Any) -> None:
         """Add observers, before `run`."""
+        _check_observers(observers)
         self._observers = (*observers, *self._observers)
         notify(observers, "attached", self.control)
 
@@ -172,6 +191,7 @@ class Trainer:
 
     def close(self) -> None:
         """Give back the device and its memory; the files stay."""
+        self._closed = True
         self.session.close()
 
     def __enter__(self) -> Trainer:
@@ -265,6 +285,7 @@ class Trainer:
                 yield record
 
     def _opened(self, ahead: bool) -> Iterator[StepRecord]:
+        self._check_open()
         if self._finished:
             raise UserError(f"this Trainer is at its last step, {self.total_steps}; make another to train on")
         if self._pipeline.launched != self._pipeline.done:
@@ -395,7 +416,8 @@ class Trainer:
     def evaluate(self, step: int | None = None) -> EvalRecord:
         """Mean loss over all unmasked tokens of the evaluation data, after the last step that was told of.
 
-        `step`, where given, must be that step's number.
+        `step`, where given, must be that step's number. Before the first step it is only returned: observers and
+        metrics.jsonl hear of it when the run has begun. Raises UserError where there is nothing to evaluate on.
         """
         if self.eval_samples is None:
             raise UserError("eval_data: there is none to evaluate on")
@@ -405,19 +427,25 @@ class Trainer:
         dates = self._pipeline.timer.between_steps(begin)
         self._evaluated = self._pipeline.done
         record = EvalRecord(self._pipeline.done, loss, math.exp(min(loss, 700.0)), tokens, *dates)
-        self._tell("eval_finished", record)
+        if self._begun:
+            self._tell("eval_finished", record)
         return record
 
     def sample(self) -> SampleRecord:
-        """What the model answers to --sample-prompts, greedily, after the last step that was told of."""
-        assert self._sampler is not None
+        """What the model answers to `sample_prompts`, greedily, after the last step that was told of.
+
+        Before the first step it is only returned, as by `evaluate`. Raises UserError where there are no such prompts.
+        """
+        if self._sampler is None:
+            raise UserError("sample_prompts: none to answer; the configuration names no file of them")
         self._settled(None)
         begin = self._pipeline.timer.now()
         texts = self._sampler.answers(self.session)
         record = SampleRecord(
             self._pipeline.done, self._sampler.rows, texts, *self._pipeline.timer.between_steps(begin)
         )
-        self._tell("samples_drawn", record)
+        if self._begun:
+            self._tell("samples_drawn", record)
         return record
 
     @functools.cached_property
@@ -433,9 +461,11 @@ class Trainer:
     def save(self, step: int | None = None) -> Path:
         """Write a checkpoint of the run as it stands after the last step that was told of.
 
-        `step`, where given, must be that step's number.
+        `step`, where given, must be that step's number. Raises UserError before the first step.
         """
         self._settled(step)
+        if not self._begun:
+            raise UserError("save: no step has been taken yet")
         begin = self._pipeline.timer.now()
         flush(self._observers)  # what goes on from a checkpoint finds every record before it
         path = run_checkpoint.save_run(
@@ -453,8 +483,13 @@ class Trainer:
         self._tell("checkpoint_saved", record)
         return path
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("this Trainer is closed; make another")
+
     def _settled(self, step: int | None) -> None:
         """Raise unless the device is as the last record left it: in `run` the next step is under way."""
+        self._check_open()
         done, launched = self._pipeline.done, self._pipeline.launched
         if step not in (None, done):
             raise ValueError(f"step {step}: the run stands after step {done}")

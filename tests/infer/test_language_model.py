@@ -151,7 +151,7 @@ def test_a_token_beyond_the_embedding_is_named(folder):
     ("given", "message"),
     [
         ({"context": 513}, "context: 513 exceeds the model's 512 positions"),
-        ({"context": 1}, "context: at least 2"),
+        ({"context": 1}, "context: 1 is below 2"),
         ({"adapter": "missing"}, "missing"),
         ({"devise": "numpy"}, "unknown key 'devise'; did you mean 'device'"),
     ],
@@ -251,9 +251,50 @@ def test_threads_share_a_model(model):
 
 
 def test_an_option_that_is_none_is_told(model):
-    with pytest.raises(TypeError, match="tempreature"):
+    with pytest.raises(UserError, match="unknown key 'tempreature'; did you mean 'temperature'"):
         model.generate("w4", tempreature=1)
     with pytest.raises(UserError, match="temperature: -1 is below 0"):
         model.generate("w4", temperature=-1)
     with pytest.raises(UserError, match="not UTF-8"):
         model.generate("\ud800")
+
+
+WRONG = {
+    "no text": (lambda m: m.generate(None), r"^prompt: expected text, not a NoneType$"),
+    "bytes": (lambda m: m.generate(b"w1"), r"^prompt: expected text, not a int$"),
+    "another's option": (lambda m: m.generate("w1", max_new_tokens=3), r"unknown key 'max_new_tokens'; did you mean"),
+    "no number": (lambda m: m.generate("w1", n="2"), r"^n: '2' is not a whole number$"),
+    "no answer": (lambda m: m.chat("w1", n=0), r"^n: 0 is below 1$"),
+    "one message": (lambda m: m.chat({"role": "user", "content": "w1"}), r"^messages must be a list of messages, not"),
+    "nobody's message": (lambda m: m.chat([{"content": "w1"}]), r"^messages: message 1 must be an object with a role"),
+    "a picture": (lambda m: m.chat([{"role": "user", "content": [{"type": "image"}]}]), r"part of type 'image'; only"),
+    "nothing said": (lambda m: m.chat([{"role": "user", "content": None}]), r"must have a content that is text, not n"),
+    "a list to score": (lambda m: m.score("w1", ["w2"]), r"^completion: expected text, not a list$"),
+    "a text as ids": (lambda m: m.logits("w1"), r"^ids: expected a sequence of token ids"),
+    "a table of ids": (lambda m: m.logits(np.ones((2, 2), int)), r"^ids: expected a sequence of token ids"),
+    "ids not in a list": (lambda m: m.complete([3, 4]), r"^prompt: expected a sequence of token ids"),
+    "half an id": (lambda m: m.score_ids([1.5], [[2]]), r"^prompt: expected a sequence of token ids"),
+    "beyond the context": (lambda m: m.logits([3] * 1000), r"^context: 1000 tokens exceed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_named(model, case):
+    ask, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        ask(model)
+
+
+def test_arguments_are_taken_as_python_has_them(model):
+    turn = {"role": "user", "content": [{"type": "text", "text": "w7"}], "tool_calls": None}
+    assert model.chat((turn,), max_tokens=4) == model.chat("w7", max_tokens=np.int64(4))
+    assert (model.logits(np.array([2, 7])) == model.logits([2, 7])).all()
+    model.adapter = Path("a")
+    assert model.adapter == "a"
+
+
+def test_a_model_that_is_closed_says_so(model):
+    model.close()
+    for ask in (lambda: model.generate("w1"), lambda: model.score("w1", "w2"), lambda: list(model.stream("w1"))):
+        with pytest.raises(UserError, match="this model is closed; load it again"):
+            ask()

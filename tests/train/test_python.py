@@ -130,7 +130,7 @@ def test_one_array_of_tokens_is_cut_into_rows(folder, tmp_path):
 
 BAD_DATA = {
     "a mapping": ({"train": []}, "data: a mapping of 'train', not rows; give one of its values"),
-    "a number": (3, "data: a int is neither a path nor rows"),
+    "a number": (3, "data: neither a path nor rows, but of type int"),
     "a missing file": ("nowhere.jsonl", r"data: nowhere\.jsonl not found"),
     "a bad row": ([{"input_ids": [1, 2]}, {"input_ids": [96]}], r"data\[1\]: input_ids: token id 96 is outside"),
     "nothing": ([], "data: holds no token to train"),
@@ -303,3 +303,42 @@ def test_evaluations_by_passes_over_the_data(folder, tmp_path, rows):
         trainer.run()
     evaluated = [entry[1] for entry in asking.told if entry[0] == "eval"]
     assert evaluated[:3] == [0, half, 2 * half]
+
+
+def test_what_is_no_observer_is_told(folder, tmp_path, rows):
+    for observers, message in (
+        (None, "^observers: a NoneType, not a list of observers"),
+        (Asking, "^observers: a type, not a list"),
+        ([Asking], "^observers: Asking is a class, not an object of it"),
+        ([print], "^observers: a builtin_function_or_method has no method of StepObserver"),
+        (rows, "^observers: a dict has no method of StepObserver; rows go in as data="),
+    ):
+        with pytest.raises(UserError, match=message):
+            trainer_on(folder, tmp_path / "run", observers, given=rows)
+    with pytest.raises(UserError, match=r"^config: expected a TrainConfig, not a dict"):
+        Trainer({"model": str(folder / "model")})
+
+
+def test_before_the_first_step_a_run_may_be_asked_but_not_saved(folder, tmp_path, rows):
+    trainer = trainer_on(folder, tmp_path / "run", given=rows, held_out=rows[:4])
+    before = trainer.evaluate().loss
+    with pytest.raises(UserError, match=r"^save: no step has been taken yet"):
+        trainer.save()
+    with pytest.raises(UserError, match=r"^sample_prompts: none to answer"):
+        trainer.sample()
+    with trainer:
+        trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["eval_loss"] for line in lines if line["step"] == 0] == [before]
+    for ask in (trainer.evaluate, trainer.state_dict, trainer.steps):
+        with pytest.raises(UserError, match="this Trainer is closed; make another"):
+            ask()
+
+
+def test_paths_are_names_and_a_rate_is_a_number(folder, tmp_path, rows):
+    trainer = trainer_on(folder, tmp_path / "run", given=rows, model=folder / "model")
+    with trainer, pytest.raises(UserError, match=r"^learning_rate: 'fast' is not a number"):
+        trainer.learning_rate = "fast"
+    assert trainer.config.model == str(folder / "model")
+    with pytest.raises(UserError, match=r"^model: .*config\.json: a file, not the folder of a model"):
+        trainer_on(folder, tmp_path / "run", given=rows, model=folder / "model/config.json")
