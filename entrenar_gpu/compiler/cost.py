@@ -18,7 +18,7 @@ from entrenar_gpu.ops.registry import OPS
 
 # Of large products as their ops run, operands narrowed and all. The rates in tiles.py are of full waves of tiles alone:
 # they choose tiles, and with them the order of sums, so that they do not follow these.
-FLOPS_PER_SECOND = {"f32": 38e12, "f16": 59e12, "int8": 80e12}
+FLOPS_PER_SECOND = {"f32": 38e12, "f16": 59e12, "int8": 80e12, "int8_rows": 300e12}
 ATTENTION_FLOPS_PER_SECOND = 25e12
 MATRIX_FLOPS_PER_SECOND, MATRIX_ATTENTION_FLOPS_PER_SECOND = 200e12, 70e12  # where f16 has matrix units
 BYTES_PER_SECOND = 2e12  # of elementwise kernels

@@ -28,7 +28,8 @@ TIMED_SECONDS = 0.1
 
 CHECKED_ROWS = 4
 # Relative Frobenius error against the exact result that a precision may show on normal deviates (docs/gemm.md).
-TOLERANCES: dict[Arithmetic, float] = {"f32": 2.7e-6, "f16": 1.2e-3, "int8": 1.2e-2}
+# Of int8 by rows, an absmax of 4.3 deviations at K = 9728 is 4.3 / 127 / sqrt(12) for each operand.
+TOLERANCES: dict[Arithmetic, float] = {"f32": 2.7e-6, "f16": 1.2e-3, "int8": 1.2e-2, "int8_rows": 1.6e-2}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import ModelConfig, Storage, Transformer
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, arithmetic_on
 from entrenar_gpu.ops.optimizer import FIRST_SCALE, OPTIMIZERS, STATE
 
 STATE_NAME, LOSS_NAME, EVAL_LOSS_NAME = "optimizer_state", "loss", "eval_loss"
@@ -55,7 +55,7 @@ class RunShape:
             return "f16" if caps.f16 and not caps.software else "f32"
         if asked == "f16" and not caps.f16:
             raise UserError(f"--precision: {caps.name} has no f16 arithmetic; int8 and f32 run everywhere")
-        return asked
+        return arithmetic_on(asked, caps)
 
     def first_loss_scale(self, caps: Caps) -> float:
         return 1.0 if self.precision(caps) == "f32" else FIRST_SCALE

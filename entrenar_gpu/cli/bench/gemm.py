@@ -8,11 +8,12 @@ idle card take a tenth of a second to rise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from entrenar_gpu.gpu import Device, KernelCache, MatmulCase, measure
 from entrenar_gpu.model import ModelConfig
-from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, arithmetic_on
 
 VOCABULARY_SHARD = 8192  # rows of a shard of the vocabulary that is timed
 
@@ -51,4 +52,4 @@ def bench_gemm(
     for case in wanted:
         if case.arithmetic == "f16" and not device.caps.f16:
             continue
-        yield measure(device, kernels, case)
+        yield measure(device, kernels, replace(case, arithmetic=arithmetic_on(case.arithmetic, device.caps)))

@@ -9,6 +9,7 @@ from typing import Any
 from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, split_offset, writes
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm.tiles import (
+    HALF_K,
     Arithmetic,
     Choice,
     MatrixTile,
@@ -18,7 +19,12 @@ from entrenar_gpu.ops.gemm.tiles import (
     summed_at_once,
 )
 
-SHADERS: dict[Arithmetic, str] = {"f32": "matmul", "f16": "matmul_f16", "int8": "matmul_int8"}
+SHADERS: dict[Arithmetic, str] = {
+    "f32": "matmul",
+    "f16": "matmul_f16",
+    "int8": "matmul_int8",
+    "int8_rows": "matmul_matrix_int8",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ class Matmul:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        return "int8" if self.scales is not None else "f16" if self.a.tensor.dtype == "f16" else "f32"
+        if self.scales is not None:
+            return "int8_rows" if len(self.scales[0].shape) == 1 else "int8"
+        return "f16" if self.a.tensor.dtype == "f16" else "f32"
 
     @property
     def layout(self) -> str:
@@ -103,7 +111,9 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     # Elements of C that a thread writes at once: in int8, its columns do not lie side by side.
     width = 1 if matmul.arithmetic == "int8" or not matmul.vector else 4
     shader = SHADERS[matmul.arithmetic]
-    if isinstance(tile, MatrixTile):
+    if isinstance(tile, MatrixTile) and matmul.arithmetic == "int8_rows":
+        constants |= {"HALF_K": HALF_K, "WIDE": tile.stored_at_once(matmul.low_rank is not None)}
+    elif isinstance(tile, MatrixTile):
         shader, direct = "matmul_matrix", _stores_sums(matmul, tile)
         constants["direct"] = direct
         width = 1 if direct else width
@@ -144,6 +154,10 @@ def _grid(matmul: Matmul, choice: Choice) -> tuple[int, int, int]:
 def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]]:
     """Bindings and constants of A, B and, in int8, their scales."""
     (m, n, k), depth = matmul.sizes, tile.BK
+    if matmul.arithmetic == "int8_rows" and matmul.scales is not None:  # whole matrices, as they lie
+        a_scale, b_scale = matmul.scales
+        words = [reads("a", matmul.a.tensor, 4), reads("b", matmul.b.tensor, 4)]
+        return [*words, reads("a_scale", a_scale), reads("b_scale", b_scale, 4)], {}
     if matmul.scales is not None:  # four codes to a word
         k, depth = k // 4, depth // 4
     a = _operand(matmul.a, (m, k), (tile.BM, depth), not matmul.transpose_a)

@@ -1,4 +1,5 @@
-"""Matmuls with an NF4 weight in low precision: f16, or int8 with a scale for every 64 values along the contraction.
+"""Matmuls with an NF4 weight in low precision: f16, or int8 with a scale for every 64 values along the contraction or,
+on matrix units, for each row of either operand.
 
 The forward matmul contracts over in-features, along which NF4's own blocks lie: its codes become int8 by a table of
 16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
@@ -24,8 +25,9 @@ from entrenar_gpu.ops.gemm.low_precision import (
     low_precision_arrays,
     low_precision_rows_launch,
     low_precision_specs,
-    low_precision_weight_launch,
+    low_precision_weight_launches,
     quantize_rows,
+    weight_workspace,
 )
 from entrenar_gpu.ops.gemm.low_rank import RANKS
 from entrenar_gpu.ops.gemm.matmul import (
@@ -36,6 +38,7 @@ from entrenar_gpu.ops.gemm.matmul import (
     matmul,
     with_added,
 )
+from entrenar_gpu.ops.gemm.rotated import LONGEST, rotated_product
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
@@ -60,6 +63,8 @@ def linear(
     in f32. "f16" needs a device with that feature.
     """
     whole_blocks = not (weight.shape[0] % BLOCK or weight.shape[1] % BLOCK)
+    if precision == "int8_rows" and max(weight.shape) > LONGEST:
+        precision = "int8"
     if lora is not None and whole_blocks and precision != "f32" and lora[0].rows in RANKS:
         a, b, scale = lora
         adapter = {"lora_a": a, "lora_b": b, "lora_scale": scale, "low_rank_transposed": True}
@@ -142,6 +147,8 @@ def _reference(
     low = copy or low_precision_arrays(attrs, weight)
     if attrs["arithmetic"] == "f16":
         out = rows.astype(np.float16).astype(np.float32) @ low[0].astype(np.float32).T
+    elif attrs["arithmetic"] == "int8_rows":
+        out = rotated_product(rows, low[0], low[1])
     else:
         (a, a_scale), (b, b_scale) = quantize_rows(rows), (low[0].view(np.int8), low[1].T)
         blocks = (a.reshape(len(a), -1, BLOCK), b.reshape(len(b), -1, BLOCK))
@@ -210,7 +217,7 @@ def _slices(node: Node, caps: Caps) -> int:
     """Slices of K that are summed apart; 0 where the matmul writes its output itself."""
     k = product_sizes(node)[2]
     slices = ceil_div(k, slice_length(k, _choice(node, caps)))
-    operands = 2 + (2 if node.attrs["arithmetic"] == "int8" else 0) + (2 if product_sizes(node)[3] else 0)
+    operands = 2 + (2 if _has_scales(node) else 0) + (2 if product_sizes(node)[3] else 0)
     return slices if slices > 1 or operands + _added(node) + 1 > _MOST_BINDINGS else 0
 
 
@@ -219,12 +226,17 @@ def _added(node: Node) -> int:
     return ("bias" in node.inputs) + ("residual" in node.inputs)
 
 
+def _has_scales(node: Node) -> bool:
+    return node.attrs["arithmetic"] in ("int8", "int8_rows")
+
+
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """Low-precision copies of x and of the weight, unless it is there already, then the partial sums, if any."""
+    """Low-precision copies of x and of the weight, unless it is there already, what making that takes, and the partial
+    sums, if any."""
     m, n, k, _ = product_sizes(node)
     arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
     specs = low_precision_specs(arithmetic, m, k)
-    specs += [] if node.group("copy") else low_precision_specs(arithmetic, n, k)
+    specs += [] if node.group("copy") else [*low_precision_specs(arithmetic, n, k), *weight_workspace(node.attrs)]
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
@@ -232,7 +244,7 @@ def low_precision_operands(
     node: Node, workspace: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """What the matmul multiplies, x and the weight: each its low-precision copy and, in int8, its scales."""
-    has_scales = node.attrs["arithmetic"] == "int8"
+    has_scales = _has_scales(node)
 
     def held(by: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return by[0], by[1] if has_scales else None
@@ -262,7 +274,8 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     down = (lora_a, p, node.attrs["low_rank_transposed"]) if lora_a is not None and p is not None else None
     launches = [low_precision_rows_launch(whole(node.inputs["x"]), m, k, low_x, x_scales, caps, down)]
     if not node.group("copy"):
-        launches.append(low_precision_weight_launch(node.attrs, weight_of(node), low_w, w_scales, caps))
+        scratch = [t for t in placed.workspace[2 * (1 + _has_scales(node)) :] if t is not partial]
+        launches += low_precision_weight_launches(node.attrs, weight_of(node), low_w, w_scales, scratch, caps)
     return [*launches, *matmul_launches(multiplied, _choice(node, caps), partial, caps)]
 
 

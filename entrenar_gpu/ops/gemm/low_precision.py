@@ -1,6 +1,7 @@
 """Operands of matmuls, made on the fly: rows of activations as f16 or int8, NF4 weights as either or, transposed, f32.
 
-int8 has a scale for every 64 values along the matmul's inner axis, codes four to a u32, and scales [K / 64, rows].
+int8 has a scale for every 64 values along the matmul's inner axis, codes four to a u32, and scales [K / 64, rows]; or,
+for matrix units, one for each row: rotated.py.
 """
 
 from __future__ import annotations
@@ -15,31 +16,30 @@ from entrenar_gpu.graph import Caps, Launch, Node, Tensor, grid_of, literal, rea
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block
+from entrenar_gpu.ops.gemm.rotated import (
+    OVER_127,
+    inverse,
+    rotated_arrays,
+    rotated_rows_launch,
+    rotated_specs,
+    rotated_weight_launches,
+    rotated_workspace,
+)
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
 from entrenar_gpu.ops.registry import Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK, nf4
 
-# Codes of the NF4 codebook in int8, and the factor from a block's absmax to its scale.
+# Codes of the NF4 codebook in int8.
 INT8_CODES = np.rint(nf4.CODEBOOK * np.float32(127)).astype(np.int8)
-OVER_127 = float(np.float32(1) / np.float32(127))
 
 
 def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes [rows, K] and scales [rows, K / 64] of float rows, as low_precision_rows.wgsl makes them."""
     blocks = values.astype(np.float32).reshape(values.shape[0], -1, BLOCK)
     absmax = np.abs(blocks).max(axis=-1)
-    codes = np.rint(blocks * _inverse(absmax)[..., None]).astype(np.int8)
+    codes = np.rint(blocks * inverse(absmax)[..., None]).astype(np.int8)
     return codes.reshape(values.shape), absmax * np.float32(OVER_127)
-
-
-def _inverse(absmax: np.ndarray) -> np.ndarray:
-    """127 / absmax as lib/int8.wgsl makes it: a quotient of integers of 17 bits, the same on every device."""
-    bits = absmax.view(np.uint32)
-    exponent = (bits >> 23).astype(np.int32)
-    quotient = (127 << 25) // (((bits & 0x7FFFFF) + 0x8000FF) >> 8).astype(np.int64)
-    inside = (exponent >= 7) & (exponent < 244)
-    return np.where(inside, np.ldexp(quotient.astype(np.float32), np.where(inside, 117 - exponent, 0)), np.float32(0))
 
 
 def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +61,8 @@ def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]
     """What holds [rows, K] as a matmul's operand: f16, or int8 codes and their scales."""
     if arithmetic == "f16":
         return [((rows, k), "f16")]
+    if arithmetic == "int8_rows":
+        return rotated_specs(rows, k)
     return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
 
 
@@ -69,6 +71,8 @@ def low_precision_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) 
     if attrs["arithmetic"] == "f16":
         weight = dequantized(attrs, parts)
         return [np.ascontiguousarray(weight.T if attrs["transposed"] else weight, np.float16)]
+    if attrs["arithmetic"] == "int8_rows":
+        return rotated_arrays(attrs, parts)
     codes, scales = quantize_weight(attrs, parts)
     return [np.ascontiguousarray(codes).view(np.uint32), np.ascontiguousarray(scales.T)]
 
@@ -86,6 +90,8 @@ def low_precision_rows_launch(
 
     `down` = (b, c, whether b is transposed) makes c [rows, R] = source op(b) too, R one of low_rank.RANKS.
     """
+    if scales is not None and len(scales.shape) == 1:
+        return rotated_rows_launch(source, rows, k, out, scales, caps, down)
     offset, _ = split_offset(source.base, source.tensor)
     bindings = [reads("x", source.tensor, 4, offset), writes("out", out, 4)]
     if scales is not None:
@@ -100,6 +106,26 @@ def low_precision_rows_launch(
         constants |= low_rank.rows_constants(made.columns, transposed)
         workgroups += ceil_div(rows, 4)
     return Launch("low_precision_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
+
+
+def weight_workspace(attrs: Mapping[str, Any]) -> list[Spec]:
+    """Scratch that making the copy of an NF4 weight needs; `attrs` are those of a `linear` node."""
+    return rotated_workspace(attrs) if attrs["arithmetic"] == "int8_rows" else []
+
+
+def low_precision_weight_launches(
+    attrs: Mapping[str, Any],
+    parts: Sequence[Tensor],
+    out: Tensor,
+    scales: Tensor | None,
+    workspace: Sequence[Tensor],
+    caps: Caps,
+) -> list[Launch]:
+    """The copy of an NF4 weight that a `linear` node with these `attrs` multiplies, by way of `weight_workspace`."""
+    if attrs["arithmetic"] == "int8_rows":
+        assert scales is not None
+        return rotated_weight_launches(attrs, parts, out, scales, workspace, caps)
+    return [low_precision_weight_launch(attrs, parts, out, scales, caps)]
 
 
 def low_precision_weight_launch(
@@ -144,7 +170,7 @@ def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
 
 def _low_precision_weight_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     codes, scales = node.outputs if len(node.outputs) == 2 else (node.output, None)
-    return [low_precision_weight_launch(node.attrs, node.group("weight"), codes, scales, caps)]
+    return low_precision_weight_launches(node.attrs, node.group("weight"), codes, scales, placed.workspace, caps)
 
 
 register(
@@ -153,6 +179,7 @@ register(
         _low_precision_weight_infer,
         lambda node, weight: low_precision_arrays(node.attrs, weight),
         _low_precision_weight_launch,
+        workspace=lambda node, caps: weight_workspace(node.attrs),
     )
 )
 

@@ -16,7 +16,8 @@ from entrenar_gpu.graph import Caps, MatrixConfig
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.quant import BLOCK
 
-Arithmetic = Literal["f32", "f16", "int8"]
+# "int8" has a scale for every 64 values along K, "int8_rows" one for each row, of rotated values (rotated.py).
+Arithmetic = Literal["f32", "f16", "int8", "int8_rows"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Tile:
         return (self.BM + self.BN) * self.BK * 4 * self.buffers
 
 
+HALF_K = 16  # steps of K of a matrix of f16, on every device that has int8 too
+
+
 @dataclass(frozen=True)
 class MatrixTile(Tile):
     """Blocking of a product on matrix units: a subgroup of SUBGROUP invocations makes TM x TN outputs, by matrices of
@@ -65,10 +69,31 @@ class MatrixTile(Tile):
         return super().threads * self.SUBGROUP
 
     def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
-        """Both tiles, f16, rows padded by 16 bytes; and the sums of a row of matrices of each subgroup, f32."""
+        """Both tiles, f16, rows padded by 16 bytes; and the sums of a row of matrices of each subgroup, f32.
+
+        In int8, BK counts bytes, and sums go through the tiles' memory, with what an adapter adds to them.
+        """
         subgroups = self.threads // self.SUBGROUP
+        if arithmetic == "int8_rows":
+            tiles = (self.BM + self.BN) * (self.BK + 16)
+            return max(tiles, self.sums_bytes(self.stored_at_once(True), True))
         b_words = max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))
         return (self.BM * (self.BK + 8) + b_words) * 2 + subgroups * self.MM * (self.TN + 4) * 4
+
+    def sums_bytes(self, matrices: int, low_rank: bool) -> int:
+        """In int8, what so many matrices of sums of each subgroup take, and operands in f16 of what an adapter adds."""
+        subgroups = self.threads // self.SUBGROUP
+        down = self.BM // self.TM * self.MM
+        adapter = (down + self.BN) * (HALF_K + 8) if low_rank else 0
+        return subgroups * self.MM * (matrices * self.MN + 4) * 4 + 2 * adapter
+
+    def stored_at_once(self, low_rank: bool) -> int:
+        """In int8, how many matrices of sums beside each other go through the tiles' memory at once: all, or as many as
+        need no more of it."""
+        matrices, tiles = self.TN // self.MN, (self.BM + self.BN) * (self.BK + 16)
+        while matrices % 2 == 0 and self.sums_bytes(matrices, low_rank) > tiles:
+            matrices //= 2
+        return matrices
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,7 @@ CANDIDATES: dict[Arithmetic, tuple[Candidate, ...]] = {
         Candidate(Tile(64, 64, 64, 8, 8, unroll=4), 1.0, 8),
         Candidate(Tile(128, 64, 64, 8, 8, unroll=4), 0.93, 4),
     ),
+    "int8_rows": (),  # on matrix units only
 }
 # lavapipe runs a workgroup on one core: small tiles, and code that compiles fast.
 SOFTWARE: dict[Arithmetic, Tile] = {
@@ -127,7 +153,7 @@ SOFTWARE: dict[Arithmetic, Tile] = {
 # small device's units, since only ratios of the rest matter. Another figure may choose another tile, which sums in
 # another order. (cost.py prices whole ops, with rates of their own.)
 _UNITS = {True: 132, False: 16}  # of a large card or not
-_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12}
+_FLOPS: dict[Arithmetic, float] = {"f32": 40e12, "f16": 59e12, "int8": 90e12, "int8_rows": 110e12}
 _BYTES_PER_SECOND = 4e12
 _LAUNCH_SECONDS = 3e-6
 _WORKSPACE_BYTES = 64 << 20  # of partial sums
@@ -157,6 +183,8 @@ def choose(
     matrix = _matrix_choice(arithmetic, m, n, k, caps, split)
     if matrix is not None:
         return matrix
+    if arithmetic == "int8_rows":
+        raise ValueError(f"{caps.name} has no matrix units for int8")
     if caps.software:
         return Choice(software_tile(arithmetic, m, n))
     return _predicted(arithmetic, m, n, k, caps, split, tail)
@@ -168,20 +196,40 @@ def matrices_of(caps: Caps) -> MatrixConfig | None:
     return max(offered, key=lambda c: c.m * c.n * c.k, default=None)
 
 
+def int8_matrices_of(caps: Caps) -> MatrixConfig | None:
+    """The device's matrices of int8 with sums in int32, if it has some as large as those of f16, which adapters take."""
+    half = matrices_of(caps)
+    if half is None or half.k != HALF_K:
+        return None
+    beside = half.m, half.n, half.min_subgroup, half.max_subgroup
+    offered = [
+        c
+        for c in caps.matrices
+        if (c.component, c.result) == ("i8", "i32") and (c.m, c.n, c.min_subgroup, c.max_subgroup) == beside
+    ]
+    return max(offered, key=lambda c: c.k, default=None)
+
+
+def arithmetic_on(precision: Arithmetic, caps: Caps) -> Arithmetic:
+    """What a device multiplies projections in for a run's precision: int8 by rows where it has matrix units for that."""
+    return "int8_rows" if precision == "int8" and matrix_tiles("int8_rows", caps) else precision
+
+
 def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
     """Blockings on the device's matrix units, largest first; none where it has none for this arithmetic.
 
     In f16 those that sum in f32: subgroups make 4 x 4 matrices each, or 2 x 2 where that is too much.
     """
     found = []
-    config = matrices_of(caps) if arithmetic == "f16" else None
+    config = matrices_of(caps) if arithmetic == "f16" else int8_matrices_of(caps) if arithmetic == "int8_rows" else None
     if config is None:
         return []
+    depth = 64 if arithmetic == "int8_rows" else 32
     for edge in (4, 2):
         down, across = edge * config.m, edge * config.n
-        tile = MatrixTile(2 * down, 2 * across, 32, down, across, 1, 1, config.m, config.n, config.k)
+        tile = MatrixTile(2 * down, 2 * across, depth, down, across, 1, 1, config.m, config.n, config.k)
         tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
-        if 32 % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
+        if depth % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
             found.append(tile)
     return sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN)
 
@@ -274,7 +322,8 @@ def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> lis
     """The choices worth measuring: what is chosen unmeasured, then those predicted to take at most twice the best's
     time, the likeliest first."""
     every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
-    likely = sorted((c for c, cost in every.items() if cost <= 2 * min(every.values())), key=every.__getitem__)
+    best = min(every.values(), default=0.0)
+    likely = sorted((c for c, cost in every.items() if cost <= 2 * best), key=every.__getitem__)
     unmeasured = choose(arithmetic, m, n, k, "", caps)  # a layout that nothing is measured for
     units = matrix_choices(arithmetic, m, n, k, caps)
     units.sort(key=lambda c: _cost(arithmetic, c, m, n, k, caps))
@@ -336,21 +385,24 @@ def is_choice(name: str, numbers: Sequence[int]) -> bool:
         return False
     m, n, k = map(int, sizes.split("x"))
     choice = from_numbers(list(numbers))
-    tiles = {c.tile for c in CANDIDATES[arithmetic]} | {software_tile(arithmetic, m, n)}
-    known = _is_matrix_tile(choice.tile) if isinstance(choice.tile, MatrixTile) else choice.tile in tiles
+    software = {software_tile(arithmetic, m, n)} if arithmetic in SOFTWARE else set()
+    tiles = {c.tile for c in CANDIDATES[arithmetic]} | software
+    known = _is_matrix_tile(arithmetic, choice.tile) if isinstance(choice.tile, MatrixTile) else choice.tile in tiles
     if not known or choice.slices not in _SLICES:
         return False
     return _long_enough(choice.tile, choice.slices, k) and _tail_fits(arithmetic, choice, n)
 
 
-def _is_matrix_tile(tile: MatrixTile) -> bool:
+def _is_matrix_tile(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
     """Whether some device's matrix units would be given this tile."""
     sizes = tile.MM, tile.MN, tile.MK, tile.SUBGROUP
     if not all(0 < size <= 128 for size in sizes) or tile.pinned not in (0, 1):
         return False
-    config = MatrixConfig("f16", "f32", tile.MM, tile.MN, tile.MK, 1 if tile.pinned else tile.SUBGROUP, tile.SUBGROUP)
-    largest = Caps(max_workgroup_bytes=1 << 20, max_invocations=1024, matrices=(config,))
-    return tile in matrix_tiles("f16", largest)
+    subgroups = 1 if tile.pinned else tile.SUBGROUP, tile.SUBGROUP
+    half = MatrixConfig("f16", "f32", tile.MM, tile.MN, HALF_K if arithmetic == "int8_rows" else tile.MK, *subgroups)
+    config = MatrixConfig("i8", "i32", tile.MM, tile.MN, tile.MK, *subgroups)
+    largest = Caps(max_workgroup_bytes=1 << 20, max_invocations=1024, matrices=(half, config))
+    return tile in matrix_tiles(arithmetic, largest)
 
 
 def slice_length(k: int, choice: Choice) -> int:
