@@ -18,14 +18,15 @@ from entrenar_gpu.gpu.engines.dawn import Dawn
 from entrenar_gpu.gpu.kernel import render
 from entrenar_gpu.gpu.measure import MatmulCase, Program
 from entrenar_gpu.graph import Caps, Graph, MatrixConfig
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, arithmetic_on
 from entrenar_gpu.session.plan_report import PROFILES
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build
 
 MATRICES = (
-    MatrixConfig("f16", "f32", 16, 16, 16, 32, 32),
-    MatrixConfig("f16", "f32", 16, 16, 16, 32, 64),
-    MatrixConfig("f16", "f32", 8, 16, 16, 8, 32),
+    (MatrixConfig("f16", "f32", 16, 16, 16, 32, 32), MatrixConfig("i8", "i32", 16, 16, 32, 32, 32)),
+    (MatrixConfig("f16", "f32", 16, 16, 16, 32, 64), MatrixConfig("i8", "i32", 16, 16, 16, 32, 64)),
+    (MatrixConfig("f16", "f32", 8, 16, 16, 8, 32), MatrixConfig("i8", "i32", 8, 16, 32, 8, 32)),
 )
 
 
@@ -35,16 +36,34 @@ def graphs() -> Iterator[tuple[Graph, Caps]]:
         for caps in PROFILES.values():
             yield build(case).graph, caps
     card = PROFILES["desktop"]
-    low = [card, *(replace(card, matrices=(c,), max_workgroup_bytes=49152, max_invocations=1024) for c in MATRICES)]
+    low = [card, *(replace(card, matrices=c, max_workgroup_bytes=49152, max_invocations=1024) for c in MATRICES)]
     for caps in low:
         for arithmetic in ("f32", "f16", "int8"):
             for m in (2048, 70):
                 for by_columns in (True, False):
-                    case = MatmulCase("", arithmetic, m, 9728, 2560, transpose_b=by_columns, weight=True)
+                    case = MatmulCase(
+                        "", arithmetic_on(arithmetic, caps), m, 9728, 2560, transpose_b=by_columns, weight=True
+                    )
                     yield Program(case).graph, replace(caps, f16=True)
     for caps in low:
+        for rank in (16, 40):
+            yield layer_graph(arithmetic_on("int8", caps), rank), replace(caps, f16=True)
         for e in (64, 80, 128):
             yield attention_graph(e), replace(caps, f16=True)
+
+
+def layer_graph(arithmetic: Arithmetic, rank: int) -> Graph:
+    """Both passes of a projection with an adapter, a bias and a residual, whole tiles and edges."""
+    graph, (n, k) = Graph("g"), (320, 4160)
+    for t in (128, 70):
+        with graph.within(str(t)):
+            sizes = {"x": (t, k), "a": (rank, k), "b": (n, rank)}
+            x, a, b = (graph.tensor(f"{name}{t}", size, requires_grad=True) for name, size in sizes.items())
+            added = graph.tensor(f"bias{t}", (n,)), graph.tensor(f"residual{t}", (t, n))
+            weight = ops.Nf4Tensors.declare(graph, f"w{t}", (n, k), True, "bfloat16")
+            out = ops.linear(x, weight, None, *added, arithmetic, (a, b, 0.5))
+            backward(out, [x, a, b], graph.tensor(f"upstream{t}", out.shape))
+    return graph
 
 
 def attention_graph(e: int) -> Graph:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.gemm.linear import linear
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, int8_matrices_of
 from entrenar_gpu.ops.quantize import Nf4Tensors
 
+INT8 = "int8"
 VERSION = 2  # of the kernels on matrix units
 PASSED = "passed"
 _ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice
@@ -42,21 +45,28 @@ _CASES = [
 def open_device(choice: str | None = None, engine: str | None = None) -> Device:
     """`Device.open`, without matrix units where they do not compute what they should; that is said on stderr."""
     device = Device.open(choice, engine=engine)
-    if not device.caps.matrices:
-        return device
-    path = check_path(device)
+    caps = device.caps
+    if caps.matrices and not _passes(device, "", try_matrices):
+        device.caps = replace(caps, matrices=())
+    elif int8_matrices_of(caps) is not None and not _passes(device, INT8, try_int8):
+        device.caps = replace(caps, matrices=tuple(c for c in caps.matrices if c.component != "i8"))
+    return device
+
+
+def _passes(device: Device, kind: str, tries: Callable[[Device], str]) -> bool:
+    """Whether the device's matrix units, of one kind, were found to work, now or before; that they do not is said."""
+    path = check_path(device, kind)
     found = read_outcome(path)
     if found is None:
         new_folder(path.parent)
         _keep(path, "running")
-        found = try_matrices(device)
+        found = tries(device)
         _keep(path, found)
-    if found == PASSED:
-        return device
-    told = "a driver that did not come back from the check" if found == "running" else found
-    print(f"matrix units of {device.caps.name} are not used: {told} (remembered in {path})", file=sys.stderr)
-    device.caps = replace(device.caps, matrices=())
-    return device
+    if found != PASSED:
+        told = "a driver that did not come back from the check" if found == "running" else found
+        unused = f"matrix units of {device.caps.name} are not used{f' for {kind}' if kind else ''}"
+        print(f"{unused}: {told} (remembered in {path})", file=sys.stderr)
+    return found == PASSED
 
 
 def try_matrices(device: Device) -> str:
@@ -76,7 +86,16 @@ def try_matrices(device: Device) -> str:
             return str(failure).splitlines()[0]
         if not error <= TOLERANCES["f16"]:
             return f"a matmul of {case.m}x{case.n}x{case.k} is off by {error:.1e}"
-    for graph in (_layer(), _attention()):
+    return _first_wrong(device, kernels, [_layer("f16"), _attention()])
+
+
+def try_int8(device: Device) -> str:
+    """The same of matrices of int8: layers of whole tiles and of edges, of K of several slices' length."""
+    return _first_wrong(device, KernelCache(device), [_layer("int8_rows"), _layer("int8_rows", 70, 1024)])
+
+
+def _first_wrong(device: Device, kernels: KernelCache, graphs: Sequence[Graph]) -> str:
+    for graph in graphs:
         try:
             error = _error(device, kernels, graph)
         except (RuntimeError, device.engine.api.GPUError) as failure:
@@ -86,12 +105,12 @@ def try_matrices(device: Device) -> str:
     return PASSED
 
 
-def _layer() -> Graph:
+def _layer(precision: Arithmetic, t: int = 128, k: int = 256) -> Graph:
     """A projection with its adapter, onto a residual, and back."""
-    graph, (t, n, k, r) = Graph("a layer"), (128, 128, 256, 16)
+    graph, (n, r) = Graph("a layer"), (128, 16)
     x, a, b = (graph.tensor(name, s, requires_grad=True) for name, s in (("x", (t, k)), ("a", (r, k)), ("b", (n, r))))
     weight = Nf4Tensors.declare(graph, "weight", (n, k), False, "float32")
-    out = linear(x, weight, residual=graph.tensor("residual", (t, n)), precision="f16", lora=(a, b, 0.5))
+    out = linear(x, weight, residual=graph.tensor("residual", (t, n)), precision=precision, lora=(a, b, 0.5))
     backward(out, [x, a, b], graph.tensor("upstream", out.shape))
     return graph
 
@@ -134,9 +153,9 @@ def _off(got: np.ndarray, want: np.ndarray) -> float:
     return error if np.isfinite(error) else np.inf
 
 
-def check_path(device: Device) -> Path:
-    """Where the outcome for this GPU, driver and engine is kept."""
-    words = f"{device.caps.name} {device.info['description']} {device.engine.name} {device.engine.version}"
+def check_path(device: Device, kind: str = "") -> Path:
+    """Where the outcome for this GPU, driver and engine is kept, and kind of matrices."""
+    words = f"{kind} {device.caps.name} {device.info['description']} {device.engine.name} {device.engine.version}"
     return cache_folder() / "matrices" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', words).strip('-')}.json"
 
 

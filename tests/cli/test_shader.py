@@ -16,7 +16,14 @@ from entrenar_gpu.session.plan_report import PROFILES
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, ops that only answers are made with, and products on matrix units.
-ON_MATRIX_UNITS = {"matmul_matrix", "attention_matrix", "attention_dscores_matrix", "attention_grad_matrix"}
+OF_INT8 = {"matmul_matrix_int8", "rotated_rows", "nf4_rotated_columns"}
+ON_MATRIX_UNITS = {
+    "matmul_matrix",
+    "attention_matrix",
+    "attention_dscores_matrix",
+    "attention_grad_matrix",
+    *OF_INT8,
+}
 OF_ANSWERS = {"cache_write", "cache_heads", "cached_attention", "cached_attention_join", "gemv"}
 MADE_ELSEWHERE = {"random", "decide", *OF_ANSWERS, *ON_MATRIX_UNITS}  # no profile has matrix units
 

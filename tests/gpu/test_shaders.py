@@ -45,11 +45,14 @@ BYTES = {"f32": 4, "u32": 4, "i32": 4, "vec2<f32>": 8, "vec4<f32>": 16, "vec2<u3
 # `random` fills weights for benchmarks: nothing depends on its values.
 TEMPLATES = sorted(shader_files().keys() - {"random"})
 
-# Kernels for optional features, in test_low_precision.py and test_matrix_units.py, and one that binds many buffers.
+# Kernels for optional features, in test_low_precision.py and test_matrix_*.py, and one that binds many buffers.
 NEED_FEATURES = {
     "cache_heads",
     "matmul_f16",
     "matmul_matrix",
+    "matmul_matrix_int8",
+    "rotated_rows",
+    "nf4_rotated_columns",
     "attention_matrix",
     "attention_dscores_matrix",
     "attention_grad_matrix",
@@ -150,6 +153,7 @@ def test_every_template_has_a_planted_fault():
     planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_gemv.FAULTS)}
     planted |= {row[0] for row in test_attention_matrix.FAULTS}
     planted.add("matmul_matrix")  # test_matrix_units.py
+    planted |= {"matmul_matrix_int8", "rotated_rows", "nf4_rotated_columns"}  # test_matrix_int8.py
     assert planted == set(TEMPLATES)
 
 

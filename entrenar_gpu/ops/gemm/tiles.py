@@ -197,7 +197,7 @@ def matrices_of(caps: Caps) -> MatrixConfig | None:
 
 
 def int8_matrices_of(caps: Caps) -> MatrixConfig | None:
-    """The device's matrices of int8 with sums in int32, if it has some as large as those of f16, which adapters take."""
+    """The device's matrices of int8 with sums in int32, where some are as large as those of f16, which adapters take."""
     half = matrices_of(caps)
     if half is None or half.k != HALF_K:
         return None
@@ -211,7 +211,7 @@ def int8_matrices_of(caps: Caps) -> MatrixConfig | None:
 
 
 def arithmetic_on(precision: Arithmetic, caps: Caps) -> Arithmetic:
-    """What a device multiplies projections in for a run's precision: int8 by rows where it has matrix units for that."""
+    """What a device multiplies projections in, of a run's precision: int8 by rows where it has matrix units for it."""
     return "int8_rows" if precision == "int8" and matrix_tiles("int8_rows", caps) else precision
 
 
