@@ -1,9 +1,10 @@
 """What int8 costs single products of a real model, by scheme of scales: `python -m benchmarks.int8_scales MODEL`.
 
 Runs one micro-batch of the demo's data through a pretrained model on the NumPy executor, with every projection
-multiplied in f32, and keeps what projections of some layers multiply: x and W forward, dy and W^T backward. Each product
-is then made of rounded operands and held against float64; the table gives its relative Frobenius error by scheme. Takes
-minutes on two cores. MODEL is a folder whose projections are multiples of 64 both ways, as SmolLM2-135M's are.
+multiplied in f32, and keeps what projections of some layers multiply: x and W forward, dy and W^T backward. Each
+product is then made of rounded operands and held against float64; the table gives its relative Frobenius error by
+scheme. Takes minutes on two cores. MODEL is a folder whose projections are multiples of 64 both ways, as
+SmolLM2-135M's are.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def bf16(values: np.ndarray) -> np.ndarray:
 Scheme = Callable[[np.ndarray], np.ndarray | None]  # of one operand; None where it does not divide K
 
 
-def int8(group: int | None, rotation: int = 1, values: np.ndarray = np.empty(0)) -> np.ndarray | None:
+def int8(group: int | None, rotation: int, values: np.ndarray) -> np.ndarray | None:
     k = values.shape[1]
     if k % rotation or k % (group or k):
         return None
@@ -147,7 +148,7 @@ def operands(model: str, seq: int, layers: list[int]) -> list[Product]:
 
 
 def table(products: list[Product], schemes: Mapping[str, Scheme]) -> list[str]:
-    """A row for each scheme: the mean over layers of each projection's error, in percent; nan where K is not divided."""
+    """A row for each scheme: the mean over layers of each projection's error in percent; nan where K is not divided."""
     names = list(dict.fromkeys(p.name for p in products))
     lines = ["| scheme | " + " | ".join(names) + " | all |", "|---" * (len(names) + 2) + "|"]
     for name, scheme in schemes.items():

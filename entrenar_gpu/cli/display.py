@@ -35,6 +35,14 @@ _MEANINGS = {
 }
 
 
+ARITHMETICS = {
+    "f32": "f32",
+    "f16": "f16",
+    "int8": "int8 with a scale for every 64 values",
+    "int8_rows": "int8 with a scale for each row, on matrix units",
+}
+
+
 def size(nbytes: float) -> str:
     return f"{nbytes / 2**30:.3f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
 
@@ -55,7 +63,10 @@ def show_plan(parts: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        _text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
+        _text(
+            f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']},"
+            f" projections in {ARITHMETICS[parts['arithmetic']]}"
+        ),
         soft_wrap=True,
     )
     for words, counts in (("recomputed", parts["recomputed"]), ("kept as fp16", parts["fp16"])):

@@ -90,7 +90,13 @@ class PlanReport:
             "recomputed": self.recompute.counts("recompute"),
             "fp16": self.recompute.counts("fp16"),
             "device": self.profile,
+            "arithmetic": self._arithmetic(),
         }
+
+    def _arithmetic(self) -> str:
+        """What projections of NF4 weights are multiplied in; in int8 it tells the scheme of scales."""
+        linear = (node for graph in self.graphs.values() for node in graph.nodes if node.op == "linear")
+        return next((str(node.attrs["arithmetic"]) for node in linear), "f32")
 
     def _purposes(self) -> dict[str, str]:
         """The key that each buffer counts under; reports, ticks and inputs are transfers."""

@@ -22,7 +22,7 @@ from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, open_device, tuned
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
-from entrenar_gpu.ops.gemm.tiles import TileTable
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
 from entrenar_gpu.session import loader
 from entrenar_gpu.session.base_identity import BaseIdentity
 from entrenar_gpu.session.graphs import LOSS_SCALE_NAME, MARGIN, Fit, RunShape, Trace, fit_run
@@ -159,6 +159,11 @@ class Session:
     @property
     def allocated_bytes(self) -> int:
         return self.executor.device.allocated_bytes if isinstance(self.executor, Replay) else 0
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What projections are multiplied in on this device; in int8 it tells the scheme of scales."""
+        return self.shape.precision(self.fitted.plan.caps)
 
     @property
     def engine(self) -> str:

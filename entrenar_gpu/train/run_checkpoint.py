@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from entrenar_gpu.files import (
 )
 from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
-from entrenar_gpu.ops.gemm.tiles import is_choice
+from entrenar_gpu.ops.gemm.tiles import CANDIDATES, is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
 from entrenar_gpu.session import LOSS_SCALE_NAME, STATE_NAME, BaseIdentity, Session, load_weights
 from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile, SamplesFile
@@ -113,6 +114,7 @@ def save_run(
             "tiles": {name: list(numbers) for name, numbers in session.tiles.items()},
             "budget": None if session.budget is None else session.budget.nbytes,
             "engine": session.engine,
+            "arithmetic": session.arithmetic,
             "checksums": {path.relative_to(temporary).as_posix(): parts for path, parts in sums.items()},
         }
         state["checksum"] = _state_checksum(state)
@@ -216,8 +218,9 @@ def _resolve_resume(resume: str, output: Path) -> Path:
 class SavedRun:
     """What a checkpoint says of its run. `started` is the clock that chat templates saw, `data` a batch iterator's
     state, `config` the options, `model` the identity of the base model, `tiles` the measured blockings of products,
-    `budget` the bytes of device memory that it planned for, where it did, `engine` what ran its graphs, `run_id` the
-    run itself, where it is told, `checksums` what `checksums` made of the folder."""
+    `budget` the bytes of device memory that it planned for, where it did, `engine` what ran its graphs, `arithmetic`
+    that of projections, where it is told, which names the scheme of scales, `run_id` the run itself, where it is told,
+    `checksums` what `checksums` made of the folder."""
 
     path: Path
     step: int
@@ -228,6 +231,7 @@ class SavedRun:
     tiles: dict[str, tuple[int, ...]]
     budget: int | None
     engine: str
+    arithmetic: str | None
     run_id: str | None
     checksums: dict[str, dict[str, str]]
 
@@ -278,7 +282,11 @@ def read_state(folder: Path) -> SavedRun:
             raise ValueError
         if any(".." in Path(name).parts or Path(name).is_absolute() for name in sums):
             raise ValueError
-        return SavedRun(path, step, started, data, config, model, tiles, budget, engine, told, sums)
+        # Before there was another scheme, int8 had a scale for every 64 values.
+        arithmetic = state.get("arithmetic", "int8" if config.get("precision") == "int8" else None)
+        if arithmetic not in (None, *CANDIDATES):
+            raise ValueError
+        return SavedRun(path, step, started, data, config, model, tiles, budget, engine, arithmetic, told, sums)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: not the state of a training run") from None
 
@@ -327,6 +335,9 @@ def load_run(session: Session, saved: SavedRun) -> None:
         if saved.config.get(key) != now[key]:
             raise UserError(f"{saved.path}: made with {key} {saved.config.get(key)!r}, this run has {now[key]!r}")
     _verify(saved)
+    if saved.arithmetic not in (None, session.arithmetic):
+        changed = f"in {saved.arithmetic} and go on in {session.arithmetic}"
+        print(f"projections were multiplied {changed}: they round differently from here on", file=sys.stderr)
     _load_weights(session, folder)
     _load_optimizer(session, folder / OPTIMIZER_FILE)
 

@@ -197,7 +197,7 @@ def matrices_of(caps: Caps) -> MatrixConfig | None:
 
 
 def int8_matrices_of(caps: Caps) -> MatrixConfig | None:
-    """The device's matrices of int8 with sums in int32, where some are as large as those of f16, which adapters take."""
+    """The device's matrices of int8 with sums in int32, if some are as large as those of f16, for adapters."""
     half = matrices_of(caps)
     if half is None or half.k != HALF_K:
         return None
