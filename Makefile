@@ -60,8 +60,9 @@ wgsl: setup ## Have Tint, Dawn's compiler, parse and type every shader (needs np
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
 	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity
 
-real: models ## Compare two pretrained models with transformers and PEFT: 200 sentences, 30 steps (an hour on a CPU)
+real: models ## Compare two pretrained models with transformers and PEFT: losses, steps, answers (two hours on a CPU)
 	@.venv-parity/bin/python -m tests.real.compare
+	@.venv-parity/bin/python -m tests.real.greedy
 
 llama-cpp: parity-setup ## Have llama.cpp itself read what is written for it (npm; make models first)
 	@mkdir -p build/llama-cpp && cp scripts/llama_cpp_check.mjs build/llama-cpp/

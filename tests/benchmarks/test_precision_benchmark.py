@@ -19,25 +19,35 @@ from tests.helpers.tiny import make_data, make_model
 pytestmark = pytest.mark.gpu
 
 
-def test_every_precision_is_trained_from_the_same_start(kernels, monkeypatch):
+def test_every_precision_is_trained_from_the_same_start(tmp_path, kernels, monkeypatch):
     calls = []
     real = precision.final_loss
 
-    def spied(*arguments: Any) -> tuple[float, int]:
-        calls.append((arguments[0], real(*arguments)))
+    def spied(config: Any, kernels: Any) -> tuple[float, int]:
+        calls.append((config.precision, real(config, kernels)))
         return calls[-1][1]
 
     monkeypatch.setattr(precision, "final_loss", spied)
-    monkeypatch.setattr(precision, "PRECISIONS", ("f32", "int8"))
-    monkeypatch.setattr(precision, "RUN", replace(RUN, batch=1, seq=128))
     found = docstrings.collect()
-    few = docstrings.Corpus(found.train[:24], found.valid[:2])
-    ((line, difference),) = precision.compare(kernels, few, 1, 2)
+    docstrings.Corpus(found.train[:24], found.valid[:2]).write(tmp_path)
+    config = replace(RUN, batch=1, seq=128, steps=2, data=str(tmp_path))
+    ((line, held),) = precision.compare({"wgpu": kernels}, ["int8"], config, 1)
     losses = [loss for _, (loss, _) in calls]
     assert [kind for kind, _ in calls] == ["f32", "int8"]
     assert losses[0] != losses[1]
-    assert 0 < difference < 0.01
+    assert abs(losses[1] / losses[0] - 1) < 0.01
+    assert held
     assert line.startswith(f"| 0 | {losses[0]:.4f} | {losses[1]:.4f} ({losses[1] / losses[0] - 1:+.2%}, 0 skipped)")
+
+
+@pytest.mark.parametrize(("loss", "held"), [(3.0089, True), (2.9911, True), (3.0091, False), (float("nan"), False)])
+def test_a_difference_over_the_bar_of_its_precision_is_told(monkeypatch, loss, held):
+    found = {"f32": (3.0, 0), "f16": (loss, 0), "int8": (3.029, 0)}
+    monkeypatch.setattr(precision, "final_loss", lambda config, kernels: found[config.precision])
+    engines: dict[str, Any] = {"wgpu": None, "dawn": None}
+    ((line, is_held),) = precision.compare(engines, ["f32", "f16", "int8"], RUN, 1)
+    assert is_held == held
+    assert line.count("|") == 1 + 1 + len(precision.columns(engines, ["f32", "f16", "int8"])) + 1
 
 
 @pytest.mark.parametrize(("arithmetic", "skipped"), [("f16", True), ("f32", False)])
