@@ -22,7 +22,7 @@ from entrenar_gpu.events import EvalRecord
 from entrenar_gpu.gpu import KernelCache, open_device
 from entrenar_gpu.train import Trainer
 
-SEEDS, STEPS = 3, 200
+SEEDS, STEPS = "0,1,2", 200
 LARGEST_DIFFERENCE = {"f32": 0.001, "f16": 0.003, "int8": 0.01}  # of evaluation losses from f32's, relative
 
 
@@ -48,12 +48,12 @@ def final_loss(config: TrainConfig, kernels: KernelCache) -> tuple[float, int]:
 
 
 def compare(
-    engines: Mapping[str, KernelCache], precisions: Sequence[str], config: TrainConfig, seeds: int
+    engines: Mapping[str, KernelCache], precisions: Sequence[str], config: TrainConfig, seeds: Sequence[int]
 ) -> Iterator[tuple[str, bool]]:
     """(a row of the table, whether every difference in it is within its bar), seed by seed.
 
     The first column is f32 on the first engine; the others are `columns`."""
-    for seed in range(seeds):
+    for seed in seeds:
         want, skipped = final_loss(replace(config, precision="f32", seed=seed), next(iter(engines.values())))
         cells, held = [f"{want:.4f}"], not skipped
         for engine, precision in columns(engines, precisions):
@@ -74,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a pretrained model, trained at the default learning rate")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", default=SEEDS, help="by their numbers (default: %(default)s)")
     parser.add_argument("--device")
     parser.add_argument("--engine", action="append", help="wgpu or dawn; may be given again (default: as in training)")
     parser.add_argument("--precisions", default="f16,int8", help="beside the first engine's f32 (default: %(default)s)")
     args = parser.parse_args(arguments)
-    precisions = args.precisions.split(",")
+    precisions, seeds = args.precisions.split(","), [int(seed) for seed in args.seeds.split(",")]
     if unknown := set(precisions) - LARGEST_DIFFERENCE.keys():
         parser.error(f"--precisions: no {', '.join(sorted(unknown))}; there are {', '.join(LARGEST_DIFFERENCE)}")
     engines: dict[str, KernelCache] = {}
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     all_held = True
     with tempfile.TemporaryDirectory() as folder:
         docstrings.collect().write(folder)
-        for line, held in compare(engines, precisions, replace(config, data=folder), args.seeds):
+        for line, held in compare(engines, precisions, replace(config, data=folder), seeds):
             print(line, flush=True)
             all_held = all_held and held
     if not all_held:

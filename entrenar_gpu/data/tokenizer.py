@@ -21,6 +21,7 @@ from entrenar_gpu.data.tokenizer_files import (
     read_optional_json,
     stop_ids,
     template_sources,
+    without_panics_text,
 )
 from entrenar_gpu.errors import UserError
 
@@ -78,14 +79,18 @@ class Tokenizer:
         `now` is the clock shown to chat templates that write the date (Llama 3's do): a resumed run passes the one it
         began with, so that its data stay the same. Raises UserError naming the file at fault.
         """
-        folder = Path(folder)
+        with without_panics_text():
+            return cls._loaded(Path(folder), now or datetime.now())
+
+    @classmethod
+    def _loaded(cls, folder: Path, now: datetime) -> Tokenizer:
         backend = load_backend(folder / "tokenizer.json")
         config = read_optional_json(folder / "tokenizer_config.json")
         named = named_tokens(config) | named_tokens(read_optional_json(folder / "special_tokens_map.json"))
         stops = [i for name in ("generation_config.json", "config.json") for i in stop_ids(folder / name)]
         special = set(_special_tokens(backend).values()) | set(named.values())
         templates = {
-            name: ChatTemplate(source, origin, named, special, now or datetime.now())
+            name: ChatTemplate(source, origin, named, special, now)
             for name, (source, origin) in template_sources(folder, config).items()
         }
         return cls(backend, str(folder), named, stops, templates)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,36 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # it raises nothing more precise than Exception, and panics beside that
         raise UserError(f"{path}: {what}: {' '.join(str(error).split())[:200]}") from None
+
+
+@contextlib.contextmanager
+def without_panics_text() -> Iterator[None]:
+    """What a library writes to the process's standard error in the block is shown behind it, and not at all where a
+    UserError leaves it: Rust's panics describe themselves there before they become exceptions.
+
+    For set-up only: all threads share the descriptor. Where nothing can be kept back, nothing is.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            shown = os.dup(2)
+            stack.callback(os.close, shown)
+            kept = stack.enter_context(tempfile.TemporaryFile())
+            os.dup2(kept.fileno(), 2)
+        except OSError:  # closed, or no room
+            yield
+            return
+        failed = False
+        try:
+            yield
+        except UserError:
+            failed = True
+            raise
+        finally:
+            os.dup2(shown, 2)
+            kept.seek(0)
+            if not failed and (text := kept.read()):
+                with contextlib.suppress(OSError):
+                    os.write(2, text)
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

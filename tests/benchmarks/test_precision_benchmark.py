@@ -31,7 +31,7 @@ def test_every_precision_is_trained_from_the_same_start(tmp_path, kernels, monke
     found = docstrings.collect()
     docstrings.Corpus(found.train[:24], found.valid[:2]).write(tmp_path)
     config = replace(RUN, batch=1, seq=128, steps=2, data=str(tmp_path))
-    ((line, held),) = precision.compare({"wgpu": kernels}, ["int8"], config, 1)
+    ((line, held),) = precision.compare({"wgpu": kernels}, ["int8"], config, [0])
     losses = [loss for _, (loss, _) in calls]
     assert [kind for kind, _ in calls] == ["f32", "int8"]
     assert losses[0] != losses[1]
@@ -45,7 +45,7 @@ def test_a_difference_over_the_bar_of_its_precision_is_told(monkeypatch, loss, h
     found = {"f32": (3.0, 0), "f16": (loss, 0), "int8": (3.029, 0)}
     monkeypatch.setattr(precision, "final_loss", lambda config, kernels: found[config.precision])
     engines: dict[str, Any] = {"wgpu": None, "dawn": None}
-    ((line, is_held),) = precision.compare(engines, ["f32", "f16", "int8"], RUN, 1)
+    ((line, is_held),) = precision.compare(engines, ["f32", "f16", "int8"], RUN, [7])
     assert is_held == held
     assert line.count("|") == 1 + 1 + len(precision.columns(engines, ["f32", "f16", "int8"])) + 1
 

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from entrenar_gpu.chat import ChatTemplate
 from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.data.tokenizer_files import without_panics_text
 from entrenar_gpu.errors import UserError
 from tests.helpers import chat_templates
 
@@ -306,16 +307,32 @@ def faulty_tokenizer(folder: Path, **changes: object) -> Path:
     return folder
 
 
+NAMES_NO_TOKEN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "none", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
 def test_a_tokenizer_that_fails_when_used_is_one_line(tmp_path):
     """The library panics, which is no Exception."""
-    single = [{"SpecialToken": {"id": "none", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    unknown = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode a text: "):
-        Tokenizer.load(faulty_tokenizer(tmp_path / "a", post_processor=unknown))
+        Tokenizer.load(faulty_tokenizer(tmp_path / "a", post_processor=NAMES_NO_TOKEN))
     endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     tokenizer = Tokenizer.load(faulty_tokenizer(tmp_path / "b", pre_tokenizer=endless))
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode a text: "):
         tokenizer.encode("a" * 60 + "!")
+
+
+def test_a_panic_of_the_library_says_nothing_beside_that_line(tmp_path, capfd):
+    """Rust writes of a panic to the descriptor, past sys.stderr; what is written for other reasons is shown."""
+    with pytest.raises(UserError, match="cannot encode"):
+        Tokenizer.load(faulty_tokenizer(tmp_path, post_processor=NAMES_NO_TOKEN))
+    assert capfd.readouterr().err == ""
+    with without_panics_text():
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"
 
 
 def replaced(pattern: dict[str, str], content: str) -> dict[str, object]:

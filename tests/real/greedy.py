@@ -99,8 +99,8 @@ def compare(
         with Decoder.open(config, len(prompts), context, CHUNK, adapters=adapters, kernels=kernels) as decoder:
             decoder.set_adapter("trained" if adapted else None)
             other, ties, worst = follow(decoder, Teacher(model), prompts, tokens)
-    print(f"{folder.name} {name}: {len(prompts)} chats of {tokens} tokens, {other} other than transformers', {ties} near"
-          f" ties; logits at most {worst:.1e} apart (bar {LOGITS_BAR:.0e}); {time.perf_counter() - begin:.0f} s",
+    print(f"{folder.name} {name}: {len(prompts)} chats of {tokens} tokens, {other} other than transformers', {ties}"
+          f" near ties; logits at most {worst:.1e} apart (bar {LOGITS_BAR:.0e}); {time.perf_counter() - begin:.0f} s",
           flush=True)  # fmt: skip
     return not other
 
