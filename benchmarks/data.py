@@ -1,4 +1,4 @@
-"""Speed and memory of reading JSONL, against `tokenizers` alone: python benchmarks/data.py [MEGABYTES]
+"""Speed and memory of reading JSONL, against `tokenizers` alone: python benchmarks/data.py [MEGABYTES [KIND]]
 
 Rows are made of the standard library's docstrings, for the demo model's tokenizer and template; nothing is downloaded.
 Prints, for each kind of row, MB of JSONL per second with and without everything around the tokenizer, their ratio, and
@@ -26,6 +26,7 @@ from entrenar_gpu.data import Tokenizer, load_samples
 
 SEQ = 2048
 REPEATS = 3
+KINDS = ("text", "long text", "chat")
 
 
 def rows(kind: str) -> Iterator[dict[str, object]]:
@@ -82,16 +83,16 @@ def _whole_text(row: dict[str, object], tokenizer: Tokenizer) -> str:
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
 
-def main(megabytes: float) -> None:
+def main(megabytes: float = 50, *kinds: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("text", "long text", "chat"):
+        for kind in kinds or KINDS:
             path = Path(folder) / "data.jsonl"
             write(path, kind, megabytes)
             whats = ["tokenizers", "load_samples", *(["templates here"] if kind == "chat" else [])]
             found: dict[str, list[dict[str, float]]] = {what: [] for what in whats}
             for _ in range(REPEATS):
                 for what, results in found.items():
-                    command = [sys.executable, __file__, what, str(path)]
+                    command = [sys.executable, __file__, "--measure", what, str(path)]
                     results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
             alone, ours, *here = (statistics.median(r["seconds"] for r in found[what]) for what in found)
             above = max(r["above"] for r in found["load_samples"])
@@ -104,7 +105,7 @@ def main(megabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        measure(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2], Path(sys.argv[3]))
     else:
-        main(float(sys.argv[1]) if len(sys.argv) > 1 else 50)
+        main(*map(float, sys.argv[1:2]), *sys.argv[2:])

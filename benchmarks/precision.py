@@ -36,7 +36,7 @@ class _Last:
 
 
 def final_loss(config: TrainConfig, kernels: KernelCache) -> tuple[float, int]:
-    """(evaluation loss after the last step, steps skipped because something overflowed) of a run."""
+    """(evaluation loss after the last step, steps skipped because something overflowed) of a run; stderr is told."""
     with tempfile.TemporaryDirectory() as folder:
         last = _Last()
         trainer = Trainer(replace(config, output=folder), [last], kernels)
@@ -44,6 +44,8 @@ def final_loss(config: TrainConfig, kernels: KernelCache) -> tuple[float, int]:
             summary = trainer.run()
         finally:
             trainer.session.close()
+        run = f"seed {config.seed}, {config.precision} on {kernels.device.engine.name}"
+        print(f"{run}: {last.loss:.4f}, {summary.skipped_steps} skipped", file=sys.stderr, flush=True)
         return last.loss, summary.skipped_steps
 
 

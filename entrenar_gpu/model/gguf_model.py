@@ -18,13 +18,14 @@ from entrenar_gpu.model.gguf_tokenizer import tokenizer_of
 from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
 
-# What an architecture of llama.cpp is here: `architectures`, and what its file does not say.
+# What an architecture of llama.cpp is in a config.json, and what its file does not say.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"},
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_local_base_freq": 10000.0,
     },
