@@ -25,6 +25,7 @@ from entrenar_gpu.model import (
     as_pairs,
     family_of,
     heads_of,
+    window_of,
 )
 
 Floats = np.ndarray
@@ -32,6 +33,7 @@ Floats = np.ndarray
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 _BLOCK = 32  # numbers that a quantised block has
 _AS_FACTORS = "RopeScaling"  # Llama 3.1's, which llama.cpp takes as a factor for each frequency
+_TWO_TABLES = "LongRopeScaling"  # which it takes as two such tables, for short contexts and long
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,9 @@ def _add_metadata(writer: Any, config: ModelConfig, folder: Path, source: str, d
     writer.add_key_length(attention.head_dim)
     writer.add_value_length(attention.head_dim)
     writer.add_layer_norm_rms_eps(config.norm.eps)
-    windows = [each.attention.window for each in config.layers]
-    if any(windows):
-        writer.add_sliding_window(next(window for window in windows if window))
+    windows = [window for each in config.layers if (window := window_of(each.attention, config))]
+    if windows:
+        writer.add_sliding_window(windows[0])
     if attention.softcap is not None:
         writer.add_attn_logit_softcapping(attention.softcap)
     if config.softcap is not None:
@@ -170,8 +172,12 @@ def _add_rope(writer: Any, config: ModelConfig, source: str) -> None:
     if kind == "LinearScaling":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(vars(rope.scaling)["factor"])
+    elif kind == _TWO_TABLES:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(vars(rope.scaling)["original"])
+        writer.add_rope_scaling_attn_factors(vars(rope.scaling)["attention_factor"])
     elif rope.scaling is not None and kind != _AS_FACTORS:
-        raise UserError(f"{source}: rope scaling {kind} cannot be written as GGUF; linear and llama3 can")
+        raise UserError(f"{source}: rope scaling {kind} cannot be written as GGUF; linear, llama3, longrope can")
 
 
 def _rope_of(config: ModelConfig) -> Rope | None:
@@ -180,8 +186,14 @@ def _rope_of(config: ModelConfig) -> Rope | None:
 
 
 def _rope_factors(config: ModelConfig) -> list[_Tensor]:
-    """What llama.cpp divides the frequencies by, where these are scaled as Llama 3.1's are."""
+    """What llama.cpp divides the frequencies by, where these are scaled as Llama 3.1's or Phi 4 mini's are."""
     rope = _rope_of(config)
+    if rope is not None and type(rope.scaling).__name__ == _TWO_TABLES:
+        tables = {name: np.array(vars(rope.scaling)[name], np.float32) for name in ("long", "short")}
+        return [
+            _Tensor(f"rope_factors_{name}.weight", table.shape, "F32", lambda table=table: table)  # type: ignore[misc]
+            for name, table in tables.items()
+        ]
     if rope is None or type(rope.scaling).__name__ != _AS_FACTORS:
         return []
     factors = np.array(rope.base()) / np.array(rope.frequencies(config.max_positions))

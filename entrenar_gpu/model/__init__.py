@@ -3,7 +3,7 @@
 from entrenar_gpu.model.blocks import Attention
 from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.decoder import Transformer
-from entrenar_gpu.model.gguf_families import FAMILIES, GgufFamily, as_pairs, family_of, heads_of
+from entrenar_gpu.model.gguf_families import FAMILIES, GgufFamily, as_pairs, family_of, heads_of, window_of
 from entrenar_gpu.model.gguf_tokenizer import LLAMA3_WORDS, QWEN2_WORDS
 from entrenar_gpu.model.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFCheckpoint
 from entrenar_gpu.model.hub import resolve_model
@@ -41,4 +41,5 @@ __all__ = [
     "model_shape",
     "parse_model_config",
     "resolve_model",
+    "window_of",
 ]

@@ -16,11 +16,13 @@ Floats = np.ndarray
 @dataclass(frozen=True)
 class GgufFamily:
     """`architecture` as llama.cpp calls it. `pairs`: it rotates neighbouring columns of a head, so that queries and
-    keys are written in that order. `windows`: it knows layers with a window; where not, a model with one is refused."""
+    keys are written in that order. What it takes for granted, and a model that has it otherwise is refused for: each
+    layer has a window but every `full_every`th; every `plain_every`th does not rotate; 0 stands for no such layer."""
 
     architecture: str
     pairs: bool = False
-    windows: bool = False
+    full_every: int = 0
+    plain_every: int = 0
 
 
 # By the file of families/. Those that are missing here llama.cpp computes otherwise, or not at all.
@@ -29,15 +31,20 @@ FAMILIES = {
     "mistral": GgufFamily("llama", pairs=True),
     "qwen2": GgufFamily("qwen2"),
     "qwen3": GgufFamily("qwen3"),
-    "gemma2": GgufFamily("gemma2", windows=True),
-    "gemma3": GgufFamily("gemma3", windows=True),
+    "gemma2": GgufFamily("gemma2", full_every=2),
+    "gemma3": GgufFamily("gemma3", full_every=6),
     "phi3": GgufFamily("phi3"),
     "granite": GgufFamily("granite", pairs=True),
     "olmo2": GgufFamily("olmo2"),
     "glm4": GgufFamily("glm4"),
-    "smollm3": GgufFamily("smollm3", pairs=True),
+    "smollm3": GgufFamily("smollm3", pairs=True, plain_every=4),
     "arcee": GgufFamily("arcee", pairs=True),
 }
+
+
+# Attention of Gemma's largest models is scaled by the root of hidden / heads: llama.cpp knows them by their layers.
+SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
+_LOCAL_THETA = 10000.0  # of gemma3's layers with a window
 
 
 def family_of(model: ModelConfig, source: str) -> GgufFamily:
@@ -45,13 +52,39 @@ def family_of(model: ModelConfig, source: str) -> GgufFamily:
     family = FAMILIES.get(model.architecture)
     if family is None:
         raise UserError(f"{source}: {model.architecture} cannot be written as GGUF; can be: {', '.join(FAMILIES)}")
-    if not family.windows and any(layer.attention.window for layer in model.layers):
-        raise UserError(f"{source}: a window of attention in {model.architecture} is nothing that GGUF can say")
+    for index, layer in enumerate(model.layers):
+        _check_layer(layer.attention, index, family, model, source)
     attention = model.layers[0].attention
-    scale = attention.head_dim**-0.5
+    by_hidden = len(model.layers) == SCALED_BY_HIDDEN.get(model.architecture)
+    scale = (model.hidden_size / attention.num_heads if by_hidden else attention.head_dim) ** -0.5
     if model.architecture != "granite" and abs((attention.scale or scale) - scale) > 1e-6 * scale:
-        raise UserError(f"{source}: attention is scaled otherwise than by 1/sqrt(head_dim), which GGUF cannot say")
+        raise UserError(f"{source}: attention is scaled otherwise than by {scale:g}, which GGUF cannot say")
     return family
+
+
+def window_of(attention: Attention, model: ModelConfig) -> int | None:
+    """The window of a layer, where there are positions beyond it."""
+    return attention.window if attention.window is not None and attention.window < model.max_positions else None
+
+
+def _check_layer(attention: Attention, index: int, family: GgufFamily, model: ModelConfig, source: str) -> None:
+    """Raise UserError for a layer that llama.cpp would compute otherwise."""
+
+    def every(period: int) -> bool:
+        return period > 0 and (index + 1) % period == 0
+
+    where = f"{source}: layer {index} of {model.architecture}"
+    window = window_of(attention, model)
+    if window is not None and (not family.full_every or window != window_of(model.layers[0].attention, model)):
+        raise UserError(f"{where}: its window of attention is nothing that GGUF can say")
+    if family.full_every and (window is None) != every(family.full_every) and model.max_positions > (window or 0):
+        raise UserError(f"{where}: llama.cpp has windows in all layers but each {family.full_every}th")
+    if (attention.rope is None) != every(family.plain_every):
+        other = f"each {family.plain_every}th layer and no other" if family.plain_every else "no layer"
+        raise UserError(f"{where}: llama.cpp leaves {other} without rotation")
+    rope = attention.rope
+    if model.architecture == "gemma3" and window and rope and (rope.theta != _LOCAL_THETA or rope.scaling):
+        raise UserError(f"{where}: llama.cpp rotates layers with a window by rope_theta {_LOCAL_THETA:g}, unscaled")
 
 
 def as_pairs(weight: Floats, heads: int) -> Floats:

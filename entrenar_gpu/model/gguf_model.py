@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import xxhash
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.files import FolderLock, TensorSource, cache_folder, new_file, new_folder, write_tensors, write_text
 from entrenar_gpu.model.config import ModelConfig
-from entrenar_gpu.model.gguf_families import FAMILIES, from_pairs, heads_of
+from entrenar_gpu.model.gguf_families import FAMILIES, SCALED_BY_HIDDEN, from_pairs, heads_of
 from entrenar_gpu.model.gguf_tokenizer import tokenizer_of
 from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.model.weight_spec import WeightSpec
@@ -28,6 +29,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_local_base_freq": 10000.0,
+    },
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"},
+    "granite": {"architectures": ["GraniteForCausalLM"], "hidden_act": "silu"},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "hidden_act": "silu"},
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "hidden_act": "silu"},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "hidden_act": "silu"},
+    "arcee": {"architectures": ["ArceeForCausalLM"], "hidden_act": "relu2"},
+}
+# Keys that some architectures have beside those sizes, and what the file may have them as.
+_MORE = {
+    "gemma2": {
+        "sliding_window": "attention.sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"sliding_window": "attention.sliding_window"},
+    "granite": {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
     },
 }
 _SIZES = {
@@ -107,19 +130,43 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str) 
     raw["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     raw["tie_word_embeddings"] = "output.weight" not in tensors
     raw["rope_theta"] = value("rope.freq_base", 1e6 if arch == "gemma3" else 10000.0)
-    raw["attention_bias"] = "blk.0.attn_q.bias" in tensors and arch == "llama"
-    if arch == "gemma3":
-        raw |= {"sliding_window": value("attention.sliding_window"), "query_pre_attn_scalar": raw["head_dim"]}
+    raw["attention_bias"] = "blk.0.attn_q.bias" in tensors and arch != "qwen2"  # which has some without saying so
+    raw["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    raw |= {name: value(key) for name, key in _MORE.get(arch, {}).items() if value(key) is not None}
+    if arch in ("gemma2", "gemma3"):
+        by_hidden = raw["num_hidden_layers"] == SCALED_BY_HIDDEN[arch]
+        heads = raw["num_attention_heads"]
+        raw["query_pre_attn_scalar"] = raw["hidden_size"] // heads if by_hidden else raw["head_dim"]
+    if arch in ("phi3", "glm4"):
+        raw["partial_rotary_factor"] = value("rope.dimension_count", raw["head_dim"]) / raw["head_dim"]
     if value("rope.scaling.type") == "linear":
         raw["rope_scaling"] = {"rope_type": "linear", "factor": value("rope.scaling.factor")}
+    elif value("rope.scaling.type") == "longrope" or "rope_factors_long.weight" in tensors:
+        said = (value(f"rope.scaling.{name}") for name in ("original_context_length", "attn_factor"))
+        raw |= _longrope(tensors, raw["max_position_embeddings"], *said)
     elif value("rope.scaling.type") not in (None, "none"):
         raise UserError(
-            f"{source}: rope scaling {value('rope.scaling.type')!r} is not read; linear and Llama 3.1's are"
+            f"{source}: rope scaling {value('rope.scaling.type')!r} is not read; linear, longrope and Llama 3.1's are"
         )
     if "rope_freqs.weight" in tensors:
         factors = np.array(tensors["rope_freqs.weight"].data, np.float64).reshape(-1)
         raw["rope_scaling"] = _llama3_scaling(raw, factors, source)
     return raw
+
+
+def _longrope(
+    tensors: Mapping[str, Any], positions: int, original: int | None, attention_factor: float | None
+) -> dict[str, Any]:
+    """LongRoPE as Phi's files have it: a table of factors for short contexts and one for long."""
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for name in ("short", "long"):
+        if (table := tensors.get(f"rope_factors_{name}.weight")) is not None:
+            scaling[f"{name}_factor"] = [float(str(factor)) for factor in np.array(table.data).reshape(-1)]
+    if original is not None and attention_factor is not None and original > 1:
+        usual = math.sqrt(1 + math.log(max(positions / original, 1)) / math.log(original))
+        if not math.isclose(usual, attention_factor, rel_tol=1e-6):  # a file has it in f32
+            scaling["attention_factor"] = attention_factor
+    return {"rope_scaling": scaling, "original_max_position_embeddings": original}
 
 
 def _llama3_scaling(raw: dict[str, Any], factors: np.ndarray, source: str) -> dict[str, Any]:

@@ -31,10 +31,25 @@ CONFIGS = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
     "gemma3": {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
                "query_pre_attn_scalar": 16, "sliding_window": 8, "rope_local_base_freq": 10000.0},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+               "query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
+    "phi3-long": {
+        "architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(8)],
+                         "long_factor": [2.0 + i for i in range(8)]},
+    },
+    "granite": {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+                "attention_multiplier": 0.015625, "logits_scaling": 8.0},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 0.5, "attention_bias": True},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "arcee": {"architectures": ["ArceeForCausalLM"], "hidden_act": "relu2"},
+    "llama-biases": {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 
 
-MODEL_TYPES = {"llama3": "llama", "gemma3": "gemma3_text"}
+MODEL_TYPES = {"llama3": "llama", "gemma3": "gemma3_text", "phi3-long": "phi3", "llama-biases": "llama"}
 
 
 def make(tmp_path: Path, name: str, **changes) -> HFCheckpoint:
@@ -78,7 +93,7 @@ def test_the_adapter_on_the_base_is_the_merged_model(tmp_path, name):
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
     adapted = {name.rpartition(".")[0] for name in lora}
-    assert len(adapted) == 2 * 7
+    assert len(adapted) == len(load_adapter(adapter, checkpoint.config)[0].modules)
     for tensor, values in base.items():
         if tensor in adapted:
             a, b = lora[f"{tensor}.lora_a"], lora[f"{tensor}.lora_b"]
@@ -202,6 +217,38 @@ def test_what_cannot_be_written_is_refused_and_nothing_is(tmp_path, case):
     with pytest.raises(UserError, match=message):
         export_model(str(tmp_path / "model"), str(tmp_path / output) if output else "", **options)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+OTHERWISE = {
+    "gemma2": (
+        {"num_hidden_layers": 3, "layer_types": None, "query_pre_attn_scalar": 9},
+        "attention is scaled otherwise",
+    ),
+    "gemma3": (
+        {"rope_local_base_freq": 1e6},
+        "layer 0 of gemma3: llama.cpp rotates layers with a window by rope_theta",
+    ),
+    "smollm3": ({"no_rope_layers": [1, 0, 1, 0]}, "layer 1 of smollm3: llama.cpp leaves each 4th layer and no other"),
+    "phi3": ({"sliding_window": 8}, "layer 0 of phi3: its window of attention is nothing that GGUF can say"),
+    "gemma3-order": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer 0 of gemma3: llama.cpp has windows in all layers but each 6th",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_llama_cpp_takes_otherwise_for_granted_is_refused(tmp_path, case):
+    changes, message = OTHERWISE[case]
+    make(tmp_path, case.partition("-")[0], **changes)
+    with pytest.raises(UserError, match=message):
+        export_model(str(tmp_path / "model"), tmp_path / "model.gguf")
+
+
+def test_a_window_beyond_all_positions_is_none(tmp_path):
+    make(tmp_path, "phi3", sliding_window=262144)
+    export_model(str(tmp_path / "model"), tmp_path / "model.gguf")
+    assert "phi3.attention.sliding_window" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
 
 
 def test_every_family_in_the_table_is_one_that_gguf_names():
