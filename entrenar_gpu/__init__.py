@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from entrenar_gpu.api import quantize as quantize
     from entrenar_gpu.cli.display import Progress as Progress
     from entrenar_gpu.config import TrainConfig as TrainConfig
+    from entrenar_gpu.custom_op import CustomOp as CustomOp
+    from entrenar_gpu.custom_op import OpCall as OpCall
     from entrenar_gpu.eager import tensor as tensor
     from entrenar_gpu.errors import UserError as UserError
     from entrenar_gpu.events import CheckpointRecord as CheckpointRecord
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointRecord": "events",
     "Completion": "infer",
+    "CustomOp": "custom_op",
     "EvalRecord": "events",
     "LanguageModel": "infer",
+    "OpCall": "custom_op",
     "Progress": "cli.display",
     "RunControl": "train",
     "RunInfo": "events",

@@ -45,7 +45,12 @@ def render(launch: Launch) -> str:
         element = scalar if binding.vector == 1 else f"vec{binding.vector}<{scalar}>"
         access = "read_write" if binding.write else "read"
         lines.append(f"@group(0) @binding({index}) var<storage, {access}> {binding.name}: array<{element}>;")
-    body = _environment().get_template(f"{launch.shader}.wgsl").render(**launch.constants)
+    environment = _environment()
+    if launch.source:
+        template = environment.from_string(launch.source)
+    else:
+        template = environment.get_template(f"{launch.shader}.wgsl")
+    body = template.render(**launch.constants)
     return "\n".join(lines) + "\n" + body
 
 

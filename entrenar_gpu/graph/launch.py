@@ -35,7 +35,7 @@ class Launch:
     """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid.
 
     A `trusted` shader runs without the checks of indices and loops that WebGPU adds: for shaders whose every index
-    follows from their constants, never from data.
+    follows from their constants, never from data. `source` is the template itself, where it is none of shaders/.
     """
 
     shader: str
@@ -43,6 +43,7 @@ class Launch:
     constants: Mapping[str, Any]
     grid: tuple[int, int, int]
     trusted: bool = False
+    source: str = ""
 
 
 # What every adapter accepts (WebGPU's default minStorageBufferOffsetAlignment).
