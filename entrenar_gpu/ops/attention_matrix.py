@@ -60,12 +60,14 @@ def dscores_blocking(e: int, config: MatrixConfig, caps: Caps) -> Mapping[str, A
 def products_blocking(e: int, config: MatrixConfig, caps: Caps) -> Mapping[str, Any]:
     """The constants of dq, dk and dv: four subgroups, two by two where columns can be halved."""
     across = 2 if e % (2 * config.n) == 0 else 1
-    columns = e // across  # of a subgroup; half of them at a time go through workgroup memory, where they can
-    part = columns // 2 if columns % (2 * config.n) == 0 else columns
-    stored = 4 * config.m * (part + 4) * 4
-    if stored + BLOCK * (e // 8 + 1 + BLOCK // 8 + 1) * 16 > caps.max_workgroup_bytes:
-        return {}
-    return {"TM": 16 * across, "TN": columns, "PART": part}
+    columns = e // across  # of a subgroup; some of them at a time go through workgroup memory
+    lanes, operands = config.max_subgroup // config.m, BLOCK * (e // 8 + 1 + BLOCK // 8 + 1) * 16
+    for pieces in (2, 4, 8, 1) if columns % (2 * config.n) == 0 else (1,):
+        part = columns // pieces
+        whole = columns % (pieces * config.n) == part % (4 * lanes) == 0
+        if whole and 4 * config.m * (part + 4) * 4 + operands <= caps.max_workgroup_bytes:
+            return {"TM": 16 * across, "TN": columns, "PART": part}
+    return {}
 
 
 def split_of(workgroups: int, blocks: int, caps: Caps) -> int:

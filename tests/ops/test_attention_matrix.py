@@ -71,6 +71,7 @@ CASES = {
     "sixteen keys at a time": (case_of([[100, 40]], 1, 1, 32), NVIDIA, 19),
     "maxima that grow": (case_of([[130, 62]], 1, 1, 16, 2.5), NVIDIA, 20),
     "a window": (case_of([[150, 20]], 1, 1, 16, window=40, scale=0.3), NVIDIA, 20),
+    "quarters of a subgroup's columns": (case_of([[70]], 1, 1, 128), NVIDIA, 32),
     "8x16x16": (case_of([[90, 40]], 2, 1, 16), INTEL, 24),
     "subgroups of 64": (case_of([[65]], 1, 1, 16), AMD, 24),
 }
@@ -112,7 +113,7 @@ def test_planted_faults_are_seen(
         check(name, device, emulated)
 
 
-@pytest.mark.parametrize("e", [64, 80, 128])
+@pytest.mark.parametrize("e", [64, 80, 128, 256])
 def test_arrays_that_matrices_lie_in_begin_at_16_bytes(e: int) -> None:
     """A driver lays arrays of workgroup memory end to end, and multiplies garbage from between 16 bytes."""
     case = case_of([[70]], 2, 1, e)
@@ -131,6 +132,7 @@ def test_arrays_that_matrices_lie_in_begin_at_16_bytes(e: int) -> None:
     ("config", "e", "kibibytes", "fits"),
     [
         (NVIDIA, 128, 48, True),
+        (NVIDIA, 256, 48, True),
         (NVIDIA, 80, 48, True),
         (NVIDIA, 100, 48, False),
         (NVIDIA, 64, 32, True),
