@@ -64,6 +64,8 @@ def load_mlx_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterSpe
 
 def save_mlx_adapter(folder: str | Path, spec: AdapterSpec, values: Mapping[str, Floats]) -> None:
     """Write an adapter as mlx-lm reads it. One scale is for all modules there: another one's goes into its B."""
+    if spec.tables:
+        raise UserError(f"{next(iter(spec.tables))}: mlx-lm's layout has adapters of projections alone")
     folder = Path(folder)
     new_folder(folder)
     modules = list(spec.modules.values())

@@ -57,6 +57,20 @@ class PeftReader:
         self.need(isinstance(value, list) and all(isinstance(v, str) for v in value), key, "text or a list of names")
         return list(value)
 
+    def tokens(self) -> dict[str, list[int]]:
+        """`trainable_token_indices`: token ids by module; a list alone is the embedding's."""
+        key, value = "trainable_token_indices", self.raw.get("trainable_token_indices") or {}
+        value = {"embed_tokens": value} if isinstance(value, list) else value
+        self.need(isinstance(value, dict), key, "a list of token ids, or such lists by module")
+        for name, ids in value.items():
+            whole = isinstance(ids, list) and bool(ids) and all(type(i) is int and 0 <= i < 2**32 for i in ids)
+            self.need(
+                whole and len(set(ids)) == len(ids), key, "a list of token ids, each once, or such lists by module"
+            )
+            if name.rpartition(".")[2] not in ("embed_tokens", "lm_head"):
+                raise self.error(f"{key} {name[:80]!r} is not supported; embed_tokens and lm_head are")
+        return dict(value)
+
     def pattern(self, key: str, value: str) -> str:
         try:
             check_pattern(value)

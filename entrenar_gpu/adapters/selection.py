@@ -5,24 +5,31 @@ A name selects a module by its whole path or as its last parts; a pattern must m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from entrenar_gpu.adapters.pattern import full_match
 from entrenar_gpu.adapters.peft_reader import PeftReader
-from entrenar_gpu.config import EVERY_TARGET, TrainConfig
+from entrenar_gpu.config import EVERY_TARGET, TrainConfig, flag
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.model import ModelConfig
+
+TABLES = ("embed_tokens", "lm_head")  # what modules over the vocabulary are called
 
 
 @dataclass(frozen=True)
 class ModuleSelection:
-    """`target_modules` is a list of names, or a pattern for whole paths; "all-linear" stands for every projection."""
+    """`target_modules` is a list of names, or a pattern for whole paths; "all-linear" stands for every projection.
+
+    `saved` and `tokens` are the tables of `modules_to_save` and `trainable_token_indices`, by the ends of their paths.
+    """
 
     target_modules: list[str] | str
     exclude_modules: list[str] | str = field(default_factory=list)
     layers: list[int] | None = None
     layers_patterns: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    tokens: Mapping[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: PeftReader) -> ModuleSelection:
@@ -38,7 +45,8 @@ class ModuleSelection:
             layers_patterns = [layers_patterns]
         for pattern in layers_patterns:
             file.pattern("layers_pattern", pattern)
-        return cls(targets, file.names("exclude_modules"), file.layers(layers), layers_patterns)
+        layers = file.layers(layers)
+        return cls(targets, file.names("exclude_modules"), layers, layers_patterns, _saved(file), file.tokens())
 
     @property
     def is_all_linear(self) -> bool:
@@ -80,6 +88,16 @@ def _selects(names: list[str] | str, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def _saved(file: PeftReader) -> list[str]:
+    """The names in `modules_to_save`: of tables alone."""
+    names = file.names("modules_to_save")
+    file.need(isinstance(names, list), "modules_to_save", "a list of names")
+    others = [name for name in names if name.rpartition(".")[2] not in TABLES]
+    if others:
+        raise file.error(f"modules_to_save {others[0][:80]!r} is not supported; {' and '.join(TABLES)} are")
+    return list(names)
+
+
 def target_names(model: ModelConfig) -> list[str]:
     """What --target may choose from: the last part of the path of each module that takes an adapter."""
     return list(dict.fromkeys(spec.module.rpartition(".")[2] for spec in model.weights if spec.adaptable))
@@ -90,17 +108,47 @@ def chosen_targets(target: str, model: ModelConfig) -> list[str]:
 
     Raises UserError naming the flag and the names that the model has.
     """
-    known = target_names(model)
+    projections = target_names(model)
+    known = [*projections, *TABLES]
     names = {part.strip() for part in target.split(",") if part.strip()}
-    if target == EVERY_TARGET or names in ({"all"}, {"all-linear"}):
-        return known
-    full = {name if name in known or name.endswith("_proj") else f"{name}_proj" for name in names}
+    every = names & {"all", "all-linear"}
+    if target == EVERY_TARGET or (every and names == every):
+        return projections
+    named = (name if name in known or name.endswith("_proj") else f"{name}_proj" for name in names - every)
+    full = {*named, *(projections if every else ())}
     unknown = sorted(full - set(known))
     if any("vision" in name or "multi_modal" in name for name in unknown):
         raise UserError(f"--target: {unknown[0]}: of a model that also sees the language part alone is trained")
     if unknown or not full:
         raise UserError(f"--target: {', '.join(unknown) or 'empty'}; choose from {', '.join(known)}")
     return _in_order(full, known)
+
+
+def chosen_tables(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """What --modules-to-save names. Raises UserError for a module that is not trained as a whole."""
+    names = [part.strip() for part in (config.modules_to_save or "").split(",") if part.strip()]
+    if wrong := [name for name in names if name not in TABLES]:
+        raise UserError(f"--modules-to-save: {wrong[0][:80]!r} is not one of {', '.join(TABLES)}")
+    _only_beside_adapters(config, "modules_to_save", bool(names))
+    return names
+
+
+def chosen_tokens(config: TrainConfig, model: ModelConfig) -> dict[str, list[int]]:
+    """What --trainable-token-indices names, as PEFT's mapping. Raises UserError for what is not a token."""
+    parts = [part.strip() for part in (config.trainable_token_indices or "").split(",") if part.strip()]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) < model.vocab_size)]
+    if wrong:
+        count = model.vocab_size
+        raise UserError(f"--trainable-token-indices: {wrong[0][:20]!r} is not a token of 0 to {count - 1}")
+    if len({int(part) for part in parts}) != len(parts):
+        raise UserError("--trainable-token-indices: a token is there twice")
+    _only_beside_adapters(config, "trainable_token_indices", bool(parts))
+    return {TABLES[0]: [int(part) for part in parts]} if parts else {}
+
+
+def _only_beside_adapters(config: TrainConfig, name: str, asked: bool) -> None:
+    if asked and config.method == "full":
+        raise UserError(f"{flag(name)}: is for adapters; --method full trains every weight")
 
 
 def chosen_layers(config: TrainConfig, model: ModelConfig) -> list[int] | None:

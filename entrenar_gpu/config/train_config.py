@@ -42,13 +42,19 @@ class TrainConfig(Options):
     target: str = option(
         EVERY_TARGET,
         "projections that get adapters, as q,k,v,o,gate,up,down or by their full names; the default is all-linear:"
-        " every one that the model has",
+        " every one that the model has; embed_tokens and lm_head too where they are named",
         listed=True,
     )
     layers: int | None = option(
         None, "train the last N layers only; the backward pass and its memory end there", "layers", low=1, high=10_000
     )
     layers_to_transform: str | None = option(None, "adapters in these layers only, as in 0,1,30", listed=True)
+    modules_to_save: str | None = option(
+        None, "beside the adapters, train these whole: embed_tokens, lm_head or both", listed=True
+    )
+    trainable_token_indices: str | None = option(
+        None, "beside the adapters, train the embeddings of these token ids alone, as in 49150,49151", listed=True
+    )
     rslora: bool = option(False, "scale by alpha/sqrt(R) instead of alpha/R (arXiv 2312.03732)")
     dropout: float = option(0.0, "dropout on the input of each adapter", "probability", 0, 0.99)
     lora_init: Literal["kaiming", "gaussian"] = option(

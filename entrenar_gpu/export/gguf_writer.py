@@ -78,6 +78,9 @@ def write_gguf(
 def write_gguf_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path) -> None:
     """Write a LoRA adapter alone, which llama.cpp adds to a GGUF of the model, whatever type that has."""
     spec, values = load_adapter(adapter, checkpoint.config)
+    if spec.tables:
+        what = f"{next(iter(spec.tables))}: a GGUF adapter has those of projections alone; merge it into the model"
+        raise UserError(f"{adapter}: {what}")
     family = family_of(checkpoint.config, str(checkpoint.folder / "config.json"))
     names = _Names(checkpoint.config, family)
     modules = list(spec.modules.items())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, LoraModule, load_adapter, trained_base
+from entrenar_gpu.adapters import AdapterSpec, load_adapter, trained_base
 from entrenar_gpu.config import path_text
 from entrenar_gpu.dtypes import TORCH_NAMES
 from entrenar_gpu.errors import UserError
@@ -55,18 +56,32 @@ def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_
     spec, values = load_adapter(adapter, checkpoint.config)
     if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise UserError(f"--output: {output} already holds a model; choose another folder")
-    weights = checkpoint.config.weights
+    model, unties = checkpoint.config, spec.unties(checkpoint.config)
+    weights = [*model.weights, *(model.tables[1:] if unties else ())]  # of a tied model, a head that is so no more
     in_f32 = checkpoint.is_quantised or double_quant is not None
-    dtypes = ["F32" if in_f32 else checkpoint.info(weight.name).dtype for weight in weights]
+    dtypes = ["F32" if in_f32 else checkpoint.info(model.stored_as(weight)).dtype for weight in weights]
     merging = _Merging(checkpoint, spec, values, double_quant)
     merged = [merging.source(*each) for each in zip(weights, dtypes, strict=True)]
     save_checkpoint(output, [*merged, *carried_sources(checkpoint)])
-    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], checkpoint.config.tie_word_embeddings)
+    copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], model.tie_word_embeddings and not unties)
 
 
 def merged_weight(checkpoint: HFCheckpoint, adapter: Path, double_quant: bool | None) -> Callable[[WeightSpec], Floats]:
-    """What makes each weight of the model in float32, with the adapter folded in as `merge_adapter` does."""
-    return _Merging(checkpoint, *load_adapter(adapter, checkpoint.config), double_quant).value
+    """What makes each weight of the model in float32, with the adapter folded in as `merge_adapter` does.
+
+    Raises UserError for an adapter that gives a tied model a head of its own.
+    """
+    spec, values = load_adapter(adapter, checkpoint.config)
+    if spec.unties(checkpoint.config):
+        what = f"{', '.join(spec.tables)} differs from what the model ties it to; merge into a model folder first"
+        raise UserError(f"{adapter}: {what}")
+    return _Merging(checkpoint, spec, values, double_quant).value
+
+
+class Merges(Protocol):
+    """What is folded into one weight."""
+
+    def merge(self, weight: Floats, values: Mapping[str, Floats]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class _Merging:
         with np.errstate(over="ignore"):
             stored = weight.astype(np.float16) if dtype == "F16" else weight
         if not np.isfinite(stored).all():
-            file = self.checkpoint.info(spec.name).file
+            file = self.checkpoint.info(self.checkpoint.config.stored_as(spec)).file
             merged = " merged with the adapter" if self._adapter(spec) is not None else ""
             raise UserError(f"{file}: tensor {spec.name!r}{merged} holds numbers that are not finite in {dtype}")
         return weight
@@ -100,11 +115,13 @@ class _Merging:
             adapter.merge(weight, self.values)
         return weight
 
-    def _adapter(self, spec: WeightSpec) -> LoraModule | None:
+    def _adapter(self, spec: WeightSpec) -> Merges | None:
+        if spec.is_table:
+            return self.adapters.tables.get(spec.module)
         return self.adapters.modules.get(spec.module) if spec.adaptable else None
 
     def _base(self, spec: WeightSpec) -> Floats:
-        weight = self.checkpoint.f32(spec.name)
+        weight = self.checkpoint.f32(self.checkpoint.config.stored_as(spec))
         stays = self.checkpoint.is_quantised  # as it is: NF4 already, or left out by whoever quantised the checkpoint
         if self.double_quant is None or stays or spec.kind != "projection":
             return weight

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import load_adapter
+from entrenar_gpu.adapters import AdapterSpec, load_adapter
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.gpu import KernelCache, Replay
@@ -25,7 +25,7 @@ from entrenar_gpu.infer.graphs import (
     fit_decoder,
 )
 from entrenar_gpu.model import cache_names, load_model_config, resolve_model
-from entrenar_gpu.session import RunShape, Session
+from entrenar_gpu.session import RunShape, Session, write_adapter
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,20 @@ class Decoder:
     """Sequences that grow, side by side: slot b holds the first `lengths[b]` tokens of one, up to `context`."""
 
     def __init__(
-        self, executor: Replay | NumpyExecutor, shape: RunShape, caps: Caps, chunk: int, adapters: Iterable[str] = ()
+        self,
+        executor: Replay | NumpyExecutor,
+        shape: RunShape,
+        caps: Caps,
+        chunk: int,
+        adapters: Mapping[str, AdapterSpec] | None = None,
+        own: AdapterSpec | None = None,
     ) -> None:
         """On an executor of the graphs that `decoder_graphs` makes for this shape, chunk and adapters, its weights
-        loaded; `open` makes one."""
-        self.executor, self.chunk, self.adapters = executor, chunk, tuple(adapters)
+        loaded; `open` makes one. `own` is the adapter in the shape's storage, where there is one."""
+        self.executor, self.chunk, self.adapters = executor, chunk, tuple(adapters or ())
+        self._specs: dict[str | None, AdapterSpec | None] = {None: own}
+        self._specs.update(adapters or {})
+        self._model = shape.model
         self.context = shape.train.seq  # tokens that a slot has room for
         self.lengths = [0] * shape.train.batch
         self.vocabulary = shape.model.vocab_size
@@ -75,10 +84,10 @@ class Decoder:
         config = replace(config, batch=slots, seq=context)
         trace = functools.partial(decoder_graphs, chunk, {name: spec for name, (spec, _) in loaded.items()})
         session = Session.open(config, trace, with_adapter=False, kernels=kernels, fit=fit_decoder)
-        for name, (_, values) in loaded.items():
-            for tensor, array in values.items():
-                session.executor.write(adapter_prefix(name) + tensor, array)
-        return cls(session.executor, session.shape, session.fitted.plan.caps, chunk, loaded)
+        for name, (spec, values) in loaded.items():
+            write_adapter(session.executor, spec, values, adapter_prefix(name))
+        specs = {name: spec for name, (spec, _) in loaded.items()}
+        return cls(session.executor, session.shape, session.fitted.plan.caps, chunk, specs)
 
     def set_adapter(self, name: str | None) -> None:
         """The adapter that the next tokens are read with, None for the base model alone. Nothing is loaded.
@@ -158,26 +167,29 @@ class Decoder:
 
     def _run(self, made: Pass, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
         """One pass. Appends the logits asked for to those of their slots."""
-        executor = self.executor
+        executor, spec = self.executor, self._specs[self._adapter]
         fields = {"input_ids": (0, "token"), "positions": (0, "position"), "slots": (self.slots, "slot")}
         for name, (padding, field) in fields.items():
             values = np.full(made.tokens, padding, np.uint32)
             values[: len(rows)] = [getattr(row, field) for row in rows]
+            if name == "input_ids" and spec is not None:
+                values = spec.looked_up(values)
             executor.write(made.input(name), values)
         report = executor.run(made.name(self._adapter))
-        if made.head is None:
+        if not made.has_head:
             executor.prepare(made.name(self._adapter))  # likely the next one too: sequences grow token by token
         wanted = [place for place, row in enumerate(rows) if row.wanted]
-        if made.head is None:
+        if not made.has_head:
             if report is not None and wanted:
                 logits = report.result()
                 for place in wanted:
                     found[rows[place].slot].append(logits[place])
             return
+        head = made.head(self._adapter if spec is not None and spec.changes_head(self._model) else None)
         for start in range(0, len(wanted), HEAD_ROWS):
             places = wanted[start : start + HEAD_ROWS]
             executor.write(made.logits_at, np.resize(np.array(places, np.uint32), HEAD_ROWS))
-            report = executor.run(made.head)
+            report = executor.run(head)
             assert report is not None
             for place, logits in zip(places, report.result(), strict=False):
                 found[rows[place].slot].append(logits)

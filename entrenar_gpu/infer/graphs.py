@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec
+from entrenar_gpu.adapters import AdapterSpec, adapted
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, fuse_rows, make_plan
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
@@ -44,9 +44,13 @@ class Pass:
         return f"{name}.{self.tokens}"
 
     @property
-    def head(self) -> str | None:
-        """The graph that makes the logits; None where the pass itself makes those of all its tokens."""
-        return None if self.tokens <= HEAD_ROWS else f"head.{self.tokens}"
+    def has_head(self) -> bool:
+        """Whether a graph of its own makes the logits; else the pass itself makes those of all its tokens."""
+        return self.tokens > HEAD_ROWS
+
+    def head(self, adapter: str | None) -> str:
+        """That graph, which differs by adapter where that changes the head."""
+        return f"head.{self.tokens}" + ("" if adapter is None else f".{adapter}")
 
     @property
     def logits(self) -> str:
@@ -92,35 +96,35 @@ def decoder_graphs(chunk: int, adapters: Mapping[str, AdapterSpec], shape: RunSh
     graphs: dict[str, Graph] = {}
     passes = Passes.of(chunk, shape.precision(caps))
     for made in dict.fromkeys((*passes.few, *passes.prompt)):
-        graphs |= _with_head(made, shape, caps)
+        graphs |= _with_head(made, None, shape, caps)
         for name, spec in adapters.items():
-            storage = replace(shape.storage, adapters=spec.modules, adapter_prefix=adapter_prefix(name))
-            graph = _pass(made, name, replace(shape, storage=storage), caps)
-            graphs[graph.name] = graph
+            storage = adapted(shape.storage, spec, adapter_prefix(name))
+            graphs |= _with_head(made, name, replace(shape, storage=storage), caps, spec.changes_head(shape.model))
     return graphs
 
 
-def _with_head(made: Pass, shape: RunShape, caps: Caps) -> dict[str, Graph]:
-    graph = _pass(made, None, shape, caps)
-    if made.head is None:
+def _with_head(made: Pass, adapter: str | None, shape: RunShape, caps: Caps, own_head: bool = True) -> dict[str, Graph]:
+    """A pass and, where it has one, its head; without `own_head` that of the base does."""
+    graph = _pass(made, adapter, shape, caps)
+    if not made.has_head or not own_head:
         return {graph.name: graph}
-    head = Graph(made.head, report=made.logits, differentiable=False)
+    head = Graph(made.head(adapter), report=made.logits, differentiable=False)
     model = _model(head, made, shape, caps)
     hidden = head.tensor(made.hidden, (made.tokens, shape.model.hidden_size), role="state")
     at = head.tensor(made.logits_at, (HEAD_ROWS,), "u32")
     ops.keep(model.logits(ops.embedding(at, [hidden])), made.logits)
-    return {graph.name: graph, made.head: head}
+    return {graph.name: graph, head.name: head}
 
 
 def _pass(made: Pass, adapter: str | None, shape: RunShape, caps: Caps) -> Graph:
     graph = Graph(made.name(adapter), differentiable=False)
     model = _model(graph, made, shape, caps)
     hidden = model.hidden()
-    if made.head is None:
+    if made.has_head:
+        ops.keep(hidden, made.hidden)
+    else:
         graph.report = made.logits
         ops.keep(model.logits(hidden), made.logits)
-    else:
-        ops.keep(hidden, made.hidden)
     fuse_rows(graph, caps)
     return graph
 

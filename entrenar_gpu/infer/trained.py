@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import replace
 
+from entrenar_gpu.adapters import adapted
 from entrenar_gpu.config import SamplingOptions, TrainConfig
 from entrenar_gpu.data import Tokenizer
 from entrenar_gpu.errors import UserError
@@ -17,7 +17,7 @@ from entrenar_gpu.infer.graphs import CHUNK, adapter_prefix, decoder_graphs, fit
 from entrenar_gpu.infer.language_model import LanguageModel
 from entrenar_gpu.infer.prompts import encode_row, read_prompts
 from entrenar_gpu.model import resolve_model
-from entrenar_gpu.session import RunShape, Session
+from entrenar_gpu.session import RunShape, Session, adapter_tensors
 
 MOST_SLOTS = 4
 TRAINED = "trained"  # what the adapter of a run is called
@@ -47,7 +47,7 @@ class RunSampler:
     def answers(self, session: Session) -> list[str]:
         """What the model says now, greedily."""
         caps, shape = session.fitted.plan.caps, self._shape(session.shape)
-        decoder = Decoder(session.executor, shape, caps, self._chunk)
+        decoder = Decoder(session.executor, shape, caps, self._chunk, own=session.adapters)
         model = LanguageModel(decoder, self._tokenizer, decoder.vocabulary)
         requests = [model.request(prompt, self._options) for prompt in self._prompts]
         return [completion.text for (completion,) in model.answer(requests)]
@@ -65,7 +65,7 @@ def model_of(session: Session, context: int, slots: int = MOST_SLOTS) -> Languag
     tokenizer = Tokenizer.load(resolve_model(session.config.model))
     spec, chunk, caps = session.adapters, min(CHUNK, context), session.fitted.plan.caps
     adapters = {} if spec is None else {TRAINED: spec}
-    storage = replace(session.shape.storage, adapters={})
+    storage = adapted(session.shape.storage, None)
     shape = replace(session.shape, storage=storage, train=replace(session.config, batch=slots, seq=context))
     budget = None if session.budget is None else max(session.budget.nbytes - session.allocated_bytes, 0)
     trace = functools.partial(decoder_graphs, chunk, adapters)
@@ -76,7 +76,7 @@ def model_of(session: Session, context: int, slots: int = MOST_SLOTS) -> Languag
         executor = Replay(ours.device, fitted.plan, ours.kernels)
     else:
         executor = NumpyExecutor(fitted.graphs)
-    _copy(session, executor, {} if spec is None else dict.fromkeys(spec.shapes(), adapter_prefix(TRAINED)))
+    _copy(session, executor, adapter_prefix(TRAINED))
     for name, rope in shape.model.rope_tables.items():
         executor.write(name, rope.table(context))
     model = LanguageModel(
@@ -86,11 +86,14 @@ def model_of(session: Session, context: int, slots: int = MOST_SLOTS) -> Languag
     return model
 
 
-def _copy(session: Session, executor: Replay | NumpyExecutor, prefixes: Mapping[str, str]) -> None:
-    """Weights and adapter of a run onto a decoder's executor."""
-    ropes = session.shape.model.rope_tables
+def _copy(session: Session, executor: Replay | NumpyExecutor, prefix: str) -> None:
+    """Weights and adapter of a run onto a decoder's executor, where the names of adapter tensors have a prefix."""
+    ropes, spec = session.shape.model.rope_tables, session.adapters
     names = [n for n, t in session.executor.tensors.items() if t.role in ("weight", "param") and n not in ropes]
-    pairs = [(name, prefixes.get(name, "") + name) for name in names]
+    own: set[str] = set()
+    if spec is not None:
+        own = {t.name for name in spec.shapes() for t in adapter_tensors(session.executor, name)} | {*spec.constants()}
+    pairs = [(name, prefix + name if name in own else name) for name in names]
     pairs = [(source, target) for source, target in pairs if target in executor.tensors]
     if isinstance(executor, Replay) and isinstance(session.executor, Replay):
         executor.copy_from(session.executor, [(source, target, 0) for source, target in pairs])

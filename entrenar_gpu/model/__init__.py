@@ -12,6 +12,7 @@ from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weigh
 from entrenar_gpu.model.projection import ModuleAdapter, ProjectionCall
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
 from entrenar_gpu.model.rope import Rope
+from entrenar_gpu.model.tables import EmbeddingAdapter, Head, HeadAdapter, TableCall
 from entrenar_gpu.model.weight_spec import WeightSpec
 
 __all__ = [
@@ -22,13 +23,17 @@ __all__ = [
     "SINGLE_FILE",
     "Attention",
     "CachedPass",
+    "EmbeddingAdapter",
     "GgufFamily",
     "HFCheckpoint",
+    "Head",
+    "HeadAdapter",
     "ModelConfig",
     "ModuleAdapter",
     "ProjectionCall",
     "Rope",
     "Storage",
+    "TableCall",
     "Transformer",
     "WeightSpec",
     "WeightTensors",

@@ -70,10 +70,20 @@ class ModelConfig:
     @cached_property
     def weights(self) -> tuple[WeightSpec, ...]:
         """Every weight of the checkpoint that the model needs, in the order the model runs."""
-        table = (self.vocab_size, self.hidden_size)
+        embedding, head = self.tables
         inner = [spec for index, layer in enumerate(self.layers) for spec in layer.weights(self.layer_path(index))]
-        head = [] if self.tie_word_embeddings else [WeightSpec(HEAD, table, "head")]
-        return (WeightSpec(self.embedding, table, "embedding"), *inner, self.norm.weight(self.final_norm), *head)
+        heads = [] if self.tie_word_embeddings else [head]
+        return (embedding, *inner, self.norm.weight(self.final_norm), *heads)
+
+    @property
+    def tables(self) -> tuple[WeightSpec, WeightSpec]:
+        """The embedding and the head, which a tied model's file does not hold."""
+        table = (self.vocab_size, self.hidden_size)
+        return WeightSpec(self.embedding, table, "embedding"), WeightSpec(HEAD, table, "head")
+
+    def stored_as(self, weight: WeightSpec) -> str:
+        """The weight in the checkpoint that one is: of a tied head the embedding."""
+        return self.embedding if self.tie_word_embeddings and weight.name == HEAD else weight.name
 
     @property
     def embedding(self) -> str:

@@ -12,6 +12,7 @@ from entrenar_gpu.model.blocks import Trace
 from entrenar_gpu.model.config import HEAD, ModelConfig
 from entrenar_gpu.model.kv_cache import CachedPass, KeyValueCache
 from entrenar_gpu.model.parameters import Parameters, Storage
+from entrenar_gpu.model.tables import Head
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 
 NOISE_KEY = 0  # of the embeddings' noise; dropouts count from 1
@@ -72,10 +73,8 @@ class Transformer:
     def hidden(self) -> Tensor:
         """The final normalised hidden states [T, D], times what logits are multiplied by."""
         config = self.config
-        trains = self.storage.is_trained(config.embedding) and self._trace.cache is None
-        order = self.graph.tensor("id_order", (self._tokens,), "u32") if trains else None
         with self.graph.within("embed_tokens"):
-            x = ops.embedding(self.input_ids, self.parameters.table(config.embedding), order)
+            x = self._embedded()
             if config.embedding_multiplier != 1:
                 x = ops.scale(x, config.embedding_multiplier)
             if self._noise is not None and self._rng is not None:
@@ -91,10 +90,15 @@ class Transformer:
         """Sum over unmasked tokens of the cross-entropy, [1]; of each times its weight where they are `weighted`."""
         targets = self.graph.tensor("targets", (self._tokens,), "i32")
         weights = self.graph.tensor("weights", (self._tokens,)) if weighted else None
-        x, config = self.hidden(), self.config
+        x, config, low_rank = self.hidden(), self.config, None
         with self.graph.within("lm_head"):
-            precision = self._head_precision
-            return ops.cross_entropy(x, targets, self._head(), smoothing, precision, config.softcap, weights)
+            head = self._head()
+            if head.added is not None:
+                a, b, scale = head.added
+                dropped = x if self._trace.dropped is None else self._trace.dropped(x)
+                low_rank = ops.matmul(dropped, a, transpose_b=True, alpha=scale), b
+            options = (smoothing, self._head_precision, config.softcap, weights, low_rank)
+            return ops.cross_entropy(x, targets, head.shards, *options)
 
     def last_logits(self) -> Tensor:
         """Logits [1, V] of the token whose index is the input `logits_at` u32 [1]."""
@@ -104,12 +108,25 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of final hidden states [n, D]."""
         with self.graph.within("lm_head"):
-            project = ops.project if self._trace.cache is None else ops.gemv
-            logits = project(hidden, self._head())
+            logits = self._head().logits(hidden, by_rows=self._trace.cache is not None)
             return logits if self.config.softcap is None else ops.softcapped(logits, self.config.softcap)
 
-    def _head(self) -> list[Tensor]:
-        return self.parameters.table(self.config.embedding if self.config.tie_word_embeddings else HEAD)
+    def _embedded(self) -> Tensor:
+        """The rows of the embedding that the ids name, [T, D]."""
+        name, parameters, adapter = self.config.embedding, self.parameters, self.storage.embedding_adapter
+        trains = adapter is not None or self.storage.is_trained(name)
+        needs_order = trains and self._trace.cache is None
+        order = self.graph.tensor("id_order", (self._tokens,), "u32") if needs_order else None
+        if adapter is not None:
+            return adapter.embedded(parameters.table_call(name), self.input_ids, order)
+        return ops.embedding(self.input_ids, parameters.table(name), order)
+
+    def _head(self) -> Head:
+        tied, storage = self.config.tie_word_embeddings, self.storage
+        rows, adapter = self.config.embedding if tied else HEAD, storage.head_adapter
+        if adapter is None and tied and storage.embedding_adapter is not None:
+            adapter = storage.embedding_adapter.tied_head
+        return Head(self.parameters.table(rows)) if adapter is None else adapter.head(self.parameters.table_call(rows))
 
     def _dropped(self, x: Tensor) -> Tensor:
         """The input of an adapter without the elements that dropout takes: others at each call."""

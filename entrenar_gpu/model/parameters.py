@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from entrenar_gpu.graph import Caps, Graph, Tensor
 from entrenar_gpu.model.projection import ModuleAdapter
+from entrenar_gpu.model.tables import EmbeddingAdapter, HeadAdapter, TableCall, shard_rows
 from entrenar_gpu.model.weight_spec import WeightSpec
 from entrenar_gpu.ops import Nf4Tensors
-
-TABLE_SHARD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Storage:
     nf4_states: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # name -> (double, rounded dtype)
     trained: frozenset[str] | None = None  # with "full", the names of the weights that are; None, every one
     adapters: Mapping[str, ModuleAdapter] = field(default_factory=dict)  # by module, "model.layers.0.mlp.up_proj"
+    embedding_adapter: EmbeddingAdapter | None = None
+    head_adapter: HeadAdapter | None = None
     adapter_prefix: str = ""  # of their tensors' names, where there are several over one base
 
     def is_nf4(self, spec: WeightSpec) -> bool:
@@ -104,16 +105,13 @@ class Parameters:
         """The adapter of a projection, where it has one."""
         return self._storage.adapters.get(module)
 
+    def table_call(self, name: str) -> TableCall:
+        """What an adapter of the embedding or the head gets of these rows."""
+        return TableCall(self._graph, lambda: self.table(name), self._caps, self.adapter_prefix)
+
     @property
     def adapter_prefix(self) -> str:
         return self._storage.adapter_prefix
-
-
-def shard_rows(rows: int, columns: int, dtype_bytes: int, caps: Caps) -> list[int]:
-    """Row counts of the shards that a [rows, columns] table is kept in; a multiple of 64 but for the last."""
-    limit = min(TABLE_SHARD_BYTES, caps.max_binding_bytes, caps.max_buffer_bytes)
-    fit = max(limit // (columns * dtype_bytes) // 64 * 64, 64)
-    return [min(fit, rows - start) for start in range(0, rows, fit)]
 
 
 def declared_weights(weights: Iterable[WeightSpec], storage: Storage, caps: Caps) -> list[WeightTensors]:

@@ -41,6 +41,7 @@ def cross_entropy(
     precision: Arithmetic = "f32",
     softcap: float | None = None,
     weights: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of x W^T, shape [1]; with `softcap` c, of c tanh(x W^T / c).
 
@@ -50,14 +51,21 @@ def cross_entropy(
     is frozen, the forward pass leaves d(sum)/dx behind, unscaled, since the logits are at hand; with a trainable W the
     backward pass computes the logits again.
 
+    `low_rank` = (p [T, R], q [V, R]) adds p q^T to x W^T, in f32, where W is frozen; d(sum)/dp and d(sum)/dq are left
+    behind likewise.
+
     With `precision` other than "f32", matmuls with a frozen W are made in f16 with f32 sums, and logits are kept in
     f16, where W comes in multiples of 64 both ways. Not in int8: the loss hangs on single logits.
     """
     trains = any(p.role == "param" or p.requires_grad for p in shards)  # evaluated with the arithmetic it trains in
-    arithmetic = "f32" if trains else arithmetic_of(precision, shards)
-    emit = x.requires_grad and not trains
+    arithmetic = "f32" if trains or low_rank is not None else arithmetic_of(precision, shards)
+    p, q = low_rank or (None, None)
+    emit = any(t is not None and t.requires_grad for t in (x, p, q)) and not trains
+    if low_rank is not None and trains:
+        raise ValueError("what is of low rank is added to a frozen vocabulary")
     attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic, "softcap": softcap}
-    return record("cross_entropy", x=x, targets=targets, weights=weights, shards=list(shards), **attrs)[0]
+    tensors = {"x": x, "targets": targets, "weights": weights, "p": p, "q": q, "shards": list(shards)}
+    return record("cross_entropy", **tensors, **attrs)[0]
 
 
 def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
@@ -73,7 +81,20 @@ def _infer(node: Node) -> Sequence[Spec]:
     weights = node.inputs.get("weights", targets)
     if {targets.size, weights.size} != {x.rows} or any(p.columns != x.columns for p in shards):
         raise ValueError(f"{node.label()}: {x!r}, {targets!r}, {weights!r} and {shards!r} do not fit")
-    return [((1,), "f32"), ((x.rows,), "f32"), *([(x.shape, "f32")] if node.attrs["emit"] else [])]
+    low_rank = _low_rank(node)
+    if low_rank and (low_rank[0].rows, low_rank[1].rows, low_rank[0].columns) != (
+        x.rows,
+        vocabulary_of(shards),
+        low_rank[1].columns,
+    ):
+        raise ValueError(f"{node.label()}: {low_rank!r} do not fit")
+    emitted = [(t.shape, "f32") for t in (x, *low_rank)] if node.attrs["emit"] else []
+    return [((1,), "f32"), ((x.rows,), "f32"), *emitted]
+
+
+def _low_rank(node: Node) -> tuple[Tensor, ...]:
+    """p and q, where there are any."""
+    return tuple(node.inputs[name] for name in ("p", "q") if name in node.inputs)
 
 
 def _dscores(
@@ -122,15 +143,26 @@ def _table(x: np.ndarray, shards: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _reference(
-    node: Node, x: np.ndarray, targets: np.ndarray, shards: Sequence[np.ndarray], weights: np.ndarray | None = None
+    node: Node,
+    x: np.ndarray,
+    targets: np.ndarray,
+    shards: Sequence[np.ndarray],
+    weights: np.ndarray | None = None,
+    p: np.ndarray | None = None,
+    q: np.ndarray | None = None,
 ) -> Sequence[np.ndarray]:
-    table = _table(x, shards)
+    table, gradients = _table(x, shards), []
     if node.attrs["arithmetic"] == "f16":
         losses, lse, dx = _low_precision_reference(node, x, targets, table, weights)
     else:
-        losses, lse, dscores = _dscores(node, x.reshape(-1, x.shape[-1]) @ table.T, targets, weights)
+        logits = x.reshape(-1, x.shape[-1]) @ table.T
+        if p is not None and q is not None:
+            logits += p @ q.T
+        losses, lse, dscores = _dscores(node, logits, targets, weights)
         dx = (dscores @ table).reshape(x.shape)
-    emitted = [dx.astype(x.dtype)] if node.attrs["emit"] else []
+        if p is not None and q is not None:
+            gradients = [dscores @ q, dscores.T @ p]
+    emitted = [each.astype(x.dtype) for each in (dx, *gradients)] if node.attrs["emit"] else []
     return [losses.sum(keepdims=True, dtype=x.dtype.type), lse.astype(x.dtype), *emitted]
 
 
@@ -140,8 +172,10 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     low_precision = node.attrs["arithmetic"] == "f16"
     logits = _logits(x.rows, shards, "f16" if low_precision else "f32", caps)
     tokens = [((logits[0][0], x.columns), "f16")] if low_precision else []
-    partials = back_workspace(shards, logits, caps) if node.attrs["emit"] else []
-    return [logits, ((x.rows,), "f32"), *tokens, *partials]
+    if not node.attrs["emit"]:
+        return [logits, ((x.rows,), "f32"), *tokens]
+    partials = [back_workspace(some, logits, caps) for some in (shards, *([q] for q in _low_rank(node)[1:]))]
+    return [logits, ((x.rows,), "f32"), *tokens, *(spec for specs in partials for spec in specs)]
 
 
 def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
@@ -186,10 +220,17 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     loss, lse = node.outputs[:2]
     logits, losses, *scratch = placed.workspace
     low_precision = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
-    partial = scratch[0] if scratch else None
+    back = []  # (gradient, what dscores are multiplied by, partial sums), of tokens
+    low_rank = _low_rank(node)
+    if node.attrs["emit"]:
+        for dx, tables in zip(node.outputs[2:], (shards, [*low_rank[1:]]), strict=False):
+            slices = back_workspace(tables, (logits.shape, logits.dtype), caps)
+            back.append((dx, tables, scratch.pop(0) if slices else None))
     launches = []
     for at, count in _chunks(x.rows, logits.shape[0]):
         launches += logits_launches(x, low_precision, shards, logits, at, count, caps)
+        if low_rank:
+            launches.append(single_launch(_added(low_rank[0], low_rank[1], logits, at, count), caps))
         mode, use = ("loss and dscores", writes) if node.attrs["emit"] else ("loss", reads)
         offset, first = split_offset(at, losses)
         bindings = (
@@ -201,16 +242,30 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         )
         constants = _row_constants(node, logits, first, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
-        if node.attrs["emit"]:
-            launches += back_launches(node.outputs[2], shards, logits, partial, at, count, caps)
+        for dx, tables, partial in back:
+            launches += back_launches(dx, tables, logits, partial, at, count, caps)
+        if back and low_rank:
+            sizes, rank = (logits.columns, low_rank[0].columns, count), low_rank[0].columns
+            dq, p = Block(node.outputs[4], 0, rank), Block(low_rank[0], at * rank, rank)
+            product = Matmul(sizes, Block(logits, 0, logits.columns), p, dq, transpose_a=True, accumulate=at > 0)
+            launches.append(single_launch(product, caps))
     launches.append(rows_launch(losses, loss, 1, x.rows, caps))
     return launches
+
+
+def _added(p: Tensor, q: Tensor, logits: Tensor, at: int, count: int) -> Matmul:
+    """logits[:count] += p[at : at + count] q^T."""
+    rank, vocabulary = p.columns, logits.columns
+    operands = Block(p, at * rank, rank), Block(q, 0, rank), Block(logits, 0, vocabulary)
+    return Matmul((count, vocabulary, rank), *operands, transpose_b=True, accumulate=True)
 
 
 def _gradient(node: Node, upstream: Sequence[Any], context: GradientContext) -> Gradients:
     x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
     if node.attrs["emit"]:
-        return {"x": mul(node.outputs[2], upstream[0])}
+        names = [name for name in ("x", "p", "q") if name in node.inputs]
+        pairs = zip(names, node.outputs[2:], strict=True)
+        return {name: mul(left, upstream[0]) for name, left in pairs if context.wanted(node.inputs[name])}
     if all(context.wanted(p) for p in shards):
         held = [context.take(p) for p in shards]
         dx, *totals = record(
@@ -284,8 +339,9 @@ def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
 
 def _flops(products: int) -> Callable[[Node], int]:
     def count(node: Node) -> int:
-        passes = products + (1 if node.attrs.get("emit") else 0)
-        return 2 * passes * node.inputs["x"].size * vocabulary_of(node.group("shards"))
+        emit, p = bool(node.attrs.get("emit")), node.inputs.get("p")
+        size = (products + emit) * node.inputs["x"].size + (0 if p is None else (1 + 2 * emit) * p.size)
+        return 2 * size * vocabulary_of(node.group("shards"))
 
     return count
 

@@ -13,7 +13,7 @@ from entrenar_gpu.session.graphs import (
     logits_graph,
     training_graphs,
 )
-from entrenar_gpu.session.loader import load_weights, storage_of
+from entrenar_gpu.session.loader import adapter_tensors, load_weights, storage_of, write_adapter
 from entrenar_gpu.session.plan_report import PROFILES, PlanReport, caps_for, plan_graphs, plan_run
 from entrenar_gpu.session.session import Session, fit_on, memory_budget
 from entrenar_gpu.session.weight_cache import WeightCache
@@ -29,6 +29,7 @@ __all__ = [
     "Session",
     "Trace",
     "WeightCache",
+    "adapter_tensors",
     "caps_for",
     "default_base",
     "evaluate_graph",
@@ -41,4 +42,5 @@ __all__ = [
     "plan_run",
     "storage_of",
     "training_graphs",
+    "write_adapter",
 ]

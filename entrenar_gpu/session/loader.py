@@ -6,13 +6,13 @@ Host memory stays at a few chunks whatever the model's size: a weight travels in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from entrenar_gpu import ops
-from entrenar_gpu.adapters import AdapterSpec, trained_weights
+from entrenar_gpu.adapters import AdapterSpec, adapted, trained_weights
 from entrenar_gpu.compiler import make_plan
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.dtypes import NUMPY_TYPES, STORED_FLOATS, STORED_NAMES
@@ -20,7 +20,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
 from entrenar_gpu.files import StoredArray
 from entrenar_gpu.gpu import Replay, Uploader, finite, pieces
-from entrenar_gpu.graph import Graph
+from entrenar_gpu.graph import Graph, Tensor
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import HFCheckpoint, Storage, WeightTensors
 from entrenar_gpu.ops.quantize import host_parts, nf4_part_names
@@ -47,9 +47,8 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
             states[name] = (weight.double, weight.dtype)
             if train.method == "lora":
                 dtypes[name] = "f32"
-    modules = adapters.modules if adapters is not None else {}
     kept_dense = frozenset(dtypes) if states else frozenset()
-    return Storage(
+    storage = Storage(
         train.method,
         "bf16",
         dtypes,
@@ -57,8 +56,8 @@ def storage_of(checkpoint: HFCheckpoint, train: TrainConfig, adapters: AdapterSp
         kept_dense=kept_dense,
         nf4_states=states,
         trained=trained_weights(train, checkpoint.config),
-        adapters=modules,
     )
+    return adapted(storage, adapters)
 
 
 def load_weights(
@@ -100,6 +99,28 @@ def load_weights(
         return str(cache.path)
     cache.write(parts, executor.read)
     return f"checkpoint; quantised weights kept in {cache.path}"
+
+
+def write_adapter(
+    executor: Replay | NumpyExecutor, spec: AdapterSpec, values: Mapping[str, np.ndarray], prefix: str = ""
+) -> None:
+    """Write an adapter's tensors, and what its graphs are made with; `prefix` begins their names on the executor."""
+    for name, array in values.items():
+        first = 0
+        for tensor in adapter_tensors(executor, prefix + name):
+            executor.write(tensor.name, array[first : first + tensor.shape[0]])
+            first += tensor.shape[0]
+    for name, array in spec.constants().items():
+        if prefix + name in executor.tensors:
+            executor.write(prefix + name, array)
+
+
+def adapter_tensors(executor: Replay | NumpyExecutor, name: str) -> list[Tensor]:
+    """The tensors of an executor that one of an adapter's is: itself, or the shards of a table."""
+    if name in executor.tensors:
+        return [executor.tensors[name]]
+    names = itertools.takewhile(executor.tensors.__contains__, (f"{name}.shard{i}" for i in itertools.count()))
+    return [executor.tensors[shard] for shard in names]
 
 
 class Target(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar_gpu.adapters import adapter_spec, trained_weights
+from entrenar_gpu.adapters import adapted, adapter_spec, trained_weights
 from entrenar_gpu.compiler import Plan, Recompute, weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.dtypes import TORCH_FLOATS
@@ -150,9 +150,9 @@ def plan_graphs(
         stated = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
         if stated not in tuple(TORCH_FLOATS):  # which may be of any JSON type
             raise UserError(f"{path}: torch_dtype {stated!r} is not one of {', '.join(TORCH_FLOATS)}")
-        modules = spec.modules if spec is not None else {}
         trained, double = trained_weights(config, model), config.double_quant
-        storage = Storage(config.method, TORCH_FLOATS[stated], double_quant=double, trained=trained, adapters=modules)
+        storage = Storage(config.method, TORCH_FLOATS[stated], double_quant=double, trained=trained)
+        storage = adapted(storage, spec)
     shape = RunShape(model, storage, config)
     fitted = fit(trace, shape, caps, shape.plan_options(caps, budget_bytes))
     weights = declared_weights(model.weights, storage, caps)

@@ -129,8 +129,8 @@ class Session:
             self.base.value()  # while the files are there
         for name, rope in model.rope_tables.items():
             executor.write(name, rope.table(config.seq))
-        for name, array in adapter.items():
-            executor.write(name, array)
+        if self.adapters is not None:
+            loader.write_adapter(executor, self.adapters, adapter)
         if LOSS_SCALE_NAME in executor.tensors:
             scale = self.shape.first_loss_scale(self.fitted.plan.caps)
             executor.write(LOSS_SCALE_NAME, np.array([scale], np.float32))
@@ -178,6 +178,8 @@ class Session:
         """The arrays of a batch that the graphs take; where they take weights and it has none, each is 1."""
         if "weights" in self.executor.tensors and "weights" not in batch:
             batch = {**batch, "weights": np.ones(batch["targets"].shape, np.float32)}
+        if self.adapters is not None and "input_ids" in batch:
+            batch = {**batch, "input_ids": self.adapters.looked_up(batch["input_ids"])}
         for name, array in batch.items():
             if name in self.executor.tensors:
                 self.executor.write(name, array.reshape(-1))
@@ -191,7 +193,10 @@ class Session:
     def adapter_values(self) -> dict[str, Floats]:
         """The adapter's tensors, read from the device."""
         assert self.adapters is not None
-        return {name: self.executor.read(name) for name in self.adapters.shapes()}
+        executor = self.executor
+        tensors = {name: loader.adapter_tensors(executor, name) for name in self.adapters.shapes()}
+        parts = {name: [executor.read(tensor.name) for tensor in shards] for name, shards in tensors.items()}
+        return {name: shards[0] if len(shards) == 1 else np.concatenate(shards) for name, shards in parts.items()}
 
     def close(self) -> None:
         self.executor.close()
@@ -249,4 +254,7 @@ def _adapter(config: TrainConfig, checkpoint: HFCheckpoint) -> tuple[AdapterSpec
     if config.adapter_init is not None:
         return load_adapter(Path(config.adapter_init), checkpoint.config)
     spec = adapter_spec(config, checkpoint.config)
-    return spec, init_adapter(spec, config.seed, config.lora_init) if spec is not None else {}
+    if spec is None:
+        return None, {}
+    rows = {table.module: checkpoint.config.stored_as(table) for table in checkpoint.config.tables}
+    return spec, init_adapter(spec, config.seed, config.lora_init, lambda path: checkpoint.f32(rows[path]))

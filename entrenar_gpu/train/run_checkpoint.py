@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from entrenar_gpu.adapters import PEFT_PREFIX, RUN_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from entrenar_gpu.adapters import RUN_FILE, WEIGHTS_FILE, load_adapter, name_in_file, save_adapter
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export import carried_sources, copy_model_files, name_to_write, save_checkpoint
 from entrenar_gpu.files import (
@@ -42,7 +42,7 @@ from entrenar_gpu.graph import Tensor
 from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightTensors
 from entrenar_gpu.ops.gemm.tiles import CANDIDATES, is_choice
 from entrenar_gpu.ops.optimizer import STATE_FIELDS
-from entrenar_gpu.session import LOSS_SCALE_NAME, STATE_NAME, BaseIdentity, Session, load_weights
+from entrenar_gpu.session import LOSS_SCALE_NAME, STATE_NAME, BaseIdentity, Session, load_weights, write_adapter
 from entrenar_gpu.train.metrics_file import METRICS_FILE, MetricsFile, SamplesFile
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
@@ -53,6 +53,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # What a resumed run must share with the one it goes on from; learning rate, steps and saving may change.
 IDENTITY = (
     *("method", "rank", "alpha", "target", "layers", "layers_to_transform", "rslora", "dropout", "double_quant"),
+    *("modules_to_save", "trainable_token_indices"),
     *("batch", "seq", "accumulate"),
     *("optimizer", "momentum", "beta1", "beta2", "eps", "clip", "label_smoothing", "seed", "precision"),
     *("neftune", "lr_ratio_b"),
@@ -72,7 +73,7 @@ def save_result(session: Session, folder: Path) -> None:
 def trained_tensors(session: Session) -> dict[str, np.ndarray]:
     """What `save_result` would write, by name."""
     if session.adapters is not None:
-        return {PEFT_PREFIX + name: values for name, values in session.adapter_values().items()}
+        return {name_in_file(name): values for name, values in session.adapter_values().items()}
     return {source.name: source.produce() for source in (_full_source(session, weight) for weight in session.weights)}
 
 
@@ -363,5 +364,4 @@ def _load_weights(session: Session, folder: Path) -> None:
     spec, values = load_adapter(folder, session.checkpoint.config)
     if spec.shapes() != session.adapters.shapes():
         raise UserError(f"{folder}: its adapter has other modules or ranks than this run's")
-    for name, array in values.items():
-        session.executor.write(name, array)
+    write_adapter(session.executor, spec, values)

@@ -410,6 +410,10 @@ def losses() -> list[Case]:
         fixed = (x(17, 24), targets(17, rows, 0.2), Input((rows, 24), role))
         apply = functools.partial(_cross_entropy, smoothing=0.1, softcap=3.0)
         cases.append(Case(f"cross_entropy-softcap-{name}-{role}", fixed, apply))
+    for name, role, tokens, size in [("adapter", "param", 17, None), ("rows", "weight", 19, 4 * 65 * 8)]:
+        tables = tuple(Input((rows, 24), "weight") for rows in (31, 33, 1))
+        inputs = (x(tokens, 24), targets(tokens, 65, 0.2), x(tokens, 3), Input((65, 3), role), *tables)
+        cases.append(Case(f"cross_entropy-low-rank-{name}", inputs, _cross_entropy_low_rank, size))
     cases.append(Case("cross_entropy-evaluation", (frozen_x, *tail), functools.partial(_cross_entropy, smoothing=0.1)))
     for role in ("weight", "param"):
         fixed = (x(19, 33), targets(19, 65, 0.3), Input((19,), "input", make=positive), Input((65, 33), role))
@@ -423,6 +427,10 @@ def _weighted_cross_entropy(a: Tensor, ids: Tensor, weights: Tensor, page: Tenso
 
 def _cross_entropy(a: Tensor, ids: Tensor, *pages: Tensor, smoothing: float, softcap: float | None = None) -> Tensor:
     return ops.cross_entropy(a, ids, pages, smoothing, softcap=softcap)
+
+
+def _cross_entropy_low_rank(a: Tensor, ids: Tensor, p: Tensor, q: Tensor, *pages: Tensor) -> Tensor:
+    return ops.cross_entropy(a, ids, pages, 0.1, softcap=3.0, low_rank=(p, q))
 
 
 def quantised() -> list[Case]:

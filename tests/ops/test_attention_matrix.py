@@ -71,7 +71,6 @@ CASES = {
     "sixteen keys at a time": (case_of([[100, 40]], 1, 1, 32), NVIDIA, 19),
     "maxima that grow": (case_of([[130, 62]], 1, 1, 16, 2.5), NVIDIA, 20),
     "a window": (case_of([[150, 20]], 1, 1, 16, window=40, scale=0.3), NVIDIA, 20),
-    "quarters of a subgroup's columns": (case_of([[70]], 1, 1, 128), NVIDIA, 32),
     "8x16x16": (case_of([[90, 40]], 2, 1, 16), INTEL, 24),
     "subgroups of 64": (case_of([[65]], 1, 1, 16), AMD, 24),
 }

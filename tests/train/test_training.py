@@ -62,7 +62,7 @@ def test_webgpus_default_limits_train_the_same(folder, tmp_path, kernels, limite
 def test_tables_in_several_pages_train_the_same(folder, tmp_path, kernels, monkeypatch):
     """Embeddings larger than a binding are split by rows; here after 64 of 97."""
     whole = train(folder, str(tmp_path / "whole"), kernels, method="full", steps=4)
-    monkeypatch.setattr("entrenar_gpu.model.parameters.TABLE_SHARD_BYTES", 64 * 36 * 4)
+    monkeypatch.setattr("entrenar_gpu.model.tables.TABLE_SHARD_BYTES", 64 * 36 * 4)
     trainer = Trainer(config_of(folder, str(tmp_path / "paged"), method="full", steps=4), kernels=kernels)
     assert {
         "model.embed_tokens.weight.shard0",

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from entrenar_gpu.adapters.lora.module import LoraModule
 from entrenar_gpu.adapters.pattern import full_match
@@ -17,6 +17,8 @@ from entrenar_gpu.adapters.peft_reader import PeftReader
 from entrenar_gpu.adapters.selection import ModuleSelection
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.model import WeightSpec
+
+_Module = TypeVar("_Module", bound=LoraModule)
 
 HONOURED = {
     "r",
@@ -27,6 +29,8 @@ HONOURED = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
     "rank_pattern",
     "alpha_pattern",
 }
@@ -72,12 +76,12 @@ class LoraConfig:
         """What --rank, --alpha, --rslora and --dropout ask for."""
         return cls(config.rank, config.lora_alpha, config.rslora, config.dropout)
 
-    def module(self, spec: WeightSpec) -> LoraModule:
-        """The adapter of a weight's module."""
+    def module(self, spec: WeightSpec, kind: type[_Module]) -> _Module:
+        """The adapter of a weight's module, of the `kind` that such a module has."""
         rank = int(_first_match(self.rank_pattern, spec.module, self.rank))
         alpha = float(_first_match(self.alpha_pattern, spec.module, self.alpha))
-        out_features, in_features = spec.shape
-        return LoraModule(spec.module, in_features, out_features, rank, alpha, self.use_rslora)
+        out_features, in_features = reversed(spec.shape) if spec.kind == "embedding" else spec.shape
+        return kind(spec.module, in_features, out_features, rank, alpha, self.use_rslora)
 
     def unmatched(self, paths: Collection[str]) -> list[tuple[str, str]]:
         """(key, pattern) of the patterns for ranks and alphas that match none of the adapter's modules."""

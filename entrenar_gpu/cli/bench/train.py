@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.adapters import AdapterSpec, adapter_spec, init_adapter, trained_weights
+from entrenar_gpu.adapters import AdapterSpec, adapted, adapter_spec, init_adapter, trained_weights
 from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
@@ -24,7 +24,7 @@ from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_wei
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
-from entrenar_gpu.session import RunShape, fit_on, memory_budget, training_graphs
+from entrenar_gpu.session import RunShape, fit_on, memory_budget, training_graphs, write_adapter
 
 TRACE = functools.partial(training_graphs, evaluates=False)
 WARM_UP = 2
@@ -42,9 +42,8 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     """
     model, device = model_shape(shape_name), open_device(config.device, engine=config.engine)
     spec = adapter_spec(config, model)
-    modules = spec.modules if spec is not None else {}
     trained, double = trained_weights(config, model), config.double_quant
-    storage = Storage(config.method, "bf16", double_quant=double, trained=trained, adapters=modules)
+    storage = adapted(Storage(config.method, "bf16", double_quant=double, trained=trained), spec)
     shape = RunShape(model, storage, config)
     kernels = KernelCache(device)
     fitted = fit_on(kernels, TRACE, shape, memory_budget(config, device.caps))
@@ -94,8 +93,9 @@ def _fill(replay: Replay, shape: RunShape, spec: AdapterSpec | None) -> None:
     replay.write("loss_scale", np.array([shape.first_loss_scale(replay.device.caps)]))
     for name, rope in shape.model.rope_tables.items():
         replay.write(name, rope.table(shape.train.seq))
-    for name, values in (init_adapter(spec, 0) if spec is not None else {}).items():
-        replay.write(name, values)
+    if spec is not None:
+        table = shape.model.vocab_size, shape.model.hidden_size
+        write_adapter(replay, spec, init_adapter(spec, 0, base=lambda path: np.zeros(table, np.float32)))
     if weight_copies.GRAPH in replay.plan.steps:
         replay.run(weight_copies.GRAPH)
 
