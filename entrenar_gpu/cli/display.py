@@ -72,6 +72,10 @@ def show_plan(parts: Mapping[str, Any]) -> None:
         if counts:
             listed = ", ".join(f"{count} {name}" for name, count in counts.items())
             console.print(_text(f"{words}: {listed}"), highlight=False, soft_wrap=True)
+    for use in parts["kernels"]:
+        layers = f" in {counted(use['layers'], 'layer')}" if use["layers"] else ""
+        passes = "; ".join(f"{phase} {', '.join(shaders)}" for phase, shaders in use["kernels"].items())
+        console.print(_text(f"{use['what']}, {use['variant']}{layers}: {passes}"), highlight=False, soft_wrap=True)
 
 
 def show_bench(result: Mapping[str, Any]) -> None:

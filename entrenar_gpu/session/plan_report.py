@@ -27,6 +27,7 @@ from entrenar_gpu.model import (
     resolve_model,
 )
 from entrenar_gpu.session.graphs import Fit, RunShape, Trace, fit_run, training_graphs
+from entrenar_gpu.session.kernel_report import kernel_report
 from entrenar_gpu.session.loader import storage_of
 
 # Capabilities to plan for without a device: WebGPU's guaranteed limits, those of common drivers, and a large card's.
@@ -91,6 +92,7 @@ class PlanReport:
             "fp16": self.recompute.counts("fp16"),
             "device": self.profile,
             "arithmetic": self._arithmetic(),
+            "kernels": kernel_report(self.plan),
         }
 
     def _arithmetic(self) -> str:

@@ -154,13 +154,13 @@ def test_scale_follows_each_modules_rank(tmp_path, rslora):
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora true is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["score"]}, "modules_to_save"),
         ({"bias": "all"}, 'bias "all"'),
         ({"lora_bias": True}, "lora_bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"score": [1]}}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
@@ -183,9 +183,9 @@ def test_scale_follows_each_modules_rank(tmp_path, rslora):
         ({"layers_to_transform": "all"}, "layers_to_transform must be"),
         ({"layers_to_transform": 1, "target_modules": "all-linear"}, "layers_to_transform needs"),
         ({"target_modules": ["c_attn"]}, "matches no projection"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "includes 'lm_head'"),
-        ({"target_modules": ".*"}, "includes 'lm_head'"),
-        ({"target_modules": ["embed_tokens"]}, "includes 'model.embed_tokens'"),
+        ({"target_modules": ["q_proj", "norm"]}, "includes 'model.norm'"),
+        ({"target_modules": ".*"}, "includes 'model.layers.0.input_layernorm'"),
+        ({"target_modules": ["post_attention_layernorm"]}, "includes 'model.layers.0.post_attention_layernorm'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_key(tmp_path, changes, message):
@@ -344,10 +344,10 @@ def test_targets_are_the_models_own(target, chosen):
     assert chosen_targets(target, MODEL) == chosen
 
 
-@pytest.mark.parametrize(
-    ("target", "told"), [("foo", "foo_proj"), ("q,x,lm_head", "lm_head_proj, x_proj"), (" ,", "empty")]
-)
+@pytest.mark.parametrize(("target", "told"), [("foo", "foo_proj"), ("q,x,head", "head_proj, x_proj"), (" ,", "empty")])
 def test_targets_that_the_model_lacks_are_named(target, told):
     for method in ("qlora", "full"):
-        with pytest.raises(UserError, match=rf"^--target: {told}; choose from q_proj, k_proj, .*, down_proj$"):
+        with pytest.raises(
+            UserError, match=rf"^--target: {told}; choose from q_proj, k_proj, .*, down_proj, embed_tokens, lm_head$"
+        ):
             adapter_spec(TrainConfig(target=target, method=method), MODEL)
