@@ -13,7 +13,7 @@ from entrenar_gpu.files.atomic import (
 )
 from entrenar_gpu.files.checksums import WHOLE, checksums_of, checksums_of_writes
 from entrenar_gpu.files.json_file import read_json, read_json_object, read_text
-from entrenar_gpu.files.lock import FolderLock
+from entrenar_gpu.files.lock import FolderLock, turn
 from entrenar_gpu.files.safetensors_file import SafetensorsFile, TensorInfo
 from entrenar_gpu.files.stored import StoredArray
 from entrenar_gpu.files.streamed_checksum import StreamedChecksum
@@ -41,6 +41,7 @@ __all__ = [
     "sweep",
     "sync_folder",
     "temporary_path",
+    "turn",
     "write_tensors",
     "write_text",
 ]

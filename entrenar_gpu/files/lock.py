@@ -1,9 +1,10 @@
-"""One writer per output folder: a lock that the system takes back when its process ends, however it ends."""
+"""One writer at a time: locks that the system takes back when their process ends, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -12,6 +13,21 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.files.atomic import cannot_write, new_folder
 
 LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """What one process at a time does about the file `path`, in a folder that exists; the others wait for their turn.
+
+    Where the folder's file system has no locks, nobody waits.
+    """
+    lock = filelock.FileLock(path.with_name(path.name + LOCK_FILE))
+    with contextlib.suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class FolderLock:

@@ -2,7 +2,8 @@
 
 A feature bit tells that a driver knows matrices, not that it multiplies them. So matmuls, a layer with its adapter and
 attention, both passes, over random operands are held against the same without matrix units. The outcome is kept in the
-cache folder; a driver that crashes on the way has left "running" there, and is not tried again.
+cache folder; a driver that crashes on the way has left "running" there, and is not tried again. Of several processes
+that start at once one tries, and the others wait for what it finds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from entrenar_gpu.compiler import PlanOptions, backward, make_plan
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import run_node
-from entrenar_gpu.files import cache_folder, new_folder, read_json, write_text
+from entrenar_gpu.files import cache_folder, new_folder, read_json, turn, write_text
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.measure import TOLERANCES, MatmulCase, Program
@@ -33,6 +34,7 @@ from entrenar_gpu.ops.quantize import Nf4Tensors
 INT8 = "int8"
 VERSION = 2  # of the kernels on matrix units
 PASSED = "passed"
+RUNNING = "running"  # left by a process that did not come back
 _ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice
 # Whole tiles and edges, both layouts of B; K of several slices' length.
 _CASES = [
@@ -57,13 +59,20 @@ def _passes(device: Device, kind: str, tries: Callable[[Device], str]) -> bool:
     """Whether the device's matrix units, of one kind, were found to work, now or before; that they do not is said."""
     path = check_path(device, kind)
     found = read_outcome(path)
-    if found is None:
+    if found is None or found == RUNNING:  # a driver that crashed, or another process that is trying it now
         new_folder(path.parent)
-        _keep(path, "running")
-        found = tries(device)
-        _keep(path, found)
+        with turn(path):
+            found = read_outcome(path)
+            if found is None:
+                _keep(path, RUNNING)
+                try:
+                    found = tries(device)
+                except BaseException:  # an interrupt: the driver did nothing wrong
+                    path.unlink()
+                    raise
+                _keep(path, found)
     if found != PASSED:
-        told = "a driver that did not come back from the check" if found == "running" else found
+        told = "a driver that did not come back from the check" if found == RUNNING else found
         unused = f"matrix units of {device.caps.name} are not used{f' for {kind}' if kind else ''}"
         print(f"{unused}: {told} (remembered in {path})", file=sys.stderr)
     return found == PASSED

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from entrenar_gpu.files import write_text
 from entrenar_gpu.gpu import matrix_check
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.matrix_check import PASSED, check_path, open_device, read_outcome
@@ -57,12 +62,39 @@ def test_what_failed_is_not_used_and_said_each_time(opened: Any, capsys: Any) ->
 
 
 def test_a_crash_is_remembered(opened: Any, capsys: Any) -> None:
-    opened.outcome_of(KeyboardInterrupt())  # what a crash leaves behind is the same
-    with pytest.raises(KeyboardInterrupt):
-        open_device()
+    check_path(opened.card).parent.mkdir()
+    write_text(check_path(opened.card), json.dumps({"version": matrix_check.VERSION, "outcome": "running"}))
     opened.outcome_of(PASSED)
     assert open_device().caps.matrices == ()
     assert "a driver that did not come back from the check" in capsys.readouterr().err
+    assert opened.tried == []
+
+
+def test_an_interrupt_is_no_crash(opened: Any) -> None:
+    opened.outcome_of(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        open_device()
+    opened.outcome_of(PASSED)
+    assert open_device().caps.matrices == (CONFIG,)
+
+
+def test_of_two_that_start_at_once_one_tries_and_the_other_waits(opened: Any, monkeypatch: Any, capsys: Any) -> None:
+    trying, tried = threading.Event(), []
+
+    def slow(device: Any) -> str:
+        tried.append(device)
+        trying.set()
+        time.sleep(0.3)  # long enough for the other to find the check under way
+        return PASSED
+
+    monkeypatch.setattr(matrix_check, "try_matrices", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_device)
+        assert trying.wait(10)
+        second = pool.submit(open_device)
+        assert first.result().caps.matrices == second.result().caps.matrices == (CONFIG,)
+    assert len(tried) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_another_driver_or_damaged_memory_is_tried_anew(opened: Any) -> None:
