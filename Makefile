@@ -17,7 +17,7 @@ TIER3 = tests/files tests/fuzz tests/gpu/test_replay.py tests/gpu/test_failures.
 	tests/compiler/test_memory.py tests/train/test_training.py tests/train/test_resume.py tests/export tests/test_architecture.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models real parity-setup profile-setup \
+.PHONY: help setup docs-test demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -102,6 +102,9 @@ profile-llama-otlp: profile-setup ## The same, with spans sent to an OpenTelemet
 
 profile-llama-anomaly: profile-setup ## The same, with the anomaly report
 	@scripts/profile_llama --anomaly
+
+docs-test: ## Run README's way from nothing to a tuned SmolLM2 and its GGUF in a fresh environment (make models first)
+	@scripts/docs_test
 
 models: ## Fetch two small pretrained models and convert them, once, into artifacts/models (about 1 GB with what it needs)
 	@scripts/setup.sh models

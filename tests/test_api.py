@@ -61,6 +61,13 @@ def test_importing_the_package_loads_nothing_heavy():
     assert run.stdout.strip() == "[]"
 
 
+def test_help_loads_only_what_it_prints_with():
+    heavy = "numpy", "wgpu", "yaml", "tokenizers", "opentelemetry", "importlib.metadata"
+    code = f"import sys; from entrenar_gpu.cli import main; print([m for m in {heavy!r} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
+
+
 def test_evaluate_takes_rows_and_names_arguments(folder):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     options = {"device": "numpy", "seq": 32}

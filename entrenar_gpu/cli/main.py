@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entrenar_gpu import __version__, signals
+from entrenar_gpu import signals
 from entrenar_gpu.cli import chat, evaluate, export, generate, options, serve
 from entrenar_gpu.cli.bench.commands import bench
 from entrenar_gpu.cli.other_names import our_names
@@ -39,6 +39,8 @@ _TYPERS_INTERRUPT = 130  # what newer versions make of KeyboardInterrupt
 
 def _version(asked: bool) -> None:
     if asked:
+        from entrenar_gpu import __version__
+
         print(f"entrenar-gpu {__version__}")
         raise typer.Exit
 

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from entrenar_gpu.config import load_yaml
 from entrenar_gpu.errors import UserError
 
@@ -106,6 +104,8 @@ def _value(words: Sequence[str], name: str) -> str | None:
 
 def import_mlx_config(path: str) -> tuple[str, list[str]]:
     """(our YAML, what of an mlx-lm configuration has no counterpart). Raises UserError naming the file."""
+    import yaml
+
     given = load_yaml(path)
     ours: dict[str, Any] = {name: given[key] for key, name in _MLX_KEYS.items() if given.get(key) is not None}
     left: list[str] = []

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from entrenar_gpu import __version__
 from entrenar_gpu.cli import options
 from entrenar_gpu.cli.generate import Context, Slots, Speculate
 from entrenar_gpu.cli.text import printable
@@ -44,6 +43,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install 'entrenar-gpu[serve]'") from None
     import observability
+    from entrenar_gpu import __version__
 
     run = dict(given)
     otlp = run.pop("otlp", None)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from entrenar_gpu.errors import UserError, naming_arguments
 
 MOST = 2**20  # rows, positions and the like: beyond any device, and planned in seconds
@@ -88,6 +86,8 @@ def known_keys(cls: type, values: Mapping[str, Any], source: str) -> dict[str, A
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError with the file and line."""
+    import yaml
+
     try:
         with open(path, encoding="utf-8") as stream:
             values = yaml.safe_load(stream)
