@@ -17,7 +17,7 @@ TIER3 = tests/files tests/fuzz tests/gpu/test_replay.py tests/gpu/test_failures.
 	tests/compiler/test_memory.py tests/train/test_training.py tests/train/test_resume.py tests/export tests/test_architecture.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs-test demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models real parity-setup profile-setup \
+.PHONY: help setup docs-test demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models smollm real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -58,7 +58,7 @@ wgsl: setup ## Have Tint, Dawn's compiler, parse and type every shader (needs np
 	@cd build/wgsl && node wgsl_check.mjs <texts.json
 
 parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes (makes .venv-parity)
-	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity
+	@$(PYTEST_ENV) .venv-parity/bin/pytest -m parity --require-gpu tests/parity tests/real
 
 real: models ## Compare two pretrained models with transformers and PEFT: losses, steps, answers (two hours on a CPU)
 	@.venv-parity/bin/python -m tests.real.compare
@@ -109,6 +109,10 @@ docs-test: ## Run README's way from nothing to a tuned SmolLM2 and its GGUF in a
 models: ## Fetch two small pretrained models and convert them, once, into artifacts/models (about 1 GB with what it needs)
 	@scripts/setup.sh models
 	@.venv-parity/bin/python scripts/make_models.py
+
+smollm: ## Fetch the smaller of them alone, which make parity takes a few steps of where it is there
+	@scripts/setup.sh models
+	@.venv-parity/bin/python scripts/make_models.py smollm2
 
 browser: ## Install Chromium, which the test of the HTML report opens
 	@scripts/setup.sh browser

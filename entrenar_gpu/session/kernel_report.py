@@ -12,6 +12,7 @@ from entrenar_gpu.graph import Node
 _ATTENTION = ("attention", "attention_grad", "cached_attention")
 _HEAD = ("cross_entropy", "cross_entropy_grad", "project")
 _PRODUCTS = ("linear", "matmul", "gemv", "gemv_group", "gemv_gate")
+_DEQUANTISE = "nf4_dequantize"  # ops whose names begin so make a weight dense for the product behind them
 
 
 @dataclass
@@ -59,9 +60,11 @@ def _described(node: Node) -> tuple[str, str] | None:
         return "attention", _attention(node)
     if node.op in _HEAD or (node.op in _PRODUCTS and node.scope.endswith("lm_head")):
         return "head", node.attrs.get("arithmetic", "f32")
-    if node.op in _PRODUCTS and node.layer is not None:
+    dequantises = node.op.startswith(_DEQUANTISE)
+    if (node.op in _PRODUCTS or dequantises) and node.layer is not None:
         arithmetic = node.attrs.get("arithmetic", "f32")
-        if node.op == "linear" or any(name.startswith("nf4") for name in node.inputs):
+        made = any(t.node is not None and t.node.op.startswith(_DEQUANTISE) for t in node.inputs.values())
+        if node.op == "linear" or dequantises or made or any(name.startswith("nf4") for name in node.inputs):
             return "projections", f"NF4, {arithmetic}"
         if any(tensor.role == "weight" for tensor in node.inputs.values()):
             return "projections", f"dense, {arithmetic}"
