@@ -44,6 +44,8 @@ def final_loss(config: TrainConfig, kernels: KernelCache) -> tuple[float, int]:
             summary = trainer.run()
         finally:
             trainer.session.close()
+        if summary.status != "finished":
+            sys.exit(f"a run was {summary.status}: what was measured so far stands above")
         run = f"seed {config.seed}, {config.precision} on {kernels.device.engine.name}"
         print(f"{run}: {last.loss:.4f}, {summary.skipped_steps} skipped", file=sys.stderr, flush=True)
         return last.loss, summary.skipped_steps
