@@ -64,6 +64,8 @@ class Habits:
         return call
 
     def _reasoning(self, message: Message, number: int) -> dict[str, Any]:
+        if message.keys().isdisjoint(REASONING):
+            return {}
         given = {name: message[name] for name in REASONING if message.get(name)}
         if len(set(map(str, given.values()))) > 1:
             raise TemplateFailure(

@@ -133,11 +133,7 @@ class CompiledTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The rendering with its marks. Raises TemplateFailure when the template refuses or fails."""
-        pieces, size, most = (
-            [],
-            0,
-            min(WRITTEN_PER_CHARACTER * _size([messages, tools]) + WRITTEN_ANYWAY, MAX_CHARACTERS),
-        )
+        pieces, size, most = [], 0, WRITTEN_ANYWAY
         try:
             given = {**self._variables, "documents": None, **(variables or {})}
             for piece in self._template.generate(
@@ -149,6 +145,8 @@ class CompiledTemplate:
             ):
                 pieces.append(piece)
                 size += len(piece)
+                if size > most == WRITTEN_ANYWAY:  # only now: to count what was given costs as much as to render it
+                    most = min(WRITTEN_PER_CHARACTER * _size([messages, tools]) + WRITTEN_ANYWAY, MAX_CHARACTERS)
                 if size > most:
                     raise SecurityError(f"the template writes more than {most} characters")
         except Exception as error:  # a template can raise anything, by accident or design

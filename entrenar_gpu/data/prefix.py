@@ -77,8 +77,12 @@ def _located(encoding: Any, spans: Sequence[Span], length: int) -> Encoded:
 
 def _tokens_of(encoding: Any, start: int, end: int) -> Span | None:
     """The tokens [first, last) with any of the characters [start, end); several may have one and the same."""
-    near = range(start, min(start + _NEAR, end)), range(end - 1, max(end - 1 - _NEAR, start - 1), -1)
-    first, last = (next((t for c in places if (t := encoding.char_to_token(c)) is not None), None) for places in near)
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1) if start < end else None
+    if first is None or last is None:
+        near = range(start, min(start + _NEAR, end)), range(end - 1, max(end - 1 - _NEAR, start - 1), -1)
+        first, last = (
+            next((t for c in places if (t := encoding.char_to_token(c)) is not None), None) for places in near
+        )
     if first is not None and last is not None:
         last += 1
         while last < len(encoding) and (span := encoding.token_to_chars(last)) is not None and span[0] < end:

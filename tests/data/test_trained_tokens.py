@@ -1,6 +1,7 @@
 """The tokens that are trained, against what TRL and mlx-lm train of the same rows (golden/make_trained_tokens.py)."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from entrenar_gpu.data.samples import IGNORE
 from entrenar_gpu.data.tokenizer import Tokenizer
 from tests.golden.make_trained_tokens import FILE, make_folder
 
+RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
 CASES = [
     pytest.param(peer, case, id=f"{peer}-{case['tokenizer']}-{number}")
-    for peer, recorded in json.loads(FILE.read_text(encoding="utf-8")).items()
+    for peer, recorded in RECORDED.items()
     for number, case in enumerate(recorded["cases"])
 ]
 
@@ -27,7 +29,8 @@ def up_to_the_end(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> tu
 
 @pytest.mark.parametrize(("peer", "case"), CASES)
 def test_trained_tokens_are_those_of(tmp_path, peer, case):
-    tokenizer = Tokenizer.load(make_folder(tmp_path / "model", case["tokenizer"]))
+    recorded_on = datetime.fromisoformat(RECORDED[peer]["date"])  # templates write it
+    tokenizer = Tokenizer.load(make_folder(tmp_path / "model", case["tokenizer"]), recorded_on)
     reading = Reading(tokenizer.vocab_size, completions=case["completions"])
     samples = read_samples([[RowsInMemory(case["rows"], "data")]], tokenizer, reading, 4096)
     assert len(samples) == len(case["samples"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def main() -> None:
                 found = of_trl(tokenizer, rows, folder) if peer == "trl" else of_mlx_lm(tokenizer, rows)
             samples = [{"input_ids": ids, "labels": labels} for ids, labels in found]
             made.append({"tokenizer": name, "completions": completions, "rows": rows, "samples": samples})
-    recorded[peer] = {"version": importlib.metadata.version(peer), "cases": made}
+    version, date = importlib.metadata.version(peer), datetime.now().date().isoformat()
+    recorded[peer] = {"version": version, "date": date, "cases": made}
     cases = json.dumps(recorded, ensure_ascii=False).replace('{"tokenizer"', '\n{"tokenizer"')
     FILE.write_text(cases + "\n", encoding="utf-8")
 
