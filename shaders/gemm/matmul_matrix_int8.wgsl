@@ -1,16 +1,16 @@
 // C [M, N] = a_scale * b_scale * A B^T + lora_scale * P op(Q) + bias + residual in int8 on matrix units (= or, with an in-place
 // residual, +=).
 //
-// A [M, K], B [N, K] int8, sixteen to a vec4<u32>, with one scale for each row, a_scale [M] and b_scale [N]; N a multiple of 64,
+// A [M, K], B [N, K] int8, sixteen to a vec4<u32>, in the order of ops/gemm/rotated.py, with one scale for each row, a_scale [M] and b_scale [N]; N a multiple of 64,
 // K of BK; P [M, R], Q [N, R] or [R, N] f32, rounded to f16. C f32. Products with int8 are summed in int32: exact.
 // A subgroup of {{ SUBGROUP }} makes TM x TN of the BM x BN sums of its workgroup, in matrices of {{ MM }} x {{ MN }}.
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K); with several slices, slice z writes to C + z * M * N.
 //
-// Tiles lie in workgroup memory as they lie in storage, rows padded by 16 bytes against bank conflicts. Matrices are opaque: sums
+// Tiles lie in workgroup memory by rows, padded by 16 bytes against bank conflicts. Matrices are opaque: sums
 // go through the tiles' memory, {{ WIDE }} matrices at a time, where invocations turn them into f32 and add the rest.
 {% set CODES = MK %}{% set MK = HALF_K %}{# of matrices of int8, and of f16 for what is of low rank #}
 {% set DOWN = BM // TM %}{% set THREADS = DOWN * (BN // TN) * SUBGROUP %}
-{% set ROW = BK // 16 + 1 %}{# words of a row of a tile #}
+{% set WORDS = BK // 16 %}{% set ROW = WORDS + 1 %}{# words of a row of a tile, and with padding #}
 {% set COLUMNS = WIDE * MN %}{% set STORED = COLUMNS // 4 + 1 %}{# words of a row of sums #}
 {% set LANES = COLUMNS // 4 %}{% set AT_ONCE = SUBGROUP // LANES %}
 {% set P_ROW = MK // 8 + 1 %}{% set Q_ROW = (MK if q_contiguous else BN) // 8 + 1 %}
@@ -27,22 +27,23 @@ var<workgroup> tiles: array<vec4<u32>, {{ [(BM + BN) * ROW, AFTER] | max }}>;
 {% import "lib/low_rank_tiles.wgsl" as low_rank with context %}
 {{ low_rank.readers() }}
 {% endif %}
-{# A thread's share of a tile of `rows`, from row `row0` on; rows past the last are the last. #}
+{# A thread's share of a tile of `rows`, from row `row0` on, in the order in which they lie; past the last group, that. #}
 {% macro load(registers, source, rows, row0, count) %}
-{% for share in range((rows * BK // 16 + THREADS - 1) // THREADS) %}
+{% for share in range(rows * WORDS // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
-{% set row = "%s + %s / %du" % (row0, at, BK // 16) %}
-{% set row = "min(%s, %du)" % (row, count - 1) if count % rows or rows * BK // 16 % THREADS else row %}
-    let {{ registers }}{{ share }} = {{ source }}[({{ row }}) * {{ K // 16 }}u + word + {{ at }} % {{ BK // 16 }}u];
+{% set eight = "%s / 8u + %s / %du" % (row0, at, 8 * WORDS) %}
+{% set eight = "min(%s, %du)" % (eight, (count + 7) // 8 - 1) if count % rows else eight %}
+    let {{ registers }}{{ share }} = {{ source }}[(({{ eight }}) * {{ K // BK }}u + step) * {{ 8 * WORDS }}u + {{ at }} % {{ 8 * WORDS }}u];
 {% endfor %}
 {% endmacro %}
+{# Eight threads store one word of each of eight rows, which share no bank. #}
 {% macro keep(first, registers, rows) %}
-{% for share in range((rows * BK // 16 + THREADS - 1) // THREADS) %}
+{% for share in range(rows * WORDS // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
-    {{ "if (%s < %du) " % (at, rows * BK // 16) if (share + 1) * THREADS > rows * BK // 16 }}{ tiles[{{ first }}u + {{ at }} / {{ BK // 16 }}u * {{ ROW }}u + {{ at }} % {{ BK // 16 }}u] = {{ registers }}{{ share }}; }
+    tiles[{{ first }}u + ({{ at }} / {{ 8 * WORDS }}u * 8u + {{ at }} % 8u) * {{ ROW }}u + {{ at }} / 8u % {{ WORDS }}u] = {{ registers }}{{ share }};
 {% endfor %}
 {% endmacro %}
-{# SUMS += the products of a slice of K, by a `loop` that says at which word of a row to begin. #}
+{# SUMS += the products of a slice of K, by a `loop` over steps of BK. #}
 {% macro multiply_slice(loop) %}
   {{ loop }}
 {{ load("ra", "a", BM, "m0", M) }}
@@ -68,7 +69,7 @@ var<workgroup> tiles: array<vec4<u32>, {{ [(BM + BN) * ROW, AFTER] | max }}>;
 {% endmacro %}
 {# A loop that the compiler can count is faster. #}
 {% macro multiply_counted(length) %}
-{{ multiply_slice("for (var step = 0u; step < %du; step++) { let word = from_word + step * %du;" % (length // BK, BK // 16)) }}
+{{ multiply_slice("for (var s = 0u; s < %du; s++) { let step = from_step + s;" % (length // BK)) }}
 {% endmacro %}
 @compute @workgroup_size({{ THREADS }}){{ " @subgroup_size(%d)" % SUBGROUP if pinned and dialect != "emulated" }}
 
@@ -86,9 +87,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}{% endfor %}
 {% set last = K - (slices - 1) * slice %}
 {% if slices == 1 %}
-{{ multiply_slice("for (var word = 0u; word < %du; word += %du) {" % (K // 16, BK // 16)) }}
+{{ multiply_slice("for (var step = 0u; step < %du; step++) {" % (K // BK)) }}
 {% else %}
-  let from_word = z * {{ slice // 16 }}u;
+  let from_step = z * {{ slice // BK }}u;
 {% if last == slice %}
 {{ multiply_counted(slice) }}
 {% else %}

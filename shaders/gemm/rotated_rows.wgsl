@@ -1,6 +1,6 @@
 // Rows [M, K] as int8 with one scale each, after a rotation of every 64 values along K (lib/rotate.wgsl): operand of a matmul
 // that contracts over K, a multiple of 64 (=).
-// out [M, K] int8, four to a u32, scales [M] f32: scale = absmax / 127, code = round(value / scale), of rotated values.
+// out [M, K] int8 in the order of ops/gemm/rotated.py, scales [M] f32: scale = absmax / 127, code = round(value / scale), of rotated values.
 {% if source == "nf4" %}
 // Rows are an NF4 weight's.
 {% else %}
@@ -117,7 +117,7 @@ fn main(
     let inverse = inverse_of(absmax);
 {% for c in range(CHUNKS) %}
     {{ "if (place / 4u + %du < %du) " % (c * SHARE // 4, K // 64) if CHUNKS * SHARE > K // 16 else "" }}{
-      out[row * {{ K // 16 }}u + block{{ c }} * 4u + quarter] = vec4<u32>({% for j in range(4) %}pack4xI8(vec4<i32>(round(value{{ c }}_{{ j }} * inverse))){{ ", " if j < 3 }}{% endfor %});
+      out[((row >> 3u) * {{ K // 64 }}u + block{{ c }}) * 32u + quarter * 8u + (row & 7u)] = vec4<u32>({% for j in range(4) %}pack4xI8(vec4<i32>(round(value{{ c }}_{{ j }} * inverse))){{ ", " if j < 3 }}{% endfor %});
     }
 {% endfor %}
     if (place == 0u) {

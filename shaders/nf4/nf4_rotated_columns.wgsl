@@ -5,7 +5,7 @@
 {% elif stage == "scales" %}
 // this second one has the largest of maxima [N / 64, K] in its first row, and makes scales [K] of them. Grid: K / 64.
 {% else %}
-// this third one writes out [K, N] int8, four to a u32, by the absmax in the first row of maxima. Grid: (K / 64, N / 64).
+// this third one writes out [K, N] int8, in the order of ops/gemm/rotated.py, by the absmax in the first row of maxima. Grid: (K / 64, N / 64).
 {% endif %}
 {% if stage == "scales" %}
 var<workgroup> largest: array<f32, 256>;
@@ -69,9 +69,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   maxima[group.y * {{ K }}u + column] = max(max(size.x, size.y), max(size.z, size.w));
 {% else %}
   let inverse = inverse_of(maxima[column]);
-  let to = column * {{ N // 16 }}u + group.y * 4u;
+  let to = ((column >> 3u) * {{ N // 64 }}u + group.y) * 32u + (column & 7u);
 {% for part in range(4) %}
-  out[to + {{ part }}u] = vec4<u32>({% for v in range(4 * part, 4 * part + 4) %}pack4xI8(vec4<i32>(round(value{{ v }} * inverse))){{ ", " if v % 4 < 3 }}{% endfor %});
+  out[to + {{ 8 * part }}u] = vec4<u32>({% for v in range(4 * part, 4 * part + 4) %}pack4xI8(vec4<i32>(round(value{{ v }} * inverse))){{ ", " if v % 4 < 3 }}{% endfor %});
 {% endfor %}
 {% endif %}
 }

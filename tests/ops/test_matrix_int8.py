@@ -19,7 +19,15 @@ from entrenar_gpu.graph.caps import Caps, MatrixConfig
 from entrenar_gpu.graph.tensor import Graph
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, partial_shapes, whole
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
-from entrenar_gpu.ops.gemm.rotated import quantize_rotated, rotated, rotated_arrays, rotated_rows_launch
+from entrenar_gpu.ops.gemm.rotated import (
+    by_rows,
+    laid_out,
+    quantize_rotated,
+    rotated,
+    rotated_arrays,
+    rotated_rows_launch,
+    rotated_specs,
+)
 from entrenar_gpu.ops.gemm.tiles import (
     Choice,
     MatrixTile,
@@ -79,7 +87,7 @@ def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, slices: i
     """Relative error of one matmul of int8 codes against int64."""
     rng, graph = np.random.default_rng(5), Graph("g")
     codes = {"a": (m, k), "b": (n, k)}
-    tensors = {name: graph.tensor(name, (rows, k // 4), "u32", role="weight") for name, (rows, _) in codes.items()}
+    tensors = {name: graph.tensor(name, *rotated_specs(*size)[0], role="weight") for name, size in codes.items()}
     scales = [graph.tensor(f"{name}_scale", (rows,), role="weight") for name, (rows, _) in codes.items()]
     c, choice = graph.tensor("c", (m, n), role="weight"), Choice(SMALL, slices)
     partial = [graph.tensor("p", *spec, role="weight") for spec in partial_shapes((m, n, k), choice)]
@@ -89,7 +97,7 @@ def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, slices: i
         values = {name: rng.integers(-127, 128, size).astype(np.int8) for name, size in codes.items()}
         by = {name: rng.uniform(0.5, 2, rows).astype(np.float32) for name, (rows, _) in codes.items()}
         for name in codes:
-            replay.write(name, values[name].view(np.uint32))
+            replay.write(name, laid_out(values[name]))
             replay.write(f"{name}_scale", by[name])
         before = rng.standard_normal((m, n)).astype(np.float32) if onto else np.full((m, n), np.nan, np.float32)
         replay.write("c", before)
@@ -121,7 +129,7 @@ def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int
 
 FAULTS = [
     ("workgroupBarrier();\n    let by_column", "let by_column"),
-    ("tiles[320u + (thread", "tiles[321u + (thread"),
+    ("tiles[320u + (", "tiles[321u + ("),
     ("(sm + 16u) * 5u", "(sm + 15u) * 5u"),
     ("a_scale[min(", "a_scale[max("),
 ]
@@ -137,7 +145,7 @@ def test_planted_faults_are_seen(device: Any, emulated: KernelCache, old: str, n
 def rows_on(device: Any, kernels: KernelCache, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of rows as the device makes them."""
     (m, k), graph = values.shape, Graph("g")
-    x, out = graph.tensor("x", (m, k)), graph.tensor("out", (m, k // 4), "u32", role="weight")
+    x, out = graph.tensor("x", (m, k)), graph.tensor("out", *rotated_specs(m, k)[0], role="weight")
     scales = graph.tensor("scales", (m,), role="weight")
     ops.scale(x, 1.0)
     ops.scale(scales, 1.0)
@@ -145,7 +153,7 @@ def rows_on(device: Any, kernels: KernelCache, values: np.ndarray) -> tuple[np.n
     try:
         replay.write("x", values)
         replay.launch(rotated_rows_launch(whole(x), m, k, out, scales, device.caps))
-        return replay.read("out").view(np.int8).reshape(m, k), replay.read("scales")
+        return by_rows(replay.read("out"))[:m], replay.read("scales")
     finally:
         replay.close()
 
@@ -199,7 +207,7 @@ def weight_on(device: Any, kernels: KernelCache, transposed: bool, rounded: Any)
         replay.close()
     attrs = {"shape": (n, k), "rounded": rounded, "transposed": transposed}
     want_codes, want_scales = rotated_arrays(attrs, host_parts(weight))
-    apart = codes.view(np.int8).astype(int) - want_codes.view(np.int8)
+    apart = by_rows(codes).astype(int) - by_rows(want_codes)
     return apart, float(np.abs(scales / want_scales - 1).max())
 
 

@@ -3,7 +3,9 @@
 A row whose largest value is an outlier leaves the others few codes. So every 64 values along the inner axis are first
 multiplied by a Hadamard matrix, which spreads an outlier over all of them (arXiv 2404.00456); being orthogonal, on both
 operands it leaves the product as it is. Not normalised, it makes values eight times as large, and scales an eighth.
-Codes lie four to a u32, scales [rows].
+
+Codes lie in the order in which a workgroup takes them: eight rows after each other, of these 64 values after each other,
+and of these sixteen of the first row, sixteen of the second, and so on. Scales are [rows].
 """
 
 from __future__ import annotations
@@ -57,8 +59,22 @@ OVER_127 = float(np.float32(1) / np.float32(127))
 
 
 def rotated_specs(rows: int, k: int) -> list[Spec]:
-    """Codes and scales of [rows, K]."""
-    return [((rows, k // 4), "u32"), ((rows,), "f32")]
+    """Codes, of whole eights of rows, and scales of [rows, K]."""
+    return [((round_up(rows, 8), k // 4), "u32"), ((rows,), "f32")]
+
+
+def laid_out(codes: np.ndarray) -> np.ndarray:
+    """Codes int8 [rows, K] as they lie, u32."""
+    rows, k = codes.shape
+    whole = np.zeros((round_up(rows, 8), k), np.int8)
+    whole[:rows] = codes
+    return whole.reshape(-1, 8, k // BLOCK, 4, 16).transpose(0, 2, 3, 1, 4).copy().view(np.uint32).reshape(-1, k // 4)
+
+
+def by_rows(held: np.ndarray) -> np.ndarray:
+    """The codes int8 [rows, K] that lie so, whole eights of rows."""
+    k = 4 * held.shape[1]
+    return held.view(np.int8).reshape(-1, k // BLOCK, 4, 8, 16).transpose(0, 3, 1, 2, 4).reshape(-1, k)
 
 
 def rotated_workspace(attrs: Mapping[str, Any]) -> list[Spec]:
@@ -71,13 +87,13 @@ def rotated_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> lis
     """An NF4 weight as `rotated_specs` holds it."""
     weight = dequantized(attrs, parts)
     codes, scales = quantize_rotated(np.ascontiguousarray(weight.T) if attrs["transposed"] else weight)
-    return [codes.view(np.uint32), scales]
+    return [laid_out(codes), scales]
 
 
 def rotated_product(x: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Rows x times the transposed of a weight that `rotated_arrays` made."""
     left, by_row = quantize_rotated(x)
-    sums = left.astype(np.float64) @ codes.view(np.int8).astype(np.float64).T
+    sums = left.astype(np.float64) @ by_rows(codes).astype(np.float64).T
     return sums.astype(np.float32) * (by_row[:, None] * scales)
 
 
@@ -107,11 +123,17 @@ def rotated_rows_launch(
 
 
 def _row_constants(rows: int, k: int) -> dict[str, Any]:
-    """How rows are shared out: one to a workgroup, in chunks where it is long, or several."""
-    chunks = ceil_div(k, _THREADS * _EACH)
-    share = round_up(ceil_div(k, chunks * _EACH), 4)
+    """How rows are shared out: one or several to a workgroup, in as many chunks as leave least of it idle."""
+    least = ceil_div(k, _THREADS * _EACH)
+    chunks = max(range(least, least + 3), key=lambda c: _THREADS // _share(k, c) / c)
+    share = _share(k, chunks)
     sizes = {"M": rows, "K": k, "CHUNKS": chunks, "SHARE": share, "ROWS": _THREADS // share}
     return {**sizes, "scaled": literal(OVER_127 / 8)}
+
+
+def _share(k: int, chunks: int) -> int:
+    """Invocations that share a row in so many chunks: whole quads, which share a block."""
+    return round_up(ceil_div(k, chunks * _EACH), 4)
 
 
 def rotated_weight_launches(
