@@ -4,8 +4,8 @@ A row whose largest value is an outlier leaves the others few codes. So every 64
 multiplied by a Hadamard matrix, which spreads an outlier over all of them (arXiv 2404.00456); being orthogonal, on both
 operands it leaves the product as it is. Not normalised, it makes values eight times as large, and scales an eighth.
 
-Codes lie in the order in which a workgroup takes them: eight rows after each other, of these 64 values after each other,
-and of these sixteen of the first row, sixteen of the second, and so on. Scales are [rows].
+Codes lie in the order in which a workgroup takes them: eight rows after each other, of these 64 values after each
+other, and of these sixteen of the first row, sixteen of the second, and so on. Scales are [rows].
 """
 
 from __future__ import annotations
