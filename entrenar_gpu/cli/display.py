@@ -35,14 +35,6 @@ _MEANINGS = {
 }
 
 
-ARITHMETICS = {  # in words, of all but f32
-    "f32": "",
-    "f16": "f16",
-    "int8": "int8 with a scale for every 64 values",
-    "int8_rows": "int8 with a scale for each row, on matrix units",
-}
-
-
 def size(nbytes: float) -> str:
     return f"{nbytes / 2**30:.3f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
 
@@ -62,10 +54,8 @@ def show_plan(parts: Mapping[str, Any]) -> None:
         table.add_row(key, size(parts[key]), meaning, style="bold" if key == "peak_bytes" else "")
     console = Console()
     console.print(table)
-    arithmetic = ARITHMETICS[parts["arithmetic"]]
-    multiplied = f"; projections in {arithmetic}" if arithmetic else ""
     console.print(
-        _text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}{multiplied}"),
+        _text(f"recompute: {parts['recompute']}; budget {size(parts['budget_bytes'])}; {parts['device']}"),
         soft_wrap=True,
     )
     for words, counts in (("recomputed", parts["recomputed"]), ("kept as fp16", parts["fp16"])):

@@ -19,6 +19,7 @@ from entrenar_gpu.gpu.matrix_check import PASSED, check_path, open_device, read_
 from entrenar_gpu.graph.caps import Caps, MatrixConfig
 
 CONFIG = MatrixConfig("f16", "f32", 16, 16, 16, 32, 32)
+INT8 = MatrixConfig("i8", "i32", 16, 16, 32, 32, 32)
 
 
 @pytest.fixture
@@ -95,6 +96,14 @@ def test_of_two_that_start_at_once_one_tries_and_the_other_waits(opened: Any, mo
         assert first.result().caps.matrices == second.result().caps.matrices == (CONFIG,)
     assert len(tried) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_int8_that_fails_leaves_f16(opened: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened.outcome_of(PASSED)
+    opened.card.caps = replace(opened.card.caps, matrices=(CONFIG, INT8), max_workgroup_bytes=49152)
+    monkeypatch.setattr(matrix_check, "try_int8", lambda device: "a layer is off by 1e+00")
+    assert open_device().caps.matrices == (CONFIG,)
+    assert "are not used for int8: a layer is off by 1e+00" in capsys.readouterr().err
 
 
 def test_another_driver_or_damaged_memory_is_tried_anew(opened: Any) -> None:
