@@ -8,7 +8,7 @@ The tree of spans:
 
     train                          one a run; child of the caller's open span, if any; written last
       step                         one an optimizer step
-        data | forward | backward | optimizer | checkpoint | eval        phases
+        data | forward | backward | optimizer | checkpoint | eval | sample        phases
           layer 0 ... layer N      inside forward and backward
             <kernel>               one dispatch; its parent is a layer, or the phase where it belongs to no layer
       anomaly                      one anomaly told while the run trained; without duration, at the time of telling
@@ -27,11 +27,11 @@ The file (TRACE_FILE in the run folder) is the OpenTelemetry file exporter's JSO
 `{"resourceSpans": [...]}` object a line. As OTLP/JSON asks: ids in lower-case
 hex, enums as integers, 64-bit integers (times too) as decimal strings, doubles as numbers or as "NaN", "Infinity" and
 "-Infinity" (a skipped step has them), no `parentSpanId` on a root. A step's spans come in one line, the step first;
-lines are in order of time. `checkpoint` and `eval` spans may come in a later line than their step. A killed run may
-leave a part of a last line (readers pass over it, a resumed run cuts it off) and has no `train` span, so what describes
-the run, its id above all, also stands in each line's resource. A resumed run appends: it is a second trace id (and
-`service.instance.id`) in the same file. RUN_RESUMES and RUN_FIRST_STEP say which steps of the earlier one it goes on
-from; those that it takes again count as its own.
+lines are in order of time. `checkpoint`, `eval` and `sample` spans may come in a later line than their step. A killed
+run may leave a part of a last line (readers pass over it, a resumed run cuts it off) and has no `train` span, so what
+describes the run, its id above all, also stands in each line's resource. A resumed run appends: it is a second trace
+id (and `service.instance.id`) in the same file. RUN_RESUMES and RUN_FIRST_STEP say which steps of the earlier one it
+goes on from; those that it takes again count as its own.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ BACKWARD: Final = "backward"
 OPTIMIZER: Final = "optimizer"
 CHECKPOINT: Final = "checkpoint"
 EVAL: Final = "eval"
+SAMPLE: Final = "sample"  # answers to the run's sample prompts
 REQUEST: Final = "request"  # of a server: a root span each
 ANOMALY: Final = "anomaly"
-PHASES: Final = (DATA, FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT, EVAL)
+PHASES: Final = (DATA, FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT, EVAL, SAMPLE)
 LAYER_PREFIX: Final = "layer "  # followed by the index, from 0
 
 
@@ -186,6 +187,7 @@ CHECKPOINT_BYTES = _attribute("entrenar.checkpoint.bytes", "int", "checkpoint", 
 EVAL_LOSS = _attribute("entrenar.eval.loss", "double", "eval", "mean over the evaluation data, nats a token")
 EVAL_PERPLEXITY = _attribute("entrenar.eval.perplexity", "double", "eval", "exp of the loss")
 EVAL_TOKENS = _attribute("entrenar.eval.tokens", "int", "eval", "tokens evaluated")
+SAMPLE_PROMPTS = _attribute("entrenar.sample.prompts", "int", "sample", "prompts answered")
 
 ANOMALY_CAUSE = _attribute("entrenar.anomaly.cause", "string", "anomaly", "as docs/anomalies.md lists them")
 ANOMALY_SEVERITY = _attribute("entrenar.anomaly.severity", "string", "anomaly", "low, medium or high")

@@ -22,7 +22,9 @@ _log = logging.getLogger(__name__)
 _MOST_SPANS: Final = 20_000  # kept of one step; a step of 36 layers has some thousand kernels
 _BELOW_STEP: Final = frozenset(schema.LEVELS) - {"step"}
 _TRAINER_KEYS: Final = {name: key for key, name in schema.SPAN_KEYS.items()}
-_OWN_RECORD: Final = frozenset({schema.CHECKPOINT_BYTES, schema.EVAL_LOSS})  # no phase inside a step has them
+_OWN_RECORD: Final = frozenset(
+    {schema.CHECKPOINT_BYTES, schema.EVAL_LOSS, schema.SAMPLE_PROMPTS}
+)  # no phase of a step has them
 
 
 class AnomalyProcessor(SpanProcessor):
@@ -118,8 +120,10 @@ class AnomalyProcessor(SpanProcessor):
             self._judge_step()
         step, size = (whole(attributes.get(key), 0) for key in (schema.STEP_NUMBER, schema.CHECKPOINT_BYTES))
         record = SimpleNamespace(step=step, bytes=size, start_ns=start, end_ns=end)
-        told = self._detector.checkpoint_saved if name == schema.CHECKPOINT else self._detector.eval_finished
-        told(record)
+        if name == schema.CHECKPOINT:
+            self._detector.checkpoint_saved(record)
+        elif name == schema.EVAL:
+            self._detector.eval_finished(record)  # samples take what their answers take
 
     def _judge_step(self) -> None:
         step, self._step = self._step, None

@@ -1,7 +1,8 @@
 """Training steps as columns: one row a step, one column a kind of span, taken from a table of spans.
 
-Time in `checkpoint` and `eval` spans is counted apart, whether they lie inside their step or beside it: `seconds` is
-the step without them, `wall_seconds` the step with its checkpoint. Evaluations are asked for and take what they take.
+Time in `checkpoint`, `eval` and `sample` spans is counted apart, whether they lie inside their step or beside it:
+`seconds` is the step without them, `wall_seconds` the step with its checkpoint. Evaluations and samples are asked for
+and take what they take.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from observability.read.span_table import (
     whole,
 )
 
-PAUSES: Final = (schema.CHECKPOINT, schema.EVAL)
+PAUSES: Final = (schema.CHECKPOINT, schema.EVAL, schema.SAMPLE)
 MOST_KINDS: Final = 1000
 _TAKEN_AGAIN: Final = -1  # in place of a run: of steps that a resumed run repeats
 _LARGEST: Final = 1e100
@@ -68,8 +69,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class Pause:
-    """A checkpoint or an evaluation: what it was, the step it belongs to, seconds, and bytes written (0: not told)
-    or the loss over the evaluation data.
+    """A checkpoint, an evaluation or samples drawn: what it was, the step it belongs to, seconds, and bytes
+    written (0: not told) or the loss over the evaluation data.
     """
 
     name: str

@@ -46,6 +46,7 @@ _PHASE_COLOURS: Final = {
     schema.OPTIMIZER: "#4aa889",
     schema.CHECKPOINT: "#b0524f",
     schema.EVAL: "#9a6fb8",
+    schema.SAMPLE: "#c07fa5",
     "other": "#c3ccd6",
 }
 _CLUSTER_COLOURS: Final = ("#4f8ef0", "#4aa889", "#9a6fb8", "#e0a43a", "#5d6b7c")

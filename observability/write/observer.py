@@ -171,6 +171,10 @@ class TraceObserver:
         if self._pipeline is not None:
             self._pipeline.put("checkpoint", record, 1)
 
+    def samples_drawn(self, record: Any) -> None:
+        if self._pipeline is not None:
+            self._pipeline.put("samples", record, 1)
+
     def run_finished(self, summary: Any) -> None:
         if self._pipeline is not None:
             self._pipeline.put("finish", summary, 1)
@@ -314,6 +318,8 @@ class _Pipeline:
                 self.metrics.evaluation(record)
         elif kind == "checkpoint":
             self._give(self.builder.checkpoint(record))
+        elif kind == "samples":
+            self._give(self.builder.samples(record))
         elif kind == "anomaly":
             self._sample.expect(record[0].first_step, record[0].last_step)
             self._give(self.builder.anomaly(*record))

@@ -47,7 +47,7 @@ class StepSample:
         every = self._every or 1
         wanted = (step - self._first) % every == 0 or step in self._odd
         self._odd.discard(step)
-        if not wanted and not any(span.name in (schema.CHECKPOINT, schema.EVAL) for span in spans):
+        if not wanted and not any(span.name in (schema.CHECKPOINT, schema.EVAL, schema.SAMPLE) for span in spans):
             self.left_out += len(spans)
             self._remember(spans[0])
             return []

@@ -215,6 +215,10 @@ class SpanBuilder:
         attributes = {schema.CHECKPOINT_PATH: clean(record.path), schema.CHECKPOINT_BYTES: record.bytes}
         return self._record(record, schema.CHECKPOINT, attributes)
 
+    def samples(self, record: Any) -> list[ReadableSpan]:
+        """The `sample` span of a `SampleRecord`, or nothing, as `evaluation`; without prompts and answers."""
+        return self._record(record, schema.SAMPLE, {schema.SAMPLE_PROMPTS: len(record.texts)})
+
     def anomaly(self, finding: Any, at_ns: int) -> list[ReadableSpan]:
         """The span of an anomaly that was told at the time `at_ns`."""
         attributes = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, Span, StepRecord
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, RunInfo, RunSummary, SampleRecord, Span, StepRecord
 
 START_NS = 1_780_000_000_000_000_000
 STEP_NS = 200_000_000
@@ -89,6 +89,11 @@ def _spans(start: int, layers: int, kernels: tuple[str, ...]) -> Iterator[Span]:
 def eval_record(step: int) -> EvalRecord:
     end = START_NS + step * STEP_NS
     return EvalRecord(step, 1.5, math.exp(1.5), 500, end - 2_000_000, end - 1_000_000)
+
+
+def sample_record(step: int) -> SampleRecord:
+    end = START_NS + step * STEP_NS
+    return SampleRecord(step, [{"prompt": "secret"}] * 2, ["answer"] * 2, end - 2_000_000, end - 1_000_000)
 
 
 def checkpoint_record(step: int) -> CheckpointRecord:

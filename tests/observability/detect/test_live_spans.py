@@ -14,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from entrenar_gpu.events import CheckpointRecord, EvalRecord, HostStats, Span, StepRecord
+from entrenar_gpu.events import CheckpointRecord, EvalRecord, HostStats, SampleRecord, Span, StepRecord
 from observability import observe, schema
 from observability.detect import live_spans
 from observability.detect.live import LiveDetector
@@ -25,6 +25,7 @@ from tests.helpers.step_records import KERNELS, run_info, run_summary, step_reco
 from tests.observability.detect.test_live import records, scaled
 
 METHODS = {StepRecord: "step_finished", CheckpointRecord: "checkpoint_saved", EvalRecord: "eval_finished"}
+METHODS |= {SampleRecord: "samples_drawn"}
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,7 @@ def test_pauses_come_after_the_step_that_they_follow(tmp_path: Path) -> None:
         step_record(1),
         EvalRecord(1, 1.0, 2.7, 10, end - 2000, end + 9),
         CheckpointRecord(1, "c", 77, end + 9, end + 20),
+        SampleRecord(1, [{}], ["told to nobody"], end + 20, end + 30),
         step_record(2),
     ]
     heard = Heard()

@@ -34,6 +34,7 @@ from tests.helpers.step_records import (
     eval_record,
     run_info,
     run_summary,
+    sample_record,
     skipped_step,
     step_record,
 )
@@ -115,6 +116,7 @@ def test_attributes_are_those_of_the_schema_with_its_types() -> None:
     host = HostStats(0.5, 0.1, 0.0, 0.2, 3, 40, 5, 1 << 20, 1980.0, 61.0, 120.0, "power cap")
     record = step_record(1, kernels=("rope",), host=host)
     spans = [*build.step(record), *build.checkpoint(checkpoint_record(1)), *build.evaluation(eval_record(1))]
+    spans += build.samples(sample_record(1))
     spans += build.anomaly(Finding("spike", 1, 1, 1, "step", 0.2, 0.1, 9.0, "high", "twice as long"), START_NS)
     spans += build.finish(run_summary(1))
     types = {"string": str, "int": int, "double": float, "bool": bool}
@@ -180,6 +182,19 @@ def test_a_phase_that_has_a_record_too_is_one_span() -> None:
 def test_an_evaluation_before_the_first_step_hangs_on_the_run() -> None:
     build = builder()
     assert path_names(build.evaluation(eval_record(0)), build.train) == [("eval",)]
+
+
+def test_samples_are_spans_of_their_own_without_their_texts() -> None:
+    build = builder()
+    spans = [*build.samples(sample_record(0)), *build.step(step_record(1)), *build.samples(sample_record(1))]
+    paths = path_names(spans, build.train)
+    assert (paths[0], paths[-1]) == (("sample",), ("step", "sample"))
+    after = spans[-1]
+    assert dict(after.attributes or {}) == {
+        schema.SPAN_LEVEL: "phase",
+        schema.STEP_NUMBER: 1,
+        schema.SAMPLE_PROMPTS: 2,
+    }
 
 
 @pytest.mark.parametrize(
