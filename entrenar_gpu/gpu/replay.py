@@ -26,6 +26,7 @@ from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS
 
 SUBMIT_SECONDS = 0.25  # display drivers reset a GPU that is busy for seconds
+FIRST_LAUNCHES = 64  # of a graph that are handed over apart, so that a GPU that waits is at work while the rest is
 QUERY_SET = 4096  # timestamps a query set may hold
 
 
@@ -183,7 +184,7 @@ class Replay:
         with self.device.watched():
             encoded = self._prepared.pop(name, None)
             if encoded is not None and repeat == 0:
-                submission = self.device.engine.submit(self.device.handle, encoded.buffers)
+                submission = [self.device.engine.submit(self.device.handle, [part]) for part in encoded.buffers][-1]
             else:
                 jobs: list[Future[int]] = []
                 encoded = self._encode(name, repeat, lambda encoder: jobs.append(self._hand_over(encoder)))
@@ -299,7 +300,7 @@ class Replay:
         self.device.read(next(iter(self._buffers.values())), 0, 4)
 
     def _cut(self, name: str, steps: list[Step]) -> list[list[Dispatch]]:
-        """The dispatches of a graph, in submits that keep the device busy for about SUBMIT_SECONDS each."""
+        """The dispatches of a graph, in submits that keep it busy for about SUBMIT_SECONDS each, but the first."""
         batches: list[list[Dispatch]] = [[]]
         budget = self.device.caps.flops_per_second * SUBMIT_SECONDS
         spent = 0.0
@@ -307,7 +308,8 @@ class Replay:
         for number, step in enumerate(steps):
             flops = OPS[step.node.op].flops(step.node)
             for launch in step.launches:
-                if batches[-1] and spent + flops / len(step.launches) > budget:
+                begun = len(batches) == 1 and len(batches[0]) == FIRST_LAUNCHES
+                if begun or (batches[-1] and spent + flops / len(step.launches) > budget):
                     batches.append([])
                     spent = 0.0
                 spent += flops / len(step.launches)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,12 +30,31 @@ from entrenar_gpu.session import RunShape, Session, write_adapter
 
 @dataclass(frozen=True)
 class _Row:
-    """One token on its way through the model: what it is, where it stands, and whether its logits are asked for."""
+    """One token on its way through the model: what it is, where it stands, and whether what follows it is asked for."""
 
     slot: int
     position: int
     token: int
     wanted: bool
+
+    def followed_by(self, token: int) -> _Row:
+        return replace(self, position=self.position + 1, token=token)
+
+
+class _Report(Protocol):
+    """What a run leaves, on its way to the host."""
+
+    def result(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class _Next:
+    """A pass that is likely the next: of these rows, with this adapter. `report` is its own where it runs already."""
+
+    made: Pass
+    adapter: str | None
+    rows: Sequence[_Row]
+    report: _Report | None = None
 
 
 class Decoder:
@@ -61,6 +80,16 @@ class Decoder:
         self.vocabulary = shape.model.vocab_size
         self._passes = Passes.of(chunk, shape.precision(caps))
         self._adapter: str | None = None
+        self._next: _Next | None = None
+        # A pass tells tokens by their ids; an adapter with tokens of its own looks up others.
+        ids = np.arange(self.vocabulary, dtype=np.uint32)
+        self._goes_ahead = {
+            name: isinstance(executor, Replay) and (spec is None or bool((spec.looked_up(ids) == ids).all()))
+            for name, spec in self._specs.items()
+        }
+        self._slots_of: dict[str, Sequence[int]] = {}  # as last written, by the name of the input
+        if self._passes.prompt is not self._passes.few:
+            executor.prepare(self._passes.prompt[-1].name(None))
 
     @classmethod
     def open(
@@ -114,17 +143,37 @@ class Decoder:
 
         Raises ValueError for tokens, slots or lengths that there are none of; nothing is appended then.
         """
-        rows = {slot: self._rows(slot, tokens, all_logits) for slot, tokens in batch.items()}
-        found: dict[int, list[np.ndarray]] = {slot: [] for slot in batch}
+        return {slot: np.stack(rows) for slot, rows in self._extend(batch, all_logits, prompt, logits=True).items()}
+
+    def likeliest(
+        self, batch: Mapping[int, Sequence[int]], every: bool = False, prompt: bool | None = None
+    ) -> dict[int, list[int]]:
+        """The same, but only where the logits are largest: the token that greedy decoding goes on with, the first of
+        equal ones, or NOT_FINITE. Little is brought to the host.
+
+        Where each slot is extended by the token that was told of it, the next such call is computed ahead.
+        """
+        found = self._extend(batch, every, prompt, logits=False)
+        return {slot: [int(token) for token in tokens] for slot, tokens in found.items()}
+
+    def _extend(
+        self, batch: Mapping[int, Sequence[int]], every: bool, prompt: bool | None, logits: bool
+    ) -> dict[int, list[Any]]:
+        """What follows the last token of each slot, or `every` one: its logits [V], or where they are largest."""
+        rows = {slot: self._rows(slot, tokens, every) for slot, tokens in batch.items()}
+        found: dict[int, list[Any]] = {slot: [] for slot in batch}
         for passes, of_prompt in ((self._passes.prompt, True), (self._passes.few, False)):
             chosen = [r for own in rows.values() for r in own if of_prompt == _of_prompt(own, prompt)]
             most = passes[-1].tokens
             for start in range(0, len(chosen), most):
                 part = chosen[start : start + most]
-                self._run(next(made for made in passes if made.tokens >= len(part)), part, found)
+                made = next(made for made in passes if made.tokens >= len(part))
+                run = self._run_long if made.has_head else self._run_few
+                for row, value in run(made, part, logits):
+                    found[row.slot].append(value)
         for slot, tokens in batch.items():
             self.lengths[slot] += len(tokens)
-        return {slot: np.stack(logits) for slot, logits in found.items()}
+        return found
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot: what was proposed and rejected, or, for 0, everything."""
@@ -141,6 +190,7 @@ class Decoder:
             for name in cache_names(executor.tensors):
                 executor.copy_rows(name, source * self.context, target * self.context, length)
         self.lengths[target] = length
+        self._expect_nothing_of(target)
 
     def close(self) -> None:
         self.executor.close()
@@ -151,7 +201,7 @@ class Decoder:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _rows(self, slot: int, tokens: Sequence[int], all_logits: bool) -> list[_Row]:
+    def _rows(self, slot: int, tokens: Sequence[int], every: bool) -> list[_Row]:
         """The tokens to append to a slot, each with its place."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"there is no slot {slot} of {self.slots}")
@@ -163,36 +213,85 @@ class Decoder:
         if first + len(tokens) > self.context:
             raise ValueError(f"slot {slot}: {first} + {len(tokens)} tokens exceed the context of {self.context}")
         last = len(tokens) - 1
-        return [_Row(slot, first + i, int(token), all_logits or i == last) for i, token in enumerate(tokens)]
+        return [_Row(slot, first + i, int(token), every or i == last) for i, token in enumerate(tokens)]
 
-    def _run(self, made: Pass, rows: Sequence[_Row], found: Mapping[int, list[np.ndarray]]) -> None:
-        """One pass. Appends the logits asked for to those of their slots."""
-        executor, spec = self.executor, self._specs[self._adapter]
-        fields = {"input_ids": (0, "token"), "positions": (0, "position"), "slots": (self.slots, "slot")}
-        for name, (padding, field) in fields.items():
-            values = np.full(made.tokens, padding, np.uint32)
-            values[: len(rows)] = [getattr(row, field) for row in rows]
-            if name == "input_ids" and spec is not None:
-                values = spec.looked_up(values)
-            executor.write(made.input(name), values)
-        report = executor.run(made.name(self._adapter))
-        if not made.has_head:
-            executor.prepare(made.name(self._adapter))  # likely the next one too: sequences grow token by token
+    def _run_few(self, made: Pass, rows: Sequence[_Row], logits: bool) -> list[tuple[_Row, Any]]:
+        """A pass over a few tokens, and what follows those that are asked for."""
+        expected = self._next
+        follows = expected is not None and (expected.made, expected.adapter, expected.rows) == (
+            made,
+            self._adapter,
+            rows,
+        )
+        if expected is not None and follows and expected.report is not None:
+            report = expected.report
+        else:
+            self._write(made, rows)
+            report = self._submit(made.name(self._adapter))
+        ahead = self._go_on(made, rows) if follows and not logits else None
+        self.executor.prepare(made.name(self._adapter))  # likely the next one too: sequences grow token by token
+        if logits:
+            values = self._submit(made.logits).result()
+            self._next = None
+        else:
+            values = report.result()
+            tokens = [row.followed_by(int(token)) for row, token in zip(rows, values, strict=False)]
+            self._next = _Next(made, self._adapter, tokens, ahead)
+        return [(row, value) for row, value in zip(rows, values, strict=False) if row.wanted]
+
+    def _go_on(self, made: Pass, rows: Sequence[_Row]) -> _Report | None:
+        """Run the pass that goes on from what one over these rows, on its way, finds likeliest: a pass leaves that
+        where it reads its tokens. What of the cache turns out not to be wanted, later passes write over.
+        """
+        if not self._goes_ahead[self._adapter] or len({row.slot for row in rows}) < len(rows):
+            return None
+        if max(row.position for row in rows) + 1 >= self.context:
+            return None
+        self._write(made, [row.followed_by(0) for row in rows], tokens=False)
+        return self._submit(made.name(self._adapter))
+
+    def _run_long(self, made: Pass, rows: Sequence[_Row], logits: bool) -> list[tuple[_Row, Any]]:
+        """A pass over a prompt's piece, then its head, for as many tokens at a time as that takes."""
+        self._expect_nothing_of(*(row.slot for row in rows))
+        self._write(made, rows)
+        self.executor.run(made.name(self._adapter))
         wanted = [place for place, row in enumerate(rows) if row.wanted]
-        if not made.has_head:
-            if report is not None and wanted:
-                logits = report.result()
-                for place in wanted:
-                    found[rows[place].slot].append(logits[place])
-            return
+        found: list[tuple[_Row, Any]] = []
+        spec = self._specs[self._adapter]
         head = made.head(self._adapter if spec is not None and spec.changes_head(self._model) else None)
         for start in range(0, len(wanted), HEAD_ROWS):
             places = wanted[start : start + HEAD_ROWS]
-            executor.write(made.logits_at, np.resize(np.array(places, np.uint32), HEAD_ROWS))
-            report = executor.run(head)
-            assert report is not None
-            for place, logits in zip(places, report.result(), strict=False):
-                found[rows[place].slot].append(logits)
+            self.executor.write(made.logits_at, np.resize(np.array(places, np.uint32), HEAD_ROWS))
+            report = self._submit(head)
+            if start == 0:
+                self.executor.prepare(made.name(self._adapter))
+            values = (self._submit(made.logits) if logits else report).result()
+            found += [(rows[place], value) for place, value in zip(places, values, strict=False)]
+        return found
+
+    def _expect_nothing_of(self, *slots: int) -> None:
+        """These hold something else now than what the next pass was expected to go on from, if maybe as much of it."""
+        if self._next is not None and any(row.slot in slots for row in self._next.rows):
+            self._next = None
+
+    def _write(self, made: Pass, rows: Sequence[_Row], tokens: bool = True) -> None:
+        """The inputs of a pass. Rows that are left over belong to no slot."""
+        padding = made.tokens - len(rows)
+        slots = [row.slot for row in rows] + [self.slots] * padding
+        positions = [row.position for row in rows] + [0] * padding
+        name = made.input("slots")
+        if self._slots_of.get(name) != slots:
+            self.executor.write(name, np.array(slots, np.uint32))
+            self._slots_of[name] = slots
+        self.executor.write(made.input("positions"), np.array(positions, np.uint32))
+        if tokens:
+            ids, spec = np.array([row.token for row in rows] + [0] * padding, np.uint32), self._specs[self._adapter]
+            self.executor.write(made.input("input_ids"), ids if spec is None else spec.looked_up(ids))
+
+    def _submit(self, graph: str) -> _Report:
+        report = self.executor.run(graph)
+        assert report is not None
+        return report
 
 
 def _of_prompt(rows: Sequence[_Row], told: bool | None) -> bool:

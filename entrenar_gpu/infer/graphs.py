@@ -16,7 +16,7 @@ from entrenar_gpu.adapters import AdapterSpec, adapted
 from entrenar_gpu.compiler import FittedPlan, Plan, PlanOptions, Recompute, fuse_rows, make_plan
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.graph import Caps, Graph, Target
+from entrenar_gpu.graph import Caps, Graph, Target, Tensor
 from entrenar_gpu.model import CachedPass, Transformer
 from entrenar_gpu.ops.gemm.launches import layout_of
 from entrenar_gpu.ops.gemm.linear import product_sizes
@@ -24,7 +24,7 @@ from entrenar_gpu.ops.gemm.matmul import is_low_rank, matmul_sizes
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable, choose, key, to_numbers
 from entrenar_gpu.session import PlanReport, RunShape, Trace, plan_graphs
 
-CHUNK = 256  # tokens of a prompt's longest piece
+CHUNK = 512  # tokens of a prompt's longest piece
 HEAD_ROWS = 16  # tokens of a pass over a few, and whose logits one pass makes at most
 SHORTEST = 32  # tokens of a prompt's shortest piece
 
@@ -54,7 +54,14 @@ class Pass:
 
     @property
     def logits(self) -> str:
+        """The logits of the last run, and the graph that does nothing but bring them to the host."""
         return f"logits.{self.tokens}"
+
+    @property
+    def likeliest(self) -> str:
+        """Where the logits are largest, u32 [T], which is what a run brings to the host: in place of the tokens that it
+        read, so that the next run can go on from them, and beside those of a prompt."""
+        return f"likeliest.{self.tokens}" if self.has_head else self.input("input_ids")
 
     @property
     def logits_at(self) -> str:
@@ -104,16 +111,20 @@ def decoder_graphs(chunk: int, adapters: Mapping[str, AdapterSpec], shape: RunSh
 
 
 def _with_head(made: Pass, adapter: str | None, shape: RunShape, caps: Caps, own_head: bool = True) -> dict[str, Graph]:
-    """A pass and, where it has one, its head; without `own_head` that of the base does."""
+    """A pass, the graph that brings its logits and, where it has one, its head; without `own_head` that of the base
+    does."""
     graph = _pass(made, adapter, shape, caps)
+    logits = Graph(made.logits, report=made.logits, differentiable=False)
+    logits.tensor(made.logits, (min(made.tokens, HEAD_ROWS), shape.model.vocab_size), role="state")
     if not made.has_head or not own_head:
-        return {graph.name: graph}
-    head = Graph(made.head(adapter), report=made.logits, differentiable=False)
+        return {graph.name: graph, logits.name: logits}
+    head = Graph(made.head(adapter), report=made.likeliest, differentiable=False)
     model = _model(head, made, shape, caps)
     hidden = head.tensor(made.hidden, (made.tokens, shape.model.hidden_size), role="state")
     at = head.tensor(made.logits_at, (HEAD_ROWS,), "u32")
-    ops.keep(model.logits(ops.embedding(at, [hidden])), made.logits)
-    return {graph.name: graph, head.name: head}
+    found = ops.keep(model.logits(ops.embedding(at, [hidden])), made.logits)
+    ops.keep(_likeliest(head, found), made.likeliest)
+    return {graph.name: graph, head.name: head, logits.name: logits}
 
 
 def _pass(made: Pass, adapter: str | None, shape: RunShape, caps: Caps) -> Graph:
@@ -123,10 +134,15 @@ def _pass(made: Pass, adapter: str | None, shape: RunShape, caps: Caps) -> Graph
     if made.has_head:
         ops.keep(hidden, made.hidden)
     else:
-        graph.report = made.logits
-        ops.keep(model.logits(hidden), made.logits)
+        graph.report = made.likeliest
+        ops.in_place(_likeliest(graph, ops.keep(model.logits(hidden), made.logits)), graph.persistents[made.likeliest])
     fuse_rows(graph, caps)
     return graph
+
+
+def _likeliest(graph: Graph, logits: Tensor) -> Tensor:
+    with graph.within("lm_head"):
+        return ops.argmax(logits)
 
 
 def _model(graph: Graph, made: Pass, shape: RunShape, caps: Caps) -> Transformer:

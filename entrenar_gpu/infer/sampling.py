@@ -28,6 +28,7 @@ import numpy as np
 
 from entrenar_gpu.config import SamplingOptions
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.ops import NOT_FINITE
 
 Floats = np.ndarray
 Ints = np.ndarray
@@ -61,14 +62,22 @@ class Sampler:
     def _counts_matter(self) -> bool:
         return bool(self._options.presence_penalty or self._options.frequency_penalty)
 
-    def draw(self, logits: Floats) -> SampledToken:
-        """The next token, from its logits [V]; the sampler then counts it as said.
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is always where the model's logits are largest, and nothing else of them is told."""
+        return self._plain and self._options.temperature == 0 and self._options.logprobs is None
+
+    def draw(self, logits: Floats | int) -> SampledToken:
+        """The next token, from its logits [V] or, where those are not needed, from where they are largest; the sampler
+        then counts it as said.
 
         Raises UserError for logits that are not finite, which weights of a run that diverged give.
         """
         options = self._options
-        if not np.isfinite(logits.max()):
+        if logits == NOT_FINITE if isinstance(logits, int) else not np.isfinite(logits.max()):
             raise UserError("the model's logits are not finite: its weights, or its adapter's, overflow")
+        if isinstance(logits, int):
+            return SampledToken(logits)
         adjusted = logits if self._plain else self._adjusted(logits)
         if options.temperature == 0:
             token = int(np.argmax(adjusted))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,8 +90,13 @@ class Answer:
             self._ngrams = NgramIndex(self.tokens)
         return self._ngrams.draft(most)
 
-    def draw(self, logits: np.ndarray, context: int) -> int:
-        """Take the next token from its logits [V], tell what may be told, and finish where it ends the answer."""
+    @property
+    def takes_likeliest(self) -> bool:
+        return self._sampler.takes_likeliest
+
+    def draw(self, logits: np.ndarray | int, context: int) -> int:
+        """Take the next token from its logits [V], or from where they are largest; tell what may be told, and finish
+        where it ends the answer."""
         sampled = self._sampler.draw(logits)
         self.drawn += 1
         if self.first_token is None:
@@ -253,14 +258,14 @@ class Scheduler:
             if part := answer.tokens[at : at + room]:
                 batch[answer.slot.number] = part
                 room -= len(part)
-        logits = self.decoder.extend(batch, prompt=True)
+        found = self._extend(group, batch, every=False, prompt=True)
         for answer in group:
             slot = answer.slot
             assert slot is not None
             if slot.number in batch:
                 slot.tokens += batch[slot.number]
                 if len(slot.tokens) == len(answer.tokens):
-                    self._draw(answer, logits[slot.number], [])
+                    self._draw(answer, found[slot.number], [])
 
     def _decode(self, group: Sequence[Answer]) -> None:
         """The next tokens of every sequence: one each, and as many as a draft had right."""
@@ -269,18 +274,26 @@ class Scheduler:
         batch = {a.slot.number: [a.tokens[-1], *draft] for a, draft in zip(group, drafts, strict=True) if a.slot}
         drafted, before = sum(map(len, drafts)), sum(answer.drawn for answer in group)
         began = time.perf_counter()
-        logits = self.decoder.extend(batch, all_logits=drafted > 0, prompt=False)
+        found = self._extend(group, batch, every=drafted > 0, prompt=False)
         seconds = time.perf_counter() - began
         for answer, draft in zip(group, drafts, strict=True):
             assert answer.slot is not None
             answer.slot.tokens.append(answer.tokens[-1])
-            self._draw(answer, logits[answer.slot.number], draft)
+            self._draw(answer, found[answer.slot.number], draft)
             if draft:
                 self.decoder.truncate(answer.slot.number, len(answer.slot.tokens))
         told = sum(answer.drawn for answer in group) - before
         self.speculation.stepped(seconds, len(group), drafted, told)
 
-    def _draw(self, answer: Answer, rows: np.ndarray, draft: Sequence[int]) -> None:
+    def _extend(
+        self, group: Sequence[Answer], batch: Mapping[int, Sequence[int]], every: bool, prompt: bool
+    ) -> Mapping[int, Sequence[np.ndarray | int]]:
+        """What tokens are drawn from: logits, or less where that is enough for all."""
+        if all(answer.takes_likeliest for answer in group):
+            return self.decoder.likeliest(batch, every, prompt)
+        return {slot: [*rows] for slot, rows in self.decoder.extend(batch, every, prompt).items()}
+
+    def _draw(self, answer: Answer, rows: Sequence[np.ndarray | int], draft: Sequence[int]) -> None:
         """Draw tokens as long as they are the draft's; `slot.tokens` gets what of it is right."""
         assert answer.slot is not None
         try:

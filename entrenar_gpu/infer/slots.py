@@ -30,6 +30,11 @@ class CachedDecoder(Protocol):
         """Append tokens to slots; logits [1, V] of each slot's last token, or [n, V] of all of its new ones. `prompt`
         tells a prompt's tokens from others, which may be computed in another arithmetic."""
 
+    def likeliest(
+        self, batch: Mapping[int, Sequence[int]], every: bool = False, prompt: bool | None = None
+    ) -> dict[int, list[int]]:
+        """The same, but where those logits are largest, the first of equal ones, or NOT_FINITE."""
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget what stands behind the first `length` tokens of a slot."""
 

@@ -4,6 +4,7 @@ import entrenar_gpu.ops.attention_grad
 import entrenar_gpu.ops.cache_heads
 import entrenar_gpu.ops.operators  # noqa: F401  what Tensor's operators do
 from entrenar_gpu.ops.activations import geglu, geglu_tanh, gelu, gelu_tanh, relu, relu_squared, swiglu, swish
+from entrenar_gpu.ops.argmax import NOT_FINITE, argmax
 from entrenar_gpu.ops.attention import LONGEST_HEAD, attention
 from entrenar_gpu.ops.cached_attention import cache_write, cached_attention
 from entrenar_gpu.ops.dropout import dropout, uniform_noise
@@ -25,9 +26,11 @@ from entrenar_gpu.ops.views import broadcast, part, reshape, sum_to, transpose
 __all__ = [
     "IGNORE",
     "LONGEST_HEAD",
+    "NOT_FINITE",
     "Nf4Tensors",
     "adam",
     "add",
+    "argmax",
     "attention",
     "broadcast",
     "cache_write",

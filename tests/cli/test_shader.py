@@ -24,7 +24,8 @@ ON_MATRIX_UNITS = {
     "attention_grad_matrix",
     *OF_INT8,
 }
-OF_ANSWERS = {"cache_write", "cache_heads", "cached_attention", "cached_attention_join", "gemv"}
+OF_ANSWERS = {"argmax", "cache_write", "cache_heads", "cached_attention", "cached_attention_block"}
+OF_ANSWERS |= {"cached_attention_join", "gemv"}
 MADE_ELSEWHERE = {"random", "decide", *OF_ANSWERS, *ON_MATRIX_UNITS}  # no profile has matrix units
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from entrenar_gpu.ops import NOT_FINITE
+
 
 class FakeDecoder:
     """Keeps the tokens themselves in its slots. Checks what it is asked for, and counts it.
@@ -46,6 +48,15 @@ class FakeDecoder:
             result[slot] = np.stack(rows if all_logits else rows[-1:])
         self.calls.append({slot: len(ids) for slot, ids in batch.items()})
         return result
+
+    def likeliest(
+        self, batch: Mapping[int, Sequence[int]], every: bool = False, prompt: bool | None = None
+    ) -> dict[int, list[int]]:
+        found = self.extend(batch, every, prompt)
+        return {
+            slot: [int(np.argmax(row)) if np.isfinite(row.max()) else NOT_FINITE for row in rows]
+            for slot, rows in found.items()
+        }
 
     def logits(self, held: Sequence[tuple[int, str | None]]) -> np.ndarray:
         near = _noise([held[-1][0]], held[-1][1], self.vocabulary)

@@ -93,6 +93,62 @@ def test_low_precision_reads_prompts_as_training_does(folder, ids, kernels, meth
     assert np.abs(single[-1] - want).max() > 0
 
 
+def greedy(decoder: Decoder, batch: dict[int, list[int]], prompt: bool = False) -> dict[int, list[int]]:
+    """What `likeliest` is to tell."""
+    return {slot: [int(row.argmax()) for row in rows] for slot, rows in decoder.extend(batch, prompt=prompt).items()}
+
+
+def likeliest(decoder: Decoder, batch: dict[int, list[int]], prompt: bool = False) -> dict[int, list[int]]:
+    return decoder.likeliest(batch, prompt=prompt)
+
+
+@pytest.mark.gpu
+def test_the_likeliest_is_where_logits_are_largest(folder, ids, kernels):
+    """Whatever was computed ahead: slots that come and go, that hold another text of the same length, that are full."""
+
+    def told(step: Any, decoder: Decoder) -> list[Any]:
+        said = [step(decoder, {0: ids[:12], 1: ids[20:32]}, True)]
+        for _ in range(5):
+            said.append(step(decoder, said[-1]))
+        said.append(step(decoder, {0: said[-1][0]}))  # 1 has ended
+        said.append(step(decoder, said[-1]))
+        said.append(step(decoder, {**said[-1], 2: ids[5:6]}))
+        for _ in range(3):
+            said.append(step(decoder, said[-1]))
+        decoder.copy(0, 2, decoder.lengths[2])
+        said.append(step(decoder, said[-1]))
+        while decoder.lengths[0] < CONTEXT:
+            said.append(step(decoder, {0: said[-1][0]}))
+        return said
+
+    with opened(folder, kernels, method="qlora") as decoder:
+        want = told(greedy, decoder)
+    with opened(folder, kernels, method="qlora") as decoder:
+        assert told(likeliest, decoder) == want
+    assert told(likeliest, opened(folder, method="qlora")) == want
+
+
+@pytest.mark.gpu
+def test_what_was_computed_ahead_is_not_another_prompts(folder, ids, kernels):
+    if not kernels.device.caps.f16:
+        pytest.skip("no f16")
+
+    def told(step: Any, decoder: Decoder) -> list[Any]:
+        said = [step(decoder, {0: ids[:35]}, True)]
+        for _ in range(3):
+            said.append(step(decoder, said[-1]))
+        held = decoder.lengths[0]
+        decoder.truncate(0, 0)
+        step(decoder, {0: ids[CONTEXT - held :]}, True)
+        said.append(step(decoder, said[-1]))
+        return said
+
+    with opened(folder, kernels, chunk=40, precision="f16") as decoder:
+        want = told(greedy, decoder)
+    with opened(folder, kernels, chunk=40, precision="f16") as decoder:
+        assert told(likeliest, decoder) == want
+
+
 def test_what_is_dropped_is_forgotten_and_what_is_copied_is_shared(folder, ids):
     decoder = opened(folder)
     want = decoder.extend({0: ids[:12]})[0]
