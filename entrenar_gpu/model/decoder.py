@@ -53,7 +53,7 @@ class Transformer:
         segment_start = self._input("segment_start") if cached is None else None
         cache = None
         if cached is not None:
-            cache = KeyValueCache(rows, seq, cached.dtype, self._input("slots", cached))
+            cache = KeyValueCache(rows, seq, cached.dtype, self._input("slots", cached), not cached.by_rows)
         rope_tables = {
             rope: graph.tensor(name, (seq, rope.rotary_dim), "f32", "weight")
             for name, rope in config.rope_tables.items()

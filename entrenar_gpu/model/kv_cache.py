@@ -26,12 +26,14 @@ class CachedPass:
 
 @dataclass(frozen=True)
 class KeyValueCache:
-    """`slots` sequences of up to `context` tokens. `token_slots` u32 [T] says whose token each of a pass is."""
+    """`slots` sequences of up to `context` tokens. `token_slots` u32 [T] says whose token each of a pass is;
+    `low_precision` whether the pass computes as training does in f16 and int8."""
 
     slots: int
     context: int
     dtype: str
     token_slots: Tensor
+    low_precision: bool
 
     def attend(
         self,
@@ -49,6 +51,7 @@ class KeyValueCache:
         shape = (self.slots, self.context, k.columns)
         held = [graph.tensor(cache_name(path, part), shape, self.dtype, "state") for part in PARTS]
         keys, values = ops.cache_write(held[0], held[1], k, v, self.token_slots, positions)
+        options["low_precision"] = self.low_precision
         return ops.cached_attention(q, keys, values, self.token_slots, positions, heads, kv_heads, **options)
 
 

@@ -21,6 +21,8 @@ from entrenar_gpu.ops.registry import Op, Placement, Spec, in_place, record, reg
 THREADS = 128
 SPLIT = 64  # keys that are attended to at once; sums go from one such run to the next, in order
 HEADS_AT_ONCE = 8  # query heads of one key/value head that a workgroup takes
+KEY_SHARE = 4  # neighbours that share a key
+BLOCK_ROWS, BLOCK_KEYS = 64, 32  # a prompt's rows, a token's head each, and keys that meet at once
 SPLIT_ROWS = 16  # up to so many tokens the runs of keys go to workgroups of their own: few heads leave a GPU idle
 
 
@@ -104,11 +106,13 @@ def cached_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    low_precision: bool = False,
 ) -> Tensor:
     """softmax(scale q k^T) v, where token t sees the keys of its slot up to its own position.
 
     q [T, H*E]; keys and values [B, S, K*E] in f32 or f16; slots and positions u32 [T]. Returns f32 [T, H*E]; zeros
-    where the cache has no such slot. `scale`, `window` and `softcap` as for `attention`.
+    where the cache has no such slot. `scale`, `window` and `softcap` as for `attention`. With `low_precision` queries
+    may be read as f16, as a prompt's are: tokens then share a reading of keys.
 
     Keys are taken in runs of SPLIT, counted from position 0, and the runs' sums put together in their order (online
     softmax, Milakov & Gimelshein, arXiv 1805.02867), in one workgroup or in several (Dao et al., Flash-Decoding): a
@@ -126,6 +130,7 @@ def cached_attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        low_precision=low_precision,
     )[0]
 
 
@@ -164,26 +169,38 @@ def _reference(
     return [out.reshape(q.shape)]
 
 
-def _runs(node: Node) -> int:
+def _runs(node: Node, caps: Caps) -> int:
     """Runs of keys that have workgroups of their own; 0 where one workgroup goes through all of them."""
     runs = ceil_div(_sizes(node)["CONTEXT"], SPLIT)
-    return runs if _sizes(node)["T"] <= SPLIT_ROWS and runs > 1 else 0
+    return runs if _sizes(node)["T"] <= SPLIT_ROWS and runs > 1 and not _block_bytes(node, caps) else 0
+
+
+def _block_bytes(node: Node, caps: Caps) -> int:
+    """Bytes of a workgroup of the kernel in which tokens share a reading of keys; 0 where that is not taken."""
+    s = _sizes(node)
+    fits = node.attrs["low_precision"] and node.inputs["keys"].dtype == "f16" and s["E"] % 4 == 0
+    nbytes = 8 * (s["E"] // 4 * BLOCK_ROWS + BLOCK_KEYS * (s["E"] // 4 + 1)) + 16 * max(BLOCK_KEYS, 16) * 16
+    return nbytes if fits and s["GROUP"] <= BLOCK_ROWS and nbytes <= caps.max_workgroup_bytes else 0
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     """Of each run: the sum of weighted values, then the peak of the scores and the sum of the weights."""
-    s, runs = _sizes(node), _runs(node)
+    s, runs = _sizes(node), _runs(node, caps)
     return [((s["T"], s["H"], runs, s["E"]), "f32"), ((s["T"], s["H"], runs, 2), "f32")] if runs else []
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
-    s, runs, width = _sizes(node), _runs(node), 4 if _sizes(node)["E"] % 4 == 0 else 1
+    if _block_bytes(node, caps):
+        return [_block_launch(node, caps)]
+    s, runs, width = _sizes(node), _runs(node, caps), 4 if _sizes(node)["E"] % 4 == 0 else 1
     at_once = min(s["GROUP"], HEADS_AT_ONCE)
     lanes = min(1 << (s["E"] // width - 1).bit_length(), THREADS)
-    scale = node.attrs.get("scale", 1 / math.sqrt(s["E"])) * math.log2(math.e)
-    cap = node.attrs.get("softcap", 0.0) * math.log2(math.e)
+    held = 4 * (at_once * (s["E"] + 2 * SPLIT) + THREADS * width)  # bytes of a workgroup, but for shares
+    fits = (caps.max_workgroup_bytes - held) // (4 * at_once * SPLIT)
+    share = _most_that_divide(s["E"] // width, max(min(fits, KEY_SHARE), 1))
     constants: dict[str, Any] = {
         **s,
+        **_score_constants(node),
         "VEC": width,
         "COLUMNS": s["E"] // width,
         "LANES": lanes,
@@ -194,11 +211,8 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         "RUNS": runs,
         # Loads under way at once: of a run's values by a piece, and of a key's columns.
         "AHEAD": 1 if caps.software else _most_that_divide(SPLIT * lanes // THREADS, 8),
-        "AHEAD_KEYS": 1 if caps.software else _most_that_divide(s["E"] // width, 8),
-        "WINDOW": node.attrs.get("window", 0),
-        "scale": literal(scale),
-        "cap": literal(cap) if cap else "",
-        "inverse_cap": literal(1 / cap) if cap else "",
+        "SHARE": share,
+        "AHEAD_KEYS": 1 if caps.software else _most_that_divide(s["E"] // width // share, 8),
     }
     bindings = [reads("q", node.inputs["q"], width)]
     bindings += [reads(name, node.inputs[name], width) for name in ("keys", "values")]
@@ -221,6 +235,25 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         Launch("cached_attention", tuple(bindings), constants, (*grid_of(groups, caps)[:2], runs), trusted=True),
         Launch("cached_attention_join", joined, constants, grid, trusted=True),
     ]
+
+
+def _score_constants(node: Node) -> dict[str, Any]:
+    """Which keys are seen, and how scores come about, to the base 2."""
+    scale = node.attrs.get("scale", 1 / math.sqrt(_sizes(node)["E"])) * math.log2(math.e)
+    cap = node.attrs.get("softcap", 0.0) * math.log2(math.e)
+    capped = {"cap": literal(cap) if cap else "", "inverse_cap": literal(1 / cap) if cap else ""}
+    return {"WINDOW": node.attrs.get("window", 0), "scale": literal(scale), **capped}
+
+
+def _block_launch(node: Node, caps: Caps) -> Launch:
+    s = _sizes(node)
+    tokens = BLOCK_ROWS // s["GROUP"]
+    constants = {**s, **_score_constants(node), "ROWS": BLOCK_ROWS, "TOKENS": tokens, "BK": BLOCK_KEYS}
+    bindings = [reads(name, node.inputs[name], 4) for name in ("q", "keys", "values")]
+    bindings += [reads(name, node.inputs[name]) for name in ("slots", "positions")]
+    bindings.append(writes("out", node.output, 4))
+    grid = (s["K"], ceil_div(s["T"], tokens), 1)
+    return Launch("cached_attention_block", tuple(bindings), constants, grid, trusted=True)
 
 
 def _most_that_divide(whole: int, most: int) -> int:

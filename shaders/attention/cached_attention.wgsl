@@ -14,6 +14,7 @@
 {% include "lib/online_softmax.wgsl" %}
 var<workgroup> queries: array<{{ floats }}, {{ HEADS * COLUMNS }}>;
 var<workgroup> scores: array<f32, {{ HEADS * SPLIT }}>;
+var<workgroup> shares: array<f32, {{ HEADS * SPLIT * SHARE }}>;
 var<workgroup> tree: array<f32, {{ HEADS * SPLIT }}>;
 var<workgroup> pieces: array<{{ floats }}, {{ THREADS }}>;
 
@@ -62,40 +63,42 @@ fn main(
   let from_key = run * {{ SPLIT }}u;
   let keys_here = min(end - from_key, {{ SPLIT }}u);
   workgroupBarrier();
-  for (var item = thread; item < {{ SPLIT * 2 }}u; item += {{ THREADS }}u) {
-    // Two invocations share a key: one takes the even heads, one the odd.
-    let key = item % {{ SPLIT }}u;
-    let odd = item / {{ SPLIT }}u;
-    let seen = key < keys_here && from_key + key >= start;
-{% for h in range((HEADS + 1) // 2) %}
+  // {{ SHARE }} neighbours share a key, and read what lies side by side.
+  for (var item = thread; item < {{ SPLIT * SHARE }}u; item += {{ THREADS }}u) {
+    let key = item / {{ SHARE }}u;
+    let share = item % {{ SHARE }}u;
+{% for h in range(HEADS) %}
     var dot{{ h }} = {{ floats }}();
 {% endfor %}
-    if (seen) {
+    if (key < keys_here && from_key + key >= start) {
       let row = base + (from_key + key) * {{ K * COLUMNS }}u;
-      for (var e = 0u; e < {{ COLUMNS }}u; e += {{ AHEAD_KEYS }}u) {
+      for (var e = share; e < {{ COLUMNS }}u; e += {{ AHEAD_KEYS * SHARE }}u) {
 {% for u in range(AHEAD_KEYS) %}
-        let value{{ u }} = {{ floats }}(keys[row + e + {{ u }}u]);
+        let value{{ u }} = {{ floats }}(keys[row + e + {{ u * SHARE }}u]);
 {% endfor %}
-{% for u in range(AHEAD_KEYS) %}{% for h in range((HEADS + 1) // 2) %}
-        dot{{ h }} = fma(queries[min({{ 2 * h }}u + odd, {{ HEADS - 1 }}u) * {{ COLUMNS }}u + e + {{ u }}u], value{{ u }}, dot{{ h }});
+{% for u in range(AHEAD_KEYS) %}{% for h in range(HEADS) %}
+        dot{{ h }} = fma(queries[{{ h * COLUMNS + u * SHARE }}u + e], value{{ u }}, dot{{ h }});
 {% endfor %}{% endfor %}
       }
     }
-{% for h in range((HEADS + 1) // 2) %}
-    if ({{ 2 * h }}u + odd < {{ HEADS }}u) {
-{% if VEC == 4 %}
-      var score = ((dot{{ h }}.x + dot{{ h }}.y) + (dot{{ h }}.z + dot{{ h }}.w)) * {{ scale }};
-{% else %}
-      var score = dot{{ h }} * {{ scale }};
-{% endif %}
-{% if cap %}
-      score = {{ cap }} * tanh(clamp(score * {{ inverse_cap }}, -10.0, 10.0));
-{% endif %}
-      score = select(-3e38, score, seen);
-      scores[({{ 2 * h }}u + odd) * {{ SPLIT }}u + key] = score;
-      tree[({{ 2 * h }}u + odd) * {{ SPLIT }}u + key] = score;
-    }
+{% for h in range(HEADS) %}
+    shares[({{ h * SPLIT }}u + key) * {{ SHARE }}u + share] = {{ "(dot%d.x + dot%d.y) + (dot%d.z + dot%d.w)" % (h, h, h, h) if VEC == 4 else "dot%d" % h }};
 {% endfor %}
+  }
+  workgroupBarrier();
+  for (var i = thread; i < {{ HEADS * SPLIT }}u; i += {{ THREADS }}u) {
+    let key = i % {{ SPLIT }}u;
+    var score = shares[i * {{ SHARE }}u];
+{% for share in range(1, SHARE) %}
+    score += shares[i * {{ SHARE }}u + {{ share }}u];
+{% endfor %}
+    score *= {{ scale }};
+{% if cap %}
+    score = {{ cap }} * tanh(clamp(score * {{ inverse_cap }}, -10.0, 10.0));
+{% endif %}
+    score = select(-3e38, score, key < keys_here && from_key + key >= start);
+    scores[i] = score;
+    tree[i] = score;
   }
   workgroupBarrier();
   for (var half = {{ SPLIT // 2 }}u; half > 0u; half >>= 1u) {

@@ -87,6 +87,24 @@ def test_a_cache_in_f16(kernels, rng):
     check_close(got["out"], want["out"], want["out"], 1e-3, "out")
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window", "softcap"])
+@pytest.mark.parametrize("shape", [(18, 4, 2, 24), (9, 24, 1, 68), (18, 3, 1, 128)])
+def test_prompts_share_a_reading_of_keys(kernels, rng, shape, options):
+    """Tokens of several slots in one workgroup; and each alone, bit for bit."""
+    if not kernels.device.caps.f16:
+        pytest.skip("no f16")
+    graph = graph_of(*shape, "f16", low_precision=True, **options)
+    arrays = arrays_of(graph, rng)
+    got = on_device(kernels, graph, arrays)
+    held = {**arrays, **{name: got[name] for name in ("keys", "values")}}
+    want = run(NumpyExecutor({"g": graph_of(*shape, "f16", **options)}), held)
+    check_close(got["out"], want["out"], want["out"], 1e-3, "out")
+    for tokens in ([4], [2, 3, 7, 8]):
+        few = {name: held[name][tokens] for name in ("q", "k", "v", "slots", "positions")}
+        fewer = graph_of(len(tokens), *shape[1:], "f16", low_precision=True, **options)
+        np.testing.assert_array_equal(on_device(kernels, fewer, held | few)["out"], got["out"][tokens])
+
+
 def test_numpy_against_plain_attention(rng):
     """A whole sequence in one pass is what causal attention makes of it."""
     graph = graph_of(20, 4, 2, 24, window=9)

@@ -104,8 +104,9 @@ def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, 
     rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
     sizes = {"T": t, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
     if rows > 2:
-        columns = 2 if caps.software or t <= 2 * MOST_ROWS else 4
-        return sizes | {"LANES": parts, "COLUMNS": columns, "AHEAD": 1 if caps.software else 2}
+        if t > 2 * MOST_ROWS and not caps.software:
+            return sizes | {"LANES": parts, "COLUMNS": 4, "AHEAD": 2}
+        return sizes | {"LANES": parts if caps.software else min(chains, 2 * parts), "COLUMNS": 2, "AHEAD": 1}
     each = ceil_div(steps, chains)
     ahead = 1 if caps.software else min(each, min((5, 6, 4), key=lambda u: (each % u, -u)))
     columns = 1 if n <= SMALL or caps.software else 2 if n <= 4 * SMALL else 4
