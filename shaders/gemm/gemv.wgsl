@@ -5,9 +5,9 @@
 {% elif weights | length > 1 %}
 // Workgroups share out {{ weights | length }} weights, each with an out of its own.
 {% endif %}
-// A row of W is cut into steps of {{ STEP }} values. Chain v takes steps v, v + {{ CHAINS }}, ... one after the other; chains p, p + {{ PARTS }}, ... are
-// added up in that order, then these {{ PARTS }} parts. That is the order of every row, whatever else is computed beside it:
-// {{ LANES }} lanes share a row here, each with {{ CHAINS // LANES }} chains in turn, and make {{ COLUMNS }} rows of W times {{ ROWS }} of x.
+// A row of W is cut into steps of {{ STEP }} values. Chain v takes steps v, v + {{ CHAINS }}, ... one after the other; chains are added by halves
+// until {{ PARTS }} are left, and these in turn. That is the order of every row, whatever else is computed beside it:
+// {{ LANES }} lanes share a row here, each with {{ CHAINS // LANES }} chains, and make {{ COLUMNS }} rows of W times {{ ROWS }} of x.
 // Grid: the sum of ceil(N / {{ THREADS // LANES * COLUMNS }}), folded, by ceil(T / {{ ROWS }}).
 {% set GROUPS = THREADS // LANES %}
 {% set SUMS = ROWS * COLUMNS * (2 if gate else 1) %}
@@ -86,10 +86,13 @@ bits{{ c }}_{{ u }}[{{ p }}]
     let w{{ c }}_{{ p }}_{{ u }} = {{ value(c, u, p).replace("\n", "") }};
 {% endfor %}{% endfor %}
 {% endif %}
-{% for t in range(ROWS) %}
+{% for from in range(0, ROWS, HELD) %}
+{% for t in range(from, [from + HELD, ROWS] | min) %}
 {% for p in range(PIECES) %}
     let x{{ t }}_{{ p }}_{{ u }} = x[x{{ t }} + (step + {{ u * CHAINS }}u) * {{ PIECES }}u + {{ "piece%d_%d" % (p, u) if TURNED else "%du" % p }}];
 {% endfor %}
+{% endfor %}
+{% for t in range(from, [from + HELD, ROWS] | min) %}
 {% for c in range(of | length * COLUMNS) %}{% set sum, part = "sum%d_%d" % (c, t), "part%d_%d_%d" % (c, t, u) %}
 {% if PIECES > 1 and WIDE %}
     var {{ part }} = w{{ c }}_0_{{ u }} * x{{ t }}_0_{{ u }};
@@ -111,6 +114,7 @@ bits{{ c }}_{{ u }}[{{ p }}]
     {{ sum }} = fma(w{{ c }}_{{ p }}_{{ u }}, x{{ t }}_{{ p }}_{{ u }}, {{ sum }});
 {% endfor %}
 {% endif %}
+{% endfor %}
 {% endfor %}
 {% endfor %}
 {% endmacro %}
@@ -174,15 +178,15 @@ bits{{ c }}_{{ u }}[{{ p }}]
     }
   }
 {% endmacro %}
+{# What is left of lane p + `lane` when the lanes have been halved to `many`. #}
+{% macro halved(lane, many) -%}
+{{ "partial[start + p + %du]" % lane if many == LANES else "(%s + %s)" % (halved(lane, 2 * many), halved(lane + many, 2 * many)) }}
+{%- endmacro %}
 // What the lanes of a row left from place `start` on, in the order of all rows.
 fn row_total(start: u32) -> f32 {
   var total = 0.0;
   for (var p = 0u; p < {{ PARTS }}u; p++) {
-    var part = partial[start + p];
-{% for l in range(PARTS, LANES, PARTS) %}
-    part += partial[start + p + {{ l }}u];
-{% endfor %}
-    total += part;
+    total += {{ halved(0, PARTS) }};
   }
   return total;
 }

@@ -24,6 +24,7 @@ from entrenar_gpu.quant import nf4
 
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
+MOST_HELD = 4  # of these that are read before the first is multiplied: reads that wait for one another take most of the time
 MOST_CHAINS, PARTS = 32, 8  # of the sum of a row of W: see the shader
 SMALL = 2048  # rows of W that make too few workgroups to fill a GPU by twos
 
@@ -96,20 +97,19 @@ def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, 
     """The constants of a kernel. Of these STEP, CHAINS and PARTS decide how a row is summed, and follow from K.
 
     With few rows of x it is latency that counts: a lane for each chain, and several steps under way. With more it is
-    reading x: few lanes, so that neighbours are at the same step of other rows of W and read the same.
+    reading x: half as many lanes, so that neighbours are at the same step of other rows of W and read the same.
     """
     steps = k // stored.step
     chains = min(1 << max(steps.bit_length() - 1, 0), PARTS if caps.software else MOST_CHAINS)
     parts = min(chains, PARTS)
     rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
     sizes = {"T": t, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
+    sizes["HELD"] = 1 if caps.software else min(rows, MOST_HELD)
     if rows > 2:
-        if t > 2 * MOST_ROWS and not caps.software:
-            return sizes | {"LANES": parts, "COLUMNS": 4, "AHEAD": 2}
-        return sizes | {"LANES": parts if caps.software else min(chains, 2 * parts), "COLUMNS": 2, "AHEAD": 1}
+        return sizes | {"LANES": max(chains // 2, parts), "COLUMNS": 2, "AHEAD": 1}
     each = ceil_div(steps, chains)
     ahead = 1 if caps.software else min(each, min((5, 6, 4), key=lambda u: (each % u, -u)))
-    columns = 1 if n <= SMALL or caps.software else 2 if n <= 4 * SMALL else 4
+    columns = 1 if n <= SMALL or n > 4 * SMALL or caps.software else 2
     return sizes | {"LANES": chains, "COLUMNS": columns, "AHEAD": ahead}
 
 
