@@ -24,7 +24,7 @@ from entrenar_gpu.quant import nf4
 
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
-MOST_HELD = 4  # of these that are read before the first is multiplied: reads that wait for one another take most of the time
+MOST_HELD = 4  # of these that are read before the first is multiplied: a read takes longer than its products
 MOST_CHAINS, PARTS = 32, 8  # of the sum of a row of W: see the shader
 SMALL = 2048  # rows of W that make too few workgroups to fill a GPU by twos
 
