@@ -3,7 +3,8 @@
     python -m tests.real.greedy [--model FOLDER] [--prompts 20] [--tokens 64] [--device DEVICE] [VARIANT ...]
 
 Chats of an instruction-tuned model in f32, its weights as they are stored, in NF4, and in NF4 with an adapter; in
-transformers from the weights that NF4 stands for. Each token must be transformers' own. Where the two best logits of
+transformers from the weights that NF4 stands for, with scales in f32: of double-quantised ones host and device may
+choose neighbouring codes. Each token must be transformers' own. Where the two best logits of
 transformers are nearer than the bar of docs/equality.md either counts, and both go on from its token. Prints a line
 for each variant, and ends with status 1 where a token is another.
 """
@@ -89,12 +90,12 @@ def compare(
     method, adapted = VARIANTS[name]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        model = reference.load_model(folder, quantised=True if method == "qlora" else None)
+        model = reference.load_model(folder, quantised=False if method == "qlora" else None)
         adapters = {}
         if adapted:
             model = reference.random_adapter(Path(work), model, target_modules="all-linear", r=16, lora_alpha=32)
             adapters = {"trained": Path(work)}
-        config = TrainConfig(model=str(folder), method=method, device=device)
+        config = TrainConfig(model=str(folder), method=method, double_quant=False, device=device)
         context = max(map(len, prompts.values())) + tokens
         with Decoder.open(config, len(prompts), context, CHUNK, adapters=adapters, kernels=kernels) as decoder:
             decoder.set_adapter("trained" if adapted else None)
