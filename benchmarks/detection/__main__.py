@@ -3,6 +3,7 @@
 python -m benchmarks.detection                          table on the terminal, figures in results.json
 python -m benchmarks.detection --tuning                 the tuning half, for whoever changes the detector
 python -m benchmarks.detection record RUN -- COMMAND    COMMAND trains into folder RUN; its times are kept
+(the grid's recordings with --output FILE, the loaded ones with --beside 4: so many programs compute meanwhile)
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
     commands = parser.add_subparsers(dest="command")
     record = commands.add_parser("record", help="record step times of a real run")
+    record.add_argument("--output", type=Path, default=recording.FILE, help="where they go (default: recorded.npz)")
+    record.add_argument("--beside", type=int, default=0, help="programs that compute beside it, all the time")
     record.add_argument("run", type=Path, help="run folder that COMMAND trains into")
     record.add_argument("training", nargs="+", metavar="COMMAND", help="what to run")
     options = parser.parse_args()
     if options.command == "record":
         from benchmarks.detection.record import record_run
 
-        record_run(options.run, options.training, recording.FILE)
+        record_run(options.run, options.training, options.output, options.beside)
         return 0
     which = "tuning" if options.tuning else "reported"
     detectors = {"this detector": bench.ours} | (

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from observability import schema
 from observability.detect import host
 from observability.detect.findings import (
     CHECKPOINT_STALL,
@@ -56,21 +57,41 @@ def typical(table: StepTable) -> float:
     return float(np.median(table.seconds))
 
 
-def stretched(table: StepTable, rows: np.ndarray, factor: np.ndarray) -> StepTable:
-    """Every phase and layer of `rows` longer by `factor` [rows]."""
+def longer(table: StepTable, rows: np.ndarray, factor: np.ndarray) -> StepTable:
+    """Every phase and layer of `rows` longer by `factor` [rows]; the host tells nothing of it."""
     durations, seconds = table.durations.copy(), table.seconds.copy()
     seconds[rows] *= factor
     durations[rows] *= factor[:, None]
     return _timed(table, seconds, durations)
 
 
+def stretched(table: StepTable, rows: np.ndarray, factor: np.ndarray) -> StepTable:
+    """Every phase and layer of `rows` longer by `factor` [rows], as the GPU computes for so much longer."""
+    return _computed(longer(table, rows, factor), rows, factor)
+
+
 def added(table: StepTable, rows: np.ndarray, kinds: list[int], extra: np.ndarray) -> StepTable:
-    """`extra` seconds [rows] more in each of `kinds`, and in the step."""
+    """`extra` seconds [rows] more in each of `kinds`, and in the step; those of the GPU are computed."""
     durations, seconds = table.durations.copy(), table.seconds.copy()
     seconds[rows] += extra
     for kind in kinds:
         durations[rows, kind] += extra
-    return _timed(table, seconds, durations)
+    made = _timed(table, seconds, durations)
+    on_gpu = [kind for kind in kinds if table.kinds[kind].name != schema.DATA]
+    return _computed(made, rows, seconds[rows] / table.seconds[rows]) if on_gpu else made
+
+
+def _computed(table: StepTable, rows: np.ndarray, factor: np.ndarray) -> StepTable:
+    """What a GPU made of software computes for longer takes so much more processor time, and waits so much more for it.
+
+    As others have their share of the processors meanwhile. Of the recordings that is the loaded machine's, whose threads
+    always wait.
+    """
+    if not host.busy(table):
+        return table
+    for key in ("cpu_seconds", "run_delay_seconds", "others_cpu_seconds"):
+        table = told(table, rows, key, lambda seconds: seconds * factor)
+    return table
 
 
 def _timed(table: StepTable, seconds: np.ndarray, durations: np.ndarray) -> StepTable:
@@ -115,7 +136,7 @@ def busy_loops(table: StepTable, rng: Rng) -> tuple[StepTable, Placed]:
     # Waits of all threads are summed, and a GPU made of software computes in one on each of the two processors.
     threads = 2 if host.busy(table) else 1
     held = threads * table.seconds[rows] * (factor - 1)
-    table = stretched(table, rows, factor)
+    table = longer(table, rows, factor)
     table = told(table, rows, "run_delay_seconds", lambda delay: delay + held)
     table = told(table, rows, "others_cpu_seconds", lambda cpu: cpu + 2 * table.seconds[rows])
     has_host = bool(np.any(np.isfinite(table.values.get("run_delay_seconds", np.array([np.nan])))))

@@ -17,6 +17,8 @@ from observability.detect.findings import (
     DRIFT,
     INTERFERENCE,
     LONGER_BATCH,
+    LOW,
+    MEDIUM,
     MEMORY_PRESSURE,
     NOTICED_AT,
     PERIODIC,
@@ -35,6 +37,7 @@ from observability.read import Floats, Pause, StepTable
 
 _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to be at fault
 _BEYOND_USUAL: Final = 0.25  # so much more of the lost time than of a step
+_LARGE: Final = 0.5  # of a step
 _MEMORY_RISE: Final = 1.05
 _ROUTINE_SPREAD: Final = 0.05  # of the usual cost
 _FELT: Final = 0.02  # of a step: the sigma of a pause is at least that much
@@ -59,10 +62,16 @@ _COSTLY: Final = 0.10  # share of the run's time in checkpoints that is worth a 
 
 
 def of_step(
-    table: StepTable, step: Scores, kinds: Scores, row: int, outside: float = 0.0, lost_outside: float = 0.0
+    table: StepTable,
+    step: Scores,
+    kinds: Scores,
+    row: int,
+    outside: float = 0.0,
+    lost_outside: float = 0.0,
+    waits_apart: bool = False,
 ) -> Finding:
     """The finding for one slow step; `outside` is by how many sigmas it was slow outside every phase, and
-    `lost_outside` the seconds.
+    `lost_outside` the seconds. `waits_apart` where what threads waited was expected of it.
     """
     lost = float(step.excess[row])
     z = float(step.z[row])
@@ -71,7 +80,7 @@ def of_step(
     z = max(z, outside)
     cause, culprit, share = _where(table, kinds.excess[row], lost)
     number = int(table.step[row])
-    found = host.of_step(table, row, lost, outside < ALARM_AT)
+    found = host.of_step(table, row, lost, outside < ALARM_AT, waits_apart)
     if found is not None and (culprit is None or table.kinds[culprit].name != schema.DATA):
         seconds, expected = float(table.seconds[row]), float(step.expected[row])
         evidence = f"{duration(seconds)} against {duration(expected)}: {found[1]}"
@@ -82,7 +91,10 @@ def of_step(
         cause = MEMORY_PRESSURE if memory else cause
         seconds, expected = float(table.seconds[row]), float(step.expected[row])
         evidence = f"{duration(seconds)} against {duration(expected)}: {where}"
-        return Finding(cause, number, number, number, "step", seconds, expected, z, severity(z), evidence)
+        grade = severity(z)
+        if cause == SPIKE and grade == MEDIUM and lost < _LARGE * expected:
+            grade = LOW  # all of a step alike and no one at fault: noise with heavy tails does as much
+        return Finding(cause, number, number, number, "step", seconds, expected, z, grade, evidence)
     kind = table.kinds[culprit]
     seconds, expected = float(table.durations[row, culprit]), float(kinds.expected[row, culprit])
     evidence = f"{kind.label} took {duration(seconds)} instead of {duration(expected)}, {share:.0%} of the time lost"
@@ -176,7 +188,7 @@ def of_shift(table: StepTable, kinds: Scores, shift: Shift, waits_apart: bool = 
     tail = slice(max(first, last - (last - first) // 3), last + 1) if drifts else slice(first, last + 1)
     risen = np.median(table.durations[tail], axis=0) - np.median(table.durations[before], axis=0)
     cause, culprit, share = _where(table, risen, lost)
-    if culprit is not None and table.kinds[culprit].level != "phase" and host.busy(table):
+    if host.busy(table):
         culprit = None  # against its like it stood out in nothing (kinds.py), and medians of few steps scatter
     span, seconds, expected = "step", shift.level, shift.healthy
     if drifts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,7 @@ _HELD: Final = 0.4  # of the time lost, in which the whole process did not run
 _WAITED: Final = 0.4  # of the time lost, that threads waited for a processor
 _OTHERS: Final = 0.3  # of the time lost, that other programs had a processor
 _FAULTS: Final = 100  # pages a step read back from disk
+_THREADS: Final = 1.2  # that run or wait at any time: one alone may only watch a device
 _BUSY: Final = 0.1  # of a step, that most steps wait
 _LEAST_STEPS: Final = 20
 _AGREE: Final = 0.65  # of the steps whose waits differ, times must differ the same way
@@ -40,7 +42,7 @@ def evidence(
     held = table.values.get("held_seconds")
     held_back = float(np.nanmean(held[rows])) if held is not None and np.any(np.isfinite(held[rows])) else 0.0
     if not waits_apart and held_back >= _HELD * lost > 0:
-        return INTERFERENCE, f"the process did not run for {duration(held_back)} (stopped, swapped out or outrun)"
+        return INTERFERENCE, _held_up(held_back)
     faults = risen("major_faults")
     if faults >= _FAULTS:
         return MEMORY_PRESSURE, f"{faults:,.0f} more pages a step were read back from disk"
@@ -79,6 +81,39 @@ def busy(table: StepTable) -> bool:
     return float(np.nanquantile(waits, 0.25)) >= _BUSY * float(np.median(table.seconds))
 
 
+@dataclass(frozen=True)
+class Processors:
+    """Steps that the process's own threads compute, as a software GPU's are: what each consists of, by step.
+
+    step = `cost` x `crowd` x `idle`: processor seconds spent, by how many times they were stretched as others had the
+    processors, and wall seconds a second in which a thread ran or waited to. Each changes for a reason of its own: the
+    work or the clock; other programs; whatever the threads sleep for.
+    """
+
+    cost: Floats
+    crowd: Floats
+    idle: Floats
+
+
+def processors(table: StepTable) -> Processors | None:
+    """None where steps are computed elsewhere, or too little is told."""
+    spent, waits = (table.values.get(key) for key in ("cpu_seconds", "run_delay_seconds"))
+    if spent is None or waits is None or not np.all(np.isfinite(spent)) or not np.all(np.isfinite(waits)):
+        return None
+    spent = np.maximum(spent, 1e-3 * table.seconds)
+    threads = spent + waits
+    if float(np.median(threads / table.seconds)) < _THREADS or not _agree(threads, table.seconds):
+        return None
+    return Processors(spent, threads / spent, table.seconds / threads)
+
+
+def _agree(told: Floats, seconds: Floats) -> bool:
+    """Whether steps that differ in what is told of them from the one before differ in time the same way."""
+    more, longer = np.diff(told), np.diff(seconds)
+    apart = np.abs(more) >= max(float(np.quantile(np.abs(more), 0.5)), 1e-3 * float(np.median(seconds)))
+    return bool(apart.any()) and float(np.mean(np.sign(more[apart]) == np.sign(longer[apart]))) >= _AGREE
+
+
 def waited(table: StepTable) -> Floats:
     """Seconds of each step that waiting for a processor explains, learned from how times follow waits; zeros elsewhere.
 
@@ -102,11 +137,24 @@ def waited(table: StepTable) -> Floats:
     return result
 
 
-def of_step(table: StepTable, row: int, lost: float, in_phases: bool) -> tuple[str, str] | None:
-    """(cause, words) for one slow step, against all others; time lost outside its phases asks for plainer evidence."""
+def of_step(
+    table: StepTable, row: int, lost: float, in_phases: bool, waits_apart: bool = False
+) -> tuple[str, str] | None:
+    """(cause, words) for one slow step, against all others; time lost outside its phases asks for plainer evidence.
+
+    `waits_apart` as for `evidence`.
+    """
     others = np.arange(len(table)) != row
-    found = evidence(table, slice(row, row + 1), others, lost if in_phases else 2 * lost) if others.any() else None
+    if not others.any():
+        return None
+    if waits_apart and stopped(table, row) >= _HELD * lost > 0:
+        return INTERFERENCE, _held_up(stopped(table, row))
+    found = evidence(table, slice(row, row + 1), others, lost if in_phases else 2 * lost, waits_apart)
     return found if found is not None and found[0] != THROTTLE else None
+
+
+def _held_up(seconds: float) -> str:
+    return f"the process did not run for {duration(seconds)} (stopped, swapped out or outrun)"
 
 
 def _throttled(table: StepTable, rows: Rows, before: Rows) -> tuple[str, str] | None:

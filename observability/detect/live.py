@@ -217,6 +217,7 @@ class LiveDetector:
 def _explained(table: StepTable, step_scale: float) -> Finding | None:
     """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it."""
     body = Body(table)
-    body.times.scale[-1] = max(step_scale, float(body.times.scale[-1]))
+    if not body.shared:
+        body.times.scale[-1] = max(step_scale, float(body.times.scale[-1]))
     body.taken[:-1] = True
     return next(iter(SINGLE_STEPS.find(body)), None)

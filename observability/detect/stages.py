@@ -18,7 +18,7 @@ from observability import schema
 from observability.detect import causes, host
 from observability.detect.baseline import Mask, Scores, core_scale, pools_of, relative_work, score
 from observability.detect.findings import ALARM_AT, NOTICED_AT, Finding
-from observability.detect.kinds import kind_shifts
+from observability.detect.kinds import KindShift, kind_shifts
 from observability.detect.periodic import find_period
 from observability.detect.sustained import LEAST_RISE, Shift, find_shifts
 from observability.read import Floats, StepTable
@@ -29,6 +29,9 @@ _FELT: Final = 0.025  # of a step: the least sigma of a step, and of what any ki
 _SHARED_RISE: Final = 0.3
 _SHARED_WAITS: Final = 0.5
 _SHARED_TOTAL: Final = 0.4
+_COST_RISE: Final = 0.25  # of processor time, which wanders least
+_STAYED: Final = 24  # steps: a shorter stretch on such a machine is one of many
+_OWN: Final = 0.6  # of what a kind of span took longer, that its step must have taken longer itself
 _LATE: Final = 0.8  # of a step: a loader so much late is told, however much steps differ
 _BEGIN: Final = 8  # steps: a stretch that begins earlier began with the run
 _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
@@ -46,7 +49,9 @@ class Body:
     work: Floats = field(init=False)
     times: Scores = field(init=False)
     kinds: Scores = field(init=False)
-    outside: Scores = field(init=False)  # what lies in no phase
+    outside: Scores = field(init=False)  # what lies in no phase, or in which no thread wanted to run
+    shared: bool = field(init=False)  # whether other programs share the machine all the time
+    parts: host.Processors | None = field(init=False)  # of steps, where they share the processors that compute them
     waited: Floats = field(init=False)  # seconds of each step that waiting for a processor explains
     plain: Mask = field(init=False)
     taken: Mask = field(init=False)
@@ -55,13 +60,40 @@ class Body:
 
     def __post_init__(self) -> None:
         self.work = relative_work(self.table)
-        self.times = score(self.table.seconds, self.work)
-        self.kinds = score(self.table.durations, self.work, pools=pools_of(self.table))
-        self.outside = score(outside_phases(self.table), np.ones(len(self.table)))
+        self.shared = host.busy(self.table)
+        self.parts = host.processors(self.table) if self.shared else None
         self.waited = host.waited(self.table)
+        self.times = self.score_steps()
+        self.kinds = score(self.table.durations, self.work, pools=pools_of(self.table))
+        self.outside = self.score_idle()
         self.floor_scales()
         self.plain = plainly_explained(self.times, self.kinds)
         self.taken = np.zeros(len(self.table), dtype=bool)
+
+    def score_steps(self, exclude: Mask | None = None) -> Scores:
+        """Steps against their baseline; where others share the processors that compute them, what those cost is expected.
+
+        Of such a step two things are its own: what it spent of processors, and for how long no thread wanted one. The
+        odder of them is told.
+        """
+        if self.parts is None:
+            return score(self.table.seconds, self.work, exclude)
+        dear, idle = self._of_part(self.parts.cost, self.work, exclude), self.score_idle(exclude)
+        excess, scale = (
+            np.where(dear.z > idle.z, a, b) for a, b in ((dear.excess, idle.excess), (dear.scale, idle.scale))
+        )
+        return Scores(self.table.seconds - excess, excess, scale, dear.factor)
+
+    def score_idle(self, exclude: Mask | None = None) -> Scores:
+        """Seconds of each step in which no thread ran or wanted to, beyond what is usual; outside all phases elsewhere."""
+        if self.parts is None:
+            return score(outside_phases(self.table), np.ones(len(self.table)), exclude)
+        return self._of_part(self.parts.idle, np.ones(len(self.table)), exclude)
+
+    def _of_part(self, part: Floats, work: Floats, exclude: Mask | None) -> Scores:
+        """A factor of a step against its baseline, in seconds of the step."""
+        found, unit = score(part, work, exclude), self.table.seconds / part
+        return Scores(found.expected * unit, found.excess * unit, found.scale * unit, found.factor)
 
     def floor_scales(self) -> None:
         """No sigma below a share of the step: what usually takes nothing would be thousands of sigmas slow."""
@@ -69,6 +101,11 @@ class Body:
         np.maximum(self.times.scale, least, out=self.times.scale)
         np.maximum(self.outside.scale, least, out=self.outside.scale)
         np.maximum(self.kinds.scale, least[:, None], out=self.kinds.scale)
+
+    def changes(self, times: Floats, least: float) -> list[Shift]:
+        """Stretches in which `times` stay high; on a machine that others share by `least`, for long, not from the start on."""
+        shifts = find_shifts(times, least if self.shared else LEAST_RISE)
+        return [shift for shift in shifts if not self.shared or lasting(shift)]
 
     @property
     def material(self) -> Floats:
@@ -78,8 +115,10 @@ class Body:
         """
         waits = np.array([kind.level == "phase" and kind.name == schema.DATA for kind in self.table.kinds], dtype=bool)
         scale = self.times.scale[:, None]
-        most = np.minimum(self.felt, _LATE * float(np.median(self.table.seconds)))[:, None]
-        result: Floats = np.where(waits, np.minimum(MATERIAL * scale, most), MATERIAL * scale)
+        late = _LATE * float(np.median(self.table.seconds))
+        most = np.minimum(self.felt, late)[:, None]
+        least = np.full_like(scale, late) if self.shared else np.minimum(MATERIAL * scale, most)
+        result: Floats = np.where(waits, least, MATERIAL * scale)
         return result
 
     @property
@@ -88,6 +127,11 @@ class Body:
         core = core_scale(self.times.excess)
         result: Floats = np.maximum(MATERIAL * core, ALARM_AT * _FELT * self.times.expected)
         return result
+
+
+def lasting(shift: Shift) -> bool:
+    """Whether it is a change, and one that stays, where others come and go all the time."""
+    return shift.first >= _BEGIN and shift.last - shift.first >= _STAYED
 
 
 def outside_phases(table: StepTable) -> Floats:
@@ -110,33 +154,62 @@ def sustained(body: Body) -> list[Finding]:
     """Slowdowns that stay: of kinds of span, each against its like; of whole steps without those; and of waits for a
     processor that other programs had.
     """
-    table, factor = body.table, body.times.factor
+    table = body.table
     found = kind_shifts(table, body.kinds.factor)
+    if body.shared:  # what a run began with is no change, where others come and go
+        found = [slow for slow in found if lasting(slow.shift)]
+    findings = [causes.of_kind_shift(table, slow) for slow in found]
+    whole = _of_processors if body.parts is not None else _of_steps
+    body.shifts = []
+    findings += whole(body, found)
+    body.shifts += [slow.shift for slow in found]
+    return findings
+
+
+def _of_steps(body: Body, found: list[KindShift]) -> list[Finding]:
+    """Whole steps that stay slow, what they waited for a processor apart; without what kinds of span lost."""
+    table, factor = body.table, body.times.factor
     seconds = table.seconds - _disjoint(table, [(slow.kind, slow.excess) for slow in found])
     # A burst of steps that one layer explains is no slowdown of the run.
     usual = np.minimum(body.times.expected, seconds)
     seconds = np.where(body.plain, usual, seconds)
     own = np.maximum(seconds - body.waited, 0.05 * seconds)
-    shared = host.busy(table)
-    body.shifts = find_shifts(np.maximum(own, 1e-9) / factor, _SHARED_RISE if shared else LEAST_RISE)
-    if shared:  # what a run began with is no change, where others come and go
-        found = [slow for slow in found if slow.shift.first >= _BEGIN]
-        body.shifts = [shift for shift in body.shifts if shift.first >= _BEGIN]
-    findings = [causes.of_kind_shift(table, slow) for slow in found]
+    shifts = body.changes(np.maximum(own, 1e-9) / factor, _SHARED_RISE)
     apart = bool(body.waited.any())
-    findings += [causes.of_shift(table, body.kinds, shift, apart) for shift in body.shifts]
+    findings = [causes.of_shift(table, body.kinds, shift, apart) for shift in shifts]
     if apart:
         base = float(np.median(own / factor))
-        waits = find_shifts(base + body.waited, _SHARED_WAITS if shared else LEAST_RISE)
-        waits = [shift for shift in waits if not shared or shift.first >= _BEGIN]
+        waits = body.changes(base + body.waited, _SHARED_WAITS)
         findings += [causes.of_waits(table, shift) for shift in waits]
-        body.shifts += waits
-        if not body.shifts:  # neither alone is sure, or the waits told do not follow the steps
-            body.shifts = find_shifts(np.maximum(seconds, 1e-9) / factor, _SHARED_TOTAL if shared else LEAST_RISE)
-            body.shifts = [shift for shift in body.shifts if not shared or shift.first >= _BEGIN]
-            findings += [causes.of_shift(table, body.kinds, shift) for shift in body.shifts]
-    body.shifts += [slow.shift for slow in found]
+        shifts += waits
+        if not shifts:  # neither alone is sure, or the waits told do not follow the steps
+            shifts = body.changes(np.maximum(seconds, 1e-9) / factor, _SHARED_TOTAL)
+            findings += [causes.of_shift(table, body.kinds, shift) for shift in shifts]
+    body.shifts += shifts
     return findings
+
+
+def _of_processors(body: Body, found: list[KindShift]) -> list[Finding]:
+    """The same where processors compute the steps and others share them: each factor of a step by itself."""
+    table, parts = body.table, body.parts
+    assert parts is not None
+    typical = float(np.median(table.seconds))
+
+    def of_a_step(part: Floats) -> Floats:
+        """`part` in seconds of a typical step, so that a rise of it is told as what it makes of one."""
+        result: Floats = part * typical / float(np.median(part))
+        return result
+
+    computed = [slow for slow in found if table.kinds[slow.kind].name != schema.DATA]
+    late = [slow for slow in found if table.kinds[slow.kind].name == schema.DATA]
+    kept = 1 - _disjoint(table, [(slow.kind, slow.excess) for slow in computed]) / table.seconds
+    punctual = 1 - _disjoint(table, [(slow.kind, slow.excess) for slow in late]) / table.seconds
+    slower = body.changes(of_a_step(parts.cost * kept / body.times.factor), _COST_RISE)
+    asleep = body.changes(of_a_step(parts.idle * punctual), _SHARED_RISE)
+    crowded = body.changes(of_a_step(parts.crowd), _SHARED_WAITS)
+    body.shifts += [*slower, *asleep, *crowded]
+    findings = [causes.of_shift(table, body.kinds, shift, True) for shift in (*slower, *asleep)]
+    return findings + [causes.of_waits(table, shift) for shift in crowded]
 
 
 def periodic(body: Body) -> list[Finding]:
@@ -145,6 +218,9 @@ def periodic(body: Body) -> list[Finding]:
     usable = _outside(body.shifts, len(table))
     waits = [i for i, kind in enumerate(table.kinds) if kind.level == "phase" and kind.name == schema.DATA]
     places = [times.excess, body.outside.excess, *(body.kinds.excess[:, i] for i in waits)]
+    if body.parts is not None:  # what is explained of a step, and by how much it misses, are in proportion to it
+        typical = float(np.median(table.seconds))
+        places += [body.outside.excess * typical / table.seconds, score(outside_phases(table), body.work).excess]
     scales = [_core(excess, times) for excess in places]
     found = [find_period(np.where(usable, e, 0.0) / scale) for e, scale in zip(places, scales, strict=True)]
     sure = [(float(np.median(e[p.rows])) / scale, p) for e, scale, p in zip(places, scales, found, strict=True) if p]
@@ -153,7 +229,7 @@ def periodic(body: Body) -> list[Finding]:
     if period is not None:
         body.taken[period.rows] = True
         body.kinds = score(table.durations, body.work, body.taken, pools_of(table))
-    body.times = score(table.seconds, body.work, body.taken | body.plain)
+    body.times = body.score_steps(body.taken | body.plain)
     body.floor_scales()
     if period is not None:
         finding = causes.of_period(table, body.times, body.kinds, period, clearest)
@@ -173,6 +249,8 @@ def single_steps(body: Body) -> list[Finding]:
     times, kinds, free = body.times, body.kinds, ~body.taken
     step_z = np.where(free, times.z, 0.0)
     material = kinds.excess >= body.material
+    if body.parts is not None:  # a layer in which threads waited took its time, and none of its own
+        material &= (times.excess[:, None] >= _OWN * kinds.excess) & (times.z >= NOTICED_AT)[:, None]
     kind_z = np.where(material & free[:, None], kinds.z, 0.0)
     away = np.where((body.outside.excess >= np.minimum(body.felt, MATERIAL * times.scale)) & free, body.outside.z, 0.0)
     top = np.maximum(kind_z.max(axis=1, initial=0.0), away)
@@ -180,7 +258,9 @@ def single_steps(body: Body) -> list[Finding]:
     return causes.crowded(
         body.table,
         [
-            causes.of_step(body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]))
+            causes.of_step(
+                body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]), body.parts is not None
+            )
             for row in rows.tolist()
         ],
     )
