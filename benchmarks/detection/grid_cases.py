@@ -82,10 +82,9 @@ def added(table: StepTable, rows: np.ndarray, kinds: list[int], extra: np.ndarra
 
 
 def _computed(table: StepTable, rows: np.ndarray, factor: np.ndarray) -> StepTable:
-    """What a GPU made of software computes for longer takes so much more processor time, and waits so much more for it.
+    """What a GPU made of software computes for longer takes more processor time, and waits more for it.
 
-    As others have their share of the processors meanwhile. Of the recordings that is the loaded machine's, whose threads
-    always wait.
+    As others have their share of the processors meanwhile. Such are the recordings whose threads always wait.
     """
     if not host.busy(table):
         return table
@@ -138,7 +137,9 @@ def busy_loops(table: StepTable, rng: Rng) -> tuple[StepTable, Placed]:
     held = threads * table.seconds[rows] * (factor - 1)
     table = longer(table, rows, factor)
     table = told(table, rows, "run_delay_seconds", lambda delay: delay + held)
-    table = told(table, rows, "others_cpu_seconds", lambda cpu: cpu + 2 * table.seconds[rows])
+    table = told(
+        table, rows, "others_cpu_seconds", lambda cpu: cpu + (held if threads > 1 else 2 * table.seconds[rows])
+    )
     has_host = bool(np.any(np.isfinite(table.values.get("run_delay_seconds", np.array([np.nan])))))
     return table, Placed((INTERFERENCE,) if has_host else (THROTTLE, INTERFERENCE), *_span(rows))
 

@@ -14,16 +14,19 @@ import numpy as np
 from observability import schema
 from observability.detect import host
 from observability.detect.baseline import core_scale, moving_median
-from observability.detect.sustained import LOW, Shift, find_shifts
+from observability.detect.change import lasting_shifts
+from observability.detect.sustained import LEAST_RISE, LOW, Shift, find_shifts
 from observability.read import Floats, StepTable
 
 _OFFSET: Final = 0.002  # of a step, added to each time: what takes next to nothing has no ratio to speak of
 _MATERIAL: Final = 0.003  # of a step, lost in each of the slow steps
-_SHARED: Final = 0.05  # the same, on a machine that other programs share all the time
+_SHARED: Final = 0.03  # the same, on a machine that other programs share all the time
 _OF_NOISE: Final = 0.2  # of the sigma of the bulk of steps: less is lost in what they do anyway
 _OWN_PART: Final = 0.5  # of the rise against its like, in logarithms, that the kind's own times must show
 _BEYOND: Final = 1.2  # times the rise of the rest of the step
 _LEAST_PEERS: Final = 2
+_FEW_PEERS: Final = 4
+_SHARED_RISE: Final = 0.2  # of a kind's time, on a machine that others share
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,30 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
     times = table.durations / np.where(factor > 0, factor, 1.0)
     logs = np.log(times + _OFFSET * typical)
     lost = np.zeros_like(times)
+    shared = host.busy(table)
     least = max(
-        (_SHARED if host.busy(table) else _MATERIAL) * typical,
+        (_SHARED if shared else _MATERIAL) * typical,
         _OF_NOISE * core_scale(table.seconds - moving_median(table.seconds)),
     )
     found: list[KindShift] = []
-    peers = _peers(table, times, logs, typical)
+    peers = _peers(table, times, logs, typical, shared)
     for level in ("kernel", "layer", "phase"):
         for k in (i for i, kind in enumerate(table.kinds) if kind.level == level):
             own = np.maximum(times[:, k] - lost[:, k], 0.0)
             if float(np.quantile(own, 0.9)) < _MATERIAL * typical:
                 continue
-            like = _like(table, k, times, peers.get((level, table.kinds[k].phase)), own, typical)
+            pool = peers.get((level, table.kinds[k].phase))
+            like = _like(table, k, times, pool, own, typical)
             # Against its like noise goes both ways, so that the middle of a block is what wanders least.
             quantile = 0.5 if np.ptp(like) else LOW
-            for shift in find_shifts((own + _OFFSET * typical) * np.exp(np.median(like) - like), quantile=quantile):
-                if not _is_its_own(own + _OFFSET * typical, shift):
+            against = (own + _OFFSET * typical) * np.exp(np.median(like) - like)
+            many = shared and pool is not None and len(pool.members) > _FEW_PEERS  # which never fall all at once
+            for shift in (
+                lasting_shifts(against, _SHARED_RISE, quantile)
+                if shared
+                else find_shifts(against, LEAST_RISE, quantile)
+            ):
+                if not many and not _is_its_own(own + _OFFSET * typical, shift):
                     continue
                 if not np.ptp(like) and not _beyond(own, table.seconds - times[:, k], shift):
                     continue
@@ -95,12 +106,19 @@ class _Peers:
         return result
 
 
-def _peers(table: StepTable, times: Floats, logs: Floats, typical: float) -> dict[tuple[str, str], _Peers]:
-    """By level and pass."""
+def _peers(
+    table: StepTable, times: Floats, logs: Floats, typical: float, shared: bool
+) -> dict[tuple[str, str], _Peers]:
+    """By level and pass. Where others share the machine, a few scatter too much: all passes' then stand for each."""
     members: dict[tuple[str, str], list[int]] = {}
     for i, kind in enumerate(table.kinds):
         if kind.level != "phase" and float(np.median(times[:, i])) > _MATERIAL * typical:
             members.setdefault((kind.level, kind.phase), []).append(i)
+    if shared:
+        of_level = {
+            level: [i for (of, _), alike in members.items() if of == level for i in alike] for level, _ in members
+        }
+        members = {pool: alike if len(alike) > _FEW_PEERS else of_level[pool[0]] for pool, alike in members.items()}
     return {pool: _Peers(alike, logs) for pool, alike in members.items()}
 
 

@@ -17,10 +17,11 @@ import numpy as np
 from observability import schema
 from observability.detect import causes, host
 from observability.detect.baseline import Mask, Scores, core_scale, pools_of, relative_work, score
+from observability.detect.change import lasting_shifts
 from observability.detect.findings import ALARM_AT, NOTICED_AT, Finding
 from observability.detect.kinds import KindShift, kind_shifts
 from observability.detect.periodic import find_period
-from observability.detect.sustained import LEAST_RISE, Shift, find_shifts
+from observability.detect.sustained import Shift, find_shifts
 from observability.read import Floats, StepTable
 
 MATERIAL: Final = 3.0  # sigmas of the bulk of steps by which a kind of span must be over to matter to the step
@@ -30,10 +31,8 @@ _SHARED_RISE: Final = 0.3
 _SHARED_WAITS: Final = 0.5
 _SHARED_TOTAL: Final = 0.4
 _COST_RISE: Final = 0.25  # of processor time, which wanders least
-_STAYED: Final = 24  # steps: a shorter stretch on such a machine is one of many
 _OWN: Final = 0.6  # of what a kind of span took longer, that its step must have taken longer itself
 _LATE: Final = 0.8  # of a step: a loader so much late is told, however much steps differ
-_BEGIN: Final = 8  # steps: a stretch that begins earlier began with the run
 _PLAIN_AT: Final = 6.0  # sigmas at which a kind of span so plainly explains a step that the step is no one's noise
 
 
@@ -71,7 +70,7 @@ class Body:
         self.taken = np.zeros(len(self.table), dtype=bool)
 
     def score_steps(self, exclude: Mask | None = None) -> Scores:
-        """Steps against their baseline; where others share the processors that compute them, what those cost is expected.
+        """Steps against their baseline; where others share the processors that compute them, their part is expected.
 
         Of such a step two things are its own: what it spent of processors, and for how long no thread wanted one. The
         odder of them is told.
@@ -85,7 +84,7 @@ class Body:
         return Scores(self.table.seconds - excess, excess, scale, dear.factor)
 
     def score_idle(self, exclude: Mask | None = None) -> Scores:
-        """Seconds of each step in which no thread ran or wanted to, beyond what is usual; outside all phases elsewhere."""
+        """Seconds of each step in which no thread ran or wanted to, beyond what is usual; elsewhere, in no phase."""
         if self.parts is None:
             return score(outside_phases(self.table), np.ones(len(self.table)), exclude)
         return self._of_part(self.parts.idle, np.ones(len(self.table)), exclude)
@@ -103,9 +102,8 @@ class Body:
         np.maximum(self.kinds.scale, least[:, None], out=self.kinds.scale)
 
     def changes(self, times: Floats, least: float) -> list[Shift]:
-        """Stretches in which `times` stay high; on a machine that others share by `least`, for long, not from the start on."""
-        shifts = find_shifts(times, least if self.shared else LEAST_RISE)
-        return [shift for shift in shifts if not self.shared or lasting(shift)]
+        """Stretches in which `times` stay high; by `least` where others share the machine, as `lasting_shifts` says."""
+        return lasting_shifts(times, least) if self.shared else find_shifts(times)
 
     @property
     def material(self) -> Floats:
@@ -113,7 +111,7 @@ class Body:
 
         What the GPU does varies with its steps; the loader's time has no share in their noise.
         """
-        waits = np.array([kind.level == "phase" and kind.name == schema.DATA for kind in self.table.kinds], dtype=bool)
+        waits = _is_data(self.table)
         scale = self.times.scale[:, None]
         late = _LATE * float(np.median(self.table.seconds))
         most = np.minimum(self.felt, late)[:, None]
@@ -129,9 +127,9 @@ class Body:
         return result
 
 
-def lasting(shift: Shift) -> bool:
-    """Whether it is a change, and one that stays, where others come and go all the time."""
-    return shift.first >= _BEGIN and shift.last - shift.first >= _STAYED
+def _is_data(table: StepTable) -> Mask:
+    """Which kinds of span are the loader's: of the host, while the GPU computes."""
+    return np.array([kind.level == "phase" and kind.name == schema.DATA for kind in table.kinds], dtype=bool)
 
 
 def outside_phases(table: StepTable) -> Floats:
@@ -156,8 +154,6 @@ def sustained(body: Body) -> list[Finding]:
     """
     table = body.table
     found = kind_shifts(table, body.kinds.factor)
-    if body.shared:  # what a run began with is no change, where others come and go
-        found = [slow for slow in found if lasting(slow.shift)]
     findings = [causes.of_kind_shift(table, slow) for slow in found]
     whole = _of_processors if body.parts is not None else _of_steps
     body.shifts = []
@@ -216,7 +212,7 @@ def periodic(body: Body) -> list[Finding]:
     """A pause that comes back: looked for in whole steps, in what lies outside their phases, and in their data."""
     table, times = body.table, body.times
     usable = _outside(body.shifts, len(table))
-    waits = [i for i, kind in enumerate(table.kinds) if kind.level == "phase" and kind.name == schema.DATA]
+    waits = np.flatnonzero(_is_data(table))
     places = [times.excess, body.outside.excess, *(body.kinds.excess[:, i] for i in waits)]
     if body.parts is not None:  # what is explained of a step, and by how much it misses, are in proportion to it
         typical = float(np.median(table.seconds))
@@ -250,7 +246,8 @@ def single_steps(body: Body) -> list[Finding]:
     step_z = np.where(free, times.z, 0.0)
     material = kinds.excess >= body.material
     if body.parts is not None:  # a layer in which threads waited took its time, and none of its own
-        material &= (times.excess[:, None] >= _OWN * kinds.excess) & (times.z >= NOTICED_AT)[:, None]
+        least = np.where(_is_data(body.table), NOTICED_AT, ALARM_AT)
+        material &= (times.excess[:, None] >= _OWN * kinds.excess) & (times.z[:, None] >= least)
     kind_z = np.where(material & free[:, None], kinds.z, 0.0)
     away = np.where((body.outside.excess >= np.minimum(body.felt, MATERIAL * times.scale)) & free, body.outside.z, 0.0)
     top = np.maximum(kind_z.max(axis=1, initial=0.0), away)

@@ -128,7 +128,14 @@ def from_phoenix(url: str, trace: str) -> list[Span]:
         spans += [span for span in page["data"] if span["trace_id"] == trace]
         cursor = page.get("next_cursor")
     return [
-        _span(s["span_id"], s.get("parent_span_id"), s["name"], s["start_time_unix_nano"], s["end_time_unix_nano"], _plain(s))
+        _span(
+            s["span_id"],
+            s.get("parent_span_id"),
+            s["name"],
+            s["start_time_unix_nano"],
+            s["end_time_unix_nano"],
+            _plain(s),
+        )
         for s in spans
     ]
 
@@ -150,7 +157,8 @@ def from_mlflow(url: str, trace: str) -> list[Span]:
     from mlflow import MlflowClient
 
     kept = MlflowClient(tracking_uri=url).get_trace(f"tr-{trace}")
-    d = kept.data.spans[3].to_dict(); print(d)
+    d = kept.data.spans[3].to_dict()
+    print(d)
     return []
 
 
