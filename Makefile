@@ -17,7 +17,7 @@ TIER3 = tests/files tests/fuzz tests/gpu/test_replay.py tests/gpu/test_failures.
 	tests/compiler/test_memory.py tests/train/test_training.py tests/train/test_resume.py tests/export tests/test_architecture.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs-test demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser models smollm real parity-setup profile-setup \
+.PHONY: help setup docs-test demo test tier1 tier2 tier3 fuzz kills dawn gpu-test wgsl parity llama-cpp serve-test check format bench clean tools browser receivers models smollm real parity-setup profile-setup \
 	profile-llama profile-llama-otlp profile-llama-anomaly
 
 help: ## List the verbs
@@ -113,6 +113,10 @@ models: ## Fetch two small pretrained models and convert them, once, into artifa
 smollm: ## Fetch the smaller of them alone, which make parity takes a few steps of where it is there
 	@scripts/setup.sh models
 	@.venv-parity/bin/python scripts/make_models.py smollm2
+
+receivers: ## Send a run to two real backends, Phoenix and MLflow, and read its spans back (makes .venv-receivers)
+	@scripts/setup.sh receivers
+	@.venv-receivers/bin/python -m tests.receivers
 
 browser: ## Install Chromium, which the test of the HTML report opens
 	@scripts/setup.sh browser

@@ -8,6 +8,7 @@
 #   scripts/setup.sh models   .venv-parity as parity without an adapter, with what reads GGUF files
 #   scripts/setup.sh profile  as run, with py-spy; where that cannot be had, profiles go without functions
 #   scripts/setup.sh dawn     wgpudawn into .venv, and Chromium's SwiftShader where there is no other driver for it
+#   scripts/setup.sh receivers  .venv-receivers with arize-phoenix and mlflow, which spans are sent to
 #   scripts/setup.sh browser  Chromium, which the test of the HTML report opens; without it that test is skipped
 #
 # System packages are installed by root on Debian and Ubuntu only; for anyone else the missing ones are named.
@@ -195,6 +196,7 @@ case "${1:-}" in
         ;;
     profile) make_environment .venv --group dev; make_adapter .venv; make_profiler .venv ;;
     browser) make_browser ;;
+    receivers) make_environment .venv-receivers --group receivers ;;
     dawn) make_environment .venv --group dev; make_dawn .venv; make_browser ;;
-    *) die "usage: scripts/setup.sh run|tools|parity|models|profile|dawn|browser" ;;
+    *) die "usage: scripts/setup.sh run|tools|parity|models|profile|receivers|dawn|browser" ;;
 esac

@@ -19,6 +19,7 @@ from observability.read import Floats
 LEAST_STEPS: Final = 24  # on each side of a change
 _BEGIN: Final = 8  # steps: a stretch that begins earlier began with the run
 _MOST: Final = 1.0  # sigmas of a step, beyond which it counts no more
+_MOST_ALIKE: Final = 0.98
 _CORRELATED: Final = 0.1  # autocorrelation; less is what estimates from a hundred steps scatter by
 
 
@@ -58,12 +59,18 @@ def find_change(times: Floats, least: float) -> Shift | None:
 def _inflation(rest: Floats) -> float:
     """By how much the variance of a mean grows as neighbours are alike: 1 + 2 sum of autocorrelations.
 
-    Up to the first that estimates cannot tell from none (Geyer 1992, section 3.3, by single lags).
+    Up to the first that estimates cannot tell from none (Geyer 1992, section 3.3, by single lags); no less than what the
+    first says of a process of first order, whose estimate a change taken out makes too small (Kendall 1954).
     """
-    total, count, inflation = float(np.dot(rest, rest)), len(rest), 1.0
+    total, count = max(float(np.dot(rest, rest)), 1e-30), len(rest)
+
+    def alike(lag: int) -> float:
+        return float(np.dot(rest[:-lag], rest[lag:])) / total
+
+    inflation = 1.0
     for lag in range(1, count // 3):
-        alike = float(np.dot(rest[:-lag], rest[lag:])) / max(total, 1e-30) + 1 / count
-        if alike <= _CORRELATED:
+        if alike(lag) + 1 / count <= _CORRELATED:
             break
-        inflation += 2 * alike
-    return inflation
+        inflation += 2 * (alike(lag) + 1 / count)
+    first = min(alike(1) + (1 + 4 * alike(1)) / count, _MOST_ALIKE)
+    return max(inflation, (1 + first) / (1 - first))

@@ -47,10 +47,9 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
     logs = np.log(times + _OFFSET * typical)
     lost = np.zeros_like(times)
     shared = host.busy(table)
-    least = max(
-        (_SHARED if shared else _MATERIAL) * typical,
-        _OF_NOISE * core_scale(table.seconds - moving_median(table.seconds)),
-    )
+    # What steps scatter by is what matters to them, unless others make them scatter.
+    noise = _OF_NOISE * core_scale(table.seconds - moving_median(table.seconds))
+    least = _SHARED * typical if shared else max(_MATERIAL * typical, noise)
     found: list[KindShift] = []
     peers = _peers(table, times, logs, typical, shared)
     for level in ("kernel", "layer", "phase"):
@@ -64,11 +63,8 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
             quantile = 0.5 if np.ptp(like) else LOW
             against = (own + _OFFSET * typical) * np.exp(np.median(like) - like)
             many = shared and pool is not None and len(pool.members) > _FEW_PEERS  # which never fall all at once
-            for shift in (
-                lasting_shifts(against, _SHARED_RISE, quantile)
-                if shared
-                else find_shifts(against, LEAST_RISE, quantile)
-            ):
+            find, rise = (lasting_shifts, _SHARED_RISE) if shared else (find_shifts, LEAST_RISE)
+            for shift in find(against, rise, quantile):
                 if not many and not _is_its_own(own + _OFFSET * typical, shift):
                     continue
                 if not np.ptp(like) and not _beyond(own, table.seconds - times[:, k], shift):

@@ -1,7 +1,7 @@
 """Sends a run to two real backends, Phoenix and MLflow, and reads back what they kept: `make receivers`.
 
 Both are started here, on free ports of this machine and in a folder that goes afterwards. Every span of the run's own
-file must come back from both with its ids, parent, name, times and attributes. Exit status 1 where one does not.
+file must come back from both with its id, parent, name, times and attributes. Exit status 1 where one does not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BIN: Final = Path(sys.executable).parent
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="receivers") as folder:
         results = [
-            _compare("Phoenix", Path(folder) / "phoenix", phoenix, from_phoenix),
-            _compare("MLflow", Path(folder) / "mlflow", mlflow, from_mlflow),
+            _compare("Phoenix", Path(folder) / "phoenix", phoenix, from_phoenix, 2000),  # it keeps microseconds
+            _compare("MLflow", Path(folder) / "mlflow", mlflow, from_mlflow, 0),
         ]
     return 0 if all(results) else 1
 
@@ -43,7 +43,9 @@ def _compare(
     folder: Path,
     server: Callable[[Path], contextlib.AbstractContextManager[str]],
     read: Callable[[str, str], list[Span]],
+    nanoseconds: int,
 ) -> bool:
+    """Whether `read` gives back what was sent, times to so many nanoseconds."""
     folder.mkdir()
     with server(folder) as url:
         sent = train(folder / "run", url)
@@ -53,12 +55,17 @@ def _compare(
         while len(kept) < len(sent) and time.monotonic() < until:  # backends write what they took a little later
             time.sleep(1)
             kept = read(url, trace)
-    missing, changed = sorted(set(sent) - set(kept)), sorted(set(kept) - set(sent))
-    equal = sorted(sent) == sorted(kept)
-    print(f"{name}: {len(sent)} spans sent, {len(kept)} read back, {'all equal' if equal else 'NOT equal'}")
-    for text, spans in (("sent and not read back", missing), ("read back and not sent", changed)):
-        for span in spans[:3]:
-            print(f"  {text}: {span}")
+    apart = [max(abs(a[3] - b[3]), abs(a[4] - b[4])) for a, b in zip(sorted(sent), sorted(kept), strict=False)]
+    equal = [(*s[:3], s[5]) for s in sorted(sent)] == [(*s[:3], s[5]) for s in sorted(kept)]
+    equal = equal and max(apart) <= nanoseconds
+    print(
+        f"{name}: {len(sent)} spans sent, {len(kept)} read back, {'all equal' if equal else 'NOT equal'};"
+        f" times differ by {max(apart, default=0)} ns at most"
+    )
+    if not equal:
+        print(
+            *(f"  sent {a}\n  kept {b}" for a, b in list(zip(sorted(sent), sorted(kept), strict=False))[:3]), sep="\n"
+        )
     return equal
 
 
@@ -66,7 +73,7 @@ def train(run: Path, url: str) -> list[Span]:
     """A run of made-up steps, exported to `url`; the spans of its file."""
     os.environ["OTEL_METRICS_EXPORTER"] = "none"  # neither backend takes metrics
     os.environ["OTEL_EXPORTER_OTLP_TIMEOUT"] = "60"  # a backend that has just started is slow with its first spans
-    observer = observe(run, level="kernel", otlp=url)
+    observer = observe(run, level="kernel", otlp=url, flush_seconds=60.0)
     observer.run_started(run_info())
     for step in range(1, STEPS + 1):
         observer.step_finished(step_record(step, kernels=KERNELS))
@@ -154,12 +161,21 @@ def mlflow(folder: Path) -> Iterator[str]:
 
 
 def from_mlflow(url: str, trace: str) -> list[Span]:
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # only .venv-receivers has it
+    from mlflow.exceptions import MlflowException
 
-    kept = MlflowClient(tracking_uri=url).get_trace(f"tr-{trace}")
-    d = kept.data.spans[3].to_dict()
-    print(d)
-    return []
+    try:
+        kept = MlflowClient(tracking_uri=url).get_trace(f"tr-{trace}").data.spans
+    except MlflowException:  # not yet there
+        return []
+    return [
+        _span(s.span_id, s.parent_id, s.name, s.start_time_ns, s.end_time_ns, _without_its_own(s.attributes))
+        for s in kept
+    ]
+
+
+def _without_its_own(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in attributes.items() if not key.startswith("mlflow.")}
 
 
 # --- both -------------------------------------------------------------------------------------------------------

@@ -158,11 +158,7 @@ def test_what_is_lost_adds_up(tmp_path: Path) -> None:
     assert time_lost(analysis) == pytest.approx(0.4, rel=0.05)
 
 
-# The loaded recording holds what other programs really did meanwhile, up to steps of 26 times their length.
-SEVEN_TOLD = pytest.mark.xfail(reason="seven lines in 20 windows of the loaded recording", strict=True)
-
-
-@pytest.mark.parametrize("machine", ["quiet", pytest.param("loaded", marks=SEVEN_TOLD)])
+@pytest.mark.parametrize("machine", ["quiet", "loaded"])
 def test_live_says_next_to_nothing_of_clean_steps(machine: str) -> None:
     """At most one live alarm in 20 clean windows of 150 steps."""
     told: list[Finding] = []

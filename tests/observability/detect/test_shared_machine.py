@@ -1,4 +1,4 @@
-"""On a machine that other programs share all the time: what is told, and what is what is normal there."""
+"""Steps on a machine that other programs share all the time: what is whose, and one change of level in much scatter."""
 
 from __future__ import annotations
 
@@ -7,82 +7,98 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.detection import grid, grid_cases
+from observability.detect.change import LEAST_STEPS, find_change, lasting_shifts
 from observability.detect.detector import detect
-from observability.detect.findings import INTERFERENCE, Finding
-from observability.read import HOST_VALUES, Kind, StepTable
+from observability.detect.findings import INTERFERENCE, SPIKE, THROTTLE, Finding
+from observability.detect.host import processors
+from observability.read import StepTable
 
-STEPS = 150
 
-
-@pytest.fixture
-def table() -> StepTable:
-    """Steps of 100 ms whose threads wait as long again; every twelfth or so is held up half a second more."""
-    rng = np.random.default_rng(0)
-    seconds = 0.1 * (1 + 0.02 * np.abs(rng.standard_normal(STEPS)))
-    waits = 0.1 + 0.02 * rng.random(STEPS)
-    held_up = np.sort(rng.choice(np.setdiff1d(np.arange(STEPS), [100]), 13, replace=False))
-    extra = 0.5 * (1 + 0.2 * rng.random(len(held_up)))
-    seconds[held_up] += extra
-    waits[held_up] += extra
-    told = {key: np.zeros(STEPS) for key in HOST_VALUES} | {
-        "run_delay_seconds": waits,
-        "others_cpu_seconds": waits.copy(),
-    }
-    values = {key: np.full(STEPS, 1.0) for key in ("loss", "grad_norm", "tokens", "row_tokens", "allocated_bytes")}
-    return StepTable(
-        step=np.arange(1, STEPS + 1),
-        start=np.cumsum(seconds) - seconds,
-        seconds=seconds,
-        wall_seconds=seconds.copy(),
-        skipped=np.zeros(STEPS, dtype=bool),
-        values=values | told,
-        kinds=(Kind("phase", "data"), Kind("phase", "forward")),
-        durations=np.stack([np.full(STEPS, 0.0004), seconds - 0.0004], axis=1),
-        between=np.zeros(STEPS),
-    )
+@pytest.fixture(scope="module")
+def loaded() -> StepTable:
+    """150 steps of a run that four programs beside it slowed fivefold."""
+    return grid.windows("loaded", "tuning", 150)[5]
 
 
 def alarms(table: StepTable) -> list[Finding]:
     return [finding for finding in detect(table)[0] if finding.is_alarm]
 
 
-def longer(table: StepTable, row: int, extra: float, host: str = "", kind: int | None = 1) -> StepTable:
-    """One step longer, in one kind of span or in none, with what the host tells of it."""
-    seconds, durations = table.seconds.copy(), table.durations.copy()
-    seconds[row] += extra
-    if kind is not None:
-        durations[row, kind] += extra
-    values = dict(table.values)
-    if host:
-        values[host] = values[host].copy()
-        values[host][row] += extra
-    return replace(table, seconds=seconds, wall_seconds=seconds, durations=durations, values=values)
+def test_a_step_is_what_it_cost_times_the_crowd_times_idleness(loaded: StepTable) -> None:
+    parts = processors(loaded)
+    assert parts is not None
+    np.testing.assert_allclose(parts.cost * parts.crowd * parts.idle, loaded.seconds)
+    assert np.median(parts.crowd) > 3
 
 
-def test_steps_that_others_hold_up_all_the_time_are_priced_and_not_told(table: StepTable) -> None:
-    assert alarms(table) == []
-    (priced,) = (finding for finding in detect(table)[0] if finding.cause == INTERFERENCE)
-    assert priced.severity is None
-    assert priced.cost == pytest.approx(13 * 0.55, rel=0.2)
+def test_what_all_steps_wait_is_priced_and_no_alarm(loaded: StepTable) -> None:
+    findings, _ = detect(loaded)
+    assert [finding for finding in findings if finding.is_alarm] == []
+    (priced,) = [finding for finding in findings if finding.cost is not None and finding.cause == INTERFERENCE]
+    assert priced.cost is not None
+    assert priced.cost > 0.2 * loaded.seconds.sum()
 
 
-def test_a_step_that_waited_far_longer_than_those_is_told(table: StepTable) -> None:
-    waiting = longer(longer(table, 100, 4.0, "run_delay_seconds"), 100, 0.0)
-    waiting.values["others_cpu_seconds"][100] += 4.0
-    (finding,) = alarms(waiting)
-    assert (finding.cause, finding.step) == (INTERFERENCE, 101)
+@pytest.mark.parametrize(
+    ("inject", "cause"),
+    [
+        (grid_cases.slower_gpu(0.5), THROTTLE),
+        (grid_cases.busy_loops, INTERFERENCE),
+        (grid_cases.single(2.0, None, (SPIKE,)), SPIKE),
+        (grid_cases.single(5.0, None, (INTERFERENCE,), held=True), INTERFERENCE),
+    ],
+    ids=["slower GPU", "more programs", "a sleep", "held up"],
+)
+def test_each_part_tells_its_own_cause(loaded: StepTable, inject: grid_cases.Inject, cause: str) -> None:
+    table, fault = inject(loaded, np.random.default_rng(4))
+    assert fault is not None
+    (finding,) = alarms(table)
+    assert finding.cause == cause
+    assert grid.shared(finding, fault) >= (fault.last - fault.first) / 3
 
 
-def test_a_stopped_process_is_told_however_much_others_hold_up(table: StepTable) -> None:
-    """Stopped, nobody waits for a processor: half a second is news here, though others take as much now and then."""
-    (finding,) = alarms(longer(table, 100, 0.6, "held_seconds"))
-    assert (finding.cause, finding.step) == (INTERFERENCE, 101)
-    assert "the process did not run for 600 ms" in finding.evidence
+def test_steps_that_are_computed_elsewhere_have_no_such_parts(loaded: StepTable) -> None:
+    """One thread that only watches a device runs or waits all the time too, and says nothing of the device's time."""
+    seconds = loaded.values["cpu_seconds"] + loaded.values["run_delay_seconds"]
+    watching = {"cpu_seconds": 0.1 * loaded.seconds, "run_delay_seconds": 0.3 * loaded.seconds}
+    unlike = {
+        "cpu_seconds": np.roll(loaded.values["cpu_seconds"], 40),
+        "run_delay_seconds": np.full(150, seconds.mean()),
+    }
+    for values in (watching, unlike, {"cpu_seconds": np.full(150, np.nan)}):
+        assert processors(replace(loaded, values=loaded.values | values)) is None
 
 
-def test_time_outside_the_phases_is_not_the_loaders(table: StepTable) -> None:
-    """The loader took a millisecond more in the same step, which is not where the second went."""
-    late = longer(longer(table, 100, 1.0, kind=None), 100, 0.001, kind=0)
-    found = [finding for finding in alarms(late) if finding.step == 101]
-    assert found
-    assert all(finding.span == "step" for finding in found)
+def test_a_change_by_less_than_steps_scatter_by_is_found_where_it_is() -> None:
+    rng = np.random.default_rng(0)
+    times = np.exp(0.5 * rng.standard_t(3, 150))
+    assert find_change(times, 0.2) is None
+    times[90:] *= 1.6
+    change = find_change(times, 0.2)
+    assert change is not None
+    assert abs(change.first - 90) <= 12
+    assert change.last == 149
+    assert change.level / change.healthy == pytest.approx(1.6, rel=0.25)
+
+
+def test_a_level_that_wanders_by_itself_is_no_change() -> None:
+    """The same scatter with a memory of tens of steps tells as little as a few independent steps would."""
+    found = 0
+    for seed in range(20):
+        rng, walk = np.random.default_rng(seed), np.zeros(150)
+        for step in range(1, 150):
+            walk[step] = 0.95 * walk[step - 1] + 0.1 * rng.standard_normal()
+        found += find_change(np.exp(walk), 0.1) is not None
+    assert found <= 1
+
+
+def test_what_began_with_the_run_or_was_short_is_none_of_the_changes() -> None:
+    times = np.exp(0.02 * np.random.default_rng(0).standard_normal(150))
+    early, short, late = times.copy(), times.copy(), times.copy()
+    early[:60] *= 2
+    short[80 : 80 + LEAST_STEPS - 8] *= 2
+    late[100:] *= 2
+    assert lasting_shifts(early, 0.2) == lasting_shifts(short, 0.2) == []
+    (shift,) = lasting_shifts(late, 0.2)
+    assert abs(shift.first - 100) <= 4
