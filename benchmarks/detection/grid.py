@@ -1,8 +1,9 @@
 """The second benchmark: a grid of faults in windows of recordings of a quiet, a loaded and a changing machine.
 
-On the loaded one four programs compute all the time beside whatever else the machine does; on the changing one compilers
-and test suites come and go, so that what is called clean there has real interference in it. A fault's size is a share of the step's median (of a layer's own, for a layer), so a found share says what a user would
-have been told. Tuning and reported draws come from different recordings, and so do the quiet and the loaded ones.
+On the loaded one four programs compute all the time, beside whatever else it does. On the changing one compilers and
+test suites come and go, so that what is called clean there has real interference in it. A fault's size is a share of
+the step's median (of a layer's own, for a layer), so a found share says what a user would have been told. Tuning and
+reported draws come from different recordings.
 
 A sustained fault is found by an alarm that covers at least a third of its steps; a periodic one by an alarm that is
 periodic or covers as much; a single one by any alarm on its step. The cause is right where the alarm that covers most

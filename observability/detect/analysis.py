@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from observability import schema
+from observability.detect import host
 from observability.detect.causes import waited_for
 from observability.detect.clusters import Clusters, cluster_steps
 from observability.detect.detector import LEAST_STEPS, Scored, detect
@@ -138,6 +139,8 @@ def verdict(analysis: Analysis) -> str:
     ran = f"{number_of_steps(len(table))} of typically {typical}"
     if len(table) < LEAST_STEPS and not alarms:
         return f"{first}{ran}: too few to tell normal from slow."
+    if host.too_short(table) and not alarms:
+        return f"{first}{ran}: too few to tell slow steps from what other programs do here all the time."
     lost, total = time_lost(analysis), table.total_seconds
     share = f"{duration(lost)} ({lost / total:.1%} of the run)"
     if not alarms:

@@ -59,7 +59,7 @@ def find_change(times: Floats, least: float) -> Shift | None:
 def _inflation(rest: Floats) -> float:
     """By how much the variance of a mean grows as neighbours are alike: 1 + 2 sum of autocorrelations.
 
-    Up to the first that estimates cannot tell from none (Geyer 1992, section 3.3, by single lags); no less than what the
+    Up to the first that estimates cannot tell from none (Geyer 1992, section 3.3, by single lags); no less than the
     first says of a process of first order, whose estimate a change taken out makes too small (Kendall 1954).
     """
     total, count = max(float(np.dot(rest, rest)), 1e-30), len(rest)

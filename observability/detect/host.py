@@ -17,6 +17,7 @@ _FAULTS: Final = 100  # pages a step read back from disk
 _THREADS: Final = 1.2  # that run or wait at any time: one alone may only watch a device
 _BUSY: Final = 0.1  # of a step, that most steps wait
 _LEAST_STEPS: Final = 20
+_ENOUGH_SHARED: Final = 60  # steps
 _AGREE: Final = 0.65  # of the steps whose waits differ, times must differ the same way
 _MOST: Final = 0.9  # of a step
 _CLOCK: Final = 0.97  # of the clock before
@@ -79,6 +80,11 @@ def busy(table: StepTable) -> bool:
     if waits is None or not np.any(np.isfinite(waits)):
         return False
     return float(np.nanquantile(waits, 0.25)) >= _BUSY * float(np.median(table.seconds))
+
+
+def too_short(table: StepTable) -> bool:
+    """Whether others share the machine, and the steps are too few to tell what they do from a slow step."""
+    return len(table) < _ENOUGH_SHARED and busy(table)
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,9 @@ def of_step(
     others = np.arange(len(table)) != row
     if not others.any():
         return None
-    if waits_apart and stopped(table, row) >= _HELD * lost > 0:
-        return INTERFERENCE, _held_up(stopped(table, row))
+    held = table.values.get("held_seconds")
+    if waits_apart and held is not None and held[row] >= _HELD * lost > 0:  # no thread waited in what was lost
+        return INTERFERENCE, _held_up(float(held[row]))
     found = evidence(table, slice(row, row + 1), others, lost if in_phases else 2 * lost, waits_apart)
     return found if found is not None and found[0] != THROTTLE else None
 

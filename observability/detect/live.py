@@ -18,7 +18,16 @@ import numpy as np
 
 from observability import schema
 from observability.detect import causes, health
-from observability.detect.findings import ALARM_AT, DRIFT, LOSS_SPIKE, NOTICED_AT, SKIPPED_STEP, Finding, duration
+from observability.detect.findings import (
+    ALARM_AT,
+    DRIFT,
+    LOSS_SPIKE,
+    NOTICED_AT,
+    SKIPPED_STEP,
+    SLOW_KERNEL,
+    Finding,
+    duration,
+)
 from observability.detect.history import LOOK_BACK, STEPS, Baseline, History, Row, row_of, seconds_of
 from observability.detect.stages import PERIODIC, SINGLE_STEPS, SUSTAINED, Body
 from observability.read import Pause, StepTable
@@ -215,9 +224,14 @@ class LiveDetector:
 
 
 def _explained(table: StepTable, step_scale: float) -> Finding | None:
-    """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it."""
+    """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it.
+
+    Where other programs share the machine one slow layer is not told live: a thread that waited looks the same, until
+    the whole run says how often that happens.
+    """
     body = Body(table)
     if not body.shared:
         body.times.scale[-1] = max(step_scale, float(body.times.scale[-1]))
     body.taken[:-1] = True
-    return next(iter(SINGLE_STEPS.find(body)), None)
+    finding = next(iter(SINGLE_STEPS.find(body)), None)
+    return None if finding is not None and body.shared and finding.cause == SLOW_KERNEL else finding

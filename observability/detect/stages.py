@@ -18,7 +18,7 @@ from observability import schema
 from observability.detect import causes, host
 from observability.detect.baseline import Mask, Scores, core_scale, pools_of, relative_work, score
 from observability.detect.change import lasting_shifts
-from observability.detect.findings import ALARM_AT, NOTICED_AT, Finding
+from observability.detect.findings import ALARM_AT, NOTICED_AT, SLOW_KERNEL, SPIKE, Finding
 from observability.detect.kinds import KindShift, kind_shifts
 from observability.detect.periodic import find_period
 from observability.detect.sustained import Shift, find_shifts
@@ -252,15 +252,14 @@ def single_steps(body: Body) -> list[Finding]:
     away = np.where((body.outside.excess >= np.minimum(body.felt, MATERIAL * times.scale)) & free, body.outside.z, 0.0)
     top = np.maximum(kind_z.max(axis=1, initial=0.0), away)
     rows = np.flatnonzero((step_z >= NOTICED_AT) | (top >= ALARM_AT))
-    return causes.crowded(
-        body.table,
-        [
-            causes.of_step(
-                body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]), body.parts is not None
-            )
-            for row in rows.tolist()
-        ],
-    )
+    apart = body.parts is not None
+    findings = [
+        causes.of_step(body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]), apart)
+        for row in rows.tolist()
+    ]
+    if host.too_short(body.table):
+        findings = [finding for finding in findings if finding.cause not in (SPIKE, SLOW_KERNEL)]
+    return causes.crowded(body.table, findings)
 
 
 def longer_batches(body: Body) -> list[Finding]:
