@@ -60,7 +60,7 @@ class TrainConfig(Options):
     lora_init: Literal["kaiming", "gaussian"] = option(
         "kaiming", "A: kaiming = U(-1/sqrt(in), 1/sqrt(in)), as PEFT; gaussian = N(0, 1/R^2); B is zero"
     )
-    adapter_init: str | None = option(None, "start from this PEFT adapter folder instead of a fresh one")
+    adapter_init: str | None = option(None, "start from this adapter folder (PEFT's or mlx-lm's), not a fresh one")
     double_quant: bool = option(True, "quantise the NF4 block scales to 8 bits too, as bitsandbytes does")
 
     steps: int | None = option(None, "optimizer steps; wins over --epochs", "steps", low=1)

@@ -9,7 +9,7 @@ from entrenar_gpu.data.batches import (
     segment_lengths,
     weight_of,
 )
-from entrenar_gpu.data.given import Stream, given_sources
+from entrenar_gpu.data.given import Stream, given_sources, paths_of
 from entrenar_gpu.data.inspect import Inspection, inspect_samples
 from entrenar_gpu.data.load import load_samples, read_samples
 from entrenar_gpu.data.messages import read_messages, read_tools, read_variables
@@ -42,6 +42,7 @@ __all__ = [
     "pack_rows",
     "parse_columns",
     "parse_mix",
+    "paths_of",
     "read_messages",
     "read_samples",
     "read_tools",

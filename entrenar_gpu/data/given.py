@@ -63,6 +63,12 @@ def given_sources(data: Any, name: str, seq: int, split: str | None = None) -> l
     return [[RowsInMemory(data, name)]] if hasattr(data, "__len__") else Stream(data, name)
 
 
+def paths_of(data: Any) -> list[str]:
+    """The paths that `data` is; none where it holds rows."""
+    parts = data if isinstance(data, (list, tuple)) else [data]
+    return [os.fspath(part) for part in parts] if all(isinstance(part, (str, os.PathLike)) for part in parts) else []
+
+
 def _sources(found: list[list[RowSource]] | Stream) -> list[list[RowSource]]:
     assert not isinstance(found, Stream)
     return found

@@ -146,7 +146,7 @@ class Reader:
         if self.reading.columns:
             self._missing -= record.keys()
             record = renamed(record, self.reading.columns)
-        kind = shape_of(record)
+        kind = self._shape(record)
         if kind == "input_ids":
             return self._tokens(record)
         tokenizer = self.tokenizer
@@ -164,6 +164,14 @@ class Reader:
         else:
             tokenizer.template(draft.conversation.tools)
         return replace(draft, shortened=True) if row.shortened else draft
+
+    def _shape(self, record: Mapping[str, Any]) -> str:
+        try:
+            return shape_of(record)
+        except UserError as error:
+            missing = [f"{name}={old}" for name, old in self.reading.columns.items() if name not in record]
+            hint = f"; --map: this row has no column for {', '.join(missing)}" if missing else ""
+            raise UserError(f"{error}{hint}") from None
 
     def _completion(self, number: int, record: Mapping[str, Any]) -> Draft | _Chat:
         if isinstance(record["prompt"], list) or isinstance(record["completion"], list):
@@ -337,7 +345,9 @@ def _weights(record: Mapping[str, Any], length: int) -> list[float]:
         raise UserError("weights must be a list of numbers")
     wrong = next((w for w in value if w != 0 and not _LEAST_WEIGHT <= w <= 1 / _LEAST_WEIGHT), None)
     if wrong is not None:
-        raise UserError(f"weights: {wrong} is neither 0 nor between {_LEAST_WEIGHT:g} and {1 / _LEAST_WEIGHT:g}")
+        raise UserError(
+            f"weights: {str(wrong)[:40]} is neither 0 nor between {_LEAST_WEIGHT:g} and {1 / _LEAST_WEIGHT:g}"
+        )
     if len(value) != length:
         raise UserError(f"weights: {len(value)} of them for {length} input_ids")
     return value

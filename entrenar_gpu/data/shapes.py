@@ -104,8 +104,9 @@ def _turn(turn: Any, where: str) -> Any:
     if not isinstance(turn, dict) or turn.get("from") is None:
         return turn  # a message, or what reading it as one will refuse
     speaker, value = turn["from"], turn.get("value")
+    speaker = speaker.lower() if isinstance(speaker, str) else speaker
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        said = repr(speaker)[:40] if isinstance(speaker, str) else kind_of(speaker)
+        said = repr(turn["from"])[:40] if isinstance(speaker, str) else kind_of(speaker)
         raise UserError(f"{where} is from {said}; known: {', '.join(_SPEAKERS)}")
     more = {key: inner for key, inner in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":

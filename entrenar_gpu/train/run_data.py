@@ -21,6 +21,7 @@ from entrenar_gpu.data import (
     given_sources,
     parse_columns,
     parse_mix,
+    paths_of,
     read_samples,
 )
 from entrenar_gpu.errors import UserError
@@ -98,11 +99,11 @@ def train_sources(config: TrainConfig, part: str = "train") -> list[list[RowSour
 def eval_sources(config: TrainConfig, data: Any = None) -> Groups:
     """What --eval-data names, or else --eval-split of --data, or the valid files of its folders, which count as one.
 
-    With `data` of a program's own in place of --data, only what it names itself.
+    With `data` of a program's own in place of --data, that counts where it is a path or paths.
     """
     if config.eval_data is not None:
         return [find_sources(config.eval_data, "valid", config.eval_split or config.split, "--eval-data")]
-    names = config.data_names if data is None else ()
+    names = config.data_names if data is None else paths_of(data)
     if config.eval_split is not None:
         found = [s for name in names for s in find_sources(name, "valid", config.eval_split)]
     else:

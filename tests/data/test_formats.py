@@ -377,3 +377,18 @@ def test_a_mixed_run_goes_on_where_it_stopped(chat):
     )
     with pytest.raises(UserError, match="--mix"):
         batches((0.7, 0.3)).restore(whole.state())
+
+
+def test_a_row_without_a_mapped_column_says_so(chat):
+    rows = [{"q": "a", "answer": "b"}, {"q": "a"}]
+    message = r"'completion' is missing; --map: this row has no column for completion=answer$"
+    with pytest.raises(UserError, match=message):
+        of_rows(rows, chat, columns=parse_columns("prompt=q,completion=answer") | {})
+
+
+def test_speakers_of_sharegpt_are_known_in_any_case(chat):
+    said = [
+        of_rows([{"conversations": [turn(who, "a"), turn(says, "b")]}], chat)[0][0].tolist()
+        for who, says in (("Human", "GPT"), ("human", "gpt"))
+    ]
+    assert said[0] == said[1]

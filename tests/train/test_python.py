@@ -46,6 +46,15 @@ def losses(trainer: Trainer) -> list[float]:
         return [record.loss for record in trainer.steps()]
 
 
+def test_a_folder_brings_its_own_evaluation_data(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / f"data/{name}.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    with trainer_on(folder, tmp_path / "run", given=tmp_path / "data", eval_every=1) as trainer:
+        assert trainer.eval_samples is not None
+        assert len(trainer.eval_samples) == 1
+
+
 class Rows:
     """A data set as torch has them: a length and items."""
 
