@@ -170,6 +170,25 @@ def test_a_checkpoint_tells_its_engine_and_a_resumed_run_says_what_differs(
     assert "the run began" not in capsys.readouterr().err
 
 
+def test_a_checkpoint_tells_its_arithmetic_and_a_resumed_run_says_what_differs(tmp_path: Any, capsys: Any) -> None:
+    make_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=32, head_dim=8, vocab_size=96)
+    make_data(tmp_path / "train.jsonl", vocab=96)
+    run = str(tmp_path / "run")
+    Trainer(config_of(tmp_path, run, steps=1, device="numpy", precision="int8")).run()
+    path = next((tmp_path / "run").glob("checkpoint-*")) / STATE_FILE
+    state = json.loads(path.read_text())
+    assert state.pop("arithmetic") == "int8"
+    del state["checksum"]  # as before there was one
+    for told, said in ((None, False), ("int8", False), ("int8_rows", True)):
+        path.write_text(json.dumps(state | ({"arithmetic": told} if told else {})))
+        options = {"steps": 2, "resume": str(path.parent), "device": "numpy", "precision": "int8"}
+        Trainer(config_of(tmp_path, str(tmp_path / str(told)), **options)).close()
+        assert ("were multiplied in int8_rows and go on in int8:" in capsys.readouterr().err) == said
+    path.write_text(json.dumps(state | {"arithmetic": "int4"}))
+    with pytest.raises(UserError, match="not the state of a training run"):
+        Trainer(config_of(tmp_path, run, steps=2, resume="latest", device="numpy", precision="int8"))
+
+
 @pytest.mark.gpu
 def test_a_resumed_run_takes_the_engine_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where none is asked for, and it is there."""

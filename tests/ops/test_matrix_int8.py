@@ -80,6 +80,19 @@ def test_layers_are_those_of_codes(device: Any, emulated: KernelCache, configs: 
         assert error < (2e-5 if name in ("y", "dx") else BAR), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(70, 128, 64, 8), (300, 640, 1088, 16)])
+def test_layers_on_matrix_units(device: Any, kernels: KernelCache, shape: Any) -> None:
+    """The real ones, where the device has some."""
+    if arithmetic_on("int8", device.caps) != "int8_rows":
+        pytest.skip("the device has no matrix units for int8")
+    layer = Layer(shape, "int8_rows")
+    got, want = layer.on_device(device, kernels), with_rounded_adapter(layer)
+    for name, values in want.items():
+        error = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
+        assert error < (2e-5 if name in ("y", "dx") else BAR), name
+
+
 SMALL = MatrixTile(64, 64, 64, 32, 32, MK=32)
 
 
