@@ -72,8 +72,10 @@ class RunShape:
 
     @property
     def faster_parameters(self) -> frozenset[str]:
-        """What --lr-ratio-b makes faster (LoRA+, Hayou et al., arXiv 2402.12354): the B of every adapter."""
-        return frozenset(module.b_name for module in self.storage.adapters.values() if isinstance(module, LoraModule))
+        """What --lr-ratio-b makes faster (LoRA+, Hayou et al., arXiv 2402.12354): the B of every adapter, but for the
+        embedding's, which PEFT's LoRA+ leaves out too."""
+        made = (*self.storage.adapters.values(), self.storage.head_adapter)
+        return frozenset(module.b_name for module in made if isinstance(module, LoraModule))
 
 
 Trace = Callable[[RunShape, Caps], Mapping[str, Graph]]  # what makes the graphs that a session runs

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entrenar_gpu.adapters import AdapterSpec, load_adapter
+from entrenar_gpu.adapters import AdapterSpec, adapted, load_adapter
 from entrenar_gpu.adapters.lora import LoraEmbedding, LoraHead
 from entrenar_gpu.adapters.tables import SavedTable, TrainedTokens
 from entrenar_gpu.config import TrainConfig
@@ -17,8 +17,9 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.convert import export_model
 from entrenar_gpu.export.merge import merge_adapter
 from entrenar_gpu.files.safetensors_file import SafetensorsFile
-from entrenar_gpu.model import HFCheckpoint
+from entrenar_gpu.model import HFCheckpoint, Storage
 from entrenar_gpu.model.registry import parse_model_config
+from entrenar_gpu.session import RunShape
 from entrenar_gpu.session.plan_report import caps_for, plan_run
 from tests.helpers.runs import train
 from tests.helpers.tiny import QWEN3, make_data, make_model
@@ -169,6 +170,14 @@ def test_plan_counts_what_is_trained(folder, tmp_path):
     for key in ("adapter_bytes", "gradient_bytes"):
         assert parts(modules_to_save="lm_head")[key] - parts()[key] == table
         assert 0 < parts(trainable_token_indices="3")[key] - parts()[key] <= 256
+
+
+def test_the_b_of_a_head_is_one_that_is_made_faster(folder):
+    """As in PEFT's LoRA+, which has the embedding's apart."""
+    config = TrainConfig(model=str(folder / "model"), batch=1, seq=16, target="q,embed_tokens,lm_head", lr_ratio_b=4.0)
+    spec = AdapterSpec.from_config(config, MODEL)
+    shape = RunShape(MODEL, adapted(Storage(), spec), config)
+    assert shape.faster_parameters == {"model.layers.0.self_attn.q_proj.lora_B.weight", "lm_head.lora_B.weight"}
 
 
 def test_a_copy_of_the_base_beside_lora_of_a_table_is_passed_over(folder, tmp_path):
