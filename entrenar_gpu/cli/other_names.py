@@ -42,9 +42,16 @@ ALIASES = {
     "eval-steps": "eval-every",
     "save-steps": "save-every",
     "resume-from-checkpoint": "resume",
+    "logging-steps": "steps-per-report",
+    "lr-scheduler-type": "schedule",
+    "packing": "pack",
     "neftune-noise-alpha": "neftune",
     "loraplus-lr-ratio": "lr-ratio-b",  # PEFT's
 }
+# Switches that TRL also gives a value.
+_SWITCHES = ("packing", "use-rslora")
+# What the planner does by itself, or a command of ours is for.
+_NEEDLESS = ("grad-checkpoint", "gradient-checkpointing", "train", "use-peft")
 ITERS = "iters"  # mlx-lm counts micro-batches
 
 # mlx-lm's configuration by our keys; what has no counterpart is listed.
@@ -68,7 +75,7 @@ def our_names(arguments: Sequence[str]) -> list[str]:
     """A command line of `train` in our own flags. `--iters N` becomes steps, and that is said where they differ."""
     if not arguments or arguments[0] != "train":
         return list(arguments)
-    words = _without_all_layers([_ours(word) for word in arguments])
+    words = _without_all_layers([_ours(word) for word in _needed(_switched(arguments))])
     flags = [word.partition("=")[0] for word in words]
     if f"--{ITERS}" not in flags:
         return words
@@ -80,6 +87,39 @@ def our_names(arguments: Sequence[str]) -> list[str]:
         print(f"--iters {iters} of {accumulate} micro-batches a step: --steps {steps}", file=sys.stderr)
     at = flags.index(f"--{ITERS}")
     return [*words[:at], "--steps", str(steps), *words[at + (1 if "=" in words[at] else 2) :]]
+
+
+def _plain(word: str) -> str:
+    """A flag's name, with hyphens."""
+    return word.removeprefix("--").partition("=")[0].replace("_", "-") if word.startswith("--") else ""
+
+
+def _switched(arguments: Sequence[str]) -> list[str]:
+    """Switches that have a value as switches of ours: --packing False is --no-pack."""
+    words: list[str] = []
+    for word in arguments:
+        before = words[-1] if words else ""
+        name, equals, value = word.partition("=")
+        if _plain(name) in _SWITCHES and equals:
+            words.append(name if value.lower() == "true" else f"--no-{ALIASES[_plain(name)]}")
+        elif _plain(before) in _SWITCHES and word.lower() in ("true", "false"):
+            words[-1] = before if word.lower() == "true" else f"--no-{ALIASES[_plain(before)]}"
+        else:
+            words.append(word)
+    return words
+
+
+def _needed(words: Sequence[str]) -> list[str]:
+    """Without the flags that have nothing to do here, which is said."""
+    needless = [word for word in words if _plain(word) in _NEEDLESS]
+    for word in needless:
+        why = "the planner decides what is computed again" if "checkpoint" in word else "as it is"
+        print(f"{word}: nothing to do: {why}", file=sys.stderr)
+    return [word for at, word in enumerate(words) if word not in needless and not _value_of(words, at, needless)]
+
+
+def _value_of(words: Sequence[str], at: int, needless: Sequence[str]) -> bool:
+    return at > 0 and words[at - 1] in needless and words[at].lower() in ("true", "false")
 
 
 def _without_all_layers(words: list[str]) -> list[str]:
@@ -124,8 +164,11 @@ def import_mlx_config(path: str) -> tuple[str, list[str]]:
         ours["steps"] = math.ceil(given["iters"] / max(int(given.get("grad_accumulation_steps") or 1), 1))
     if given.get("mask_prompt") is not None:
         ours["loss_on"] = "completions" if given["mask_prompt"] else "all"
-    if given.get("num_layers") not in (None, -1):
-        ours["layers"] = given["num_layers"]
+    layers = given.get("num_layers", -1)
+    if isinstance(layers, int) and layers > 0:
+        ours["layers"] = layers
+    elif layers not in (None, -1):
+        left.append(f"num_layers: {layers}")
     read = {*_MLX_KEYS, "fine_tune_type", "lora_parameters", "lr_schedule", "optimizer", "iters", "mask_prompt"}
     known = {*read, "num_layers", "optimizer_config", *_NOTHING_TO_DO}
     left += [f"{key}: {given[key]}" for key in given if key not in known]

@@ -55,6 +55,7 @@ def write_gguf(
     gives other values than the checkpoint's, in float32. Memory stays at the largest tensor. Raises UserError where
     llama.cpp has no such model, tokenizer or type.
     """
+    dtype = dtype.upper() if dtype.upper() in TYPES else dtype  # llama.cpp's tools have them in small letters
     if dtype not in TYPES:
         hint = "; its own llama-quantize makes those of an F16 file" if "_K" in dtype or dtype.startswith("IQ") else ""
         raise UserError(f"--type: {dtype!r} is not one of {', '.join(TYPES)}{hint}")

@@ -42,6 +42,23 @@ def test_both_spellings_are_understood():
     assert our_names(["eval", "--max-length", "4"]) == ["eval", "--max-length", "4"]
 
 
+def test_switches_may_have_values_and_what_is_needless_is_said(capsys):
+    assert our_names(["train", "--packing", "False", "--lr", "1"]) == ["train", "--no-pack", "--lr", "1"]
+    assert our_names(["train", "--packing=true", "--use_rslora", "True"]) == ["train", "--pack", "--rslora"]
+    assert our_names(["train", "--packing", "--lr_scheduler_type", "linear"]) == [
+        "train",
+        "--pack",
+        "--schedule",
+        "linear",
+    ]
+    assert capsys.readouterr().err == ""
+    words = ["train", "--train", "--grad-checkpoint", "--gradient_checkpointing", "True", "--lr", "1"]
+    assert our_names(words) == ["train", "--lr", "1"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[1:] == [f"{flag}: nothing to do: the planner decides what is computed again"
+                        for flag in ("--grad-checkpoint", "--gradient_checkpointing")]  # fmt: skip
+
+
 def test_iterations_are_micro_batches(capsys):
     words = our_names(["train", "--iters", "100", "--grad-accumulation-steps", "8"])
     assert words == ["train", "--steps", "13", "--accumulate", "8"]
