@@ -179,7 +179,7 @@ def _block_bytes(node: Node, caps: Caps) -> int:
     """Bytes of a workgroup of the kernel in which tokens share a reading of keys; 0 where that is not taken."""
     s = _sizes(node)
     fits = node.attrs["low_precision"] and node.inputs["keys"].dtype == "f16" and s["E"] % 4 == 0
-    nbytes = 8 * (s["E"] // 4 * BLOCK_ROWS + BLOCK_KEYS * (s["E"] // 4 + 1)) + 16 * max(BLOCK_KEYS, 16) * 16
+    nbytes = 8 * (s["E"] // 4 * BLOCK_ROWS + BLOCK_KEYS * (s["E"] // 4 + 1 + BLOCK_ROWS // 4)) + 16 * 256
     return nbytes if fits and s["GROUP"] <= BLOCK_ROWS and nbytes <= caps.max_workgroup_bytes else 0
 
 

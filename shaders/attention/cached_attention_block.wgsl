@@ -1,6 +1,6 @@
 // cached_attention.wgsl for a prompt's tokens: softmax(scale q k^T) v of T tokens against keys and values of their slots in
-// caches [SLOTS, CONTEXT, K E] of f16, up to their own positions. out [T, H E] `=`. Queries are f16 too, sums f32, weights
-// to the base 2.
+// caches [SLOTS, CONTEXT, K E] of f16, up to their own positions. out [T, H E] `=`. Queries and weights are f16 too, sums
+// f32; up to {{ BK }} products are summed in f16 before. Weights are to the base 2.
 // A workgroup takes {{ TOKENS }} tokens and the {{ GROUP }} query heads that read one key/value head, as {{ ROWS }} rows, of which an invocation has
 // four, and meets {{ BK }} keys at a time, counted from position 0: what a row becomes follows from itself alone. Tokens of
 // different slots come one slot after the other. Grid: (K, ceil(T / {{ TOKENS }})), the last tokens first, as they see the most keys.
@@ -9,7 +9,8 @@
 const MASKED = -3e38;
 var<workgroup> queries: array<vec4<f16>, {{ QUADS * ROWS }}>; // [E / 4, ROWS]
 var<workgroup> tile: array<vec4<f16>, {{ BK * PITCH }}>;
-var<workgroup> weights: array<vec4<f32>, {{ [BK, 16] | max * 16 }}>; // [BK, ROWS / 4]
+var<workgroup> weights: array<vec4<f16>, {{ BK * 16 }}>; // [BK, ROWS / 4]
+var<workgroup> shared_rows: array<vec4<f32>, 256>;
 
 fn slot_of(t: u32) -> u32 { return select({{ SLOTS }}u, slots[min(t, {{ T - 1 }}u)], t < {{ T }}u); }
 
@@ -25,7 +26,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = i % {{ ROWS }}u;
     let t = min(t0 + row / {{ GROUP }}u, {{ T - 1 }}u);
     let head = kv_head * {{ GROUP }}u + row % {{ GROUP }}u;
-    queries[i] = vec4<f16>(q[(t * {{ H }}u + head) * {{ QUADS }}u + i / {{ ROWS }}u]);
+    queries[i] = vec4<f16>({{ scale }} * q[(t * {{ H }}u + head) * {{ QUADS }}u + i / {{ ROWS }}u]);
   }
 {% for i in range(4) %}
   let t_{{ i }} = t0 + (ty * 4u + {{ i }}u) / {{ GROUP }}u;
@@ -61,14 +62,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for i in range(4) %}{% for n in range(BK // 16) %}
       var dot{{ i }}_{{ n }} = vec4<f32>();
 {% endfor %}{% endfor %}
-      for (var e = 0u; e < {{ QUADS }}u; e++) {
+      for (var e0 = 0u; e0 < {{ QUADS }}u; e0 += 8u) {
+{% for i in range(4) %}{% for n in range(BK // 16) %}
+        var half{{ i }}_{{ n }} = vec4<f16>();
+{% endfor %}{% endfor %}
+        for (var e = e0; e < min(e0 + 8u, {{ QUADS }}u); e++) {
 {% for n in range(BK // 16) %}
-        let key{{ n }} = vec4<f32>(tile[(tx + {{ 16 * n }}u) * {{ PITCH }}u + e]);
+          let key{{ n }} = tile[(tx + {{ 16 * n }}u) * {{ PITCH }}u + e];
 {% endfor %}
 {% for i in range(4) %}
-        let query{{ i }} = vec4<f32>(queries[e * {{ ROWS }}u + ty * 4u + {{ i }}u]);
+          let query{{ i }} = queries[e * {{ ROWS }}u + ty * 4u + {{ i }}u];
 {% for n in range(BK // 16) %}
-        dot{{ i }}_{{ n }} = fma(query{{ i }}, key{{ n }}, dot{{ i }}_{{ n }});
+          half{{ i }}_{{ n }} = fma(query{{ i }}, key{{ n }}, half{{ i }}_{{ n }});
+{% endfor %}{% endfor %}
+        }
+{% for i in range(4) %}{% for n in range(BK // 16) %}
+        dot{{ i }}_{{ n }} += vec4<f32>(half{{ i }}_{{ n }});
 {% endfor %}{% endfor %}
       }
       workgroupBarrier(); // every key is read
@@ -78,7 +87,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       }
 {% for n in range(BK // 16) %}
       let at{{ n }} = k0 + tx + {{ 16 * n }}u;
-      var score{{ n }} = {{ scale }} * vec4<f32>({% for i in range(4) %}(dot{{ i }}_{{ n }}.x + dot{{ i }}_{{ n }}.y) + (dot{{ i }}_{{ n }}.z + dot{{ i }}_{{ n }}.w){{ ", " if i < 3 }}{% endfor %});
+      var score{{ n }} = vec4<f32>({% for i in range(4) %}(dot{{ i }}_{{ n }}.x + dot{{ i }}_{{ n }}.y) + (dot{{ i }}_{{ n }}.z + dot{{ i }}_{{ n }}.w){{ ", " if i < 3 }}{% endfor %});
 {% if cap %}
       score{{ n }} = {{ cap }} * tanh(clamp(score{{ n }} * {{ inverse_cap }}, vec4<f32>(-10.0), vec4<f32>(10.0)));
 {% endif %}
@@ -89,40 +98,42 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(1, BK // 16) %}
       most = max(most, score{{ n }});
 {% endfor %}
-      weights[thread] = most;
+      shared_rows[thread] = most;
       workgroupBarrier();
-      for (var x = 0u; x < 16u; x++) { most = max(most, weights[ty * 16u + x]); }
+      for (var x = 0u; x < 16u; x++) { most = max(most, shared_rows[ty * 16u + x]); }
       most = max(most, peak);
       let shrink = exp2(peak - most);
       peak = most;
       total *= shrink;
-      workgroupBarrier(); // every maximum is read
 {% for n in range(BK // 16) %}
       {
         let weight = select(vec4<f32>(), exp2(score{{ n }} - peak), seen{{ n }});
         total += weight;
-        weights[(tx + {{ 16 * n }}u) * 16u + ty] = weight;
+        weights[(tx + {{ 16 * n }}u) * 16u + ty] = vec4<f16>(weight);
       }
 {% endfor %}
       workgroupBarrier();
 {% for i in range(4) %}{% for j in range(EACH) %}
-      sum{{ i }}_{{ j }} *= shrink.{{ "xyzw"[i] }};
+      var fresh{{ i }}_{{ j }} = vec4<f16>();
 {% endfor %}{% endfor %}
       for (var key = 0u; key < {{ BK }}u; key++) {
         let weight = weights[key * 16u + ty];
 {% for j in range(EACH) %}
-        let value{{ j }} = vec4<f32>(tile[key * {{ PITCH }}u + min(tx + {{ 16 * j }}u, {{ QUADS - 1 }}u)]);
+        let value{{ j }} = tile[key * {{ PITCH }}u + min(tx + {{ 16 * j }}u, {{ QUADS - 1 }}u)];
 {% for i in range(4) %}
-        sum{{ i }}_{{ j }} = fma(vec4<f32>(weight.{{ "xyzw"[i] }}), value{{ j }}, sum{{ i }}_{{ j }});
+        fresh{{ i }}_{{ j }} = fma(vec4<f16>(weight.{{ "xyzw"[i] }}), value{{ j }}, fresh{{ i }}_{{ j }});
 {% endfor %}{% endfor %}
       }
+{% for i in range(4) %}{% for j in range(EACH) %}
+      sum{{ i }}_{{ j }} = fma(sum{{ i }}_{{ j }}, vec4<f32>(shrink.{{ "xyzw"[i] }}), vec4<f32>(fresh{{ i }}_{{ j }}));
+{% endfor %}{% endfor %}
     }
   }
   workgroupBarrier();
-  weights[thread] = total;
+  shared_rows[thread] = total;
   workgroupBarrier();
   total = vec4<f32>();
-  for (var x = 0u; x < 16u; x++) { total += weights[ty * 16u + x]; }
+  for (var x = 0u; x < 16u; x++) { total += shared_rows[ty * 16u + x]; }
 {% for i in range(4) %}
   if (ty * 4u + {{ i }}u < {{ TOKENS * GROUP }}u && t_{{ i }} < {{ T }}u) {
     let head = kv_head * {{ GROUP }}u + (ty * 4u + {{ i }}u) % {{ GROUP }}u;
