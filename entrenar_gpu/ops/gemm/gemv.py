@@ -25,8 +25,8 @@ from entrenar_gpu.quant import nf4
 THREADS = 128
 MOST_ROWS = 8  # of x that share one reading of W
 MOST_HELD = 4  # of these that are read before the first is multiplied: a read takes longer than its products
+MOST_AHEAD = 3  # steps under way with one or two rows of x
 MOST_CHAINS, PARTS = 32, 8  # of the sum of a row of W: see the shader
-SMALL = 2048  # rows of W that make too few workgroups to fill a GPU by twos
 
 
 def gemv(
@@ -93,24 +93,21 @@ def _stored(k: int, dtype: str) -> _Stored:
     return _Stored(words * per_word, words) if words else _Stored(1, 1)
 
 
-def _blocking(t: int, n: int, k: int, stored: _Stored, caps: Caps) -> dict[str, int]:
+def _blocking(t: int, k: int, stored: _Stored, caps: Caps) -> dict[str, int]:
     """The constants of a kernel. Of these STEP, CHAINS and PARTS decide how a row is summed, and follow from K.
 
-    With few rows of x it is latency that counts: a lane for each chain, and several steps under way. With more it is
-    reading x: half as many lanes, so that neighbours are at the same step of other rows of W and read the same.
+    A lane for each chain. With few rows of x it is latency that counts: several steps under way. With more it is reading
+    x: two rows of W share a reading, and several rows of x are read before the first is multiplied.
     """
     steps = k // stored.step
     chains = min(1 << max(steps.bit_length() - 1, 0), PARTS if caps.software else MOST_CHAINS)
-    parts = min(chains, PARTS)
     rows = min(1 << (t - 1).bit_length(), 4 if caps.software else MOST_ROWS)  # more take long to compile there
-    sizes = {"T": t, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": parts, "THREADS": THREADS}
-    sizes["HELD"] = 1 if caps.software else min(rows, MOST_HELD)
-    if rows > 2:
-        return sizes | {"LANES": max(chains // 2, parts), "COLUMNS": 2, "AHEAD": 1}
-    each = ceil_div(steps, chains)
-    ahead = 1 if caps.software else min(each, min((5, 6, 4), key=lambda u: (each % u, -u)))
-    columns = 1 if n <= SMALL or n > 4 * SMALL or caps.software else 2
-    return sizes | {"LANES": chains, "COLUMNS": columns, "AHEAD": ahead}
+    sizes = {"T": t, "K": k, "ROWS": rows, "CHAINS": chains, "PARTS": min(chains, PARTS), "THREADS": THREADS}
+    few = rows <= 2
+    sizes |= {"LANES": chains, "COLUMNS": 1 if few else 2}
+    if caps.software:
+        return sizes | {"AHEAD": 1, "HELD": 1}
+    return sizes | {"AHEAD": min(MOST_AHEAD, ceil_div(steps, chains)) if few else 1, "HELD": min(rows, MOST_HELD)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def _parts_launch(
     """One launch for parts that are stored alike; with a `gate`, of two that make one output."""
     k, first = x.columns, parts[0]
     stored = _stored(k, first.stored[0].dtype)
-    blocking = _blocking(x.rows, sum(part.rows for part in parts), k, stored, caps)
+    blocking = _blocking(x.rows, k, stored, caps)
     while blocking["COLUMNS"] > 1 and _workgroup_bytes(blocking, gate) > caps.max_workgroup_bytes:
         blocking["COLUMNS"] //= 2  # which no sum depends on
     across = blocking["THREADS"] // blocking["LANES"] * blocking["COLUMNS"]
