@@ -96,7 +96,7 @@ def _stored(k: int, dtype: str) -> _Stored:
 def _blocking(t: int, k: int, stored: _Stored, caps: Caps) -> dict[str, int]:
     """The constants of a kernel. Of these STEP, CHAINS and PARTS decide how a row is summed, and follow from K.
 
-    A lane for each chain. With few rows of x it is latency that counts: several steps under way. With more it is reading
+    A lane for each chain. With few rows of x latency counts: several steps are under way. With more it is reading
     x: two rows of W share a reading, and several rows of x are read before the first is multiplied.
     """
     steps = k // stored.step
