@@ -120,7 +120,7 @@ class Tokenizer:
         self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None
     ) -> list[Encoded]:
         """Token ids of each text without anything around it, see PrefixEncoder.encode."""
-        with faults_of(self._path, "cannot encode a text"):
+        with without_panics_text(), faults_of(self._path, "cannot encode a text"):
             return self._encoder.encode(texts, limit, spans)
 
     def framed(self, ids: list[int]) -> tuple[int, list[int]]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 # Far above what real models have (Gemma's tokenizer: 33 MB), low enough to be refused at once.
 _MOST_OF_TOKENIZER, _MOST_OF_TEMPLATE = 128 << 20, 4 << 20
+
+_KEEPS_BACK = threading.Lock()
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
@@ -46,9 +49,14 @@ def without_panics_text() -> Iterator[None]:
     """What a library writes to the process's standard error in the block is shown behind it, and not at all where a
     UserError leaves it: Rust's panics describe themselves there before they become exceptions.
 
-    For set-up only: all threads share the descriptor. Where nothing can be kept back, nothing is.
+    All threads share the descriptor, so that one block at a time keeps back, and another that is entered meanwhile
+    does not. Where nothing can be kept back, nothing is.
     """
     with contextlib.ExitStack() as stack:
+        if not _KEEPS_BACK.acquire(blocking=False):
+            yield
+            return
+        stack.callback(_KEEPS_BACK.release)
         try:
             shown = os.dup(2)
             stack.callback(os.close, shown)

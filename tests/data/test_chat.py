@@ -328,9 +328,13 @@ def test_a_tokenizer_that_fails_when_used_is_one_line(tmp_path):
 def test_a_panic_of_the_library_says_nothing_beside_that_line(tmp_path, capfd):
     """Rust writes of a panic to the descriptor, past sys.stderr; what is written for other reasons is shown."""
     with pytest.raises(UserError, match="cannot encode"):
-        Tokenizer.load(faulty_tokenizer(tmp_path, post_processor=NAMES_NO_TOKEN))
+        Tokenizer.load(faulty_tokenizer(tmp_path / "a", post_processor=NAMES_NO_TOKEN))
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.load(faulty_tokenizer(tmp_path / "b", pre_tokenizer=split))
+    with pytest.raises(UserError, match="cannot encode"):
+        tokenizer.encode_beginnings(["x" * 3000], 512)
     assert capfd.readouterr().err == ""
-    with without_panics_text():
+    with without_panics_text(), without_panics_text():  # as two threads may be in it
         os.write(2, b"a warning\n")
     assert capfd.readouterr().err == "a warning\n"
 

@@ -25,6 +25,7 @@ from tests import ROOT
 from tests.helpers.tiny import make_data, make_model
 
 STEPS = 30
+SECONDS = 900  # for a run that takes a few; the machine may be busy with other things
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
 
 
@@ -60,7 +61,7 @@ def interrupted(arguments: list[str], how: str, seconds: float, rng: random.Rand
     if how != "full disk":
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=SECONDS)[1]
     assert "Traceback" not in said, said
     return said
 
