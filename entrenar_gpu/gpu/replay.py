@@ -68,7 +68,7 @@ class Report:
     def __init__(self, replay: Replay, name: str, encoded: Encoded, submission: int) -> None:
         self._replay, self._name, self._submission = replay, name, submission
         self._staging, self._run = encoded.staging, encoded.run
-        self._ticks = b""
+        self._ticks = memoryview(b"")
 
     def result(self) -> np.ndarray:
         """The tensor, waiting for the run that produced it and for no later one.
@@ -80,7 +80,7 @@ class Report:
         plan, device = self._replay.plan, self._replay.device
         tensor = plan.persistents[plan.reports[self._name]]
         with device.watched():
-            raw = device.engine.read_after(device.handle, self._staging, self._submission)
+            raw = memoryview(device.engine.read_after(device.handle, self._staging, self._submission))
         self._ticks = raw[round_up(tensor.nbytes, 8) :]
         return np.frombuffer(raw[: tensor.nbytes], NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape).copy()
 

@@ -104,7 +104,7 @@ class Dawn(Engine):
         """Dawn maps a buffer when the last submission that uses it is done, so it need not be told which."""
         buffer.map_async(self.api.MapMode.READ).sync_wait()
         try:
-            return bytes(buffer.read_mapped())
+            return bytes(buffer.read_mapped(copy=False))
         finally:
             self.unmap(buffer)
 
