@@ -31,6 +31,7 @@ class Head:
     dtype: str = "bf16"
     wants_dx: bool = True
     precision: Any = "f16"
+    weighted: bool = False
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,7 +46,10 @@ class Head:
         for shard in shards:
             values = 3 / np.sqrt(self.depth) * rng.standard_normal(shard.shape)
             self.arrays[shard.name] = values.astype(NUMPY_TYPES[self.dtype])
-        ops.cross_entropy(x, targets, shards, self.smoothing, self.precision)
+        weights = graph.tensor("weights", (self.tokens,)) if self.weighted else None
+        if weights is not None:
+            self.arrays["weights"] = rng.uniform(0.01, 1, self.tokens).astype(np.float32)
+        ops.cross_entropy(x, targets, shards, self.smoothing, self.precision, weights=weights)
         (self.node,) = graph.nodes
 
     def outputs(self) -> dict[str, Tensor]:
@@ -78,8 +82,9 @@ class Head:
         wanted = np.full(logits.shape, self.smoothing / len(table))
         wanted[rows[counted], goals[counted]] += 1 - self.smoothing
         losses = lse - (wanted * logits).sum(axis=1)
-        dscores = (np.exp(logits - lse[:, None]) - wanted) * counted[:, None]
-        return {"loss": losses[counted].sum(keepdims=True), "lse": lse, "dx": dscores @ table}
+        weights = self.arrays.get("weights", np.ones(len(goals))) * counted
+        dscores = (np.exp(logits - lse[:, None]) - wanted) * weights[:, None]
+        return {"loss": (losses * weights).sum(keepdims=True), "lse": lse, "dx": dscores @ table}
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -101,6 +106,7 @@ HEADS = {
     "shards, smoothed": Head(70, 128, (192, 192, 64), 0.1),
     "stored in binary16": Head(9, 64, (64, 64), dtype="half"),
     "stored in f32": Head(9, 64, (64, 64), dtype="f32"),
+    "weighted": Head(70, 64, (192, 64), 0.1, weighted=True),
     "evaluation": Head(70, 64, (192, 64), wants_dx=False),
 }
 
