@@ -23,7 +23,8 @@ def describe() -> dict[str, Any]:
     engines: dict[str, Any] = {}
     for name in ENGINES:
         try:
-            engines[name] = {"version": engine(name).version, "adapters": [g.info["device"] for g in gpus(name)]}
+            names = [gpu.info["device"] for gpu in gpus(name)]
+            engines[name] = {"version": engine(name).version, "adapters": names, "said": engine(name).said}
         except UserError as error:
             engines[name] = {"version": None, "off": str(error), "adapters": []}
     if not any(told["adapters"] for told in engines.values()):
@@ -62,7 +63,8 @@ def show(found: dict[str, Any]) -> None:
     for name, told in found["engines"].items():
         if name != found["engine"]:
             there = f"{told['version']}, {len(told['adapters'])} GPU(s)" if told["version"] else f"off: {told['off']}"
-            console.print(Text(f"  {name} {there}", "dim"))
+            said = told.get("said", "").splitlines()
+            console.print(Text(printable(f"  {name} {there}{f'; {said[0]}' if said else ''}"), "dim"))
     for adapter in found["adapters"]:
         _show_adapter(console, adapter, adapter["index"] == found["chosen"])
     console.print(Text("→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE, and --engine", "dim"))

@@ -21,9 +21,9 @@ from entrenar_gpu.data.tokenizer_files import (
     read_optional_json,
     stop_ids,
     template_sources,
-    without_panics_text,
 )
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.stderr import without_panics_text
 
 
 class Tokenizer:

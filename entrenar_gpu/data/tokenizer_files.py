@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,6 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 # Far above what real models have (Gemma's tokenizer: 33 MB), low enough to be refused at once.
 _MOST_OF_TOKENIZER, _MOST_OF_TEMPLATE = 128 << 20, 4 << 20
-
-_KEEPS_BACK = threading.Lock()
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
@@ -42,41 +37,6 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # it raises nothing more precise than Exception, and panics beside that
         raise UserError(f"{path}: {what}: {' '.join(str(error).split())[:200]}") from None
-
-
-@contextlib.contextmanager
-def without_panics_text() -> Iterator[None]:
-    """What a library writes to the process's standard error in the block is shown behind it, and not at all where a
-    UserError leaves it: Rust's panics describe themselves there before they become exceptions.
-
-    All threads share the descriptor, so that one block at a time keeps back, and another that is entered meanwhile
-    does not. Where nothing can be kept back, nothing is.
-    """
-    with contextlib.ExitStack() as stack:
-        if not _KEEPS_BACK.acquire(blocking=False):
-            yield
-            return
-        stack.callback(_KEEPS_BACK.release)
-        try:
-            shown = os.dup(2)
-            stack.callback(os.close, shown)
-            kept = stack.enter_context(tempfile.TemporaryFile())
-            os.dup2(kept.fileno(), 2)
-        except OSError:  # closed, or no room
-            yield
-            return
-        failed = False
-        try:
-            yield
-        except UserError:
-            failed = True
-            raise
-        finally:
-            os.dup2(shown, 2)
-            kept.seek(0)
-            if not failed and (text := kept.read()):
-                with contextlib.suppress(OSError):
-                    os.write(2, text)
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from entrenar_gpu.chat import ChatTemplate
 from entrenar_gpu.data.tokenizer import Tokenizer
-from entrenar_gpu.data.tokenizer_files import without_panics_text
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.stderr import without_panics_text
 from tests.helpers import chat_templates
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"text": "<é>"}}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,3 +217,18 @@ def test_a_resumed_run_takes_the_engine_it_began_with(monkeypatch: pytest.Monkey
 
 def test_engines_are_loaded_once() -> None:
     assert engine("wgpu") is engine("wgpu")
+
+
+def test_what_dawn_writes_about_adapters_that_it_leaves_out_is_kept_for_info(capfd: Any) -> None:
+    """It goes past sys.stderr, at every start of every command."""
+
+    def enumerate_adapters_sync() -> list[Any]:
+        os.write(2, b"Warning: Vulkan something required.\n")
+        return []
+
+    dawn = Dawn.__new__(Dawn)  # the wheel need not be there
+    dawn.api = SimpleNamespace(gpu=SimpleNamespace(enumerate_adapters_sync=enumerate_adapters_sync))
+    dawn._extras = SimpleNamespace(set_instance_extras=lambda **_: None)
+    assert dawn.adapters() == []
+    assert dawn.said == "Warning: Vulkan something required.\n"
+    assert capfd.readouterr().err == ""

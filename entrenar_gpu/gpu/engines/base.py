@@ -38,6 +38,8 @@ class Engine(ABC):
     concurrent: bool
     # Whether a whole device goes without checks of indices; else modules say so one by one, by `trusted`.
     unchecked: bool
+    # What the library wrote to standard error while it looked for adapters: why it leaves some out.
+    said = ""
 
     def __init__(self, api: Any, ffi: Any, lib: Any) -> None:
         self.api = api  # the module with wgpu-py's API: flags, enumerations, classes of errors

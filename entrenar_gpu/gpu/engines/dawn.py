@@ -14,6 +14,7 @@ from typing import Any
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu.engines.base import Engine
 from entrenar_gpu.graph import MatrixConfig
+from entrenar_gpu.stderr import held_stderr
 
 PACKAGE, OLDEST, TOO_NEW = "wgpudawn", (0, 32, 0, 4), (0, 33)
 INSTALL = "pip install 'entrenar-gpu[dawn]'"
@@ -73,6 +74,12 @@ class Dawn(Engine):
 
     def adapters(self) -> list[Any]:
         self._extras.set_instance_extras(backends=("Primary",), enable_toggles=_INSTANCE_TOGGLES)
+        with held_stderr() as said:
+            found = self._enumerated()
+        self.said = b"".join(said).decode(errors="replace")
+        return found
+
+    def _enumerated(self) -> list[Any]:
         return list(self.api.gpu.enumerate_adapters_sync())
 
     def request(self, adapter: Any, features: Sequence[str], limits: Mapping[str, int]) -> Any:
@@ -87,7 +94,8 @@ class Dawn(Engine):
     def _unused(self, adapter: Any) -> Any:
         """The same adapter, found again: Dawn makes one device of each."""
         info = dict(adapter.info)
-        return next(a for a in self.api.gpu.enumerate_adapters_sync() if dict(a.info) == info)
+        with held_stderr():
+            return next(a for a in self._enumerated() if dict(a.info) == info)
 
     def shader_module(self, device: Any, label: str, code: str, trusted: bool) -> Any:
         return device.create_shader_module(label=label, code=code)
