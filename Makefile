@@ -6,7 +6,8 @@ PYTEST_WORKERS ?= 2
 PYTEST_ENV = env -u CI -u BUILD_NUMBER
 
 # Every op, indices out of bounds, replay, a training run: some minutes on SwiftShader. DAWN_OPS picks ops, as pytest's -k.
-DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/ops/test_matrix_int8.py tests/gpu/test_replay.py tests/train/test_replay_training.py
+DAWN_TESTS ?= tests/ops/test_indices_from_data.py tests/ops/test_matrix_int8.py tests/gpu/test_replay.py tests/train/test_replay_training.py \
+	tests/model/test_spec_walk.py
 DAWN_OPS ?=
 
 # What to run before a commit, before a push, before a merge; docs/tests.md says what is where.

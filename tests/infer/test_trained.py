@@ -40,19 +40,29 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
     return {"sample_prompts": str(folder / "prompts.jsonl"), "sample_every": 2, "sample_tokens": 5, "steps": 5} | more
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-def test_samples_are_what_the_weights_say_and_change_no_loss(folder, method):
-    told = Samples()
-    trainer = Trainer(config_of(folder, method, device="numpy", method=method, **options(folder)), [told])
+RUNS: dict[str, dict[str, Any]] = {
+    "qlora": {},
+    "lora": {},
+    "full": {},
+    "qlora of tokens": {"target": "q", "trainable_token_indices": "4,9", "lr": 0.05},
+    "lora of tables": {"target": "q,embed_tokens,lm_head", "lr": 0.05},
+    "lora beside a head": {"target": "q", "modules_to_save": "lm_head", "lr": 0.05},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_samples_are_what_the_weights_say_and_change_no_loss(folder, run):
+    told, method, more = Samples(), run.partition(" ")[0], RUNS[run]
+    trainer = Trainer(config_of(folder, run, device="numpy", method=method, **options(folder, **more)), [told])
     losses = [record.loss for record in trainer.steps()]
-    plain = Trainer(config_of(folder, f"{method}-plain", device="numpy", method=method, steps=5))
+    plain = Trainer(config_of(folder, f"{run}-plain", device="numpy", method=method, steps=5, **more))
     assert [record.loss for record in plain.steps()] == losses
     assert [record.step for record in told] == [0, 2, 4, 5]
-    lines = [json.loads(line) for line in (folder / method / "samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / run / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 0, 2, 2, 4, 4, 5, 5]
     assert lines[0]["id"] == 1
-    adapter = {} if method == "full" else {"adapter": str(folder / method)}
-    model = str(folder / method) if method == "full" else str(folder / "model")
+    adapter = {} if method == "full" else {"adapter": str(folder / run)}
+    model = str(folder / run) if method == "full" else str(folder / "model")
     stored = {"method": "lora" if method == "full" else method}
     with load(model, device="numpy", context=32, **adapter, **stored) as saved:
         assert saved.chat("w4 w5 w6", max_tokens=5) == lines[-2]["text"]
