@@ -24,6 +24,7 @@ from entrenar_gpu.ops.quantize import codebook_text, dequantized, scale_bindings
 from entrenar_gpu.ops.registry import Spec
 from entrenar_gpu.quant import BLOCK
 
+OVER_127 = float(np.float32(1) / np.float32(127))  # from an absmax to its scale
 STRIDES = (1, 2, 16, 32, 4, 8)  # in the order of lib/rotate.wgsl: sums in another order round otherwise
 _THREADS, _EACH = 256, 16  # of a workgroup that makes rows, and the values that each takes of a row at once
 LONGEST = 131072  # inner length whose int32 sums cannot overflow: 2^31 / 127^2
@@ -53,9 +54,6 @@ def inverse(absmax: np.ndarray) -> np.ndarray:
     quotient = (127 << 25) // (((bits & 0x7FFFFF) + 0x8000FF) >> 8).astype(np.int64)
     inside = (exponent >= 7) & (exponent < 244)
     return np.where(inside, np.ldexp(quotient.astype(np.float32), np.where(inside, 117 - exponent, 0)), np.float32(0))
-
-
-OVER_127 = float(np.float32(1) / np.float32(127))
 
 
 def rotated_specs(rows: int, k: int) -> list[Spec]:
