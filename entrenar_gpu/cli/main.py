@@ -168,7 +168,7 @@ def train(
     config: Annotated[str | None, typer.Option("--config", help="YAML file with any of these keys; flags win")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Fine-tune a model on JSONL data."""
+    """Fine-tune a model on data of your own."""
     from entrenar_gpu.cli.display import Progress, show_start
     from entrenar_gpu.train import Trainer
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from entrenar_gpu.cli.other_names import ALIASES
 from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.errors import UserError
 
@@ -30,6 +31,7 @@ System = Annotated[str | None, typer.Option("--system", help="the system's messa
 
 # What a command that only runs a model, and trains nothing, needs to know.
 RUNTIME = ("model", "method", "double_quant", "precision", "cache", "cache_dir", "memory_budget", "device", "engine")
+_WITHOUT_TRAINING = {"method": "what the adapter was trained on, else as stored"}  # its defaults that differ
 
 
 def kind_of(name: str) -> tuple[type, tuple[str, ...]]:
@@ -47,15 +49,17 @@ def _is_several(name: str) -> bool:
     return SEVERAL in typing.get_args(_HINTS[name])
 
 
-def help_of(f: Field) -> str:
-    """The help text of a field: what it does, its unit, its choices and its default."""
+def help_of(f: Field, default: str | None = None) -> str:
+    """The help text of a field: what it does, its choices, its unit and its default, or another in words."""
     _, choices = kind_of(f.name)
     text = f.metadata["help"]
     if choices:
         text += f" ({', '.join(choices)})"
     if f.metadata["unit"]:
         text += f" [{f.metadata['unit']}]"
-    if f.default not in (None, "") and not isinstance(f.default, bool):
+    if default is not None:
+        text += f" (default: {default})"
+    elif f.default not in (None, "") and not isinstance(f.default, bool):
         text += f" (default {f.default})"
     return text
 
@@ -74,7 +78,10 @@ def with_options(*names: str, sampling: bool = False) -> Callable[[Callable[...,
             kind, _ = kind_of(name)
             declared = f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name)
             # None tells a flag that was not given; numbers are text here, so that config.py alone judges them
-            option = typer.Option(None, declared, help=help_of(f), show_default=False)
+            described = help_of(f, None if "rank" in fields else _WITHOUT_TRAINING.get(name))
+            described = described.replace("[", "\\[")  # what typer prints with is rich, to which [rows] is a style
+            shown = None if kind is bool else f"<{kind.__name__}>"
+            option = typer.Option(None, declared, help=described, show_default=False, metavar=shown)
             annotation = bool | None if kind is bool else list[str] | None if _is_several(name) else str | None
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
@@ -155,5 +162,5 @@ def make_config(given: Mapping[str, Any], config_file: str | None = None, **defa
     """Defaults, then the YAML file, then the flags: the later wins. Raises UserError naming the file or flag."""
     values = dict(defaults)
     if config_file is not None:
-        values |= known_keys(TrainConfig, load_yaml(config_file), config_file)
+        values |= known_keys(TrainConfig, load_yaml(config_file), config_file, ALIASES)
     return TrainConfig.from_mapping(values | dict(given), "flags")

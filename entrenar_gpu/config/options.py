@@ -68,8 +68,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def known_keys(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`values` with keys checked against the fields of `cls`; both save_every and save-every are understood."""
+def known_keys(
+    cls: type, values: Mapping[str, Any], source: str, elsewhere: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """`values` with keys checked against the fields of `cls`; both save_every and save-every are understood.
+
+    `elsewhere` has our flags by what others call them, for the hint about an unknown key.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     result = {}
     for key, value in values.items():
@@ -77,9 +82,12 @@ def known_keys(cls: type, values: Mapping[str, Any], source: str) -> dict[str, A
         if name not in names:
             import difflib
 
-            near = difflib.get_close_matches(name, names, 1)
+            ours = (elsewhere or {}).get(name.replace("_", "-"), "").replace("-", "_")
+            near = [ours] if ours else difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{source}: unknown key {key!r}{hint}")
+        if name in result:
+            raise UserError(f"{source}: {name} is given twice, with - and with _")
         result[name] = value
     return result
 
@@ -90,7 +98,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as stream:
-            values = yaml.safe_load(stream)
+            loader = yaml.SafeLoader(stream)
+            node = loader.get_single_node()
+            if (twin := _key_given_twice(node)) is not None:
+                raise UserError(f"{path}: line {twin.start_mark.line + 1}: {twin.value!r} is given twice")
+            values = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -125,6 +137,16 @@ def whole_number(value: Any, flag: str, low: int) -> int:
     if number < low:
         raise UserError(f"{flag}: {number} is below {low}")
     return number
+
+
+def _key_given_twice(node: Any) -> Any:
+    """The node of a key that a YAML mapping has twice, which PyYAML takes the last of; None without."""
+    seen = set()
+    for key, _ in node.value if node is not None and node.id == "mapping" else ():
+        if key.id == "scalar" and key.value in seen:
+            return key
+        seen.add(key.value if key.id == "scalar" else None)
+    return None
 
 
 def is_union(hint: Any) -> bool:

@@ -35,6 +35,8 @@ def merge_model(model: str | Path, adapter: str | Path, output: str | Path, base
     trained = trained_base(adapter)
     double_quant = None if base == "stored" else trained is None or trained.double_quant
     checkpoint = HFCheckpoint.open(resolve_model(model))
+    if Path(output).resolve() == Path(adapter).resolve():
+        raise UserError(f"--output: {output} holds the adapter; choose another folder")
     with FolderLock(Path(output)):
         sweep(Path(output))
         merge_adapter(checkpoint, Path(adapter), Path(output), double_quant)

@@ -94,8 +94,9 @@ def sync_folder(folder: Path) -> None:
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """The one-line form of a failed write."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return UserError(f"{path}: {'the disk is full; nothing was written' if full else f'cannot be written: {error}'}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: the disk is full; nothing was written")
+    return UserError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def new_folder(path: str | Path) -> None:

@@ -24,6 +24,8 @@ def resolve_model(name: str | os.PathLike[str], flag: str = "--model", weights: 
     if not name:
         raise UserError(f"{flag}: missing; give a model folder or a Hub id")
     if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+            raise UserError(f"{flag}: {name} holds an adapter; name the model it belongs to, and it with --adapter")
         return Path(name)
     if name.lower().endswith(".gguf") and Path(name).is_file():
         return gguf_folder(Path(name))

@@ -93,6 +93,8 @@ def train_sources(config: TrainConfig, part: str = "train") -> list[list[RowSour
     if not all(config.data_names):
         raise UserError("--data: missing")
     parse_mix(config.mix, len(config.data_names))
+    if config.split is not None and all(Path(name).is_file() for name in config.data_names):
+        raise UserError(f"--split: {config.data_names[0]} is a file, and has none; it is for data sets of the Hub")
     return [find_sources(name, part, config.split) for name in config.data_names]
 
 
@@ -105,6 +107,8 @@ def eval_sources(config: TrainConfig, data: Any = None) -> Groups:
         return [find_sources(config.eval_data, "valid", config.eval_split or config.split, "--eval-data")]
     names = config.data_names if data is None else paths_of(data)
     if config.eval_split is not None:
+        if file := next((name for name in names if Path(name).is_file()), None):
+            raise UserError(f"--eval-split: {file} is a file, and has none; give --eval-data")
         found = [s for name in names for s in find_sources(name, "valid", config.eval_split)]
     else:
         found = [s for name in names if files_of(Path(name), "valid") for s in find_sources(name, "valid")]

@@ -80,6 +80,9 @@ def test_yaml_file_and_flags_that_win(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("rnak: 4\n", "unknown key 'rnak'; did you mean 'rank'?"),
+        ("learning_rate: 1e-4\n", "unknown key 'learning_rate'; did you mean 'lr'?"),  # as mlx-lm and TRL have it
+        ("lr: 1e-4\nrank: 4\nlr: 2e-4\n", "line 3: 'lr' is given twice"),
+        ("save-every: 1\nsave_every: 2\n", "save_every is given twice, with - and with _"),
         ("rank: [1\n", "line 2 not valid YAML"),
         ("- rank\n", "expected `key: value` lines"),
         ("rank: true\n", "rank: True is not a whole number"),
@@ -108,6 +111,13 @@ def test_every_option_has_help_and_a_flag(capsys: pytest.CaptureFixture[str], mo
     for name, f in options.FIELDS.items():
         assert flag(name) in text
         assert f.metadata["help"]
+        if f.metadata["unit"]:
+            assert re.search(rf"{flag(name)} .*?\[{f.metadata['unit']}\]", text, re.DOTALL)
+    assert "(default qlora)" in text
+    assert cli.run(["generate", "--help"]) == 0
+    assert "(default: what the adapter was trained on, else as stored)" in " ".join(
+        capsys.readouterr().out.replace("│", " ").split()
+    )
 
 
 def test_options_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +201,14 @@ def planned(capsys: pytest.CaptureFixture[str], folder: Path) -> int:
     return json.loads(capsys.readouterr().out)["embedding_bytes"]
 
 
+@pytest.mark.parametrize("option", ["--split", "--eval-split"])
+def test_a_file_has_no_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """Else evaluation is on what was trained on."""
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "train.jsonl")
+    known = "--model", str(model), "--data", str(data), "--output", str(tmp_path / "run"), "--device", "numpy"
+    assert f"{option}: {data} is a file, and has none" in failure(capsys, "train", *known, "--seq", "48", option, "x")
+
+
 def test_resume_may_stand_alone() -> None:
     assert main._with_resume(["train", "--resume", "--steps", "3"]) == ["train", "--resume", "latest", "--steps", "3"]
     assert main._with_resume(["train", "--resume"]) == ["train", "--resume", "latest"]
@@ -245,6 +263,10 @@ def test_train_eval_merge_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.run(["eval", *common, "--adapter", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(lines[-1]["eval_loss"], abs=1e-6)
     assert "already holds a run" in failure(capsys, "train", *common, *short, "--output", str(run))
+    assert f"--model: {run} holds an adapter" in failure(capsys, "eval", "--model", str(run), "--data", str(data))
+    onto = "merge", "--model", str(model), "--adapter", str(run), "--output"
+    assert f"--output: {run} holds the adapter" in failure(capsys, *onto, str(run))
+    assert failure(capsys, *onto, str(data)).endswith(f"{data}: cannot be written: File exists")
     merged = tmp_path / "merged"
     assert cli.run(["merge", "--model", str(model), "--adapter", str(run), "--output", str(merged)]) == 0
     as_stored = ["--seq", "48", "--method", "lora", "--json"]
