@@ -166,7 +166,7 @@ def test_scale_follows_each_modules_rank(tmp_path, rslora):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"use_something_new": 1}, "use_something_new 1 is not supported"),
-        ({"peft_type": "IA3"}, 'peft_type "IA3"'),
+        ({"init_ia3_weights": True, "peft_type": "IA3"}, 'peft_type "IA3" is not supported'),
         ({"peft_type": None}, "peft_type"),
         ({"task_type": "SEQ_CLS"}, 'task_type "SEQ_CLS"'),
         ({"r": 0}, "r must be a whole number above 0, not 0"),

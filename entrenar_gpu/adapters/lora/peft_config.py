@@ -121,6 +121,10 @@ def read_peft_config(file: PeftReader) -> tuple[ModuleSelection, LoraConfig]:
 
 
 def _refuse_unsupported(file: PeftReader) -> None:
+    method = file.raw.get("peft_type")  # before what another method is told by
+    if method not in EXPECTED["peft_type"]:
+        said = "is missing" if method is None else f"{json.dumps(method)[:80]} is not supported"
+        raise file.error(f"peft_type {said}; only LORA is supported")
     for key, value in file.raw.items():
         if key in EXPECTED:
             supported = any(value is known or (isinstance(known, str) and value == known) for known in EXPECTED[key])
@@ -128,8 +132,6 @@ def _refuse_unsupported(file: PeftReader) -> None:
             supported = key in HONOURED or key in HARMLESS or not value
         if not supported:
             raise file.error(f"{key} {json.dumps(value)[:80]} is not supported")
-    if file.raw.get("peft_type") is None:
-        raise file.error("peft_type is missing; only LORA is supported")
 
 
 def peft_config(modules: Sequence[LoraModule]) -> dict[str, Any]:
