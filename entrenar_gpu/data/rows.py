@@ -82,7 +82,10 @@ class RowsInMemory:
 
 
 def open_file(path: Path) -> RowSource:
-    """A file of rows by its suffix; what has none of SUFFIXES is read as JSON."""
+    """A file of rows by its suffix; what has none of SUFFIXES is read as JSON. Raises UserError for a pipe or a device:
+    files are opened more than once."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: cannot be read: it is no file; write its rows into one first")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
         return TableFile(path)
     return JsonFile(path)

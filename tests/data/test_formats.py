@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -392,3 +394,12 @@ def test_speakers_of_sharegpt_are_known_in_any_case(chat):
         for who, says in (("Human", "GPT"), ("human", "gpt"))
     ]
     assert said[0] == said[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes have no names in folders there")
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_pipe_is_refused_in_one_line(tmp_path, name):
+    """It cannot be opened twice: the second reader would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: cannot be read: it is no file"):
+        load_samples(tmp_path / name, None, vocab_size=9, seq=8)
