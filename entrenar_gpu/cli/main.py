@@ -65,8 +65,9 @@ def info(as_json: options.Json = False) -> None:
 
 @app.command()
 @options.with_options(
-    "model", "method", "rank", "target", "batch", "seq", "accumulate", "optimizer", "momentum", "dropout",
-    "double_quant", "precision", "trace_level", "memory_budget", "device", "engine",
+    "model", "method", "rank", "target", "layers", "layers_to_transform", "modules_to_save",
+    "trainable_token_indices", "batch", "seq", "accumulate", "optimizer", "momentum", "dropout", "double_quant",
+    "precision", "trace_level", "memory_budget", "device", "engine",
 )  # fmt: skip
 def plan(
     given: Mapping[str, Any],

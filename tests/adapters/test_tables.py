@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entrenar_gpu import cli
 from entrenar_gpu.adapters import AdapterSpec, adapted, load_adapter
 from entrenar_gpu.adapters.lora import LoraEmbedding, LoraHead
 from entrenar_gpu.adapters.tables import SavedTable, TrainedTokens
@@ -170,6 +171,15 @@ def test_plan_counts_what_is_trained(folder, tmp_path):
     for key in ("adapter_bytes", "gradient_bytes"):
         assert parts(modules_to_save="lm_head")[key] - parts()[key] == table
         assert 0 < parts(trainable_token_indices="3")[key] - parts()[key] <= 256
+
+
+def test_plan_takes_the_flags(folder, capsys):
+    base = ["plan", "--model", str(folder / "model"), "--seq", "16", "--rank", "4", "--target", "q", "--json"]
+    found = []
+    for more in ([], ["--modules-to-save", "lm_head"], ["--trainable-token-indices", "3,5"]):
+        assert cli.run(base + more) == 0
+        found.append(json.loads(capsys.readouterr().out)["adapter_bytes"])
+    assert found[0] < found[2] < found[1]
 
 
 def test_the_b_of_a_head_is_one_that_is_made_faster(folder):

@@ -18,8 +18,8 @@ bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is
 
 @bench.command("train")
 @options.with_options(
-    "method", "rank", "target", "batch", "seq", "accumulate", "precision", "trace_level", "double_quant",
-    "memory_budget", "tune", "device", "engine",
+    "method", "rank", "target", "modules_to_save", "trainable_token_indices", "batch", "seq", "accumulate",
+    "precision", "trace_level", "double_quant", "memory_budget", "tune", "device", "engine",
 )  # fmt: skip
 def bench_train(
     given: Mapping[str, Any],
