@@ -63,7 +63,7 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise UserError where somebody holds it now; makes nothing."""
-        if not self._path.exists() or self._lock.is_locked:
+        if not os.path.exists(self._path) or self._lock.is_locked:
             return
         holder = self._holder()
         try:
