@@ -1,4 +1,4 @@
-// One row of logits [C, V] of the tokens first .. first + C: its loss and log-sum-exp (=), and, in place of the logits,
+// One row of logits [C, V] of the tokens first .. first + C{{ " in order, T where there is none" if labelled }}: its loss and log-sum-exp (=), and, in place of the logits,
 // d(sum of losses)/d(logits) = softmax - (1 - s) onehot(target) - s / V, times `scale` and, in the backward pass, times
 // upstream. Logits are f32 or f16, taken {{ VECTOR }} at a time, and bent to cap tanh(logit / cap) where there is a cap.
 // Rows whose target is negative cost nothing; with weights a row's loss and dscores are multiplied by its own.
@@ -20,9 +20,14 @@ fn main(
   @builtin(local_invocation_index) thread: u32,
 ) {
   let row = linear_workgroup(group, groups);
-  let end = select(0u, {{ V // VECTOR }}u, row < {{ C }}u);
-  let start = row * {{ V // VECTOR }}u;
+{% if labelled %}
+  let token = order[{{ first }}u + min(row, {{ C - 1 }}u)];
+  let end = select(0u, {{ V // VECTOR }}u, row < {{ C }}u && token < {{ T }}u);
+{% else %}
   let token = {{ first }}u + row;
+  let end = select(0u, {{ V // VECTOR }}u, row < {{ C }}u);
+{% endif %}
+  let start = row * {{ V // VECTOR }}u;
   var goal = -1;
   if (end > 0u) { goal = min(targets[token], {{ V - 1 }}); }
 {% if weighted %}

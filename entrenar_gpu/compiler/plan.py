@@ -244,6 +244,8 @@ def _check_launch(plan: Plan, node: Node, launch: Launch) -> None:
         raise ValueError(f"{node.label()}: {launch.shader} binds {len(launch.bindings)} buffers")
     written = {plan.slices[b.tensor.id].buffer for b in launch.bindings if b.write}
     read = {plan.slices[(b.tensor.updates or b.tensor).id].buffer for b in launch.bindings if not b.write}
+    if launch.counted is not None:
+        read.add(plan.slices[launch.counted[0].id].buffer)
     if written & read:
         raise ValueError(f"{node.label()}: {launch.shader} reads and writes {', '.join(sorted(written & read))}")
     if max(launch.grid) > plan.caps.max_workgroups:

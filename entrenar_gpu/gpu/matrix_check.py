@@ -32,7 +32,7 @@ from entrenar_gpu.ops.gemm.tiles import Arithmetic, int8_matrices_of
 from entrenar_gpu.ops.quantize import Nf4Tensors
 
 INT8 = "int8"
-VERSION = 2  # of the kernels on matrix units
+VERSION = 3  # of the kernels on matrix units
 PASSED = "passed"
 RUNNING = "running"  # left by a process that did not come back
 _ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice

@@ -32,11 +32,11 @@ QUERY_SET = 4096  # timestamps a query set may hold
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One dispatch; `group` is the trace group it belongs to, -1 where nothing is timed."""
+    """One dispatch, its grid as in `Command`; `group` is the trace group it belongs to, -1 where nothing is timed."""
 
     pipeline: Any
     bind_group: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | tuple[Any, int]
     group: int
 
 
@@ -106,8 +106,9 @@ class Replay:
         self._buffers: dict[str, Any] = {}
         self._prepared: dict[str, Encoded] = {}
         try:
+            counts = _buffers_of_counts(plan)
             for name, size in plan.buffers.items():
-                self._buffers[name] = device.buffer(size, name, _usage(name))
+                self._buffers[name] = device.buffer(size, name, _usage(name, name in counts))
         except UserError:
             self.close()  # a smaller plan may fit
             raise
@@ -325,7 +326,11 @@ class Replay:
             resource["size"] = place.nbytes - binding.offset
             entries.append({"binding": index, "resource": resource})
         bind_group = self.device.handle.create_bind_group(layout=layout, entries=entries)
-        return Dispatch(pipeline, bind_group, launch.grid, group)
+        if launch.counted is None:
+            return Dispatch(pipeline, bind_group, launch.grid, group)
+        tensor, row = launch.counted
+        place = self.plan.slices[tensor.id]
+        return Dispatch(pipeline, bind_group, (self._buffers[place.buffer]._internal, place.offset + 12 * row), group)
 
 
 def _passes_by_group(sets: list[Any], batches: list[list[Dispatch]]) -> list[list[Pass]]:
@@ -362,9 +367,17 @@ def _commands(batch: list[Dispatch], sets: Sequence[Any] = ()) -> list[Command]:
     return commands
 
 
-def _usage(name: str) -> int | None:
+def _buffers_of_counts(plan: Plan) -> set[str]:
+    """The buffers in which the device finds the grids of some launches."""
+    launches = (launch for steps in plan.steps.values() for step in steps for launch in step.launches)
+    return {plan.slices[launch.counted[0].id].buffer for launch in launches if launch.counted is not None}
+
+
+def _usage(name: str, has_counts: bool) -> int | None:
     """What a plan's buffer is for, by its name: reports are mapped, ticks are resolved into, all others are storage."""
     usage = wgpu.BufferUsage
+    if has_counts:
+        return int(usage.STORAGE | usage.COPY_SRC | usage.COPY_DST | usage.INDIRECT)
     if name.startswith("report."):
         return int(usage.MAP_READ | usage.COPY_DST)
     if name in ("ticks", "clock"):

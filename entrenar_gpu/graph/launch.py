@@ -35,7 +35,8 @@ class Launch:
     """One dispatch: a shader template, the constants it is specialised with, its bindings and its workgroup grid.
 
     A `trusted` shader runs without the checks of indices and loops that WebGPU adds: for shaders whose every index
-    follows from their constants, never from data. `source` is the template itself, where it is none of shaders/.
+    follows from their constants, never from data. With `counted`, (a u32 tensor, a row of three of it), the device
+    reads there how much of the grid it launches. `source` is the template itself, where it is none of shaders/.
     """
 
     shader: str
@@ -44,6 +45,7 @@ class Launch:
     grid: tuple[int, int, int]
     trusted: bool = False
     source: str = ""
+    counted: tuple[Tensor, int] | None = None
 
 
 # What every adapter accepts (WebGPU's default minStorageBufferOffsetAlignment).

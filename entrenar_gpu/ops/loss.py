@@ -1,7 +1,8 @@
 """Cross-entropy fused with the output projection, so that the logits of a whole batch never exist.
 
 Tokens are taken in chunks, the vocabulary in the shards the weight is kept in. Of a chunk all logits [C, V] exist at
-once, as scratch that the next chunk reuses.
+once, as scratch that the next chunk reuses. With a frozen vocabulary only tokens that have a label go through it:
+chunks are of these (labelled.py), so that completions after long prompts cost what they are long.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ from entrenar_gpu.dtypes import ELEMENT_BYTES
 from entrenar_gpu.graph import Binding, Caps, Launch, Node, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.ops.elementwise import copy_launch, mul
 from entrenar_gpu.ops.embedding import shard_starts
-from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, single_launch, sum_launch, whole
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, matrices_of
 from entrenar_gpu.ops.gemm.vocabulary import (
     DSCORE_SCALE,
     arithmetic_of,
     back_launches,
+    back_slices,
     back_workspace,
     logits_launches,
     vocabulary_of,
+)
+from entrenar_gpu.ops.labelled import (
+    chunks_of,
+    clear_launch,
+    counted_launches,
+    find_launch,
+    gather_launch,
+    labelled_specs,
+    scatter_launch,
 )
 from entrenar_gpu.ops.reduce import rows_launch
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, in_place, record, register
@@ -49,7 +60,8 @@ def cross_entropy(
     count. A token costs (1 - s) (lse - logit[target]) + s (lse - mean logit), s = `smoothing` (Szegedy et al.,
     arXiv 1512.00567, section 7), times its weight where there are `weights` f32 [T]. Where x requires a gradient and W
     is frozen, the forward pass leaves d(sum)/dx behind, unscaled, since the logits are at hand; with a trainable W the
-    backward pass computes the logits again.
+    backward pass computes the logits again. A second output is the log-sum-exp of each token, with a frozen W 0 where
+    there is no label.
 
     `low_rank` = (p [T, R], q [V, R]) adds p q^T to x W^T, in f32, where W is frozen; d(sum)/dp and d(sum)/dq are left
     behind likewise.
@@ -64,6 +76,7 @@ def cross_entropy(
     if low_rank is not None and trains:
         raise ValueError("what is of low rank is added to a frozen vocabulary")
     attrs = {"smoothing": smoothing, "emit": emit, "arithmetic": arithmetic, "softcap": softcap}
+    attrs["labelled"] = not trains and low_rank is None
     tensors = {"x": x, "targets": targets, "weights": weights, "p": p, "q": q, "shards": list(shards)}
     return record("cross_entropy", **tensors, **attrs)[0]
 
@@ -121,6 +134,7 @@ def _dscores(
     factor = counted.astype(logits.dtype)
     if weights is not None:
         factor *= weights.reshape(-1)
+    lse = np.where(counted, lse, 0).astype(lse.dtype) if node.attrs.get("labelled") else lse
     return (np.where(counted, losses, 0) * factor).astype(logits.dtype), lse, dscores * factor[:, None]
 
 
@@ -167,32 +181,38 @@ def _reference(
 
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
-    """Logits, the losses of tokens, in f16 the low-precision tokens of a chunk, and partial sums of dx, if any."""
-    x, shards = node.inputs["x"], node.group("shards")
-    low_precision = node.attrs["arithmetic"] == "f16"
-    logits = _logits(x.rows, shards, "f16" if low_precision else "f32", caps)
-    tokens = [((logits[0][0], x.columns), "f16")] if low_precision else []
-    if not node.attrs["emit"]:
-        return [logits, ((x.rows,), "f32"), *tokens]
-    partials = [back_workspace(some, logits, caps) for some in (shards, *([q] for q in _low_rank(node)[1:]))]
-    return [logits, ((x.rows,), "f32"), *tokens, *(spec for specs in partials for spec in specs)]
+    """Logits, the losses of tokens; then, of labelled tokens, their list, the grids of launches for them, a chunk of x
+    and, where dx is emitted, of its partial sums. Of all tokens, partial sums of what is emitted, if any."""
+    x, shards, emit = node.inputs["x"], node.group("shards"), node.attrs["emit"]
+    logits = _logits(x.rows, shards, node.attrs["arithmetic"], caps)
+    specs = [logits, ((x.rows,), "f32")]
+    if node.attrs["labelled"]:
+        size = logits[0][0]
+        specs += labelled_specs(x.rows, size, _launches_of_a_chunk(len(shards), emit))
+        specs += [((size, x.columns), logits[1]), *([back_slices(shards, logits, caps)] if emit else [])]
+    elif emit:
+        tables = (shards, *([q] for q in _low_rank(node)[1:]))
+        specs += [spec for some in tables for spec in back_workspace(some, logits, caps)]
+    return specs
 
 
-def _chunks(tokens: int, size: int) -> list[tuple[int, int]]:
-    """(first token, count) of each chunk."""
-    return [(start, min(size, tokens - start)) for start in range(0, tokens, size)]
+def _launches_of_a_chunk(shards: int, emit: bool) -> int:
+    """Of labelled tokens: they are gathered, multiplied, and priced; multiplied back and scattered."""
+    return 1 + shards + 1 + (shards + 1 if emit else 0)
 
 
-def _row_constants(node: Node, logits: Tensor, at: int, count: int, mode: str) -> dict[str, Any]:
+def _row_constants(node: Node, logits: Tensor, first: int, count: int, mode: str) -> dict[str, Any]:
     s, vocabulary = node.attrs["smoothing"], logits.columns
     return {
+        "T": node.inputs["x"].rows,
+        "labelled": node.attrs.get("labelled", False),
         "VECTOR": _vector(logits),
         "format": logits.dtype,
         "scale": literal(DSCORE_SCALE if logits.dtype == "f16" else 1.0),
         "mode": mode,
         "C": count,
         "V": vocabulary,
-        "first": at,
+        "first": first,
         "weighted": "weights" in node.inputs,
         "smoothed": s > 0,
         "keep": literal(1 - s),
@@ -216,19 +236,24 @@ def _vector(logits: Tensor) -> int:
 
 
 def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
+    x, loss, losses = node.inputs["x"], node.outputs[0], placed.workspace[1]
+    launches = (_labelled_launches if node.attrs["labelled"] else _every_launch)(node, caps, placed.workspace)
+    return [*launches, rows_launch(losses, loss, 1, x.rows, caps)]
+
+
+def _every_launch(node: Node, caps: Caps, workspace: Sequence[Tensor]) -> list[Launch]:
+    """Losses and lse of all tokens, chunk by chunk, in f32: for a backward pass that reads them, or with what is of low
+    rank and its gradients."""
     x, targets, shards = node.inputs["x"], node.inputs["targets"], node.group("shards")
-    loss, lse = node.outputs[:2]
-    logits, losses, *scratch = placed.workspace
-    low_precision = scratch.pop(0) if node.attrs["arithmetic"] == "f16" else None
+    lse, low_rank, (logits, losses, *scratch) = node.outputs[1], _low_rank(node), workspace
     back = []  # (gradient, what dscores are multiplied by, partial sums), of tokens
-    low_rank = _low_rank(node)
     if node.attrs["emit"]:
         for dx, tables in zip(node.outputs[2:], (shards, [*low_rank[1:]]), strict=False):
             slices = back_workspace(tables, (logits.shape, logits.dtype), caps)
             back.append((dx, tables, scratch.pop(0) if slices else None))
     launches = []
-    for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += logits_launches(x, low_precision, shards, logits, at, count, caps)
+    for at, count in chunks_of(x.rows, logits.shape[0]):
+        launches += logits_launches(Block(x, at * x.columns, x.columns), shards, logits, count, caps)
         if low_rank:
             launches.append(single_launch(_added(low_rank[0], low_rank[1], logits, at, count), caps))
         mode, use = ("loss and dscores", writes) if node.attrs["emit"] else ("loss", reads)
@@ -243,13 +268,49 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         constants = _row_constants(node, logits, first, count, mode)
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
         for dx, tables, partial in back:
-            launches += back_launches(dx, tables, logits, partial, at, count, caps)
+            block = Block(dx, at * dx.columns, dx.columns)
+            launches += _back_to_tokens(tables, logits, block, partial, count, caps)
         if back and low_rank:
             sizes, rank = (logits.columns, low_rank[0].columns, count), low_rank[0].columns
             dq, p = Block(node.outputs[4], 0, rank), Block(low_rank[0], at * rank, rank)
             product = Matmul(sizes, Block(logits, 0, logits.columns), p, dq, transpose_a=True, accumulate=at > 0)
             launches.append(single_launch(product, caps))
-    launches.append(rows_launch(losses, loss, 1, x.rows, caps))
+    return launches
+
+
+def _labelled_launches(node: Node, caps: Caps, workspace: Sequence[Tensor]) -> list[Launch]:
+    """Losses, lse and dx of tokens that have a label, chunk by chunk; zero for all others."""
+    x, targets, lse = node.inputs["x"], node.inputs["targets"], node.outputs[1]
+    logits, losses, order, counts, *_ = workspace
+    size = logits.shape[0]
+    chunks = [_chunk_launches(node, caps, workspace, at, count) for at, count in chunks_of(x.rows, size)]
+    launches = [find_launch(targets, order, counts, (losses, lse), size, chunks)]
+    if node.attrs["emit"]:
+        launches.append(clear_launch(targets, node.outputs[2], caps))
+    return launches + counted_launches(chunks, counts)
+
+
+def _chunk_launches(node: Node, caps: Caps, workspace: Sequence[Tensor], at: int, count: int) -> list[Launch]:
+    """The labelled tokens from `at` on: their logits, then losses and dscores, then dx."""
+    shards, (logits, losses, order, _, rows, *partial) = node.group("shards"), workspace
+    launches = [gather_launch(node.inputs["x"], order, rows, at, count, caps)]
+    launches += logits_launches(whole(rows), shards, logits, count, caps)
+    mode, use = ("loss and dscores", writes) if node.attrs["emit"] else ("loss", reads)
+    offset, first = split_offset(at, order)
+    bindings = (
+        reads("targets", node.inputs["targets"]),
+        *_weights(node, 0),
+        reads("order", order, offset=offset),
+        use("logits", logits, _vector(logits)),
+        writes("losses", losses),
+        writes("lse", node.outputs[1]),
+    )
+    constants = _row_constants(node, logits, first, count, mode)
+    launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
+    for sums in partial:
+        factor = 1 / DSCORE_SCALE if logits.dtype == "f16" else 1.0
+        launches += back_launches(shards, logits, whole(sums), count, caps)
+        launches.append(scatter_launch(sums, order, node.outputs[2], at, count, factor, caps))
     return launches
 
 
@@ -315,8 +376,9 @@ def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     logits, *partial = placed.workspace
     depth, vocabulary = x.columns, logits.columns
     launches = [copy_launch(h, t, caps) for h, t in zip(held, totals, strict=True) if not placed.aliased(t, h)]
-    for at, count in _chunks(x.rows, logits.shape[0]):
-        launches += logits_launches(x, None, shards, logits, at, count, caps)
+    for at, count in chunks_of(x.rows, logits.shape[0]):
+        rows = Block(x, at * depth, depth)
+        launches += logits_launches(rows, shards, logits, count, caps)
         offset, first = split_offset(at, lse)
         bindings = (
             reads("targets", targets, offset=offset),
@@ -327,14 +389,26 @@ def _grad_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         )
         constants = _row_constants(node, logits, first, count, "dscores")
         launches.append(Launch("cross_entropy", bindings, constants, grid_of(count, caps)))
-        launches += back_launches(dx, shards, logits, next(iter(partial), None), at, count, caps)
+        launches += _back_to_tokens(
+            shards, logits, Block(dx, at * depth, depth), next(iter(partial), None), count, caps
+        )
         for total, start in zip(totals, shard_starts(shards), strict=True):
             block = Block(logits, start, vocabulary)
             sizes = (total.shape[0], depth, count)
-            rows = Block(x, at * depth, depth)
             added = Matmul(sizes, block, rows, Block(total, 0, depth), transpose_a=True, accumulate=True)
             launches.append(single_launch(added, caps))
     return launches
+
+
+def _back_to_tokens(
+    shards: Sequence[Tensor], logits: Tensor, dx: Block, partial: Tensor | None, count: int, caps: Caps
+) -> list[Launch]:
+    """dx[:count] = dscores W, by slices in `partial` where a shard is several."""
+    if partial is None:
+        return back_launches(shards, logits, dx, count, caps)
+    sizes = (count, dx.stride, shards[0].shape[0])
+    added = Matmul(sizes, whole(logits), whole(shards[0]), dx)
+    return [*back_launches(shards, logits, whole(partial), count, caps), sum_launch(added, partial, caps)]
 
 
 def _flops(products: int) -> Callable[[Node], int]:
@@ -376,7 +450,7 @@ def project(x: Tensor, shards: Sequence[Tensor]) -> Tensor:
 
 def _project_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     x, shards = node.inputs["x"], node.group("shards")
-    return logits_launches(x, None, shards, node.output, 0, x.rows, caps)
+    return logits_launches(whole(x), shards, node.output, x.rows, caps)
 
 
 register(

@@ -7,22 +7,19 @@
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K); with several slices, slice z writes to C + z * M * N.
 //
 // Tiles lie in workgroup memory as they lie in storage, by whole words, rows padded by 16 bytes against bank conflicts.
-// Matrices are opaque: sums that are `direct` begin as the residual and go to C as they are; what else is to be added to
-// them, or converted, goes through workgroup memory, a row of matrices at a time.
+// Matrices are opaque: sums that are `direct` go to C as they are; where something is to be added to them, or they are
+// converted, they go through A's tile, half a row of matrices at a time.
 {% set DOWN = BM // TM %}{% set THREADS = DOWN * (BN // TN) * SUBGROUP %}
 {% set A_ROW = BK // 8 + 1 %}
 {% set B_ROW = (BK if B.k_contiguous else BN) // 8 + 1 %}{% set B_ROWS = BN if B.k_contiguous else BK %}
 {% set RK = [BK, (R + MK - 1) // MK * MK] | min %}{# steps of R that are staged at a time #}
 {% set P_ROW = RK // 8 + 1 %}{% set Q_ROW = (RK if q_contiguous else BN) // 8 + 1 %}
-{% set STORED = TN + 4 %}{% set LANES = TN // 4 %}{% set AT_ONCE = SUBGROUP // LANES %}
+{% set STORED = TN // 8 + 1 %}{% set LANES = TN // 8 %}{% set AT_ONCE = SUBGROUP // LANES %}{# of four sums each #}
 {% import "lib/matrix.wgsl" as matrix with context %}
 {% import "lib/epilogue.wgsl" as epilogue with context %}
 {% include "lib/widen.wgsl" %}
 var<workgroup> tile_a: array<vec4<u32>, {{ BM * A_ROW }}>;
 var<workgroup> tile_b: array<vec4<u32>, {{ [B_ROWS * B_ROW, (BN if q_contiguous else RK) * Q_ROW] | max if R else B_ROWS * B_ROW }}>;
-{% if not direct %}
-var<workgroup> stored: array<f32, {{ DOWN * (BN // TN) * MM * STORED }}>;
-{% endif %}
 {{ matrix.functions({"tile_a": 8, "tile_b": 8}, [("tile_a", "tile_b")]) }}
 {% if R %}
 {% import "lib/low_rank_tiles.wgsl" as low_rank with context %}
@@ -42,7 +39,7 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
 {% macro load(registers, source, operand, rows, columns, row0, column0, count) %}
 {% for share in range((rows * columns // 8 + THREADS - 1) // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
-{% set row = "%s + %s / %du" % (row0, at, columns // 8) %}
+{% set row = "%s + %s" % (row0, matrix.row_of(at, columns // 8)) %}
 {% set row = "min(%s, %du)" % (row, count - 1) if operand.guard_majors or rows * columns // 8 % THREADS else row %}
     let {{ registers }}{{ share }} = {{ eight(source, operand.format, "%du + (%s) * %du + %s + %s %% %du * 8u" % (operand.base, row, operand.stride, column0, at, columns // 8)) }};
 {% endfor %}
@@ -50,7 +47,7 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
 {% macro keep(tile, registers, rows, columns, row_words) %}
 {% for share in range((rows * columns // 8 + THREADS - 1) // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
-    {{ "if (%s < %du) " % (at, rows * columns // 8) if (share + 1) * THREADS > rows * columns // 8 }}{ {{ tile }}[{{ at }} / {{ columns // 8 }}u * {{ row_words }}u + {{ at }} % {{ columns // 8 }}u] = {{ registers }}{{ share }}; }
+    {{ "if (%s < %du) " % (at, rows * columns // 8) if (share + 1) * THREADS > rows * columns // 8 }}{ {{ tile }}[{{ matrix.row_of(at, columns // 8) }} * {{ row_words }}u + {{ at }} % {{ columns // 8 }}u] = {{ registers }}{{ share }}; }
 {% endfor %}
 {% endmacro %}
 {# SUMS += the tiles' product: `steps` of k, in rows of `a_row` and `b_row` words. #}
@@ -111,9 +108,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endif %}
 {% for i in range(TM // MM) %}{% for j in range(TN // MN) %}
 {{ matrix.result("sums%d_%d" % (i, j)) }}
-{% if direct and residual %}
-{{ matrix.load(residual, "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
-{% endif %}
 {% endfor %}{% endfor %}
 {% set last = K - (slices - 1) * slice %}
 {% if slices == 1 %}
@@ -147,21 +141,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let row = lane / {{ LANES }}u;
   let column = lane % {{ LANES }}u * 4u;
 {% for i in range(TM // MM) %}
+{% for half in range(2) %}
 {% set rows = [] %}{% for part in range(MM // AT_ONCE) %}{{ rows.append("(m0 + sm + %du + row)" % (i * MM + part * AT_ONCE)) or "" }}{% endfor %}
-{% set columns = ["n0 + sn + column"] %}
+{% set columns = ["n0 + sn + %du + column" % (half * TN // 2)] %}
   workgroupBarrier();
-{% for j in range(TN // MN) %}
-{{ matrix.store("stored", "at_stored + %du" % (j * MN), "sums%d_%d" % (i, j), STORED) }}
+{% for j in range(TN // MN // 2) %}
+{{ matrix.store_words("tile_a", "at_stored + %du" % (j * MN // 4), "sums%d_%d" % (i, half * TN // MN // 2 + j), STORED) }}
 {% endfor %}
   workgroupBarrier();
   {
 {% for part in range(MM // AT_ONCE) %}
-    let from{{ part }} = at_stored + ({{ part * AT_ONCE }}u + row) * {{ STORED }}u + column;
-    var acc{{ part }}_0 = vec4<f32>(stored[from{{ part }}], stored[from{{ part }} + 1u], stored[from{{ part }} + 2u], stored[from{{ part }} + 3u]);
+    var acc{{ part }}_0 = bitcast<vec4<f32>>(tile_a[at_stored + ({{ part * AT_ONCE }}u + row) * {{ STORED }}u + column / 4u]);
 {% endfor %}
     {{ epilogue.scale(rows, columns) }}
     {{ epilogue.write(rows, columns, 4, N % BN != 0) }}
   }
+{% endfor %}
 {% endfor %}
 {% endif %}
 }

@@ -6,6 +6,10 @@
    of f32. `thread` is the invocation's place in its workgroup, and `lane` that in its subgroup. #}
 {% set PARTS = (MM * MN // SUBGROUP) | int %}
 
+{# Where in a tile, by rows of `words`, a thread's word number `at` lies. Eight threads store at once: of rows of four words and
+   one of padding, a row and the fourth after it, which share no bank. #}
+{% macro row_of(at, words) %}{{ "(%s / 32u * 8u + %s / 8u %% 4u + %s / 4u %% 2u * 4u)" % (at, at, at) if words == 4 else "%s / %du" % (at, words) }}{% endmacro %}
+
 {# For the workgroup arrays that hold operands, {name: f16 an element}, and the (left, right) pairs that are multiplied. #}
 {% macro functions(arrays, pairs) %}
 fn eight_halves(first: vec4<f32>, second: vec4<f32>) -> vec4<u32> {
@@ -102,6 +106,18 @@ fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, 
   for (var part = 0u; part < min({{ PARTS }}u, many); part++) {
     let at = part * {{ SUBGROUP }}u + lane;
     {{ array }}[{{ offset }} + at / {{ MN }}u * {{ stride }}u + at % {{ MN }}u] = {{ sums }}[part];
+  }
+{% else %}
+  subgroupMatrixStore<row_major>(&{{ array }}, {{ offset }}, {{ sums }}, {{ stride }}u);
+{% endif %}
+{% endmacro %}
+
+{# A result to a workgroup array of vec4<u32>, as bits: four to an element, in which `offset` and `stride` count. #}
+{% macro store_words(array, offset, sums, stride) %}
+{% if dialect == "emulated" %}
+  for (var part = 0u; part < min({{ PARTS }}u, many); part++) {
+    let at = part * {{ SUBGROUP }}u + lane;
+    {{ array }}[{{ offset }} + at / {{ MN }}u * {{ stride }}u + at % {{ MN }}u / 4u][at % 4u] = bitcast<u32>({{ sums }}[part]);
   }
 {% else %}
   subgroupMatrixStore<row_major>(&{{ array }}, {{ offset }}, {{ sums }}, {{ stride }}u);

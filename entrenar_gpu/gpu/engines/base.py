@@ -16,12 +16,13 @@ from entrenar_gpu.graph import MatrixConfig
 class Command(NamedTuple):
     """A dispatch by the handles that the C functions take; the objects they belong to must outlive it.
 
-    `pipeline` is None where the command before has set it. With `queries`, the clock is written to entry `query` first.
+    `pipeline` is None where the command before has set it. The grid is three numbers, or a buffer and the offset in
+    bytes at which the device finds them. With `queries`, the clock is written to entry `query` first.
     """
 
     pipeline: Any
     bind_group: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | tuple[Any, int]
     queries: Any = None
     query: int = 0
 
@@ -94,13 +95,14 @@ class Engine(ABC):
         lib, nothing, into = self._lib, self._ffi.NULL, compute._internal
         set_pipeline, set_bind_group = lib.wgpuComputePassEncoderSetPipeline, lib.wgpuComputePassEncoderSetBindGroup
         dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
-        for pipeline, bind_group, (x, y, z), queries, query in commands:
+        dispatch_indirect = lib.wgpuComputePassEncoderDispatchWorkgroupsIndirect
+        for pipeline, bind_group, grid, queries, query in commands:
             if queries is not None:
                 lib.wgpuComputePassEncoderWriteTimestamp(into, queries, query)
             if pipeline is not None:
                 set_pipeline(into, pipeline)
             set_bind_group(into, 0, bind_group, 0, nothing)
-            dispatch(into, x, y, z)
+            (dispatch if len(grid) == 3 else dispatch_indirect)(into, *grid)
 
     def matrix_configs(self, adapter: Any) -> tuple[MatrixConfig, ...]:
         """What the adapter's matrix units multiply, where the engine reaches them."""

@@ -127,10 +127,10 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
 
 
 def _stores_sums(matmul: Matmul, tile: MatrixTile) -> bool:
-    """Whether sums begin as the residual, if any, and go to C as matrix units hold them: all of them lie inside, and no
-    more is done to them."""
+    """Whether sums go to C as matrix units hold them: all of them lie inside, and no more is done to them."""
     m, n, _ = matmul.sizes
-    plain = matmul.alpha == 1.0 and matmul.bias is None and matmul.c.tensor.dtype == "f32"
+    added = matmul.accumulate or matmul.bias is not None or matmul.residual is not None
+    plain = matmul.alpha == 1.0 and not added and matmul.c.tensor.dtype == "f32"
     return plain and m % tile.BM == 0 and n % tile.BN == 0 and matmul.vector
 
 

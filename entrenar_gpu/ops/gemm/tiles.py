@@ -69,16 +69,14 @@ class MatrixTile(Tile):
         return super().threads * self.SUBGROUP
 
     def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
-        """Both tiles, f16, rows padded by 16 bytes; and the sums of a row of matrices of each subgroup, f32.
+        """Both tiles, f16, rows padded by 16 bytes.
 
         In int8, BK counts bytes, and sums go through the tiles' memory, with what an adapter adds to them.
         """
-        subgroups = self.threads // self.SUBGROUP
         if arithmetic == "int8_rows":
             tiles = (self.BM + self.BN) * (self.BK + 16)
             return max(tiles, self.sums_bytes(self.stored_at_once(True), True))
-        b_words = max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))
-        return (self.BM * (self.BK + 8) + b_words) * 2 + subgroups * self.MM * (self.TN + 4) * 4
+        return (self.BM * (self.BK + 8) + max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))) * 2
 
     def sums_bytes(self, matrices: int, low_rank: bool) -> int:
         """In int8, what so many matrices of sums of each subgroup take, and operands in f16 of what an adapter adds."""
@@ -229,15 +227,18 @@ def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
         down, across = edge * config.m, edge * config.n
         tile = MatrixTile(2 * down, 2 * across, depth, down, across, 1, 1, config.m, config.n, config.k)
         tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
-        if depth % config.k == 0 and _can_store(tile) and fits(arithmetic, tile, caps):
+        if depth % config.k == 0 and _can_store(arithmetic, tile) and fits(arithmetic, tile, caps):
             found.append(tile)
     return sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN)
 
 
-def _can_store(tile: MatrixTile) -> bool:
-    """Whether the lanes of a subgroup share a row of matrices evenly, four columns each."""
-    lanes = tile.TN // 4
-    return tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0 and tile.MN % 8 == 0
+def _can_store(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
+    """Whether lanes of a subgroup share a row of matrices evenly, four columns each; in f16 half a row, and A's tile
+    has room for all subgroups' halves."""
+    width, subgroups = tile.TN // (1 if arithmetic == "int8_rows" else 2), tile.threads // tile.SUBGROUP
+    lanes = width // 4
+    held = arithmetic == "int8_rows" or subgroups * tile.MM * (width + 4) * 4 <= tile.BM * (tile.BK + 8) * 2
+    return held and tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0 and tile.MN % 8 == 0
 
 
 def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice | None:

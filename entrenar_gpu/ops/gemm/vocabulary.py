@@ -1,19 +1,17 @@
 """Matmuls between tokens and a vocabulary W [V, D] that is kept in shards of rows: logits, and the way back to tokens.
 
-Both work on a chunk of tokens, shard by shard. In f16 the tokens are converted first, W on its way into a tile, and the
-dscores that come back are scaled by a power of two, so that small probabilities stay normal numbers.
+Both work on a chunk of tokens, shard by shard. In f16 the tokens have been converted, W is on its way into a tile, and
+the dscores that come back are scaled by a power of two, so that small probabilities stay normal numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from entrenar_gpu.graph import Caps, Launch, Tensor
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.embedding import shard_starts
-from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launch, single_launch, sum_launch, whole
-from entrenar_gpu.ops.gemm.low_precision import low_precision_rows_launch
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launch, single_launch
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
 from entrenar_gpu.ops.registry import Spec
 from entrenar_gpu.quant import BLOCK
@@ -33,15 +31,10 @@ def arithmetic_of(wanted: Arithmetic, shards: Sequence[Tensor]) -> Arithmetic:
     return "f16" if wanted != "f32" and fits else "f32"
 
 
-def logits_launches(
-    x: Tensor, low_precision: Tensor | None, shards: Sequence[Tensor], logits: Tensor, at: int, count: int, caps: Caps
-) -> list[Launch]:
-    """logits[:count] = x[at : at + count] W^T; in f16 by way of `low_precision` [C, D]."""
-    depth = x.columns
-    rows, launches = Block(x, at * depth, depth), []
-    if low_precision is not None:
-        launches.append(low_precision_rows_launch(rows, count, depth, low_precision, None, caps))
-        rows = whole(low_precision)
+def logits_launches(rows: Block, shards: Sequence[Tensor], logits: Tensor, count: int, caps: Caps) -> list[Launch]:
+    """logits[:count] = the rows times W^T."""
+    launches: list[Launch] = []
+    depth = rows.stride
     for shard, start in zip(shards, shard_starts(shards), strict=True):
         sizes, out = (count, shard.shape[0], depth), Block(logits, start, logits.columns)
         launches.append(single_launch(Matmul(sizes, rows, Block(shard, 0, depth), out, transpose_b=True), caps))
@@ -59,38 +52,27 @@ def _back_choice(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
     return Choice(choice.tile, ceil_div(rows, slice_length(rows, choice)))
 
 
+def back_slices(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Spec:
+    """Partial sums of `back_launches`: [slices, C, D]."""
+    return (_back_choice(shards, logits, caps).slices, logits[0][0], shards[0].columns), "f32"
+
+
 def back_workspace(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Sequence[Spec]:
     """Partial sums of `back_launches`; none where a shard is one slice."""
-    slices = _back_choice(shards, logits, caps).slices
-    return [((slices, logits[0][0], shards[0].columns), "f32")] if slices > 1 else []
+    partial = back_slices(shards, logits, caps)
+    return [partial] if partial[0][0] > 1 else []
 
 
-def back_launches(
-    dx: Tensor, shards: Sequence[Tensor], logits: Tensor, partial: Tensor | None, at: int, count: int, caps: Caps
-) -> list[Launch]:
-    """dx[at : at + count] = dscores W, summed over the shards, by slices in `partial`; dscores lie in `logits`.
+def back_launches(shards: Sequence[Tensor], logits: Tensor, target: Block, count: int, caps: Caps) -> list[Launch]:
+    """dscores W, summed over the shards, where dscores lie in `logits`: [count, D], or by slices [slices, count, D].
 
-    Partial sums are of dscores as they are scaled, so that nothing is done to them until they are added up.
+    dscores are as they are scaled, so that nothing is done to the sums until they are added up: DSCORE_SCALE in f16.
     """
-    depth, vocabulary = dx.columns, logits.columns
-    out = Block(dx, at * depth, depth)
+    depth, vocabulary = shards[0].columns, logits.columns
     choice = _back_choice(shards, (logits.shape, logits.dtype), caps)
-    target = out if partial is None else whole(partial)
-    alpha = 1 / DSCORE_SCALE if logits.dtype == "f16" else 1.0
-    operands = [
-        (Block(logits, start, vocabulary), shard) for shard, start in zip(shards, shard_starts(shards), strict=True)
-    ]
-    matmuls = [
-        Matmul(
-            (count, depth, shard.shape[0]),
-            dscores,
-            Block(shard, 0, depth),
-            target,
-            alpha=alpha if partial is None else 1.0,
-        )
-        for dscores, shard in operands
-    ]
-    launches = [matmul_launch(replace(m, accumulate=m is not matmuls[0]), choice) for m in matmuls]
-    if partial is not None:
-        launches.append(sum_launch(replace(matmuls[0], c=out), partial, caps, factor=alpha))
+    launches: list[Launch] = []
+    for shard, start in zip(shards, shard_starts(shards), strict=True):
+        sizes, dscores = (count, depth, shard.shape[0]), Block(logits, start, vocabulary)
+        matmul = Matmul(sizes, dscores, Block(shard, 0, depth), target, accumulate=bool(launches))
+        launches.append(matmul_launch(matmul, choice))
     return launches
