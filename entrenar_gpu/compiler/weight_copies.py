@@ -13,8 +13,8 @@ from dataclasses import replace
 from entrenar_gpu import ops
 from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.compiler.plan import make_plan
-from entrenar_gpu.graph import Graph, Node, Tensor
-from entrenar_gpu.ops.gemm.linear import reading, weight_of
+from entrenar_gpu.graph import Caps, Graph, Node, Tensor
+from entrenar_gpu.ops.gemm.linear import has_panels, reading, weight_of
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
 from entrenar_gpu.ops.quantize import Nf4Tensors
 
@@ -29,12 +29,12 @@ def keep_copies(fitted: FittedPlan, budget_bytes: int) -> FittedPlan:
     plan = fitted.plan
     chosen, left = dict[Key, Node](), budget_bytes - plan.peak_bytes
     for key, node in _products(fitted.graphs).items():
-        nbytes = sum(t.nbytes for t in _copy(Graph(), key, node))
+        nbytes = sum(t.nbytes for t in _copy(Graph(), key, node, plan.caps))
         if nbytes <= left:
             chosen[key] = node
             left -= nbytes
     while chosen:
-        rewritten = _rewritten(fitted.graphs, chosen)
+        rewritten = _rewritten(fitted.graphs, chosen, plan.caps)
         larger = make_plan(rewritten, plan.caps, plan.options)
         if larger.peak_bytes <= budget_bytes:
             return FittedPlan(larger, rewritten, fitted.recompute)
@@ -52,22 +52,25 @@ def _key(node: Node) -> Key:
     return weight_of(node)[0].name.removesuffix(".codes"), node.attrs["transposed"]
 
 
-def _copy(graph: Graph, key: Key, node: Node) -> tuple[Tensor, ...]:
+def _copy(graph: Graph, key: Key, node: Node, caps: Caps) -> tuple[Tensor, ...]:
     """Records what makes the copy that a node reads, which stays in persistent tensors of the graph."""
     (name, transposed), attrs = key, node.attrs
     parts = tuple(graph.tensor(t.name, t.shape, t.dtype, t.role) for t in weight_of(node))
     with graph.within(name):
         made = low_precision_weight(
-            Nf4Tensors(attrs["shape"], parts, attrs["rounded"]), attrs["arithmetic"], transposed
+            Nf4Tensors(attrs["shape"], parts, attrs["rounded"]),
+            attrs["arithmetic"],
+            transposed,
+            has_panels(node, caps),
         )
     suffixes = PARTS[2:] if transposed else PARTS[:2]
     return tuple(ops.keep(t, f"{name}{suffix}") for t, suffix in zip(made, suffixes, strict=False))
 
 
-def _rewritten(graphs: Mapping[str, Graph], chosen: Mapping[Key, Node]) -> dict[str, Graph]:
+def _rewritten(graphs: Mapping[str, Graph], chosen: Mapping[Key, Node], caps: Caps) -> dict[str, Graph]:
     """The graphs with products that read the chosen copies, after the graph that makes these."""
     maker = Graph(GRAPH)
-    copies = {key: [t.updates for t in _copy(maker, key, node)] for key, node in chosen.items()}
+    copies = {key: [t.updates for t in _copy(maker, key, node, caps)] for key, node in chosen.items()}
     result = {GRAPH: maker}
     for name, graph in graphs.items():
         copied = replace(graph, nodes=[], persistents=dict(graph.persistents))

@@ -1,6 +1,6 @@
 // x [M, K] f32 as operand of a low-precision matmul that contracts over K, a multiple of 64 (=).
 {% if arithmetic == "f16" %}
-// out [M, K] f16, each value rounded; what passes 65,504 becomes infinite. One invocation four consecutive values.
+// out [M, K] f16, each value rounded; what passes 65,504 becomes infinite{{ "; in panels of 8 rows and 32 columns, which hold eight columns of every row side by side" if PANELS }}. One invocation four consecutive values.
 {% else %}
 // out [M, K] int8, four to a u32, and scales [K / 64, M] f32: blocks of 64 along K, scale = absmax / 127,
 // code = round(x / scale). A value from 2^117 on makes its block's scale NaN, so that an overflow is not lost.
@@ -43,7 +43,13 @@ fn main(
   let i = linear_workgroup(group, groups) * 256u + thread;
 {% endif %}
 {% if arithmetic == "f16" %}
+{% if PANELS %}
+  let row = min(i / {{ 2 * K }}u * 8u + i / 2u % 8u, {{ M - 1 }}u);
+  let at = row * {{ K // 4 }}u + i / 64u % {{ K // 32 }}u * 8u + i / 16u % 4u * 2u + i % 2u;
+  if (i < {{ (M + 7) // 8 * 2 * K }}u) { out[i] = vec4<f16>(x[at]); }
+{% else %}
   if (i < {{ M * K // 4 }}u) { out[i] = vec4<f16>(x[i]); }
+{% endif %}
 {% else %}
   let at = min(i, {{ M * K // 16 - 1 }}u);
 {% for j in range(4) %}

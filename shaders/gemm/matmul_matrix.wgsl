@@ -35,19 +35,28 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
 {{ source }}[({{ at }}) / 8u]
 {%- endif %}
 {% endmacro %}
-{# A thread's share of a tile of `rows` x `columns`, from row `row0` and column `column0`; rows past the last are the last. #}
+{# A thread's share of a tile of `rows` x `columns`, from row `row0` and column `column0`; rows past the last are the last.
+   Panels of 8 rows and 32 columns are read from end to end. #}
 {% macro load(registers, source, operand, rows, columns, row0, column0, count) %}
 {% for share in range((rows * columns // 8 + THREADS - 1) // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
+{% set clamped = operand.guard_majors or rows * columns // 8 % THREADS %}
+{% if operand.panels %}
+{% set panel = "%s / 8u + %s / 32u" % (row0, at) %}
+{% set panel = "min(%s, %du)" % (panel, (count + 7) // 8 - 1) if clamped else panel %}
+    let {{ registers }}{{ share }} = {{ source }}[((({{ panel }}) * {{ operand.stride // 32 }}u + {{ column0 }} / 32u) * 32u + {{ at }} % 32u)];
+{% else %}
 {% set row = "%s + %s" % (row0, matrix.row_of(at, columns // 8)) %}
-{% set row = "min(%s, %du)" % (row, count - 1) if operand.guard_majors or rows * columns // 8 % THREADS else row %}
+{% set row = "min(%s, %du)" % (row, count - 1) if clamped else row %}
     let {{ registers }}{{ share }} = {{ eight(source, operand.format, "%du + (%s) * %du + %s + %s %% %du * 8u" % (operand.base, row, operand.stride, column0, at, columns // 8)) }};
+{% endif %}
 {% endfor %}
 {% endmacro %}
-{% macro keep(tile, registers, rows, columns, row_words) %}
+{% macro keep(tile, registers, panels, rows, columns, row_words) %}
 {% for share in range((rows * columns // 8 + THREADS - 1) // THREADS) %}
 {% set at = "(thread + %du)" % (share * THREADS) %}
-    {{ "if (%s < %du) " % (at, rows * columns // 8) if (share + 1) * THREADS > rows * columns // 8 }}{ {{ tile }}[{{ matrix.row_of(at, columns // 8) }} * {{ row_words }}u + {{ at }} % {{ columns // 8 }}u] = {{ registers }}{{ share }}; }
+{% set place = "(%s / 32u * 8u + %s %% 8u) * %du + %s / 8u %% 4u" % (at, at, row_words, at) if panels else "%s * %du + %s %% %du" % (matrix.row_of(at, columns // 8), row_words, at, columns // 8) %}
+    {{ "if (%s < %du) " % (at, rows * columns // 8) if (share + 1) * THREADS > rows * columns // 8 }}{ {{ tile }}[{{ place }}] = {{ registers }}{{ share }}; }
 {% endfor %}
 {% endmacro %}
 {# SUMS += the tiles' product: `steps` of k, in rows of `a_row` and `b_row` words. #}
@@ -82,8 +91,8 @@ vec4<u32>({% for word in "xyzw" %}pack2x16float(widen_bf16({{ source }}[({{ at }
 {% endfor %}
 {% endif %}
     workgroupBarrier();
-{{ keep("tile_a", "ra", BM, BK, A_ROW) }}
-{{ keep("tile_b", "rb", B_ROWS, BK if B.k_contiguous else BN, B_ROW) }}
+{{ keep("tile_a", "ra", A.panels, BM, BK, A_ROW) }}
+{{ keep("tile_b", "rb", B.panels, B_ROWS, BK if B.k_contiguous else BN, B_ROW) }}
     workgroupBarrier();
 {{ multiply_tiles(BK, A_ROW, B_ROW, B.k_contiguous) }}
   }

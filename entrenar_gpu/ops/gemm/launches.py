@@ -227,6 +227,7 @@ def _operand(block: Block, lengths: tuple[int, int], steps: tuple[int, int], k_c
         "stride": block.stride,
         "k_contiguous": k_contiguous,
         "format": block.tensor.dtype,
+        "panels": len(block.tensor.shape) == 5,
         "vector": minors % 4 == 0 and block.stride % 4 == 0 and block.base % 4 == 0,
     }
 

@@ -22,6 +22,7 @@ from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, whole
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
+    from_panels,
     low_precision_arrays,
     low_precision_rows_launch,
     low_precision_specs,
@@ -39,7 +40,7 @@ from entrenar_gpu.ops.gemm.matmul import (
     with_added,
 )
 from entrenar_gpu.ops.gemm.rotated import LONGEST, rotated_product
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, slice_length
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, Choice, choose, matrix_tiles, slice_length
 from entrenar_gpu.ops.quantize import Nf4Tensors
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
 from entrenar_gpu.quant import BLOCK
@@ -146,7 +147,8 @@ def _reference(
     rows = x.reshape(-1, x.shape[-1])
     low = copy or low_precision_arrays(attrs, weight)
     if attrs["arithmetic"] == "f16":
-        out = rows.astype(np.float16).astype(np.float32) @ low[0].astype(np.float32).T
+        plain = from_panels(low[0]) if low[0].ndim > 2 else low[0]
+        out = rows.astype(np.float16).astype(np.float32) @ plain.astype(np.float32).T
     elif attrs["arithmetic"] == "int8_rows":
         out = rotated_product(rows, low[0], low[1])
     else:
@@ -226,6 +228,11 @@ def _added(node: Node) -> int:
     return ("bias" in node.inputs) + ("residual" in node.inputs)
 
 
+def has_panels(node: Node, caps: Caps) -> bool:
+    """Whether its operands lie in panels, as matrix units are fed in f16."""
+    return node.attrs["arithmetic"] == "f16" and bool(matrix_tiles("f16", caps))
+
+
 def _has_scales(node: Node) -> bool:
     return node.attrs["arithmetic"] in ("int8", "int8_rows")
 
@@ -235,8 +242,10 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     sums, if any."""
     m, n, k, _ = product_sizes(node)
     arithmetic, slices = node.attrs["arithmetic"], _slices(node, caps)
-    specs = low_precision_specs(arithmetic, m, k)
-    specs += [] if node.group("copy") else [*low_precision_specs(arithmetic, n, k), *weight_workspace(node.attrs)]
+    panels = has_panels(node, caps)
+    specs = low_precision_specs(arithmetic, m, k, panels)
+    if not node.group("copy"):
+        specs += [*low_precision_specs(arithmetic, n, k, panels), *weight_workspace(node.attrs)]
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
@@ -257,10 +266,11 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     (p, q), residual, slices = low_rank_of(node), node.inputs.get("residual"), _slices(node, caps)
     partial = placed.workspace[-1] if slices else None
     (low_x, x_scales), (low_w, w_scales) = low_precision_operands(node, placed.workspace)
+    panels = has_panels(node, caps)
     multiplied = Matmul(
         (m, n, k),
-        whole(low_x),
-        whole(low_w),
+        Block(low_x, 0, k) if panels else whole(low_x),
+        Block(low_w, 0, k) if panels else whole(low_w),
         Block(node.output, 0, n),
         transpose_b=True,
         low_rank=(whole(p), whole(q), node.attrs["lora_scale"], r) if p is not None and q is not None else None,

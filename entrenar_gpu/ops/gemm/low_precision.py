@@ -57,8 +57,10 @@ def quantize_weight(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> tu
     return codes, scales * np.float32(OVER_127)
 
 
-def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]:
-    """What holds [rows, K] as a matmul's operand: f16, or int8 codes and their scales."""
+def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int, panels: bool = False) -> list[Spec]:
+    """What holds [rows, K] as a matmul's operand: f16, also in panels, or int8 codes and their scales."""
+    if panels:
+        return [((ceil_div(rows, 8), k // 32, 4, 8, 8), "f16")]
     if arithmetic == "f16":
         return [((rows, k), "f16")]
     if arithmetic == "int8_rows":
@@ -66,11 +68,27 @@ def low_precision_specs(arithmetic: Arithmetic, rows: int, k: int) -> list[Spec]
     return [((rows, k // 4), "u32"), ((k // BLOCK, rows), "f32")]
 
 
+def in_panels(values: np.ndarray) -> np.ndarray:
+    """[rows, K] as matrix units are fed: panels of 8 rows and 32 columns, eight columns of every row side by side.
+
+    A subgroup reads a panel, 512 bytes, from end to end, and puts it into workgroup memory without bank conflicts.
+    """
+    rows, k = values.shape
+    return np.ascontiguousarray(values.reshape(rows // 8, 8, k // 32, 4, 8).transpose(0, 2, 3, 1, 4))
+
+
+def from_panels(panels: np.ndarray) -> np.ndarray:
+    """`in_panels` undone."""
+    rows, k = 8 * panels.shape[0], 32 * panels.shape[1]
+    return panels.transpose(0, 3, 1, 2, 4).reshape(rows, k)
+
+
 def low_precision_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """An NF4 weight as `low_precision_specs` holds it; `attrs` are those of a `linear` node."""
     if attrs["arithmetic"] == "f16":
         weight = dequantized(attrs, parts)
-        return [np.ascontiguousarray(weight.T if attrs["transposed"] else weight, np.float16)]
+        rounded = np.ascontiguousarray(weight.T if attrs["transposed"] else weight, np.float16)
+        return [in_panels(rounded) if attrs.get("panels") else rounded]
     if attrs["arithmetic"] == "int8_rows":
         return rotated_arrays(attrs, parts)
     codes, scales = quantize_weight(attrs, parts)
@@ -98,8 +116,8 @@ def low_precision_rows_launch(
         bindings.append(writes("scales", scales))
     arithmetic, each = ("f16", 4) if scales is None else ("int8", 16)  # values that an invocation takes
     constants: dict[str, Any] = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
-    constants["GROUPS"] = 0
-    workgroups = ceil_div(rows * k, 256 * each)
+    constants |= {"GROUPS": 0, "PANELS": len(out.shape) == 5}
+    workgroups = ceil_div((out.size if constants["PANELS"] else rows * k), 256 * each)
     if down is not None:
         by, made, transposed = down
         bindings += [reads("by", by, 4), writes("down", made, 4)]
@@ -150,6 +168,7 @@ def low_precision_weight_launch(
         "codebook": codebook_text(),
         "bytes": tuple(code & 0xFF for code in INT8_CODES.tolist()),
         "over_127": literal(OVER_127),
+        "PANELS": len(out.shape) == 5,
     }
     grid = (k // BLOCK, n // BLOCK, 1) if transposed else grid_of(ceil_div(n * k, 256 * each), caps)
     return Launch(
@@ -157,15 +176,18 @@ def low_precision_weight_launch(
     )
 
 
-def low_precision_weight(weight: Nf4Tensors, arithmetic: Arithmetic, transposed: bool) -> tuple[Tensor, ...]:
+def low_precision_weight(
+    weight: Nf4Tensors, arithmetic: Arithmetic, transposed: bool, panels: bool = False
+) -> tuple[Tensor, ...]:
     """The copy of an NF4 weight [N, K] that a matmul reads, in f16 or int8, as [N, K] or, transposed, [K, N]."""
     attrs = {"shape": weight.shape, "rounded": weight.rounded, "arithmetic": arithmetic, "transposed": transposed}
+    attrs["panels"] = panels
     return record("low_precision_weight", weight=[*weight.parts], **attrs)
 
 
 def _low_precision_weight_infer(node: Node) -> Sequence[Spec]:
     n, k = node.attrs["shape"][::-1] if node.attrs["transposed"] else node.attrs["shape"]
-    return low_precision_specs(node.attrs["arithmetic"], n, k)
+    return low_precision_specs(node.attrs["arithmetic"], n, k, node.attrs["panels"])
 
 
 def _low_precision_weight_launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:

@@ -301,8 +301,9 @@ def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
 
 
 def _available(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
-    """Whether the device holds the tile and has what it is made for."""
-    return tile in matrix_tiles(arithmetic, caps) if isinstance(tile, MatrixTile) else fits(arithmetic, tile, caps)
+    """Whether the device holds the tile and has what it is made for: where there are matrix units, no other."""
+    units = matrix_tiles(arithmetic, caps)
+    return tile in units if units or isinstance(tile, MatrixTile) else fits(arithmetic, tile, caps)
 
 
 def _units(caps: Caps) -> int:
