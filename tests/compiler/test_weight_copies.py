@@ -56,7 +56,9 @@ def test_a_copy_is_what_a_product_would_make(arithmetic, panels, transposed, dev
         return made[index]
 
     for index in range(2 if arithmetic == "int8" else 1):
-        check_on(Case(f"narrow-{arithmetic}-{panels}-{transposed}-{index}", quantised.inputs[1:], apply), device, kernels)
+        check_on(
+            Case(f"narrow-{arithmetic}-{panels}-{transposed}-{index}", quantised.inputs[1:], apply), device, kernels
+        )
 
 
 @pytest.mark.parametrize("precision", ["f16", "int8"])
