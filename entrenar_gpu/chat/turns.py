@@ -28,6 +28,7 @@ from entrenar_gpu.chat.sandbox import (
 )
 
 _SKELETONS = 256  # kept; ordinary files have fewer kinds of conversation
+_TOOL_ROLES = ("tool", "function", "ipython")
 _PADDING = "\t \t"  # around a slot: shows what a template strips
 
 
@@ -180,7 +181,16 @@ class Conversations:
         self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any]
     ) -> list[Span]:
         find = _Search(self._template, tools, variables, self._closing_length)
-        return [find.turn(messages, i, text) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [find.turn(messages, i, text) for i in turns]
+        # Gemma 4 writes what a tool answers into the turn that called it: not the assistant's words.
+        for place in filter(
+            None, (find.place(messages, i) for i, m in enumerate(messages) if m["role"] in _TOOL_ROLES)
+        ):
+            for i, (start, end) in zip(turns, spans, strict=True):
+                if start <= place < end:
+                    raise _untraceable(i)
+        return spans
 
     def _special_ends(self, closing: str) -> list[Span]:
         """The first place of each special token in `closing`."""
@@ -224,6 +234,15 @@ class _Search:
         if not located:
             raise _untraceable(i)
         return start, end
+
+    def place(self, messages: Sequence[Message], i: int) -> int | None:
+        """Where in the rendering something of message `i`, none of the assistant's, stands; None where that is not to
+        be told, as of an empty one."""
+        if not isinstance(messages[i].get("content"), str) or not messages[i]["content"].strip():
+            return None
+        marked = [*messages[:i], _asking(messages[i]), *messages[i + 1 :]]
+        place = self._template.render(marked, self._tools, False, self._variables).find(ASKED)
+        return place if place >= 0 else None
 
     def _around(
         self, mark: str, messages: Sequence[Message], i: int, add_generation_prompt: bool = False

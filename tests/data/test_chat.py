@@ -404,3 +404,19 @@ def test_files_that_are_no_files_or_too_large_are_refused(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"special_tokens_map\.json: too large"):
         Tokenizer.load(folder)
+
+
+# As Gemma 4: what a tool answers stands in the turn that called it.
+ANSWERED_WITHIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</u>{% elif m.role == 'assistant' %}<a>"
+    "{{ m.content }}{% if m.tool_calls %}<call>{% for t in messages[loop.index:] if t.role == 'tool' %}"
+    "<r>{{ t.content }}</r>{% endfor %}{% else %}</s>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_what_a_tool_answers_within_a_turn_is_not_taken_for_the_assistants_words():
+    messages = [user("add"), assistant("", tool_calls=[CALL]), tool("three"), assistant("It is 3.")]
+    with pytest.raises(UserError, match=r"m/template\.jinja: cannot tell where the chat template puts message 2"):
+        template(ANSWERED_WITHIN).render_turns(messages)
+    assert said(ANSWERED_WITHIN, [user("a"), assistant("b")]) == ["b</s>"]
