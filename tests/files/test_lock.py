@@ -52,6 +52,7 @@ def folder(tmp_path) -> Path:
 
 def test_training_resuming_and_merging_are_refused_with_the_other_s_pid(folder, capsys):
     train(folder, device="numpy", steps=2, save_every=1)
+    train(folder, "other", device="numpy", steps=1)
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
     holder = Holder(folder / "run")
     try:
@@ -60,7 +61,7 @@ def test_training_resuming_and_merging_are_refused_with_the_other_s_pid(folder, 
         commands = [
             ["train", *common, *data],
             ["train", *common, *data, "--steps", "4", "--batch", "2", "--resume"],
-            ["merge", *common, "--adapter", str(folder / "run")],
+            ["merge", *common, "--adapter", str(folder / "other")],
         ]
         for command in commands:
             assert cli.run(command) == 2
