@@ -18,7 +18,6 @@ from observability.detect.findings import (
     INTERFERENCE,
     LONGER_BATCH,
     LOW,
-    MEDIUM,
     MEMORY_PRESSURE,
     NOTICED_AT,
     PERIODIC,
@@ -38,6 +37,7 @@ from observability.read import Floats, Pause, StepTable
 _MOST: Final = 0.6  # share of the lost time that one kind of span must hold to be at fault
 _BEYOND_USUAL: Final = 0.25  # so much more of the lost time than of a step
 _LARGE: Final = 0.5  # of a step
+_PLAIN_AT: Final = 6.0  # sigmas
 _MEMORY_RISE: Final = 1.05
 _ROUTINE_SPREAD: Final = 0.05  # of the usual cost
 _FELT: Final = 0.02  # of a step: the sigma of a pause is at least that much
@@ -92,7 +92,7 @@ def of_step(
         seconds, expected = float(table.seconds[row]), float(step.expected[row])
         evidence = f"{duration(seconds)} against {duration(expected)}: {where}"
         grade = severity(z)
-        if cause == SPIKE and grade == MEDIUM and lost < _LARGE * expected:
+        if cause == SPIKE and grade is not None and z < _PLAIN_AT and lost < _LARGE * expected:
             grade = LOW  # all of a step alike and no one at fault: noise with heavy tails does as much
         return Finding(cause, number, number, number, "step", seconds, expected, z, grade, evidence)
     kind = table.kinds[culprit]

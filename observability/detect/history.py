@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability.detect import host
 from observability.detect.baseline import NEAR_TAIL, WINDOW, noise_scale
 from observability.read import HOST_VALUES, PAUSES, Kind, Pause, StepTable, number, whole
 
@@ -38,6 +39,14 @@ class Baseline:
     step_scale: float
     work: float
     phases: dict[Kind, tuple[float, float]]
+    waits: float = 0.0  # seconds that threads waited for a processor
+    threads: float = 0.0  # that ran or waited at any time, where processors compute the steps and others share them
+
+    def waited(self, row: Row) -> float:
+        """Seconds by which other programs kept the process of `row` from running for longer than usual."""
+        if not self.threads:
+            return 0.0
+        return max(row.values["run_delay_seconds"] - self.waits, 0.0) / self.threads
 
 
 @dataclass
@@ -72,7 +81,14 @@ class History:
                 middle = float(np.median(times))
                 phases[kind] = (middle, noise_scale(times - middle, middle, NEAR_TAIL))
         work = float(np.median([row.values["row_tokens"] for row in recent]))
-        return Baseline(centre, noise_scale(seconds[-LOOK_BACK:] - centre, centre), work, phases)
+        scale = noise_scale(seconds[-LOOK_BACK:] - centre, centre)
+        return Baseline(centre, scale, work, phases, *self._shared())
+
+    def _shared(self) -> tuple[float, float]:
+        """`waits` and `threads` of a baseline; zeros where nobody shares the processors, or nothing tells."""
+        table = self.table(LOOK_BACK, with_kinds=False)
+        parts = host.processors(table) if host.busy(table) else None
+        return (0.0, 0.0) if parts is None else (host.usual_wait(table), float(np.median(1 / parts.idle)))
 
     def _ordinary(self, rows: list[Row]) -> list[Row]:
         """`rows` without the odd ones, unless those are many."""

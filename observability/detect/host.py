@@ -87,6 +87,11 @@ def too_short(table: StepTable) -> bool:
     return len(table) < _ENOUGH_SHARED and busy(table)
 
 
+def usual_wait(table: StepTable) -> float:
+    """Seconds that the threads of a typical step waited for a processor."""
+    return float(np.nanmedian(table.values["run_delay_seconds"]))
+
+
 @dataclass(frozen=True)
 class Processors:
     """Steps that the process's own threads compute, as a software GPU's are: what each consists of, by step.

@@ -37,6 +37,7 @@ _LEAST_HISTORY: Final = 20  # steps after the warm-up before anything is said of
 _WARM_UP: Final = 3
 _LINES_A_MINUTE: Final = 6
 _WORTH_A_LOOK: Final = 0.1  # of a step, in one phase or in none
+_FOLDED: Final = 500  # steps in which a pause that comes back is sought: in all that are kept it would hold up the next
 _SAME_PAUSE: Final = 2.0  # times the usual of a pause that comes back: one this long is another matter
 _FAR_WORSE: Final = 2.0  # times the seconds lost to what has been told: worth a line of its own
 
@@ -121,13 +122,17 @@ class LiveDetector:
 
     def _judge_step(self, row: Row, baseline: Baseline) -> None:
         factor = max(row.values["row_tokens"] / baseline.work, 1.0) if baseline.work > 0 else 1.0
-        over = row.seconds - baseline.step * factor
+        waited = baseline.waited(row)
+        over = row.seconds - waited - baseline.step * factor
         phases = sum(row.durations.get(kind, 0.0) for kind in baseline.phases)
         suspicious = over >= ALARM_AT * baseline.step_scale or any(
             extra >= max(ALARM_AT * scale, _WORTH_A_LOOK * baseline.step)
             for extra, scale in (
-                *((row.durations.get(kind, 0.0) - c * factor, scale) for kind, (c, scale) in baseline.phases.items()),
-                (row.seconds - phases if phases else 0.0, 0.0),
+                *(
+                    (row.durations.get(kind, 0.0) - waited - c * factor, scale)
+                    for kind, (c, scale) in baseline.phases.items()
+                ),
+                (row.seconds - waited - phases if phases else 0.0, 0.0),
             )
         )
         if not suspicious or self._comes_back(row.step, over):
@@ -188,7 +193,7 @@ class LiveDetector:
 
     def _judge_period(self) -> None:
         """Tell of a pause that comes back, once for each period."""
-        body = Body(self._history.table())
+        body = Body(self._history.table(_FOLDED))
         for finding in PERIODIC.find(body):
             if finding.is_alarm and (self._period is None or self._period[1] != body.period):
                 self._period = finding, body.period
@@ -224,14 +229,9 @@ class LiveDetector:
 
 
 def _explained(table: StepTable, step_scale: float) -> Finding | None:
-    """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it.
-
-    Where other programs share the machine one slow layer is not told live: a thread that waited looks the same, until
-    the whole run says how often that happens.
-    """
+    """The finding for the newest step of the table, whose sigma is `step_scale`; None when its work explains it."""
     body = Body(table)
     if not body.shared:
         body.times.scale[-1] = max(step_scale, float(body.times.scale[-1]))
     body.taken[:-1] = True
-    finding = next(iter(SINGLE_STEPS.find(body)), None)
-    return None if finding is not None and body.shared and finding.cause == SLOW_KERNEL else finding
+    return next(iter(SINGLE_STEPS.find(body)), None)

@@ -9,7 +9,7 @@ flagged.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from observability import schema
 from observability.detect import causes, host
 from observability.detect.baseline import Mask, Scores, core_scale, pools_of, relative_work, score
 from observability.detect.change import lasting_shifts
-from observability.detect.findings import ALARM_AT, NOTICED_AT, SLOW_KERNEL, SPIKE, Finding
+from observability.detect.findings import ALARM_AT, LOW, NOTICED_AT, SLOW_KERNEL, SPIKE, Finding
 from observability.detect.kinds import KindShift, kind_shifts
 from observability.detect.periodic import find_period
 from observability.detect.sustained import Shift, find_shifts
@@ -259,6 +259,8 @@ def single_steps(body: Body) -> list[Finding]:
     ]
     if host.too_short(body.table):
         findings = [finding for finding in findings if finding.cause not in (SPIKE, SLOW_KERNEL)]
+    if body.shared:  # a layer that was slow once is one in which a thread waited, but for the rarest
+        findings = [replace(f, severity=LOW) if f.cause == SLOW_KERNEL else f for f in findings]
     return causes.crowded(body.table, findings)
 
 
