@@ -152,13 +152,25 @@ def verdict(analysis: Analysis) -> str:
         return first + (word if ended else f"Healthy: {word}")
     steps = len(np.unique(np.concatenate([analysis.losses[finding].steps for finding in alarms])))
     head = f"{first}{ran}; {steps:,} of them out of the ordinary"
+    costs = {cause: sum(lost_in(analysis, f) for f in group) for cause, group in by_cause(alarms).items()}
+    lost = sum(costs.values())
+    explained = _explained_loss(analysis, total)
     if lost <= 0:
         named = dict.fromkeys(CAUSES[finding.cause] for finding in alarms)
-        return f"{head}: {', '.join(named)}."
-    costs = {
-        cause: sum(lost_in(analysis, f) for f in group) for cause, group in by_cause(list(analysis.losses)).items()
-    }
-    return f"{head}, costing {share}, most of it through {CAUSES[max(costs, key=lambda cause: costs[cause])]}."
+        return f"{head}: {', '.join(named)}.{explained}"
+    share = f"{duration(lost)} ({lost / total:.1%} of the run)"
+    worst = CAUSES[max(costs, key=lambda cause: costs[cause])]
+    return f"{head}, costing {share}, most of it through {worst}.{explained}"
+
+
+def _explained_loss(analysis: Analysis, total: float) -> str:
+    """A sentence on what was lost beside the alarms to what is no anomaly, "" where nothing was."""
+    costs = {finding: loss.seconds for finding, loss in analysis.losses.items() if not finding.is_alarm}
+    lost = sum(costs.values())
+    if lost <= 0:
+        return ""
+    worst = CAUSES[max(costs, key=lambda finding: costs[finding]).cause]
+    return f" A further {duration(lost)} ({lost / total:.1%}) went to {worst}."
 
 
 def by_cause(findings: list[Finding]) -> dict[str, list[Finding]]:

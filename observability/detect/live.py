@@ -24,7 +24,6 @@ from observability.detect.findings import (
     LOSS_SPIKE,
     NOTICED_AT,
     SKIPPED_STEP,
-    SLOW_KERNEL,
     Finding,
     duration,
 )
