@@ -261,7 +261,8 @@ def single_steps(body: Body) -> list[Finding]:
         findings = [finding for finding in findings if finding.cause not in (SPIKE, SLOW_KERNEL)]
     if body.shared:  # a layer that was slow once is one in which a thread waited, but for the rarest
         findings = [replace(f, severity=LOW) if f.cause == SLOW_KERNEL else f for f in findings]
-    return causes.crowded(body.table, findings)
+    # What steps waited is expected of them where `apart`: interference is then what held the process up beside it.
+    return findings if apart else causes.crowded(body.table, findings)
 
 
 def longer_batches(body: Body) -> list[Finding]:
