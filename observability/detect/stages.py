@@ -257,12 +257,13 @@ def single_steps(body: Body) -> list[Finding]:
         causes.of_step(body.table, times, kinds, row, float(away[row]), float(body.outside.excess[row]), apart)
         for row in rows.tolist()
     ]
-    if host.too_short(body.table):
+    short = host.too_short(body.table)
+    if short:
         findings = [finding for finding in findings if finding.cause not in (SPIKE, SLOW_KERNEL)]
     if body.shared:  # a layer that was slow once is one in which a thread waited, but for the rarest
         findings = [replace(f, severity=LOW) if f.cause == SLOW_KERNEL else f for f in findings]
     # What steps waited is expected of them where `apart`: interference is then what held the process up beside it.
-    return findings if apart else causes.crowded(body.table, findings)
+    return findings if apart and not short else causes.crowded(body.table, findings)
 
 
 def longer_batches(body: Body) -> list[Finding]:

@@ -73,7 +73,7 @@ def tiles(analysis: Analysis) -> str:
     if len(loss):
         tenth = max(1, len(loss) // 10)
         tiles.append(("loss, first and last tenth", f"{np.mean(loss[:tenth]):.3g} → {np.mean(loss[-tenth:]):.3g}"))
-    tiles.append(("lost to anomalies", f"{time_lost(analysis) / max(wall, 1e-12):.1%}"))
+    tiles.append(("lost, explained or not", f"{time_lost(analysis) / max(wall, 1e-12):.1%}"))
     cells = (f'<div class="tile"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>' for k, v in tiles)
     return f'<div class="tiles">{"".join(cells)}</div>'
 
