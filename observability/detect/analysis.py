@@ -159,8 +159,8 @@ def verdict(analysis: Analysis) -> str:
         named = dict.fromkeys(CAUSES[finding.cause] for finding in alarms)
         return f"{head}: {', '.join(named)}.{explained}"
     share = f"{duration(lost)} ({lost / total:.1%} of the run)"
-    worst = CAUSES[max(costs, key=lambda cause: costs[cause])]
-    return f"{head}, costing {share}, most of it through {worst}.{explained}"
+    dearest = CAUSES[max(costs, key=lambda cause: costs[cause])]
+    return f"{head}, costing {share}, most of it through {dearest}.{explained}"
 
 
 def _explained_loss(analysis: Analysis, total: float) -> str:
