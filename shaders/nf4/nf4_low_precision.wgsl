@@ -21,11 +21,10 @@ fn main(
   @builtin(local_invocation_index) thread: u32,
 ) {
   let i = linear_workgroup(group, groups) * 256u + thread;
-  let place = min(i, {{ N * K // CODES - 1 }}u);
+{% set place = "place" if PANELS else "at" %}
+  let {{ place }} = min(i, {{ N * K // CODES - 1 }}u);
 {% if PANELS %}
   let at = (place / {{ 2 * K }}u * 8u + place / 2u % 8u) * {{ K // 4 }}u + place / 64u % {{ K // 32 }}u * 8u + place / 16u % 4u * 2u + place % 2u;
-{% else %}
-  let at = place;
 {% endif %}
   let block = at / {{ 64 // CODES }}u;
 {% if arithmetic == "f16" %}
@@ -36,7 +35,7 @@ fn main(
 {% for i in range(4) %}
   let value{{ i }} = rounded(codebook[(bits >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u] * scale);
 {% endfor %}
-  if (i == place) { out[i] = vec4<f16>(vec4<f32>(value0, value1, value2, value3)); }
+  if (i == {{ place }}) { out[i] = vec4<f16>(vec4<f32>(value0, value1, value2, value3)); }
 {% else %}
   let bits = codes[at];
 {% for byte in bytes %}
@@ -46,7 +45,7 @@ fn main(
 {% for word in range(2) %}{% for i in range(8) %}
   let byte{{ word }}{{ i }} = bytes[(bits[{{ word }}] >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u];
 {% endfor %}{% endfor %}
-  if (i == place) {
+  if (i == {{ place }}) {
     out[i] = vec4<u32>(
 {% for word in range(2) %}{% for i in (0, 4) %}
       byte{{ word }}{{ i }} | (byte{{ word }}{{ i + 1 }} << 8u) | (byte{{ word }}{{ i + 2 }} << 16u) | (byte{{ word }}{{ i + 3 }} << 24u),
