@@ -77,25 +77,28 @@ class Rope:
         kind: str | None = None,
         interleaved: bool = False,
         theta: float = 10000.0,
-        share: float = 1.0,
+        share: float | None = None,
     ) -> Rope:
         """Rotary base and scaling, in the old layout (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
 
         Of a file whose parameters differ by the `kind` of layer ("full_attention", "sliding_attention"), that kind's.
-        `theta` and `share`, the part of a head that is rotated, are the family's where the file gives none.
+        `theta` and `share`, the part of a head that is rotated, are the family's where the file gives none. A family
+        without a `share` rotates whole heads, as transformers does whatever its file says; another part is refused.
         """
         parameters = _parameters(file, kind)
         raw = file.raw
         theta = float(file.checked("rope_theta", _first(parameters.get("rope_theta"), raw.get("rope_theta"), theta)))
         given = _first(parameters.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), share)
-        share = file.checked("partial_rotary_factor", given or share, most=1)
+        part = file.checked("partial_rotary_factor", given or 1.0, most=1)
         name = _first(parameters.get("rope_type"), parameters.get("type"), "default")
         if not isinstance(name, str) or name not in SCALINGS:
             raise file.error(f"rope scaling {shown(name)} is not supported; supported: {', '.join(SCALINGS)}")
-        rotary_dim = head_dim if name == "proportional" else int(head_dim * share)
+        rotary_dim = head_dim if name == "proportional" else int(head_dim * part)
         if rotary_dim % 2 or rotary_dim < 2:
-            raise file.error(f"partial_rotary_factor {shown(share)} of heads of {head_dim} leaves no pairs")
-        return cls(rotary_dim, theta, SCALINGS[name](_Reader(file, parameters, rotary_dim, share, theta)), interleaved)
+            raise file.error(f"partial_rotary_factor {shown(part)} of heads of {head_dim} leaves no pairs")
+        if rotary_dim < head_dim and share is None:
+            raise file.error(f"partial_rotary_factor {shown(part)}: models of this family rotate whole heads")
+        return cls(rotary_dim, theta, SCALINGS[name](_Reader(file, parameters, rotary_dim, part, theta)), interleaved)
 
 
 def _first(*values: Any) -> Any:

@@ -103,6 +103,10 @@ BOUNDS = {
         "rope_scaling.short_factor must be a list of 12 numbers",
     ),
     "YaRN of a theta of one": ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta"),
+    "a part of heads that no Llama rotates": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor 0.5: models of this family rotate whole heads",
+    ),
     "a head cut to no pairs": ({"partial_rotary_factor": 0.05}, "partial_rotary_factor 0.05 of heads of 24"),
     "heads that attention does not compute": ({"head_dim": 258}, "head_dim 258 is above 256"),
     "a cap that ends all": (

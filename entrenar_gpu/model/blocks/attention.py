@@ -50,8 +50,11 @@ class Attention:
         qk_norm: Normed | None = None,
         norm: RmsNorm | None = None,
         fused: bool = False,
+        interleaved: bool = False,
+        share: float | None = None,
     ) -> Attention:
-        """Sizes, and the rotation that most files describe; `norm` is the file's unless given."""
+        """Sizes, and the rotation that most files describe (`interleaved`, `share`: see `Rope.read`); `norm` is the
+        file's unless given."""
         hidden, heads = file.count("hidden_size"), file.count("num_attention_heads")
         kv_heads = file.count("num_key_value_heads", heads)
         head_dim = file.count("head_dim", hidden // heads, most=MOST_HEAD_DIM)
@@ -63,7 +66,8 @@ class Attention:
             raise file.error(f"head_dim {head_dim} is above {ops.LONGEST_HEAD}, the longest that attention computes")
         if file.raw.get("attention_dropout"):
             raise file.error("attention_dropout is not supported (use --dropout for the adapters)")
-        rope, norm = Rope.read(file, head_dim), (norm or RmsNorm.read(file)) if qk_norm else None
+        rope = Rope.read(file, head_dim, interleaved=interleaved, share=share)
+        norm = (norm or RmsNorm.read(file)) if qk_norm else None
         return cls(hidden, heads, kv_heads, head_dim, rope, qkv_bias, out_bias, qk_norm, norm, fused=fused)
 
     @property

@@ -12,5 +12,5 @@ def read(file: ConfigFile) -> ModelConfig:
     file.refuse("resid_pdrop", "embd_pdrop")
     file = file.completed(rms_norm_eps=1e-5)
     mlp = FeedForward.read(file, gate_up_path="mlp.gate_up_proj")
-    layer = Layer(Attention.read(file, fused=True), mlp, RmsNorm.read(file))
+    layer = Layer(Attention.read(file, fused=True, share=1.0), mlp, RmsNorm.read(file))
     return ModelConfig.read(file, [layer.windowed(file.window(None))] * file.num_layers)
