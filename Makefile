@@ -31,7 +31,7 @@ demo: setup ## Fine-tune the model that ships with the project on Python's docst
 	@.venv/bin/entrenar-gpu demo
 
 test: setup ## Run every test but the comparison with PyTorch
-	@$(PYTEST_ENV) .venv/bin/pytest -m "not parity" --ignore=tests/parity --require-gpu -n $(PYTEST_WORKERS)
+	@$(PYTEST_ENV) .venv/bin/pytest -m "not parity" --ignore=tests/parity --ignore=tests/real --require-gpu -n $(PYTEST_WORKERS)
 
 tier1: tools ## Unit and property tests of quantisation and adapters: under 5 s once warm
 	@$(PYTEST_ENV) .venv/bin/pytest -q $(TIER1)

@@ -22,6 +22,7 @@ from entrenar_gpu.ops.half import from_half, to_half
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build, plan_of
 from tests.ops import (
+    test_argmax,
     test_attention_matrix,
     test_cached_attention,
     test_gemv,
@@ -56,6 +57,7 @@ NEED_FEATURES = {
     "attention_matrix",
     "attention_dscores_matrix",
     "attention_grad_matrix",
+    "cached_attention_block",
 }
 
 
@@ -76,6 +78,7 @@ def other_graphs() -> dict[str, Graph]:
         for rows in (3, 40):
             merged = graphs[f"rows merged {rows} {double}"] = test_gemv.merged_graph(double, rows)
             fuse_rows(merged, Caps())
+    graphs["argmax"] = test_argmax.graph_of(3, 5000)
     graphs["linear"] = test_low_precision.Layer((65, 128, 192, 8), "int8").graph
     return graphs
 
@@ -150,7 +153,7 @@ def test_every_template_has_a_planted_fault():
     planted = {row[0] for row in (*test_kernels.FAULTS, *test_optimizer.FAULTS)} | set(test_kernels.SPLIT.values())
     planted |= {row[0] for row in (*test_low_precision.FAULTS, *test_half.FAULTS, *test_low_rank.FAULTS)}
     planted |= {"nf4_quantize", "nf4_quantize_scales", "nf4_mean"}  # test_quantize.py
-    planted |= {row[0] for row in (*test_cached_attention.FAULTS, *test_gemv.FAULTS)}
+    planted |= {row[0] for row in (*test_argmax.FAULTS, *test_cached_attention.FAULTS, *test_gemv.FAULTS)}
     planted |= {row[0] for row in test_attention_matrix.FAULTS}
     planted.add("matmul_matrix")  # test_matrix_units.py
     planted |= {"matmul_matrix_int8", "rotated_rows", "nf4_rotated_columns"}  # test_matrix_int8.py

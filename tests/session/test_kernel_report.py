@@ -63,6 +63,7 @@ def test_a_decoder_has_kernels_of_its_own(model):
     report = plan_decoder(config, MATRICES, 1 << 30, context=64).to_mapping()["kernels"]
     for _, kernels in told(report, "attention").values():
         assert kernels.keys() == {"decode", "prefill"}
-        assert kernels["decode"][0] == kernels["prefill"][0] == "cached_attention"
+        assert kernels["decode"][0] == "cached_attention"
+        assert kernels["prefill"][0] == "cached_attention_block"
     (heads,) = told(report, "head").values()
     assert heads[1]["decode"] == ["gemv"]
