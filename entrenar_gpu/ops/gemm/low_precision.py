@@ -116,14 +116,9 @@ def low_precision_rows_launch(
         bindings.append(writes("scales", scales))
     arithmetic, each = ("f16", 4) if scales is None else ("int8", 16)  # values that an invocation takes
     constants: dict[str, Any] = {"M": rows, "K": k, "arithmetic": arithmetic, "over_127": literal(OVER_127)}
-    constants |= {"GROUPS": 0, "PANELS": len(out.shape) == 5}
+    constants["PANELS"] = len(out.shape) == 5
     workgroups = ceil_div((out.size if constants["PANELS"] else rows * k), 256 * each)
-    if down is not None:
-        by, made, transposed = down
-        bindings += [reads("by", by, 4), writes("down", made, 4)]
-        constants |= low_rank.rows_constants(made.columns, transposed)
-        workgroups += ceil_div(rows, 4)
-    return Launch("low_precision_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
+    return low_rank.beside("low_precision_rows", bindings, constants, workgroups, rows, down, caps)
 
 
 def weight_workspace(attrs: Mapping[str, Any]) -> list[Spec]:

@@ -7,9 +7,10 @@ that does so makes theirs too (low_precision.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, reads, writes
+from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, reads, writes
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.ops.gemm.tiles import SUMMED_AT_ONCE
 
@@ -43,6 +44,26 @@ def launch(
 def rows_constants(rank: int, transpose_b: bool, alpha: float = 1.0) -> dict[str, Any]:
     """What lib/low_rank.wgsl wants to know of a matmul whose columns are a rank, besides M and K."""
     return {"GROUPS": rank // 4, "AHEAD": ROWS_AHEAD, "b_transposed": transpose_b, "alpha": alpha}
+
+
+def beside(
+    shader: str,
+    bindings: Sequence[Binding],
+    constants: Mapping[str, Any],
+    workgroups: int,
+    rows: int,
+    down: tuple[Tensor, Tensor, bool] | None,
+    caps: Caps,
+) -> Launch:
+    """A launch of `workgroups` over `rows` of x, whose shader makes c [rows, R] = x op(b) too, R one of RANKS, where
+    there is a `down` = (b, c, whether b is transposed)."""
+    constants = {**constants, "GROUPS": 0}
+    if down is not None:
+        b, c, transposed = down
+        bindings = [*bindings, reads("by", b, 4), writes("down", c, 4)]
+        constants |= rows_constants(c.columns, transposed)
+        workgroups += ceil_div(rows, 4)
+    return Launch(shader, tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
 
 
 def _over_rows(a: Tensor, b: Tensor, c: Tensor, alpha: float, accumulate: bool, caps: Caps) -> Launch:

@@ -110,14 +110,8 @@ def rotated_rows_launch(
     """
     offset, _ = split_offset(source.base, source.tensor)
     bindings = [reads("x", source.tensor, 4, offset), writes("out", out, 4), writes("scales", scales)]
-    constants = {**_row_constants(rows, k), "source": "f32", "GROUPS": 0}
-    workgroups = ceil_div(rows, constants["ROWS"])
-    if down is not None:
-        by, made, transposed = down
-        bindings += [reads("by", by, 4), writes("down", made, 4)]
-        constants |= low_rank.rows_constants(made.columns, transposed)
-        workgroups += ceil_div(rows, 4)
-    return Launch("rotated_rows", tuple(bindings), constants, grid_of(workgroups, caps), trusted=True)
+    constants = {**_row_constants(rows, k), "source": "f32"}
+    return low_rank.beside("rotated_rows", bindings, constants, ceil_div(rows, constants["ROWS"]), rows, down, caps)
 
 
 def _row_constants(rows: int, k: int) -> dict[str, Any]:
