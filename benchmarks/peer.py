@@ -1,10 +1,10 @@
-"""The peer: QLoRA of Qwen3-4B's shape by transformers, PEFT and bitsandbytes in bf16, and the card's own ceilings.
+"""The peer: QLoRA of a model's shape by transformers, PEFT and bitsandbytes in bf16, and the card's own ceilings.
 
-    python -m benchmarks.peer train 1x512 4x512     a JSON line for each batch x tokens, as it is measured
+    python -m benchmarks.peer train 1x512 4x512     a JSON line for each batch x tokens, as it is measured (--shape)
     python -m benchmarks.peer ceilings              copy bandwidth, and cuBLAS at 2048x9728x2560
 
 Needs torch with CUDA; `train` also transformers, peft and bitsandbytes, with --liger Liger's kernels (liger-kernel).
-Random weights, NF4 with double quantisation, rank 16 on all seven projections, AdamW on the adapters, layers recomputed
+Random weights, NF4 with double quantisation, rank 16 on every projection, AdamW on the adapters, layers recomputed
 in the backward pass unless --keep.
 """
 
@@ -16,12 +16,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from entrenar_gpu.config import SHAPES, TrainConfig
+from entrenar_gpu.config import SHAPES
 
-SHAPE = SHAPES["qwen3-4b"]
 RANK = 16
 STEPS, WARM_UP = 5, 2
 PRODUCT = (2048, 9728, 2560)  # m, n, k: up-projection of 2,048 tokens
@@ -35,6 +34,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train")
     train.add_argument("rows", nargs="+", help="batch x tokens, as 4x512")
+    train.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
     train.add_argument("--keep", action="store_true", help="keep activations instead of recomputing layers")
     train.add_argument(
         "--liger", action="store_true", help="with Liger's kernels for norms, rotary, SwiGLU and the loss"
@@ -49,7 +49,7 @@ def main() -> None:
         if args.command == "ceilings":
             print(json.dumps(ceilings()))
             return
-        model = make_model(not args.keep, args.liger)
+        model = make_model(SHAPES[args.shape], not args.keep, args.liger)
     except ImportError as error:
         sys.exit(f"{error.name} is not installed")
     for text in args.rows:
@@ -57,30 +57,29 @@ def main() -> None:
         print(json.dumps(time_training(model, batch, tokens)), flush=True)
 
 
-def make_model(recompute: bool, liger: bool = False) -> Any:
-    """The model on the GPU, its projections quantised, with fresh adapters."""
+def make_model(shape: Mapping[str, Any], recompute: bool, liger: bool = False) -> Any:
+    """The model of a config.json on the GPU, its projections quantised, with fresh adapters."""
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    if liger:  # before a model is made: it replaces the classes that models are made of
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-        apply_liger_kernel_to_qwen3()
-    torch.manual_seed(0)
-    config = Qwen3Config(**{key: value for key, value in SHAPE.items() if key != "architectures"})
+    made_of = getattr(transformers, shape["architectures"][0])
+    config = made_of.config_class(**{key: value for key, value in shape.items() if key != "architectures"})
     config._attn_implementation = "sdpa"
+    if liger:  # before a model is made: it replaces the classes that models are made of
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        MODEL_TYPE_TO_APPLY_LIGER_FN[config.model_type]()
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = Qwen3ForCausalLM(config)
+        model = made_of(config)
     torch.set_default_dtype(torch.float32)
     _quantise(model)
     model.is_loaded_in_4bit = model.is_quantized = True
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if recompute else {}
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute, **options)
-    adapters = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=TrainConfig().target.split(","), bias="none", task_type="CAUSAL_LM"
-    )
+    adapters = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
     model = get_peft_model(model, adapters)
     model.train()
     return model
@@ -117,7 +116,7 @@ def time_training(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, SHAPE["vocab_size"], (batch, tokens), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device="cuda")
     seconds = []
     for _ in range(WARM_UP + STEPS):
         torch.cuda.synchronize()
