@@ -91,13 +91,15 @@ def add_chunk(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilde
             builder.add_spans(*_ended(row, *encoded.pop(row.row), reader, builder.seq))
 
 
-def _ended(draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq: int) -> tuple[list[int], list[Span]]:
-    """A text's ids with what begins and ends it, and which of them are trained.
+def _ended(
+    draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq: int
+) -> tuple[list[int], list[Span], list[float] | None]:
+    """A text's ids with what begins and ends it, which of them are trained, and how much these spans count.
 
     A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer. What ends a
     text is trained, what begins it is not where a prompt follows.
     """
-    where, tokenizer = reader.source.place(draft.row), reader.tokenizer
+    where, tokenizer, weights = reader.source.place(draft.row), reader.tokenizer, draft.weights
     if draft.shortened and len(ids) < seq:
         raise UserError(
             f"{where}: the line is too long: the part of its text that is read holds less than --seq tokens"
@@ -111,10 +113,11 @@ def _ended(draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq:
         if tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)
             spans.append((len(ids) - 1, len(ids)))
+            weights = weights and [*weights, weights[-1]]  # as the turn that it ends
         elif draft.rendered or not tokenizer.ending:
             raise UserError(f"{tokenizer.folder}: no eos_token in tokenizer_config.json to end texts with")
     if (highest := max(ids[:seq], default=0)) >= reader.vocab_size:
         raise UserError(
             f"{where}: the tokenizer gives token id {highest}, outside the model's vocabulary of {reader.vocab_size}"
         )
-    return ids, spans if draft.spans is not None else [(0, len(ids))]
+    return ids, spans if draft.spans is not None else [(0, len(ids))], weights

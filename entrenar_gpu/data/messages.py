@@ -13,9 +13,10 @@ from entrenar_gpu.errors import UserError
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_SWITCHES = ("train", "training")  # axolotl's; OpenAI has a weight of 0 or 1
+_SWITCHES = ("train", "training")  # axolotl's; OpenAI has a weight, of 0 or 1
 _DETAILS = ("train_detail", "training_detail")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+LEAST_WEIGHT = 1e-6  # of what counts in the loss; its reciprocal is the largest
 
 
 def read_messages(value: Any, key: str) -> list[Message]:
@@ -73,18 +74,19 @@ def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
     return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value
 
 
-def trained_turns(messages: list[Message], key: str) -> list[bool]:
-    """For each turn of the assistant whether it is to be learned: all that is not marked otherwise."""
-    marks = []
+def turn_weights(messages: list[Message], key: str) -> list[float]:
+    """For each turn of the assistant how much its tokens count in the loss: 1 unless it is marked otherwise, 0 where it
+    is not to be learned."""
+    weights = []
     for i, message in enumerate(messages, 1):
-        mark = len(message) == 2 or _mark(message, f"{key}: message {i}")
+        weight = 1.0 if len(message) == 2 else _weight(message, f"{key}: message {i}")
         if message["role"] == "assistant":
-            marks.append(mark)
-    return marks
+            weights.append(weight)
+    return weights
 
 
-def _mark(message: Message, where: str) -> bool:
-    """Whether a message's own marks let it be trained. Marks that cannot be followed are refused."""
+def _weight(message: Message, where: str) -> float:
+    """What a message's own marks say. Those that cannot be followed are refused."""
     for name in _DETAILS:
         if message.get(name):
             raise UserError(f"{where} has {name}: parts of a turn cannot be marked, only the turn (train, weight)")
@@ -95,9 +97,17 @@ def _mark(message: Message, where: str) -> bool:
         if value and message["role"] != "assistant":
             raise UserError(f"{where}: {name} is true, but only turns of the assistant are trained")
     weight = message.get("weight", 1)
-    if weight not in (0, 1) or isinstance(weight, str):
-        raise UserError(f"{where}: weight must be 0 or 1, not {json.dumps(weight)[:40]}")
-    return bool(weight) and all(switches.values())
+    if not is_weight(weight):
+        bounds = f"{LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}"
+        raise UserError(f"{where}: weight must be 0 or a number from {bounds}, not {json.dumps(weight)[:40]}")
+    if weight not in (0, 1) and message["role"] != "assistant":
+        raise UserError(f"{where}: weight is {weight:g}, but only turns of the assistant are trained")
+    return float(weight) if all(switches.values()) else 0.0
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value may say how much a token counts: 0, which leaves it out, or a number that f32's sums can bear."""
+    return isinstance(value, int | float) and (value == 0 or LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT)
 
 
 def read_tools(value: Any) -> list[Any] | None:

@@ -20,7 +20,7 @@ _MARGIN = 64  # tokens before the cut that do not count
 _FARTHER = 1.5  # the second cut, by the first
 _NEAR = 8  # characters at the ends of a span that are looked up one by one: the first nearly always has a token
 
-# A text's ids, and for each of its spans of characters the tokens [first, last) that have any of these.
+# A text's ids, and for each of its spans of characters the tokens [first, last) that have any of these: (0, 0) if none.
 Encoded = tuple[list[int], list[Span]]
 
 
@@ -72,10 +72,10 @@ class PrefixEncoder:
 
 
 def _located(encoding: Any, spans: Sequence[Span], length: int) -> Encoded:
-    return encoding.ids, [found for start, end in spans if (found := _tokens_of(encoding, start, min(end, length)))]
+    return encoding.ids, [_tokens_of(encoding, start, min(end, length)) for start, end in spans]
 
 
-def _tokens_of(encoding: Any, start: int, end: int) -> Span | None:
+def _tokens_of(encoding: Any, start: int, end: int) -> Span:
     """The tokens [first, last) with any of the characters [start, end); several may have one and the same."""
     first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1) if start < end else None
     if first is None or last is None:
@@ -90,7 +90,7 @@ def _tokens_of(encoding: Any, start: int, end: int) -> Span | None:
         return first, last
     offsets = encoding.offsets
     first, last = bisect_right(offsets, start, key=_end), bisect_left(offsets, end, key=_begin)
-    return (first, last) if first < last else None
+    return (first, last) if first < last else (0, 0)
 
 
 def _begin(span: Span) -> int:

@@ -23,7 +23,15 @@ from typing import Any
 
 from entrenar_gpu.chat import Conversation, FailedRow, Message, Span
 from entrenar_gpu.data.lines import Row
-from entrenar_gpu.data.messages import kind_of, read_messages, read_tools, read_variables, trained_turns
+from entrenar_gpu.data.messages import (
+    LEAST_WEIGHT,
+    is_weight,
+    kind_of,
+    read_messages,
+    read_tools,
+    read_variables,
+    turn_weights,
+)
 from entrenar_gpu.data.rows import RowSource
 from entrenar_gpu.data.shapes import from_alpaca, from_sharegpt, renamed, shape_of, with_system
 from entrenar_gpu.data.tokenizer import Tokenizer
@@ -31,7 +39,6 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.ops.loss import IGNORE
 
 _MASKS = ("completion_mask", "assistant_masks")  # beside input_ids: 1 where a token is trained
-_LEAST_WEIGHT = 1e-6  # of a token that counts; its reciprocal is the largest
 # Rows that are tokenised together, on all cores: up to so many, or so many bytes of them.
 ROWS_AT_ONCE = 1024
 _BYTES_AT_ONCE = 1 << 20
@@ -39,7 +46,8 @@ _BYTES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Draft:
-    """A row before tokenisation: its text, the characters to train (None: all), whether EOS ends it.
+    """A row before tokenisation: its text, the characters to train (None: all), whether EOS ends it, how much each span
+    counts in the loss (None: all the same).
 
     `rendered` text comes from a chat template, which writes its own special tokens; `shortened` text goes on.
     """
@@ -50,6 +58,7 @@ class Draft:
     eos: bool
     rendered: bool
     shortened: bool = False
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Chat:
-    """A conversation before it is rendered: which of the assistant's turns are trained; whether a completion's end
-    is to be made sure of."""
+    """A conversation before it is rendered: how much each of the assistant's turns counts in the loss, 0 being not
+    trained; whether a completion's end is to be made sure of."""
 
     row: int
     conversation: Conversation
-    trained: list[bool]
-    marked: bool
+    weights: list[float]
     completion: bool = False
     shortened: bool = False
 
@@ -155,7 +163,7 @@ class Reader:
         elif kind in ("messages", "conversations"):
             turns = record["messages"] if kind == "messages" else from_sharegpt(record)
             messages = read_messages(with_system(turns, record), kind)
-            draft = self._conversation(row.number, messages, trained_turns(messages, kind), record)
+            draft = self._conversation(row.number, messages, turn_weights(messages, kind), record)
         else:
             record = from_alpaca(record, self._as_chat) if kind == "instruction" else record
             draft = self._completion(row.number, record)
@@ -177,15 +185,17 @@ class Reader:
         if isinstance(record["prompt"], list) or isinstance(record["completion"], list):
             prompt = read_messages(with_system(record["prompt"], record), "prompt")
             completion = read_messages(record["completion"], "completion")
-            earlier = [False] * len(trained_turns(prompt, "prompt"))
-            trained = [*earlier, *trained_turns(completion, "completion")]
-            return self._conversation(number, [*prompt, *completion], trained, record, completion=True)
+            earlier = turn_weights(prompt, "prompt")
+            if not self.train_all:
+                earlier = [0.0] * len(earlier)
+            weights = [*earlier, *turn_weights(completion, "completion")]
+            return self._conversation(number, [*prompt, *completion], weights, record, completion=True)
         asked, said = _text(record, "prompt"), _text(record, "completion")
         self._completions += 1
         messages: list[Message] = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         messages = with_system(messages, record)
         if self._as_chat:
-            return self._conversation(number, messages, [True], record, completion=True)
+            return self._conversation(number, messages, [1.0], record, completion=True)
         if len(messages) == 3:
             asked = f"{messages[0]['content']}\n\n{asked}"
         spans = None if self.train_all else [(len(asked), len(asked) + len(said))]
@@ -195,14 +205,13 @@ class Reader:
         self,
         number: int,
         messages: list[Message],
-        trained: list[bool],
+        weights: list[float],
         record: Mapping[str, Any],
         completion: bool = False,
     ) -> _Chat:
         variables = read_variables(record.get("chat_template_kwargs"))
         conversation = Conversation(messages, read_tools(record.get("tools")), variables)
-        marked = any(not mark for mark in (trained_turns(messages, "messages") if completion else trained))
-        return _Chat(number, conversation, trained, marked, completion)
+        return _Chat(number, conversation, weights, completion)
 
     def _tokens(self, record: Mapping[str, Any]) -> Tokens:
         ids = _integers(record, "input_ids")
@@ -235,7 +244,7 @@ class Reader:
         groups: dict[tuple[bool, str], list[_Chat]] = {}
         for chat in chats:
             with_tools = chat.conversation.tools is not None
-            ask = "text" if self.train_all and not chat.marked else "turns"
+            ask = "text" if self.train_all and all(weight == 1 for weight in chat.weights) else "turns"
             groups.setdefault((with_tools, ask), []).append(chat)
         for (with_tools, ask), group in groups.items():
             template = self.tokenizer.template([] if with_tools else None)
@@ -255,36 +264,43 @@ class Reader:
         return [done[row.row] if isinstance(row, _Chat) else row for row in chunk]
 
     def _drafted(self, chat: _Chat, text: str, spans: list[Span] | None) -> Draft:
-        """A rendered conversation with the characters to train."""
+        """A rendered conversation with the characters to train, and how much they count."""
         _encodable(text)
-        if spans is not None and not all(chat.trained):
-            if len(spans) != len(chat.trained):
+        eos = chat.completion and not self.tokenizer.ends_with_special(text)
+        if spans is None:
+            return Draft(chat.row, text, None, eos=eos, rendered=True, shortened=chat.shortened)
+        weights = chat.weights
+        if len(spans) != len(weights):
+            if any(weight != 1 for weight in weights):
                 raise UserError(
                     "the chat template's generation tags do not mark one span per turn; use messages without marks"
                 )
-            pairs = list(zip(spans, chat.trained, strict=True))
-            spans = [span for span, trained in pairs if trained]
-            if self.train_all:
-                marked = _marks_of(chat)
-                spans = _between([span for (span, _), mark in zip(pairs, marked, strict=True) if not mark], len(text))
-        elif self.train_all:
-            spans = None
-        eos = chat.completion and not self.tokenizer.ends_with_special(text)
+            weights = [1.0] * len(spans)
         if eos and spans:
             # EOS comes last: what the template writes before it (a newline) is said too
             spans = [*spans[:-1], (spans[-1][0], len(text))]
-        return Draft(chat.row, text, spans, eos=eos, rendered=True, shortened=chat.shortened)
+            eos = weights[-1] > 0
+        turns = list(zip(spans, weights, strict=True))
+        if self.train_all:
+            turns = _with_the_rest(turns, len(text))
+        turns = [(span, weight) for span, weight in turns if weight]
+        equal = all(weight == 1 for _, weight in turns)
+        return Draft(
+            chat.row,
+            text,
+            [span for span, _ in turns],
+            eos=eos,
+            rendered=True,
+            shortened=chat.shortened,
+            weights=None if equal else [weight for _, weight in turns],
+        )
 
 
-def _marks_of(chat: _Chat) -> list[bool]:
-    """For each turn of the assistant whether its own marks let it be trained, in a prompt too."""
-    return trained_turns(list(chat.conversation.messages), "messages")
-
-
-def _between(left_out: list[Span], length: int) -> list[Span]:
-    """The spans of a text of `length` characters between those that are left out."""
-    edges = [0, *(edge for span in left_out for edge in span), length]
-    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+def _with_the_rest(turns: list[tuple[Span, float]], length: int) -> list[tuple[Span, float]]:
+    """Spans of a text of `length` characters with those between them, which count once."""
+    edges = [0, *(edge for span, _ in turns for edge in span), length]
+    rest = [((a, b), 1.0) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    return sorted([*turns, *rest])
 
 
 def _encodable(text: str) -> None:
@@ -343,10 +359,10 @@ def _weights(record: Mapping[str, Any], length: int) -> list[float]:
     value = listed(record["weights"])
     if not isinstance(value, list) or not all(isinstance(w, int | float) and not isinstance(w, bool) for w in value):
         raise UserError("weights must be a list of numbers")
-    wrong = next((w for w in value if w != 0 and not _LEAST_WEIGHT <= w <= 1 / _LEAST_WEIGHT), None)
+    wrong = next((w for w in value if not is_weight(w)), None)
     if wrong is not None:
         raise UserError(
-            f"weights: {str(wrong)[:40]} is neither 0 nor between {_LEAST_WEIGHT:g} and {1 / _LEAST_WEIGHT:g}"
+            f"weights: {str(wrong)[:40]} is neither 0 nor between {LEAST_WEIGHT:g} and {1 / LEAST_WEIGHT:g}"
         )
     if len(value) != length:
         raise UserError(f"weights: {len(value)} of them for {length} input_ids")

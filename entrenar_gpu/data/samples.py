@@ -89,20 +89,26 @@ class SampleBuilder:
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
 
-    def add_spans(self, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
-        """One sample of which the tokens of these spans [first, last) are trained."""
+    def add_spans(
+        self, ids: Sequence[int], spans: Sequence[tuple[int, int]], weights: Sequence[float] | None = None
+    ) -> None:
+        """One sample of which the tokens of these spans [first, last) are trained, each with its span's weight."""
         tokens = np.array(ids[: self.seq], np.uint32)
         targets = np.full(len(tokens), IGNORE, np.int32)
+        counted = np.ones(len(tokens), np.float32)
         trained = False
-        for first, last in spans:
+        for i, (first, last) in enumerate(spans):
             first, last = max(first, 1), min(last, len(tokens))
             if first < last:
                 targets[first - 1 : last - 1] = tokens[first:last]
+                counted[first - 1 : last - 1] = 1 if weights is None else weights[i]
                 trained = True
         if not trained:
             self._skip(len(ids) > self.seq)
             return
         self.cut += len(ids) > self.seq
+        if weights is not None:
+            self._weighted.append((len(self.tokens), counted))
         self.tokens.frombytes(tokens.tobytes())
         self.targets.frombytes(targets.tobytes())
         self.starts.append(len(self.tokens))

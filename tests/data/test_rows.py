@@ -112,6 +112,54 @@ def test_marks_count_in_completions_and_with_loss_on_everything(tmp_path):
     assert learned.endswith("<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>\n")
 
 
+def counted(tokenizer, samples) -> list[tuple[str, float]]:
+    """The tokens in the loss, as texts, with their weights: neighbours of one weight together."""
+    (ids, targets), found = samples[0], []
+    for i, weight in zip(targets[:-1], samples.weights[:-1], strict=True):
+        text = "" if i == IGNORE else tokenizer.backend.decode([i], skip_special_tokens=False)
+        if found and found[-1][1] == weight:
+            found[-1] = (found[-1][0] + text, weight)
+        else:
+            found.append((text, float(weight)))
+    assert len(samples.weights) == len(ids)
+    return [pair for pair in found if pair[1]]
+
+
+def test_a_turn_counts_as_its_weight_says(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, chat_templates.QWEN25)
+    first, second = assistant("Lyon", weight=0.25), assistant("Paris", weight=3)
+    rows = {"messages": [user("a"), first, user("b"), assistant("Rome", weight=0), user("c"), second, user("d"),
+                         assistant("Bonn")]}  # fmt: skip
+    samples = load(tmp_path, tokenizer, rows)
+    assert counted(tokenizer, samples) == [("Lyon<|im_end|>", 0.25), ("Paris<|im_end|>", 3), ("Bonn<|im_end|>", 1)]
+    assert trained(tokenizer, samples) == "Lyon<|im_end|>Paris<|im_end|>Bonn<|im_end|>"
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "Lyon", "weight": 0.25}]
+    samples = load(tmp_path, tokenizer, {"conversations": turns})
+    assert counted(tokenizer, samples) == [("Lyon<|im_end|>", 0.25)]
+
+
+def test_weights_of_turns_count_in_completions_and_with_loss_on_everything(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, chat_templates.QWEN25)
+    turns = [assistant("Lyon", weight=0.5), user("b"), assistant("Paris")]
+    samples = load(tmp_path, tokenizer, {"prompt": [user("a")], "completion": turns})
+    assert counted(tokenizer, samples) == [("Lyon<|im_end|>", 0.5), ("Paris<|im_end|>", 1)]
+    samples = load(tmp_path, tokenizer, {"prompt": [user("a"), turns[0]], "completion": turns[1:]}, loss_on="all")
+    before, half, after = counted(tokenizer, samples)
+    assert before[0].endswith("user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert before[1] == 1
+    assert half == ("Lyon<|im_end|>", 0.5)
+    assert after == ("\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>\n", 1)
+
+
+def test_the_end_that_a_template_leaves_out_counts_as_its_turn(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, PRINTS, eos_token="</s>")
+    row = {"prompt": [user("a")], "completion": [assistant("Lyon", weight=0.5)]}
+    assert counted(tokenizer, load(tmp_path, tokenizer, row)) == [("Lyon</s>", 0.5)]
+    row["completion"] = [assistant("Lyon"), user("b"), assistant("Paris", weight=0)]
+    samples = load(tmp_path, tokenizer, row)
+    assert trained(tokenizer, samples) == "Lyon"
+
+
 def test_a_row_without_a_turn_to_learn_is_skipped(tmp_path):
     tokenizer = tokenizer_of(tmp_path)
     rows = [{"messages": [user("a"), assistant("b", train=False)]}, {"messages": [user("a"), assistant("c")]}]
@@ -120,7 +168,12 @@ def test_a_row_without_a_turn_to_learn_is_skipped(tmp_path):
 
 
 BAD_MARKS = {
-    "half a weight": (assistant("b", weight=0.5), "message 2: weight must be 0 or 1, not 0.5"),
+    "less than nothing": (
+        assistant("b", weight=-0.5),
+        "message 2: weight must be 0 or a number from 1e-06 to 1e.06, not -0.5",
+    ),
+    "no number": (assistant("b", weight=float("nan")), "message 2: weight must be 0 or a number from .* not NaN"),
+    "half a user": (user("b") | {"weight": 0.5}, "message 2: weight is 0.5, but only turns of the assistant"),
     "a word": (assistant("b", train="no"), "message 2: train must be true or false, not text"),
     "parts of a turn": (assistant("b", train_detail=[{"begin_offset": 0}]), "message 2 has train_detail"),
     "a user to be learned": (user("b") | {"train": True}, "message 2: train is true, but only turns of the assistant"),

@@ -16,9 +16,13 @@ pytest.importorskip("peft")
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from transformers.integrations.neftune import neftune_post_forward_hook  # noqa: E402
 
+from entrenar_gpu.data.tokenizer import Tokenizer  # noqa: E402
 from entrenar_gpu.model.decoder import NOISE_KEY  # noqa: E402
 from entrenar_gpu.ops.dropout import philox  # noqa: E402
+from entrenar_gpu.train.evaluate import evaluate_data  # noqa: E402
 from entrenar_gpu.train.trainer import Trainer  # noqa: E402
+from tests.data.test_chat import assistant, model_folder, user  # noqa: E402
+from tests.helpers.chat_templates import QWEN25  # noqa: E402
 from tests.helpers.runs import config_of  # noqa: E402
 from tests.helpers.tiny import make_data  # noqa: E402
 from tests.parity import reference  # noqa: E402
@@ -73,6 +77,26 @@ def test_fifty_steps_of_qlora(tmp_path, kernels, architecture):
         check(trainer, model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
     finally:
         trainer.session.close()
+
+
+def test_turns_count_as_their_messages_say(tmp_path):
+    """Σ w·l / Σ w over the tokens of a conversation's turns."""
+    folder = reference.save_model(tmp_path / "model", "qwen3-tied", vocab_size=320)
+    tokenizer = Tokenizer.load(model_folder(folder, {"eos_token": "<|im_end|>", "chat_template": QWEN25}))
+    said = {"Lyon": 0.25, "Paris": 3.0, "Rome": 1.0}
+    turns = [m for text, w in said.items() for m in (user("a"), assistant(text) | {"weight": w})]
+    messages = [{"role": "system", "content": "b"}, *turns]
+    rendered = tokenizer.render_turns(messages)
+    encoding = tokenizer.backend.encode(rendered.text, add_special_tokens=False)
+    with torch.no_grad():
+        logits = reference.load_model(folder)(torch.tensor([encoding.ids])).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(encoding.ids[1:]), reduction="none").numpy()
+    weights = np.zeros(len(encoding.ids))
+    for (start, end), weight in zip(rendered.spans, said.values(), strict=True):
+        weights[[start <= a < end for a, _ in encoding.offsets]] = weight
+    config = config_of(tmp_path, method="lora", seq=128, device="numpy")
+    found = evaluate_data(config, False, [{"messages": messages}])
+    np.testing.assert_allclose(found["loss"], np.average(losses, weights=weights[1:]), rtol=1e-6)
 
 
 def test_fifty_steps_over_weighted_tokens(tmp_path, kernels, rng):
