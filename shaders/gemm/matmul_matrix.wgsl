@@ -8,13 +8,12 @@
 //
 // Tiles lie in workgroup memory as they lie in storage, by whole words, rows padded by 16 bytes against bank conflicts.
 // Matrices are opaque: sums that are `direct` go to C as they are; where something is to be added to them, or they are
-// converted, they go through A's tile, half a row of matrices at a time.
+// converted, they go through A's tile, some matrices of a row at a time: `groups` of (the first, how many).
 {% set DOWN = BM // TM %}{% set THREADS = DOWN * (BN // TN) * SUBGROUP %}
 {% set A_ROW = BK // 8 + 1 %}
 {% set B_ROW = (BK if B.k_contiguous else BN) // 8 + 1 %}{% set B_ROWS = BN if B.k_contiguous else BK %}
 {% set RK = [BK, (R + MK - 1) // MK * MK] | min %}{# steps of R that are staged at a time #}
 {% set P_ROW = RK // 8 + 1 %}{% set Q_ROW = (RK if q_contiguous else BN) // 8 + 1 %}
-{% set STORED = TN // 8 + 1 %}{% set LANES = TN // 8 %}{% set AT_ONCE = SUBGROUP // LANES %}{# of four sums each #}
 {% import "lib/matrix.wgsl" as matrix with context %}
 {% import "lib/epilogue.wgsl" as epilogue with context %}
 {% include "lib/widen.wgsl" %}
@@ -146,19 +145,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{ matrix.store("c", "at_c + %du" % (i * MM * ldc + j * MN), "sums%d_%d" % (i, j), ldc) }}
 {% endfor %}{% endfor %}
 {% else %}
+{% for i in range(TM // MM) %}
+{% for first, count in groups %}
+{% set STORED = count * MN // 4 + 1 %}{% set LANES = count * MN // 4 %}{% set AT_ONCE = SUBGROUP // LANES %}{# of four sums each #}
+{% set rows = [] %}{% for part in range(MM // AT_ONCE) %}{{ rows.append("(m0 + sm + %du + row)" % (i * MM + part * AT_ONCE)) or "" }}{% endfor %}
+{% set columns = ["n0 + sn + %du + column" % (first * MN)] %}
+  {
   let at_stored = subgroup * {{ MM * STORED }}u;
   let row = lane / {{ LANES }}u;
   let column = lane % {{ LANES }}u * 4u;
-{% for i in range(TM // MM) %}
-{% for half in range(2) %}
-{% set rows = [] %}{% for part in range(MM // AT_ONCE) %}{{ rows.append("(m0 + sm + %du + row)" % (i * MM + part * AT_ONCE)) or "" }}{% endfor %}
-{% set columns = ["n0 + sn + %du + column" % (half * TN // 2)] %}
   workgroupBarrier();
-{% for j in range(TN // MN // 2) %}
-{{ matrix.store_words("tile_a", "at_stored + %du" % (j * MN // 4), "sums%d_%d" % (i, half * TN // MN // 2 + j), STORED) }}
+{% for j in range(count) %}
+{{ matrix.store_words("tile_a", "at_stored + %du" % (j * MN // 4), "sums%d_%d" % (i, first + j), STORED) }}
 {% endfor %}
   workgroupBarrier();
-  {
 {% for part in range(MM // AT_ONCE) %}
     var acc{{ part }}_0 = bitcast<vec4<f32>>(tile_a[at_stored + ({{ part * AT_ONCE }}u + row) * {{ STORED }}u + column / 4u]);
 {% endfor %}

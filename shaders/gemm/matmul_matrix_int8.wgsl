@@ -7,14 +7,13 @@
 // Grid: (ceil(M / BM), ceil(N / BN), slices of K); with several slices, slice z writes to C + z * M * N.
 //
 // Tiles lie in workgroup memory by rows, padded by 16 bytes against bank conflicts. Matrices are opaque: sums
-// go through the tiles' memory, {{ WIDE }} matrices at a time, where invocations turn them into f32 and add the rest.
+// go through the tiles' memory, some matrices of a row at a time (`groups` of the first and how many), where invocations turn them into f32 and add the rest.
 {% set CODES = MK %}{% set MK = HALF_K %}{# of matrices of int8, and of f16 for what is of low rank #}
 {% set DOWN = BM // TM %}{% set THREADS = DOWN * (BN // TN) * SUBGROUP %}
 {% set WORDS = BK // 16 %}{% set ROW = WORDS + 1 %}{# words of a row of a tile, and with padding #}
-{% set COLUMNS = WIDE * MN %}{% set STORED = COLUMNS // 4 + 1 %}{# words of a row of sums #}
-{% set LANES = COLUMNS // 4 %}{% set AT_ONCE = SUBGROUP // LANES %}
+{% set MOST = groups[0][1] * MN // 4 + 1 %}{# words of a row of sums, at most #}
 {% set P_ROW = MK // 8 + 1 %}{% set Q_ROW = (MK if q_contiguous else BN) // 8 + 1 %}
-{% set P_AT = DOWN * (BN // TN) * MM * STORED %}{% set Q_AT = P_AT + DOWN * MM * P_ROW %}
+{% set P_AT = DOWN * (BN // TN) * MM * MOST %}{% set Q_AT = P_AT + DOWN * MM * P_ROW %}
 {% set B_AT = BM * ROW %}
 {% set AFTER = Q_AT + (BN if q_contiguous else MK) * Q_ROW if R else P_AT %}
 {% import "lib/matrix.wgsl" as matrix with context %}
@@ -100,9 +99,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
 {% endif %}
 {% endif %}
-  let at_stored = subgroup * {{ MM * STORED }}u;
-  let row = lane / {{ LANES }}u;
-  let column = lane % {{ LANES }}u;
 {% for i in range(TM // MM) %}
   {
 {% if R %}
@@ -134,14 +130,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
   }
 {% endif %}
-{% for j0 in range(0, TN // MN, WIDE) %}
+{% for first, count in groups %}
+{% set LANES = count * MN // 4 %}{% set STORED = LANES + 1 %}{% set AT_ONCE = SUBGROUP // LANES %}{# of four sums each #}
 {% set rows = [] %}{% for part in range(MM // AT_ONCE) %}{{ rows.append("(m0 + sm + %du + row)" % (i * MM + part * AT_ONCE)) or "" }}{% endfor %}
-{% set columns = ["n0 + sn + %du + column * 4u" % (j0 * MN)] %}
+{% set columns = ["n0 + sn + %du + column * 4u" % (first * MN)] %}
   {
+    let at_stored = subgroup * {{ MM * STORED }}u;
+    let row = lane / {{ LANES }}u;
+    let column = lane % {{ LANES }}u;
 {% if R %}
     workgroupBarrier();
-{% for j in range(WIDE) %}
-{{ int8.store("at_stored + %du" % (j * MN // 4), "low%d" % (j0 + j), STORED) }}
+{% for j in range(count) %}
+{{ int8.store("at_stored + %du" % (j * MN // 4), "low%d" % (first + j), STORED) }}
 {% endfor %}
     workgroupBarrier();
 {% for part in range(MM // AT_ONCE) %}
@@ -149,8 +149,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
 {% endif %}
     workgroupBarrier();
-{% for j in range(WIDE) %}
-{{ int8.store("at_stored + %du" % (j * MN // 4), "sums%d_%d" % (i, j0 + j), STORED) }}
+{% for j in range(count) %}
+{{ int8.store("at_stored + %du" % (j * MN // 4), "sums%d_%d" % (i, first + j), STORED) }}
 {% endfor %}
     workgroupBarrier();
     let by_column = b_scale[min({{ columns[0] }}, {{ N - 4 }}u) / 4u];

@@ -112,10 +112,10 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     width = 1 if matmul.arithmetic == "int8" or not matmul.vector else 4
     shader = SHADERS[matmul.arithmetic]
     if isinstance(tile, MatrixTile) and matmul.arithmetic == "int8_rows":
-        constants |= {"HALF_K": HALF_K, "WIDE": tile.stored_at_once(matmul.low_rank is not None)}
+        constants |= {"HALF_K": HALF_K, "groups": tile.stored_groups("int8_rows", matmul.low_rank is not None)}
     elif isinstance(tile, MatrixTile):
         shader, direct = "matmul_matrix", _stores_sums(matmul, tile)
-        constants["direct"] = direct
+        constants |= {"direct": direct, "groups": tile.stored_groups("f16", False)}
         width = 1 if direct else width
     bindings: list[Binding] = []
     for bound, given in (_operands(matmul, tile), _low_rank(matmul, tile), epilogue(matmul, width)):

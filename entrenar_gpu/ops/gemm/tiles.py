@@ -50,6 +50,7 @@ class Tile:
         return (self.BM + self.BN) * self.BK * 4 * self.buffers
 
 
+_MATRICES = ((4, 4), (4, 5), (4, 6), (4, 3), (2, 4), (2, 2))  # of a subgroup's sums, down and across
 HALF_K = 16  # steps of K of a matrix of f16, on every device that has int8 too
 
 
@@ -75,23 +76,32 @@ class MatrixTile(Tile):
         """
         if arithmetic == "int8_rows":
             tiles = (self.BM + self.BN) * (self.BK + 16)
-            return max(tiles, self.sums_bytes(self.stored_at_once(True), True))
+            return max(tiles, self.sums_bytes(self.stored_groups(arithmetic, True)[0][1], True))
         return (self.BM * (self.BK + 8) + max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))) * 2
 
     def sums_bytes(self, matrices: int, low_rank: bool) -> int:
-        """In int8, what so many matrices of sums of each subgroup take, and operands in f16 of what an adapter adds."""
+        """What so many matrices of sums of each subgroup take, and in int8 operands in f16 of what an adapter adds."""
         subgroups = self.threads // self.SUBGROUP
         down = self.BM // self.TM * self.MM
         adapter = (down + self.BN) * (HALF_K + 8) if low_rank else 0
         return subgroups * self.MM * (matrices * self.MN + 4) * 4 + 2 * adapter
 
-    def stored_at_once(self, low_rank: bool) -> int:
-        """In int8, how many matrices of sums beside each other go through the tiles' memory at once: all, or as many as
-        need no more of it."""
-        matrices, tiles = self.TN // self.MN, (self.BM + self.BN) * (self.BK + 16)
-        while matrices % 2 == 0 and self.sums_bytes(matrices, low_rank) > tiles:
-            matrices //= 2
-        return matrices
+    def stored_groups(self, arithmetic: Arithmetic, low_rank: bool) -> tuple[tuple[int, int], ...]:
+        """How a row of a subgroup's matrices of sums goes through workgroup memory: (first, how many) at once, powers of
+        two, so that lanes share them evenly; as many as need no more memory than the tiles, in f16 than A's."""
+        if arithmetic == "int8_rows":
+            room = (self.BM + self.BN) * (self.BK + 16)
+        else:
+            room, low_rank = self.BM * (self.BK + 8) * 2, False  # adapters are multiplied before
+        groups, first, most = [], 0, self.TN // self.MN
+        while most > 1 and (most & (most - 1) or self.sums_bytes(most, low_rank) > room):
+            most -= 1
+        while first < self.TN // self.MN:
+            while first + most > self.TN // self.MN:
+                most //= 2
+            groups.append((first, most))
+            first += most
+        return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -223,8 +233,8 @@ def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
     if config is None:
         return []
     depth = 64 if arithmetic == "int8_rows" else 32
-    for edge in (4, 2):
-        down, across = edge * config.m, edge * config.n
+    for tall, wide in _MATRICES:
+        down, across = tall * config.m, wide * config.n
         tile = MatrixTile(2 * down, 2 * across, depth, down, across, 1, 1, config.m, config.n, config.k)
         tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
         if depth % config.k == 0 and _can_store(arithmetic, tile) and fits(arithmetic, tile, caps):
@@ -233,12 +243,18 @@ def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
 
 
 def _can_store(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
-    """Whether lanes of a subgroup share a row of matrices evenly, four columns each; in f16 half a row, and A's tile
-    has room for all subgroups' halves."""
-    width, subgroups = tile.TN // (1 if arithmetic == "int8_rows" else 2), tile.threads // tile.SUBGROUP
-    lanes = width // 4
-    held = arithmetic == "int8_rows" or subgroups * tile.MM * (width + 4) * 4 <= tile.BM * (tile.BK + 8) * 2
-    return held and tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0 and tile.MN % 8 == 0
+    """Whether lanes of a subgroup share rows of the matrices that are stored at once evenly, four columns each; in
+    f16 also whether A's tile has room for one of each subgroup, in int8 whether a workgroup shares tiles evenly."""
+    groups = tile.stored_groups(arithmetic, True)
+    even = all(
+        tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0
+        for lanes in (count * tile.MN // 4 for _, count in groups)
+    )
+    if arithmetic == "int8_rows":
+        held = all(rows * tile.BK // 16 % tile.threads == 0 for rows in (tile.BM, tile.BN))
+    else:
+        held = tile.sums_bytes(groups[0][1], False) <= tile.BM * (tile.BK + 8) * 2
+    return held and even and tile.MN % 8 == 0
 
 
 def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice | None:
