@@ -1,7 +1,7 @@
 """Prints, as JSON, the WGSL of every op and of matmuls on matrix units: [[shader, text], ...], for Tint to type.
 
 `make wgsl` gives it to scripts/wgsl_check.mjs. Devices are made up, so that no GPU is needed: WebGPU's guaranteed
-limits, a desktop card, and what NVIDIA, AMD and Intel report of matrix units (tests/ops/test_matrix_units.py).
+limits, a desktop card, and what NVIDIA, AMD, Intel and Apple report of matrix units (tests/ops/test_matrix_units.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MATRICES = (
     (MatrixConfig("f16", "f32", 16, 16, 16, 32, 32), MatrixConfig("i8", "i32", 16, 16, 32, 32, 32)),
     (MatrixConfig("f16", "f32", 16, 16, 16, 32, 64), MatrixConfig("i8", "i32", 16, 16, 16, 32, 64)),
     (MatrixConfig("f16", "f32", 8, 16, 16, 8, 32), MatrixConfig("i8", "i32", 8, 16, 32, 8, 32)),
+    (MatrixConfig("f32", "f32", 8, 8, 8, 32, 32),),
 )
 
 
@@ -48,6 +49,9 @@ def graphs() -> Iterator[tuple[Graph, Caps]]:
     for caps in low:
         for rank in (16, 40):
             yield layer_graph(arithmetic_on("int8", caps), rank), replace(caps, f16=True)
+            if caps.matrices:
+                yield layer_graph("f16", rank), replace(caps, f16=True)
+                yield layer_graph("f32", rank), caps
         for e in (64, 80, 128):
             yield attention_graph(e), replace(caps, f16=True)
 

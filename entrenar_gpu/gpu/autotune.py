@@ -80,7 +80,7 @@ def fastest(device: Device, kernels: KernelCache, case: MatmulCase) -> tuple[int
 
 def sweep(device: Device, kernels: KernelCache, case: MatmulCase) -> Iterable[dict[str, Any]]:
     """The plausible blockings of one matmul, measured."""
-    for choice in plausible(case.arithmetic, case.m, case.n, case.k, device.caps):
+    for choice in plausible(case.arithmetic, case.m, case.n, case.k, case.layout, device.caps):
         numbers = to_numbers(choice)
         row = measure(device, kernels, case, {_name(case): numbers}, check=False, alone=False)
         yield {**row, "tile": numbers}

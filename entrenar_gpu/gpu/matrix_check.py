@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +28,24 @@ from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph import Graph
 from entrenar_gpu.ops.attention import attention
 from entrenar_gpu.ops.gemm.linear import linear
-from entrenar_gpu.ops.gemm.tiles import Arithmetic, int8_matrices_of
+from entrenar_gpu.ops.gemm.tiles import Arithmetic, int8_matrices_of, matrix_tiles
 from entrenar_gpu.ops.quantize import Nf4Tensors
 
 INT8 = "int8"
-VERSION = 3  # of the kernels on matrix units
+VERSION = 4  # of the kernels on matrix units
 PASSED = "passed"
 RUNNING = "running"  # left by a process that did not come back
 _ROUNDED = 3e-3  # relative error of what is computed from operands rounded to f16, once or twice
-# Whole tiles and edges, both layouts of B; K of several slices' length.
-_CASES = [
-    MatmulCase("matrix check", "f16", m, 128, 512, transpose_b=by_columns, weight=True)
-    for m in (256, 70)
-    for by_columns in (True, False)
-]
+
+
+def _cases(device: Device) -> Iterator[MatmulCase]:
+    """Whole tiles and edges, both layouts of B; K of several slices' length. In f32 too, where that has matrices."""
+    arithmetics: tuple[Arithmetic, ...] = ("f16", "f32")
+    for arithmetic in arithmetics:
+        if arithmetic == "f16" or matrix_tiles(arithmetic, device.caps):
+            for m in (256, 70):
+                for by_columns in (True, False):
+                    yield MatmulCase("matrix check", arithmetic, m, 128, 512, False, by_columns, arithmetic != "f32")
 
 
 def open_device(choice: str | None = None, engine: str | None = None) -> Device:
@@ -81,7 +85,7 @@ def _passes(device: Device, kind: str, tries: Callable[[Device], str]) -> bool:
 def try_matrices(device: Device) -> str:
     """PASSED, or in words what was wrong."""
     kernels = KernelCache(device)
-    for case in _CASES:
+    for case in _cases(device):
         program = Program(case)
         try:
             replay = Replay(device, make_plan({"gemm": program.graph}, device.caps), kernels)
@@ -93,7 +97,7 @@ def try_matrices(device: Device) -> str:
                 replay.close()
         except (RuntimeError, device.engine.api.GPUError) as failure:
             return str(failure).splitlines()[0]
-        if not error <= TOLERANCES["f16"]:
+        if not error <= TOLERANCES[case.arithmetic]:
             return f"a matmul of {case.m}x{case.n}x{case.k} is off by {error:.1e}"
     return _first_wrong(device, kernels, [_layer("f16"), _attention()])
 

@@ -1,23 +1,30 @@
-{# Matrices that a subgroup multiplies, MM x MK by MK x MN, f16 in and f32 out: their spelling, in one place.
+{# Matrices that a subgroup multiplies, MM x MK by MK x MN, f16 (with BYTES of 4, f32) in and f32 out: their spelling, in one place.
 
    `dialect` is "chromium", Dawn's, or "emulated", plain WGSL that tests run where there are no matrix units: there an
    operand is where it lies, and a lane holds every SUBGROUP-th element of a result. Operands lie in workgroup arrays of
-   vec4<u32> or u32, eight or two f16 each, in whose elements offsets and strides count; results go to and come from arrays
-   of f32. `thread` is the invocation's place in its workgroup, and `lane` that in its subgroup. #}
+   vec4<u32> or u32, eight or two f16 each, or four f32, in whose elements offsets and strides count; results go to and come from
+   arrays of f32. `thread` is the invocation's place in its workgroup, and `lane` that in its subgroup. #}
+{% set COMPONENT = "f32" if BYTES is defined and BYTES == 4 else "f16" %}
 {% set PARTS = (MM * MN // SUBGROUP) | int %}
 
 {# Where in a tile, by rows of `words`, a thread's word number `at` lies. Eight threads store at once: of rows of four words and
    one of padding, a row and the fourth after it, which share no bank. #}
 {% macro row_of(at, words) %}{{ "(%s / 32u * 8u + %s / 8u %% 4u + %s / 4u %% 2u * 4u)" % (at, at, at) if words == 4 else "%s / %du" % (at, words) }}{% endmacro %}
 
-{# For the workgroup arrays that hold operands, {name: f16 an element}, and the (left, right) pairs that are multiplied. #}
+{# For the workgroup arrays that hold operands, {name: components an element}, and the (left, right) pairs that are multiplied. #}
 {% macro functions(arrays, pairs) %}
+{% if COMPONENT == "f16" %}
 fn eight_halves(first: vec4<f32>, second: vec4<f32>) -> vec4<u32> {
   return vec4<u32>(pack2x16float(first.xy), pack2x16float(first.zw), pack2x16float(second.xy), pack2x16float(second.zw));
 }
+{% endif %}
 {% if dialect == "emulated" %}
 {% for name, width in arrays.items() %}
-fn half_{{ name }}(at: u32) -> f32 { return unpack2x16float({{ name }}[at >> {{ 3 if width == 8 else 1 }}u]{{ "[(at >> 1u) & 3u]" if width == 8 }})[at & 1u]; }
+{% if COMPONENT == "f32" %}
+fn value_{{ name }}(at: u32) -> f32 { return bitcast<f32>({{ name }}[at >> 2u][at & 3u]); }
+{% else %}
+fn value_{{ name }}(at: u32) -> f32 { return unpack2x16float({{ name }}[at >> {{ 3 if width == 8 else 1 }}u]{{ "[(at >> 1u) & 3u]" if width == 8 }})[at & 1u]; }
+{% endif %}
 {% endfor %}
 {% for left, right in pairs %}
 // `many`, at least as long as a loop, keeps compilers from writing it out.
@@ -28,7 +35,7 @@ fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, 
     let row = at / {{ MN }}u;
     let column = at % {{ MN }}u;
     for (var k = 0u; k < min({{ MK }}u, many); k++) {
-      result[part] += half_{{ left }}(a.x + row * a.y + k * a.z) * half_{{ right }}(b.x + column * b.y + k * b.z);
+      result[part] += value_{{ left }}(a.x + row * a.y + k * a.z) * value_{{ right }}(b.x + column * b.y + k * b.z);
     }
   }
   return result;
@@ -67,7 +74,7 @@ fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, 
 {% if dialect == "emulated" %}
       let {{ name }} = vec3<u32>({{ width }}u * ({{ offset }}), {{ "1u, %du" % (width * stride) if by_columns else "%du, 1u" % (width * stride) }});
 {% else %}
-      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_left<f16, {{ MK }}, {{ MM }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
+      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_left<{{ COMPONENT }}, {{ MK }}, {{ MM }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
 {% endif %}
 {% endmacro %}
 
@@ -76,7 +83,7 @@ fn multiply_{{ left }}_{{ right }}(sums: array<f32, {{ PARTS }}>, a: vec3<u32>, 
 {% if dialect == "emulated" %}
       let {{ name }} = vec3<u32>({{ width }}u * ({{ offset }}), {{ "%du, 1u" % (width * stride) if by_columns else "1u, %du" % (width * stride) }});
 {% else %}
-      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_right<f16, {{ MN }}, {{ MK }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
+      let {{ name }} = subgroupMatrixLoad<subgroup_matrix_right<{{ COMPONENT }}, {{ MN }}, {{ MK }}>, {{ "col_major" if by_columns else "row_major" }}>(&{{ array }}, {{ offset }}, {{ stride }}u);
 {% endif %}
 {% endmacro %}
 

@@ -342,7 +342,7 @@ def test_a_damaged_cache_is_measured_again(tmp_path, text):
 @pytest.mark.parametrize("caps", [LARGE, replace(LARGE, software=True)], ids=["gpu", "software"])
 @pytest.mark.parametrize("arithmetic", ["f32", "f16", "int8"])
 def test_what_is_chosen_unmeasured_is_measured_with_the_rest(arithmetic, caps):
-    measured = tiles.plausible(arithmetic, 512, 1024, 2560, caps)
+    measured = tiles.plausible(arithmetic, 512, 1024, 2560, "nt", caps)
     assert measured[0] == tiles.choose(arithmetic, 512, 1024, 2560, "nt", caps)
     assert 1 < len(measured) == len(set(measured))
 

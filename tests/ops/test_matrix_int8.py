@@ -292,9 +292,11 @@ def test_tiles_are_made_of_what_devices_report(configs: Any, limits: Any, blocks
         assert tile.threads <= limits[1]
         assert tile.threads % configs[1].max_subgroup == 0
         for low_rank in (False, True):  # the lanes of a subgroup share rows of sums evenly
-            lanes = tile.stored_at_once(low_rank) * tile.MN // 4
-            assert tile.SUBGROUP % lanes == 0
-            assert tile.MM % (tile.SUBGROUP // lanes) == 0
+            groups = tile.stored_groups("int8_rows", low_rank)
+            assert sum(count for _, count in groups) == tile.TN // tile.MN
+            for lanes in (count * tile.MN // 4 for _, count in groups):
+                assert tile.SUBGROUP % lanes == 0
+                assert tile.MM % (tile.SUBGROUP // lanes) == 0
 
 
 def test_choices_are_kept_and_told_from_others() -> None:

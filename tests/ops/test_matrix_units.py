@@ -64,46 +64,75 @@ def with_rounded_adapter(layer: Layer) -> dict[str, np.ndarray]:
         (NVIDIA, (64, 192, 128, 16)),
         (NVIDIA, (64, 64, 64, 4)),
         (INTEL, (65, 64, 64, 40)),
+        (APPLE, (70, 128, 64, 8)),
+        (APPLE, (65, 64, 64, 6)),
     ],
-    ids=["edges", "8x16x16, edges", "whole", "rank 4", "8x16x16, rank 40"],
+    ids=["edges", "8x16x16, edges", "whole", "rank 4", "8x16x16, rank 40", "of f32, edges", "of f32, rank 6"],
 )
 def test_layers_are_those_of_rounded_operands(device: Any, emulated: KernelCache, config: Any, shape: Any) -> None:
     """Forward and backward: an adapter, a bias, a residual in place, both layouts of the weight."""
     if not device.caps.f16:
         pytest.skip("f16 copies of operands need the feature")
     layer = Layer(shape, "f16")
-    got, want = layer.on_device(device, emulated, caps_with(device, config)), with_rounded_adapter(layer)
+    want = layer.reference() if config is APPLE else with_rounded_adapter(layer)
+    got = layer.on_device(device, emulated, caps_with(device, config))
     for name, values in want.items():
         error = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
         # A P that differs from NumPy's in its last bit may be rounded the other way.
         assert error < (2e-5 if name in ("y", "dx") else BAR), name
 
 
-def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, tile: MatrixTile, **options: Any) -> np.ndarray:
-    """C of one matmul of f16 A with B f16, f32 or bf16, [N, K] or [K, N]."""
+@pytest.mark.gpu
+def test_layers_in_f32_are_the_references(device: Any, emulated: KernelCache) -> None:
+    """On matrices of f32: forward by rows of W dequantised turned, backward by W's own, an adapter with each."""
+    layer, caps = Layer((70, 128, 64, 8), "f32"), caps_with(device, APPLE)
+    got = layer.on_device(device, emulated, caps)
+    for name, values in layer.reference().items():
+        assert np.linalg.norm(got[name] - values) / np.linalg.norm(values) < BAR, name
+    (steps,) = make_plan({"layer": layer.graph}, caps).steps.values()
+    on_units = [step for step in steps if any(launch.shader == "matmul_matrix" for launch in step.launches)]
+    assert len(on_units) == 2
+
+
+def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, tile: MatrixTile, **options: Any) -> float:
+    """Relative error of one matmul of A f16, or as B f32, with B f16, f32 or bf16, [N, K] or [K, N], and P op(Q) of
+    rank `r` where that is given."""
     rng, by_columns = np.random.default_rng(5), options.pop("transpose_b", True)
-    dtype, slices = options.pop("dtype", "f16"), options.pop("slices", 1)
-    graph = Graph("g")
-    a = graph.tensor("a", (m, k), "f16", role="weight")
+    dtype, slices, r = options.pop("dtype", "f16"), options.pop("slices", 1), options.pop("r", 0)
+    graph, of_f32 = Graph("g"), options.pop("of_f32", False)
+    a = graph.tensor("a", (m, k), "f32" if of_f32 else "f16", role="weight")
     b = graph.tensor("b", (n, k) if by_columns else (k, n), dtype, role="weight")
     c = graph.tensor("c", (m, n), role="weight")
+    if r:
+        p, q = graph.tensor("p", (m, r), role="weight"), graph.tensor("q", (r, n), role="weight")
     choice = Choice(tile, slices)
-    partial = [graph.tensor("p", *spec, role="weight") for spec in partial_shapes((m, n, k), choice)]
+    partial = [graph.tensor("partial", *spec, role="weight") for spec in partial_shapes((m, n, k), choice)]
     ops.scale(c, 1.0)
     replay = Replay(device, make_plan({"g": graph}, device.caps), kernels)
     try:
-        matmul = Matmul((m, n, k), whole(a), whole(b), Block(c, 0, n), transpose_b=by_columns, **options)
-        left = rng.standard_normal((m, k)).astype(np.float16)
-        right = rng.standard_normal(b.shape).astype(np.float32)
+        low_rank = (whole(p), whole(q), 0.5, r) if r else None
+        matmul = Matmul(
+            (m, n, k), whole(a), whole(b), Block(c, 0, n), transpose_b=by_columns, low_rank=low_rank, **options
+        )
+        left, right = (rng.standard_normal(t.shape).astype(np.float32) for t in (a, b))
+        if not of_f32:
+            left = left.astype(np.float16)
         if dtype == "bf16":
             right = (right.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        added = np.zeros((m, n))
+        if r:
+            factors = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in (p, q)}
+            for name, values in factors.items():
+                replay.write(name, values)
+            added = 0.5 * factors["p"].astype(np.float64) @ factors["q"]
         replay.write("a", left)
         replay.write("b", right)
         before = rng.standard_normal((m, n)).astype(np.float32) if options.get("accumulate") else np.zeros((m, n))
         replay.write("c", before if options.get("accumulate") else np.full((m, n), np.nan, np.float32))
         for launch in matmul_launches(matmul, choice, partial[0] if partial else None, device.caps):
             replay.launch(launch)
-        exact = left.astype(np.float64) @ (right.T if by_columns else right).astype(np.float16).astype(np.float64)
+        right = right if of_f32 else right.astype(np.float16)
+        exact = left.astype(np.float64) @ (right.T if by_columns else right).astype(np.float64) + added
         got = (replay.read("c") - before) / options.get("alpha", 1.0)
         return np.linalg.norm(got - exact) / np.linalg.norm(exact)
     finally:
@@ -111,6 +140,8 @@ def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, tile: Mat
 
 
 SMALL = MatrixTile(64, 64, 32, 32, 32)
+# Of four matrices a subgroup: llvmpipe ends a shader after 65,535 rounds of its loops, and emulated matrices take many.
+OF_F32 = MatrixTile(32, 32, 16, 16, 16, MM=8, MN=8, MK=8, BYTES=4)
 
 
 @pytest.mark.gpu
@@ -149,6 +180,44 @@ def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((65, 128, 48), {"dtype": "f16"}),
+        ((64, 72, 32), {"dtype": "bf16", "transpose_b": False}),
+        ((64, 64, 2064), {"of_f32": True, "dtype": "f32"}),
+        ((65, 68, 2064), {"of_f32": True, "dtype": "f32", "transpose_b": False, "accumulate": True, "r": 6}),
+        ((40, 64, 2080), {"of_f32": True, "dtype": "f32", "slices": 2, "transpose_b": False}),
+    ],
+    ids=["f16 widened", "bf16 widened", "blocks of K", "blocks onto C, rank 6", "slices of blocks"],
+)
+def test_products_of_f32_matrices(
+    device: Any, emulated: KernelCache, sizes: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Apple's, of which f16 operands are widened on their way in."""
+    if not device.caps.f16 and not options.get("of_f32"):
+        pytest.skip("f16 tensors need the feature")
+    assert product(device, emulated, *sizes, OF_F32, **options) < BAR
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("workgroupBarrier();\n    var acc", "var acc"),
+        ("(sm + 8u) * 5u", "(sm + 7u) * 5u"),
+        ("if (first) {", "if (!first) {"),
+        ("  sums0_0 = array<f32, 2>();", ""),
+        ("  if (first) {\n    for (var r0", "  {\n    for (var r0"),
+    ],
+)
+def test_planted_faults_in_products_of_f32_are_seen(device: Any, emulated: KernelCache, old: str, new: str) -> None:
+    with fault("matmul_matrix", old, new):
+        options = {"of_f32": True, "dtype": "f32", "transpose_b": False, "r": 6}
+        assert not product(device, emulated, 65, 68, 2064, OF_F32, **options) < BAR
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("workgroupBarrier();\n    {", "{"),
@@ -171,7 +240,7 @@ def test_planted_faults_are_seen(device: Any, emulated: KernelCache, old: str, n
         (AMD, (65536, 1024), [(128, 128, 64, 64, 64, 1), (64, 64, 32, 32, 64, 1)]),
         (INTEL, (32768, 1024), [(64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
         (NVIDIA, (16384, 256), [(64, 64, 32, 32, 32, 0)]),
-        (APPLE, (32768, 1024), []),
+        (APPLE, (32768, 1024), [(64, 64, 32, 32, 32, 0), (32, 32, 16, 16, 32, 0)]),
         (replace(NVIDIA, result="f16"), (49152, 1024), []),
     ],
     ids=["NVIDIA", "AMD", "Intel", "small", "Apple", "f16 sums"],
@@ -185,7 +254,7 @@ def test_tiles_are_made_of_what_devices_report(config: MatrixConfig, limits: Any
         assert tile.workgroup_bytes("f16") <= limits[0]
         assert tile.threads <= limits[1]
         assert tile.threads % config.max_subgroup == 0
-    assert not matrix_tiles("f32", caps)
+    assert matrix_tiles("f32", caps) == (tiles if config is APPLE else ())
     assert not matrix_tiles("int8", caps)
 
 
@@ -198,6 +267,26 @@ def test_choices_are_kept_and_give_way_where_there_are_no_matrix_units() -> None
     assert is_choice(name, numbers)
     assert not is_choice(name, (*numbers[:7], 1000, *numbers[8:]))
     assert not is_choice(key("f32", 64, 64, 64, "nt"), (*numbers[:2], 31, *numbers[3:]))
+    assert is_choice(name, (*numbers[:-3], *numbers[-2:])), "as earlier versions kept it"
     without = replace(card, matrices=())
     assert not isinstance(choose("f16", 2048, 9728, 2560, "nt", without).tile, MatrixTile)
     assert choose("f16", 64, 64, 4096, "nt", card).slices > 1
+
+
+def test_matrices_of_f32_take_products_whose_rows_are_whole_words() -> None:
+    apple = Caps(max_workgroup_bytes=32768, max_invocations=1024, matrices=(APPLE,), f16=True)
+
+    def on_units(*asked: Any, **options: Any) -> bool:
+        return isinstance(choose("f32", *asked, apple, **options).tile, MatrixTile)
+
+    assert on_units(70, 132, 64, "nn")
+    assert on_units(70, 132, 64, "nt", split=False)
+    assert not on_units(70, 132, 64, "tn")
+    assert not on_units(70, 130, 64, "nn")
+    assert not on_units(70, 132, 72, "nn")
+    assert not on_units(70, 132, 64, "nn", matrices=False)
+    choice = choose("f32", 512, 1024, 2560, "nn", apple)
+    assert is_choice(key("f32", 512, 1024, 2560, "nn"), to_numbers(choice))
+    assert choice.tile.workgroup_bytes("f32") <= 32768
+    both = replace(apple, matrices=(APPLE, NVIDIA))
+    assert choose("f16", 512, 1024, 2560, "nt", both).tile.MM == 16

@@ -21,6 +21,7 @@ INSTALL = "pip install 'entrenar-gpu[dawn]'"
 
 MATRICES = "chromium-experimental-subgroup-matrix"
 SIZE_CONTROL = "subgroup-size-control"
+APPLE_SUBGROUP = 32  # of every GPU of Apple's that multiplies matrices, where Metal's configurations tell none
 # Matrices are an unsafe API to Dawn, and f16 on NVIDIA's Vulkan driver waits behind a toggle of its own.
 _INSTANCE_TOGGLES = ("allow_unsafe_apis", "vulkan_enable_f16_on_nvidia")
 _DEVICE_TOGGLES = ("disable_robustness", "disable_workgroup_init")
@@ -128,6 +129,7 @@ class Dawn(Engine):
         if MATRICES not in adapter.features:
             return ()
         told = self._extras.get_adapter_properties(adapter).get("subgroup_matrix_configs", ())
+        unsaid = APPLE_SUBGROUP if adapter.info["backend_type"] == "Metal" else 0
         return tuple(
             MatrixConfig(
                 str(c["component_type"]),
@@ -135,8 +137,8 @@ class Dawn(Engine):
                 int(c["m"]),
                 int(c["n"]),
                 int(c["k"]),
-                int(c["min_subgroup_size"]),
-                int(c["max_subgroup_size"]),
+                int(c["min_subgroup_size"]) or unsaid,
+                int(c["max_subgroup_size"]) or unsaid,
             )
             for c in told
         )
@@ -150,7 +152,8 @@ class Dawn(Engine):
         """Directives of Chromium's matrices (lib/matrix.wgsl), and of subgroups, for which naga needs none."""
         lines = []
         if "subgroup_matrix_" in code:
-            lines += ["enable f16;", "enable chromium_experimental_subgroup_matrix;"]
+            lines += ["enable f16;"] if re.search(r"\bf16\b", code) else []
+            lines.append("enable chromium_experimental_subgroup_matrix;")
             # Offsets by subgroup are not uniform to the compiler, though every invocation of a subgroup has the same.
             lines.append("diagnostic(off, chromium.subgroup_matrix_uniformity);")
         if "@subgroup_size" in code:

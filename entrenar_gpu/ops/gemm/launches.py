@@ -85,7 +85,9 @@ class Matmul:
 
 def single_launch(matmul: Matmul, caps: Caps) -> Launch:
     """A matmul in one launch, for callers without a workspace to split K in."""
-    return matmul_launch(matmul, choose(matmul.arithmetic, *matmul.sizes, matmul.layout, caps, split=False))
+    matrices = all(not (block.stride % 4 or block.base % 4) for block in (matmul.a, matmul.b))
+    choice = choose(matmul.arithmetic, *matmul.sizes, matmul.layout, caps, split=False, matrices=matrices)
+    return matmul_launch(matmul, choice)
 
 
 def matmul_launches(matmul: Matmul, choice: Choice, partial: Tensor | None, caps: Caps) -> list[Launch]:
@@ -114,8 +116,8 @@ def matmul_launch(matmul: Matmul, choice: Choice, partial: Tensor | None = None)
     if isinstance(tile, MatrixTile) and matmul.arithmetic == "int8_rows":
         constants |= {"HALF_K": HALF_K, "groups": tile.stored_groups("int8_rows", matmul.low_rank is not None)}
     elif isinstance(tile, MatrixTile):
-        shader, direct = "matmul_matrix", _stores_sums(matmul, tile)
-        constants |= {"direct": direct, "groups": tile.stored_groups("f16", False)}
+        shader, direct = "matmul_matrix", _stores_sums(matmul, tile) and constants["blocks"] == 1
+        constants |= {"direct": direct, "groups": tile.stored_groups(matmul.arithmetic, False)}
         width = 1 if direct else width
     bindings: list[Binding] = []
     for bound, given in (_operands(matmul, tile), _low_rank(matmul, tile), epilogue(matmul, width)):
@@ -162,8 +164,10 @@ def _operands(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
         k, depth = k // 4, depth // 4
     a = _operand(matmul.a, (m, k), (tile.BM, depth), not matmul.transpose_a)
     b = _operand(matmul.b, (n, k), (tile.BN, depth), matmul.transpose_b)
-    bind = _bind_words if isinstance(tile, MatrixTile) else _bind
-    bindings = [bind("a", matmul.a, a), bind("b", matmul.b, b)]
+    if isinstance(tile, MatrixTile):
+        bindings = [_bind_words("a", matmul.a, a, tile), _bind_words("b", matmul.b, b, tile)]
+    else:
+        bindings = [_bind("a", matmul.a, a), _bind("b", matmul.b, b)]
     bindings += [reads(f"{name}_scale", t) for name, t in zip("ab", matmul.scales or (), strict=False)]
     return bindings, {"A": a, "B": b}
 
@@ -177,7 +181,7 @@ def _low_rank(matmul: Matmul, tile: Tile) -> tuple[list[Binding], dict[str, Any]
     constants: dict[str, Any] = {"R": r, "lora_scale": lora_scale}
     if isinstance(tile, MatrixTile):
         constants["q_contiguous"] = matmul.low_rank_transposed
-        along_r = 4 if r % 8 == 0 else 1
+        along_r = 4 if r % (16 // tile.BYTES) == 0 else 1
         along_q = along_r if matmul.low_rank_transposed else 4
         return [reads("p", p.tensor, along_r), reads("q", q.tensor, along_q)], constants
     if matmul.arithmetic != "f32":
@@ -237,9 +241,11 @@ def _bind(name: str, block: Block, operand: dict[str, Any]) -> Binding:
     return reads(name, block.tensor, width, split_offset(block.base, block.tensor)[0])
 
 
-def _bind_words(name: str, block: Block, operand: dict[str, Any]) -> Binding:
-    """Of an operand whose f16, bf16 or half is read by words, eight elements at once; f32 by four."""
-    return replace(_bind(name, block, operand), vector=4, words=block.tensor.dtype == "f16")
+def _bind_words(name: str, block: Block, operand: dict[str, Any], tile: MatrixTile) -> Binding:
+    """Of an operand that is read by as many elements at once as a word in workgroup memory has, 8 or 4: f16, bf16 and
+    half as u32, of two each; f32 by four."""
+    vector = 4 if operand["format"] == "f32" else 8 // tile.BYTES
+    return replace(_bind(name, block, operand), vector=vector, words=block.tensor.dtype == "f16")
 
 
 def partial_shapes(sizes: Sequence[int], choice: Choice) -> list[tuple[tuple[int, ...], str]]:

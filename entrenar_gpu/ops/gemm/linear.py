@@ -230,7 +230,7 @@ def _added(node: Node) -> int:
 
 def has_panels(node: Node, caps: Caps) -> bool:
     """Whether its operands lie in panels, as matrix units are fed in f16."""
-    return node.attrs["arithmetic"] == "f16" and bool(matrix_tiles("f16", caps))
+    return node.attrs["arithmetic"] == "f16" and any(tile.BYTES == 2 for tile in matrix_tiles("f16", caps))
 
 
 def _has_scales(node: Node) -> bool:

@@ -50,34 +50,38 @@ class Tile:
         return (self.BM + self.BN) * self.BK * 4 * self.buffers
 
 
-_MATRICES = ((4, 4), (4, 5), (4, 6), (4, 3), (2, 4), (2, 2))  # of a subgroup's sums, down and across
+_MATRICES = ((4, 4), (2, 2))  # of a subgroup's sums, down and across
 HALF_K = 16  # steps of K of a matrix of f16, on every device that has int8 too
 
 
 @dataclass(frozen=True)
 class MatrixTile(Tile):
     """Blocking of a product on matrix units: a subgroup of SUBGROUP invocations makes TM x TN outputs, by matrices of
-    MM x MK times MK x MN. `pinned`: the device's subgroups vary in size, and this one is asked for."""
+    MM x MK times MK x MN. `pinned`: the device's subgroups vary in size, and this one is asked for. An element of A
+    and B in workgroup memory has BYTES: of f16, or of f32 where the device multiplies matrices of that alone."""
 
     MM: int = 16
     MN: int = 16
     MK: int = 16
     SUBGROUP: int = 32
     pinned: int = 0
+    BYTES: int = 2
 
     @property
     def threads(self) -> int:
         return super().threads * self.SUBGROUP
 
     def workgroup_bytes(self, arithmetic: Arithmetic) -> int:
-        """Both tiles, f16, rows padded by 16 bytes.
+        """Both tiles, rows padded by 16 bytes.
 
         In int8, BK counts bytes, and sums go through the tiles' memory, with what an adapter adds to them.
         """
         if arithmetic == "int8_rows":
             tiles = (self.BM + self.BN) * (self.BK + 16)
             return max(tiles, self.sums_bytes(self.stored_groups(arithmetic, True)[0][1], True))
-        return (self.BM * (self.BK + 8) + max(self.BN * (self.BK + 8), self.BK * (self.BN + 8))) * 2
+        padding = 16 // self.BYTES
+        b = max(self.BN * (self.BK + padding), self.BK * (self.BN + padding))
+        return (self.BM * (self.BK + padding) + b) * self.BYTES
 
     def sums_bytes(self, matrices: int, low_rank: bool) -> int:
         """What so many matrices of sums of each subgroup take, and in int8 operands in f16 of what an adapter adds."""
@@ -87,12 +91,14 @@ class MatrixTile(Tile):
         return subgroups * self.MM * (matrices * self.MN + 4) * 4 + 2 * adapter
 
     def stored_groups(self, arithmetic: Arithmetic, low_rank: bool) -> tuple[tuple[int, int], ...]:
-        """How a row of a subgroup's matrices of sums goes through workgroup memory: (first, how many) at once, powers of
-        two, so that lanes share them evenly; as many as need no more memory than the tiles, in f16 than A's."""
+        """How a row of a subgroup's matrices of sums goes through workgroup memory: (first, how many) at once.
+
+        Powers of two, so that lanes share them evenly; as many as need no more memory than A's tile, in int8 both.
+        """
         if arithmetic == "int8_rows":
             room = (self.BM + self.BN) * (self.BK + 16)
         else:
-            room, low_rank = self.BM * (self.BK + 8) * 2, False  # adapters are multiplied before
+            room, low_rank = self.BM * (self.BK * self.BYTES + 16), False  # adapters are multiplied before
         groups, first, most = [], 0, self.TN // self.MN
         while most > 1 and (most & (most - 1) or self.sums_bytes(most, low_rank) > room):
             most -= 1
@@ -177,20 +183,28 @@ def key(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str) -> str:
 
 
 def choose(
-    arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True, tail: bool = True
+    arithmetic: Arithmetic,
+    m: int,
+    n: int,
+    k: int,
+    layout: str,
+    caps: Caps,
+    split: bool = True,
+    tail: bool = True,
+    matrices: bool = True,
 ) -> Choice:
     """The blocking of C[m, n] over k. `split=False` where the caller has no workspace for partial sums, `tail=False`
-    where it cannot leave a tail apart.
+    where it cannot leave a tail apart, `matrices=False` where rows of operands begin within words of 16 bytes.
 
     What was measured on a larger device, from which a run resumes on this one, counts only where it fits this one.
     """
     measured = caps.measured_tile(key(arithmetic, m, n, k, layout))
     choice = from_numbers(measured) if measured is not None else None
-    if choice is not None and _available(arithmetic, choice.tile, caps) and _tail_fits(arithmetic, choice, n):
+    units = matrix_choices(arithmetic, m, n, k, layout, caps, split) if matrices else []
+    if choice is not None and _available(arithmetic, choice, units, caps) and _tail_fits(arithmetic, choice, n):
         return choice if split and (tail or not choice.tail) else Choice(choice.tile)
-    matrix = _matrix_choice(arithmetic, m, n, k, caps, split)
-    if matrix is not None:
-        return matrix
+    if units:
+        return min(units, key=lambda c: _cost(arithmetic, c, m, n, k, caps))
     if arithmetic == "int8_rows":
         raise ValueError(f"{caps.name} has no matrix units for int8")
     if caps.software:
@@ -198,9 +212,10 @@ def choose(
     return _predicted(arithmetic, m, n, k, caps, split, tail)
 
 
-def matrices_of(caps: Caps) -> MatrixConfig | None:
-    """The device's matrices of f16 with sums in f32, if any: of several sizes the largest, as they read least."""
-    offered = [c for c in caps.matrices if (c.component, c.result) == ("f16", "f32") and c.max_subgroup >= 8]
+def matrices_of(caps: Caps, component: str = "f16") -> MatrixConfig | None:
+    """The device's matrices of f16, or of f32, with sums in f32, if any: of several sizes the largest, as they read
+    least."""
+    offered = [c for c in caps.matrices if (c.component, c.result) == (component, "f32") and c.max_subgroup >= 8]
     return max(offered, key=lambda c: c.m * c.n * c.k, default=None)
 
 
@@ -223,28 +238,39 @@ def arithmetic_on(precision: Arithmetic, caps: Caps) -> Arithmetic:
     return "int8_rows" if precision == "int8" and matrix_tiles("int8_rows", caps) else precision
 
 
-def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> list[MatrixTile]:
+@functools.lru_cache(maxsize=64)
+def matrix_tiles(arithmetic: Arithmetic, caps: Caps) -> tuple[MatrixTile, ...]:
     """Blockings on the device's matrix units, largest first; none where it has none for this arithmetic.
 
-    In f16 those that sum in f32: subgroups make 4 x 4 matrices each, or 2 x 2 where that is too much.
+    Those of f16 and f32 sum in f32. Where a device multiplies matrices of f32 alone (Apple's), f16 is widened to it.
     """
-    found = []
-    config = matrices_of(caps) if arithmetic == "f16" else int8_matrices_of(caps) if arithmetic == "int8_rows" else None
+    config, bytes_each = _config(arithmetic, caps)
     if config is None:
-        return []
-    depth = 64 if arithmetic == "int8_rows" else 32
+        return ()
+    found = []
+    depth = 64 if arithmetic == "int8_rows" else 64 // bytes_each  # 64 bytes of K
     for tall, wide in _MATRICES:
         down, across = tall * config.m, wide * config.n
         tile = MatrixTile(2 * down, 2 * across, depth, down, across, 1, 1, config.m, config.n, config.k)
-        tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned)
+        tile = replace(tile, SUBGROUP=config.max_subgroup, pinned=config.pinned, BYTES=bytes_each)
         if depth % config.k == 0 and _can_store(arithmetic, tile) and fits(arithmetic, tile, caps):
             found.append(tile)
-    return sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN)
+    return tuple(sorted(dict.fromkeys(found), key=lambda tile: -tile.BM * tile.BN))
+
+
+def _config(arithmetic: Arithmetic, caps: Caps) -> tuple[MatrixConfig | None, int]:
+    """The matrices that an arithmetic is multiplied by, if any, and bytes of an element of operands in f16 or f32."""
+    if arithmetic == "int8_rows":
+        return int8_matrices_of(caps), 2
+    half = matrices_of(caps) if arithmetic == "f16" else None
+    if half is not None:
+        return half, 2
+    return matrices_of(caps, "f32") if arithmetic in ("f32", "f16") else None, 4
 
 
 def _can_store(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
-    """Whether lanes of a subgroup share rows of the matrices that are stored at once evenly, four columns each; in
-    f16 also whether A's tile has room for one of each subgroup, in int8 whether a workgroup shares tiles evenly."""
+    """Whether lanes of a subgroup share rows of the matrices that are stored at once evenly, four columns each; and
+    in int8 whether a workgroup shares tiles evenly, else whether A's tile has room for one matrix of each subgroup."""
     groups = tile.stored_groups(arithmetic, True)
     even = all(
         tile.SUBGROUP % lanes == 0 and tile.MM % (tile.SUBGROUP // lanes) == 0
@@ -253,19 +279,17 @@ def _can_store(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
     if arithmetic == "int8_rows":
         held = all(rows * tile.BK // 16 % tile.threads == 0 for rows in (tile.BM, tile.BN))
     else:
-        held = tile.sums_bytes(groups[0][1], False) <= tile.BM * (tile.BK + 8) * 2
+        held = tile.sums_bytes(groups[0][1], False) <= tile.BM * (tile.BK * tile.BYTES + 16)
     return held and even and tile.MN % 8 == 0
 
 
-def _matrix_choice(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool) -> Choice | None:
-    """The shortest blocking on matrix units by the model of waves; None where there are none for this matmul."""
-    found = matrix_choices(arithmetic, m, n, k, caps, split)
-    return min(found, key=lambda c: _cost(arithmetic, c, m, n, k, caps), default=None)
-
-
-def matrix_choices(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps, split: bool = True) -> list[Choice]:
-    """Every blocking on the device's matrix units."""
+def matrix_choices(
+    arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps, split: bool = True
+) -> list[Choice]:
+    """Every blocking of a matmul on the device's matrix units: whole tiles along K, rows of whole words."""
     tiles = [tile for tile in matrix_tiles(arithmetic, caps) if k % tile.BK == 0]
+    if arithmetic == "f32" and (layout.startswith("t") or n % 4):
+        return []
     return [
         Choice(tile, slices)
         for tile in tiles
@@ -316,10 +340,11 @@ def fits(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
     return tile.workgroup_bytes(arithmetic) <= caps.max_workgroup_bytes and tile.threads <= caps.max_invocations
 
 
-def _available(arithmetic: Arithmetic, tile: Tile, caps: Caps) -> bool:
-    """Whether the device holds the tile and has what it is made for: where there are matrix units, no other."""
-    units = matrix_tiles(arithmetic, caps)
-    return tile in units if units or isinstance(tile, MatrixTile) else fits(arithmetic, tile, caps)
+def _available(arithmetic: Arithmetic, choice: Choice, units: Sequence[Choice], caps: Caps) -> bool:
+    """Whether the device holds a tile and has what it is made for: where there are matrix units, no other."""
+    if isinstance(choice.tile, MatrixTile) or units:
+        return any(choice.tile == unit.tile for unit in units)
+    return fits(arithmetic, choice.tile, caps)
 
 
 def _units(caps: Caps) -> int:
@@ -336,16 +361,14 @@ def _tail_columns(candidate: Candidate, m: int, n: int, caps: Caps) -> int:
     return n - whole * tile.BN
 
 
-def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, caps: Caps) -> list[Choice]:
+def plausible(arithmetic: Arithmetic, m: int, n: int, k: int, layout: str, caps: Caps) -> list[Choice]:
     """The choices worth measuring: what is chosen unmeasured, then those predicted to take at most twice the best's
     time, the likeliest first."""
-    every = {c: _cost(arithmetic, c, m, n, k, caps) for c in choices(arithmetic, m, n, k, caps)}
+    units = matrix_choices(arithmetic, m, n, k, layout, caps)
+    every = {c: _cost(arithmetic, c, m, n, k, caps) for c in units or choices(arithmetic, m, n, k, caps)}
     best = min(every.values(), default=0.0)
     likely = sorted((c for c, cost in every.items() if cost <= 2 * best), key=every.__getitem__)
-    unmeasured = choose(arithmetic, m, n, k, "", caps)  # a layout that nothing is measured for
-    units = matrix_choices(arithmetic, m, n, k, caps)
-    units.sort(key=lambda c: _cost(arithmetic, c, m, n, k, caps))
-    return list(dict.fromkeys([unmeasured, *units, *likely]))[:_MEASURED]
+    return list(dict.fromkeys([choose(arithmetic, m, n, k, layout, caps), *likely]))[:_MEASURED]
 
 
 def software_tile(arithmetic: Arithmetic, m: int, n: int) -> Tile:
@@ -399,14 +422,15 @@ def is_choice(name: str, numbers: Sequence[int]) -> bool:
     """Whether numbers from a file are a choice that the matmul of this `key` could have been given."""
     asked, _, sizes = name.split(" ")
     arithmetic = next((a for a in CANDIDATES if a == asked), None)
-    if arithmetic is None or len(numbers) not in (len(fields(Tile)) + 2, len(fields(MatrixTile)) + 2):
+    known = len(fields(Tile)), len(fields(MatrixTile)) - 1, len(fields(MatrixTile))  # before there were BYTES
+    if arithmetic is None or len(numbers) - 2 not in known:
         return False
     m, n, k = map(int, sizes.split("x"))
     choice = from_numbers(list(numbers))
     software = {software_tile(arithmetic, m, n)} if arithmetic in SOFTWARE else set()
     tiles = {c.tile for c in CANDIDATES[arithmetic]} | software
-    known = _is_matrix_tile(arithmetic, choice.tile) if isinstance(choice.tile, MatrixTile) else choice.tile in tiles
-    if not known or choice.slices not in _SLICES:
+    real = _is_matrix_tile(arithmetic, choice.tile) if isinstance(choice.tile, MatrixTile) else choice.tile in tiles
+    if not real or choice.slices not in _SLICES:
         return False
     return _long_enough(choice.tile, choice.slices, k) and _tail_fits(arithmetic, choice, n)
 
@@ -417,9 +441,10 @@ def _is_matrix_tile(arithmetic: Arithmetic, tile: MatrixTile) -> bool:
     if not all(0 < size <= 128 for size in sizes) or tile.pinned not in (0, 1):
         return False
     subgroups = 1 if tile.pinned else tile.SUBGROUP, tile.SUBGROUP
-    half = MatrixConfig("f16", "f32", tile.MM, tile.MN, HALF_K if arithmetic == "int8_rows" else tile.MK, *subgroups)
-    config = MatrixConfig("i8", "i32", tile.MM, tile.MN, tile.MK, *subgroups)
-    largest = Caps(max_workgroup_bytes=1 << 20, max_invocations=1024, matrices=(half, config))
+    configs = [MatrixConfig("f32" if tile.BYTES == 4 else "f16", "f32", tile.MM, tile.MN, tile.MK, *subgroups)]
+    if arithmetic == "int8_rows":
+        configs = [replace(configs[0], k=HALF_K), MatrixConfig("i8", "i32", tile.MM, tile.MN, tile.MK, *subgroups)]
+    largest = Caps(max_workgroup_bytes=1 << 20, max_invocations=1024, matrices=tuple(configs))
     return tile in matrix_tiles(arithmetic, largest)
 
 
@@ -436,8 +461,10 @@ def summed_at_once(arithmetic: Arithmetic, tile: Tile) -> int:
     that fills a compute unit alone waits for that, so its blocks are longer. In f16 an accumulator takes the sum of
     BK steps at once; in int8 of 64, and 0 says that it takes all of K.
     """
-    if arithmetic == "int8" or isinstance(tile, MatrixTile):  # matrix units add MK products at once
-        return 0
+    if arithmetic == "int8" or (isinstance(tile, MatrixTile) and arithmetic != "f32"):
+        return 0  # matrix units add MK products at once, of operands that are rounded to far less
+    if isinstance(tile, MatrixTile):
+        return SUMMED_AT_ONCE
     if arithmetic == "f16":
         return SUMMED_AT_ONCE * tile.BK
     return 4 * SUMMED_AT_ONCE if tile.BM * tile.BN >= 256 * 128 else SUMMED_AT_ONCE

@@ -48,7 +48,8 @@ def _back_choice(shards: Sequence[Tensor], logits: Spec, caps: Caps) -> Choice:
     """
     (count, _), dtype = logits
     depth, rows = shards[0].columns, shards[0].shape[0]
-    choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps, tail=False)
+    whole = all(p.shape[0] % BLOCK == 0 for p in shards)  # dscores of each begin at a word, and are whole tiles of K
+    choice = choose("f16" if dtype == "f16" else "f32", count, depth, rows, "nn", caps, tail=False, matrices=whole)
     return Choice(choice.tile, ceil_div(rows, slice_length(rows, choice)))
 
 
