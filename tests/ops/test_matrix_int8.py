@@ -96,13 +96,22 @@ def test_layers_on_matrix_units(device: Any, kernels: KernelCache, shape: Any) -
 SMALL = MatrixTile(64, 64, 64, 32, 32, MK=32)
 
 
-def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, slices: int = 1, onto: bool = False) -> float:
+def product(
+    device: Any,
+    kernels: KernelCache,
+    m: int,
+    n: int,
+    k: int,
+    slices: int = 1,
+    onto: bool = False,
+    tile: MatrixTile = SMALL,
+) -> float:
     """Relative error of one matmul of int8 codes against int64."""
     rng, graph = np.random.default_rng(5), Graph("g")
     codes = {"a": (m, k), "b": (n, k)}
     tensors = {name: graph.tensor(name, *rotated_specs(*size)[0], role="weight") for name, size in codes.items()}
     scales = [graph.tensor(f"{name}_scale", (rows,), role="weight") for name, (rows, _) in codes.items()]
-    c, choice = graph.tensor("c", (m, n), role="weight"), Choice(SMALL, slices)
+    c, choice = graph.tensor("c", (m, n), role="weight"), Choice(tile, slices)
     partial = [graph.tensor("p", *spec, role="weight") for spec in partial_shapes((m, n, k), choice)]
     ops.scale(c, 1.0)
     replay = Replay(device, make_plan({"g": graph}, device.caps), kernels)
@@ -133,8 +142,9 @@ def product(device: Any, kernels: KernelCache, m: int, n: int, k: int, slices: i
         ((128, 64, 64), {"onto": True}),
         ((40, 64, 512), {"slices": 2, "onto": True}),
         ((64, 64, 832), {"slices": 3}),
+        ((70, 96, 128), {"onto": True, "tile": MatrixTile(64, 96, 64, 32, 48, MK=32)}),
     ],
-    ids=["edges", "onto C", "slices", "a short slice"],
+    ids=["edges", "onto C", "slices", "a short slice", "rows of three matrices"],
 )
 def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int], options: dict[str, Any]) -> None:
     assert product(device, emulated, *sizes, **options) < BAR
@@ -270,9 +280,9 @@ def test_a_rotation_leaves_products_as_they_are_and_spreads_an_outlier() -> None
 @pytest.mark.parametrize(
     ("configs", "limits", "blocks"),
     [
-        (NVIDIA, (49152, 1024), [(128, 128, 64, 64, 32, 0), (64, 64, 32, 32, 32, 0)]),
+        (NVIDIA, (49152, 1024), [(128, 160, 64, 80, 32, 0), (128, 128, 64, 64, 32, 0), (64, 64, 32, 32, 32, 0)]),
         (AMD, (65536, 1024), [(128, 128, 64, 64, 64, 1), (64, 64, 32, 32, 64, 1)]),
-        (INTEL, (32768, 1024), [(64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
+        (INTEL, (32768, 1024), [(64, 160, 32, 80, 32, 1), (64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
         (NVIDIA, (16384, 256), [(64, 64, 32, 32, 32, 0)]),
         (NVIDIA[1:], (49152, 1024), []),
         ((NVIDIA[0], INTEL[1]), (49152, 1024), []),

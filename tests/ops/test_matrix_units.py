@@ -156,6 +156,7 @@ OF_F32 = MatrixTile(32, 32, 16, 16, 16, MM=8, MN=8, MK=8, BYTES=4)
         ((128, 64, 96), {"accumulate": True}),
         ((70, 64, 64), {"accumulate": True}),
         ((70, 64, 64), {"dtype": "bf16", "alpha": 0.25}),
+        ((70, 96, 64), {"accumulate": True, "tile": MatrixTile(64, 96, 32, 32, 48, MM=8)}),
         ((64, 128, 256), {"slices": 2}),
         ((40, 64, 512), {"slices": 3, "transpose_b": False, "dtype": "f32"}),
     ],
@@ -168,6 +169,7 @@ OF_F32 = MatrixTile(32, 32, 16, 16, 16, MM=8, MN=8, MK=8, BYTES=4)
         "onto C",
         "onto C, edges",
         "scaled",
+        "rows of three matrices",
         "slices",
         "slices, rows, edges",
     ],
@@ -175,7 +177,8 @@ OF_F32 = MatrixTile(32, 32, 16, 16, 16, MM=8, MN=8, MK=8, BYTES=4)
 def test_products(device: Any, emulated: KernelCache, sizes: tuple[int, int, int], options: dict[str, Any]) -> None:
     if not device.caps.f16:
         pytest.skip("f16 tensors need the feature")
-    assert product(device, emulated, *sizes, SMALL, **options) < BAR
+    given = dict(options)
+    assert product(device, emulated, *sizes, given.pop("tile", SMALL), **given) < BAR
 
 
 @pytest.mark.gpu
@@ -236,9 +239,9 @@ def test_planted_faults_are_seen(device: Any, emulated: KernelCache, old: str, n
 @pytest.mark.parametrize(
     ("config", "limits", "blocks"),
     [
-        (NVIDIA, (49152, 1024), [(128, 128, 64, 64, 32, 0), (64, 64, 32, 32, 32, 0)]),
-        (AMD, (65536, 1024), [(128, 128, 64, 64, 64, 1), (64, 64, 32, 32, 64, 1)]),
-        (INTEL, (32768, 1024), [(64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
+        (NVIDIA, (49152, 1024), [(128, 160, 64, 80, 32, 0), (128, 128, 64, 64, 32, 0), (64, 64, 32, 32, 32, 0)]),
+        (AMD, (65536, 1024), [(128, 160, 64, 80, 64, 1), (128, 128, 64, 64, 64, 1), (64, 64, 32, 32, 64, 1)]),
+        (INTEL, (32768, 1024), [(64, 160, 32, 80, 32, 1), (64, 128, 32, 64, 32, 1), (32, 64, 16, 32, 32, 1)]),
         (NVIDIA, (16384, 256), [(64, 64, 32, 32, 32, 0)]),
         (APPLE, (32768, 1024), [(64, 64, 32, 32, 32, 0), (32, 32, 16, 16, 32, 0)]),
         (replace(NVIDIA, result="f16"), (49152, 1024), []),
@@ -268,6 +271,8 @@ def test_choices_are_kept_and_give_way_where_there_are_no_matrix_units() -> None
     assert not is_choice(name, (*numbers[:7], 1000, *numbers[8:]))
     assert not is_choice(key("f32", 64, 64, 64, "nt"), (*numbers[:2], 31, *numbers[3:]))
     assert is_choice(name, (*numbers[:-3], *numbers[-2:])), "as earlier versions kept it"
+    few = choose("f16", 512, 9728, 2560, "nt", card)
+    assert (few.tile.BN, few.slices) == (160, 1), "304 workgroups of 128 columns would be a wave of 264 and a bit"
     without = replace(card, matrices=())
     assert not isinstance(choose("f16", 2048, 9728, 2560, "nt", without).tile, MatrixTile)
     assert choose("f16", 64, 64, 4096, "nt", card).slices > 1

@@ -50,7 +50,7 @@ class Tile:
         return (self.BM + self.BN) * self.BK * 4 * self.buffers
 
 
-_MATRICES = ((4, 4), (2, 2))  # of a subgroup's sums, down and across
+_MATRICES = ((4, 5), (4, 4), (2, 2))  # of a subgroup's sums, down and across
 HALF_K = 16  # steps of K of a matrix of f16, on every device that has int8 too
 
 
@@ -395,16 +395,20 @@ def _waves(arithmetic: Arithmetic, tile: Tile, slices: int, m: int, n: int, k: i
     workgroups = ceil_div(m, tile.BM) * ceil_div(n, tile.BN) * slices
     depth = ceil_div(k, slices * tile.BK) * tile.BK + tile.BK  # one step more fills the pipeline
     busiest = ceil_div(workgroups, units)
-    # A unit with few workgroups does not hide all of their latency.
-    rounds = busiest / float(min(1.0, busiest / candidate.saturating) ** 0.4)
+    # A unit with few workgroups does not hide all of their latency: on matrix units, where it has two or three at most,
+    # not in the last wave either.
+    together = candidate.saturating
+    whole = (busiest - 1) // together * together if isinstance(tile, MatrixTile) else 0
+    rounds = whole + (busiest - whole) / float(min(1.0, (busiest - whole) / together) ** 0.4)
     return 2.0 * rounds * units * tile.BM * tile.BN * depth / (_FLOPS[arithmetic] * candidate.pace)
 
 
 def _candidate(arithmetic: Arithmetic, tile: Tile) -> Candidate:
-    """What is known of a tile's pace. Matrix units': four times the other kernel's, by 4 x 4 matrices a subgroup."""
+    """What is known of a tile's pace. Matrix units': five times the other kernel's, by 4 x 4 matrices a subgroup."""
     if isinstance(tile, MatrixTile):
-        large = 4 * tile.MM <= tile.TM
-        return Candidate(tile, 4.0 if large else 3.0, 2 if large else 6)
+        if 4 * tile.MM > tile.TM:
+            return Candidate(tile, 3.0, 6)
+        return Candidate(tile, 4.9 if 4 * tile.MN == tile.TN else 4.65, 2)
     return next(c for c in CANDIDATES[arithmetic] if c.tile == tile)
 
 
