@@ -53,10 +53,10 @@ def load(
     first = named[adapter] if adapter is not None else next(iter(named.values()), None)
     defaults, _ = default_base(model, first, options)
     folder = resolve_model(model)
-    positions = load_model_config(folder).max_positions
-    context = min(DEFAULT_CONTEXT, positions) if context is None else whole_number(context, "--context", 2)
-    if context > positions:
-        raise UserError(f"--context: {context} exceeds the model's {positions} positions")
+    shape = load_model_config(folder)
+    context = min(DEFAULT_CONTEXT, shape.max_positions) if context is None else whole_number(context, "--context", 2)
+    if context > shape.longest_row:
+        raise UserError(f"--context: {context} exceeds the model's {shape.longest_row} positions")
     slots = whole_number(slots, "--slots", 1)
     config = TrainConfig.from_mapping({"model": model, **defaults, **options}, "load")
     tokenizer = Tokenizer.load(folder)

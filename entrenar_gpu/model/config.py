@@ -23,9 +23,9 @@ HEAD = "lm_head.weight"
 class ModelConfig:
     """Embedding, layers, final norm, output head; a family's file states what the layers have.
 
-    `architecture` is the family's name, `max_positions` the longest row that it was made for. Embeddings are multiplied
-    by `embedding_multiplier`, logits by `logits_multiplier`, and bent by `softcap` where there is one. `prefix` begins
-    the names of all weights but the head's: of a model that also sees or hears, this is its language part.
+    `architecture` is the family's name, `max_positions` how many positions its file says. Embeddings are multiplied by
+    `embedding_multiplier`, logits by `logits_multiplier`, and bent by `softcap` where there is one. `prefix` begins the
+    names of all weights but the head's: of a model that also sees or hears, this is its language part.
     """
 
     architecture: str
@@ -104,6 +104,12 @@ class ModelConfig:
         """The rotations that layers need, each once, by the names of the tensors that hold their tables."""
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.attention.ropes)
         return {f"rope_table.{number}" if number else "rope_table": rope for number, rope in enumerate(ropes)}
+
+    @property
+    def longest_row(self) -> int:
+        """Positions that a row may have: those of the file, or what the scaling of a rope reaches beyond them."""
+        scalings = [rope.scaling for rope in self.rope_tables.values() if rope.scaling is not None]
+        return max([self.max_positions, *(scaling.reach(self.max_positions) for scaling in scalings)])
 
     @property
     def parameters(self) -> int:

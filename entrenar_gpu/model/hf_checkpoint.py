@@ -60,7 +60,6 @@ class HFCheckpoint:
         """Open every shard and check all headers. Raises UserError naming the file, and the tensor or key at fault."""
         folder = Path(folder)
         config = load_model_config(folder)
-        _check_quantization(folder / "config.json")
         checkpoint = cls(folder, config, _open_files(folder))
         for spec in checkpoint.config.weights:
             checkpoint._check(spec)
@@ -256,19 +255,6 @@ def _stored_names(config: ModelConfig, files: dict[str, SafetensorsFile]) -> dic
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(v) is int and 0 < v < 2**40 for v in value)
-
-
-def _check_quantization(path: Path) -> None:
-    """Refuse checkpoints quantised by anything but bitsandbytes in 4 bits, naming what did it."""
-    quantization = read_json_object(path).get("quantization_config")
-    if not quantization:
-        return
-    if not isinstance(quantization, dict):
-        raise UserError(f"{path}: quantization_config must be an object")
-    method = str(quantization.get("quant_method", "unknown"))[:80]
-    if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
-        detail = f"{method} in 8 bits" if method == "bitsandbytes" else method
-        raise UserError(f"{path}: quantization_config: {detail} is not supported; bitsandbytes NF4 is")
 
 
 def _open_files(folder: Path) -> dict[str, SafetensorsFile]:

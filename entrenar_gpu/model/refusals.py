@@ -9,6 +9,7 @@ from entrenar_gpu.errors import UserError
 from entrenar_gpu.model.config_file import shown
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+STATE_SPACE = ("mamba_", "ssm_", "hybrid_override_pattern")  # what begins keys of models with state-space layers
 ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 RECURRENT = (
     "mamba",
@@ -29,6 +30,25 @@ def refuse(raw: Mapping[str, Any], source: str) -> None:
     for needs, what in NEEDS:
         if needs(raw):
             raise UserError(f"{source}: {name_of(raw)} needs {what}, which this trainer lacks")
+    for part in _parts(raw):
+        _refuse_quantised(part.get("quantization_config"), source)
+
+
+def _refuse_quantised(quantization: Any, source: str) -> None:
+    """Weights quantised by anything but bitsandbytes to NF4 are refused by what did it."""
+    if not quantization:
+        return
+    if not isinstance(quantization, dict):
+        raise UserError(f"{source}: quantization_config must be an object, not {shown(quantization)}")
+    method = str(quantization.get("quant_method", "unknown"))[:80]
+    if method == "bitsandbytes":
+        if not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
+            method = "bitsandbytes in 8 bits"
+        elif quantization.get("bnb_4bit_quant_type", "nf4") == "nf4":  # where it is not said, the tensors say it
+            return
+        else:
+            method = f"bitsandbytes {shown(quantization['bnb_4bit_quant_type'])}"
+    raise UserError(f"{source}: quantization_config: {method} is not supported; bitsandbytes NF4 is")
 
 
 def name_of(raw: Mapping[str, Any]) -> str:
@@ -58,10 +78,12 @@ def _has_experts(raw: Mapping[str, Any]) -> bool:
 
 
 def _has_other_layers(raw: Mapping[str, Any]) -> bool:
-    """Linear attention, state spaces or convolutions, by the layers or by the family's name."""
+    """Linear attention, state spaces or convolutions, by the layers; where none are listed by keys, or by the family."""
     for part in _parts(raw):
         kinds = part.get("layer_types") or part.get("layers_block_type") or []
         if isinstance(kinds, list) and any(kind not in ATTENTION_LAYERS for kind in kinds):
+            return True
+        if not kinds and any(key.startswith(STATE_SPACE) for key in part):
             return True
         if part.get("model_type") == "granitemoehybrid" and not kinds:  # its class takes Mamba for every layer then
             return True

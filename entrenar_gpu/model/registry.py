@@ -63,6 +63,8 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
         return known_families()[name].read(ConfigFile({**tied, **text}, source, name, prefix))
     name = _family(raw, source)
+    if isinstance(raw.get("text_config"), dict) and not raw.get("architectures"):
+        raise UserError(f"{source}: text_config is not supported without architectures, which name its model")
     return known_families()[name].read(ConfigFile(raw, source, name))
 
 

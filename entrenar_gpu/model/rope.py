@@ -27,6 +27,16 @@ class Scaling(Protocol):
     def scaled(self, rope: Rope, positions: int) -> list[float]:
         """The frequencies in place of `rope.base()`."""
 
+    def reach(self, positions: int) -> int:
+        """The longest row that it is for, in a model whose file says so many `positions`."""
+
+
+class _WithinPositions:
+    """A scaling of files whose `max_position_embeddings` is what it reaches."""
+
+    def reach(self, positions: int) -> int:
+        return positions
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -159,6 +169,9 @@ class LinearScaling:
     def scaled(self, rope: Rope, positions: int) -> list[float]:
         return [frequency / self.factor for frequency in rope.base()]
 
+    def reach(self, positions: int) -> int:
+        return max(positions, int(self.factor * positions))
+
     @classmethod
     def read(cls, given: _Reader) -> LinearScaling:
         return cls(given.number("factor"))
@@ -176,6 +189,9 @@ class DynamicScaling:
         stretch = self.factor * max(positions, self.original) / self.original - (self.factor - 1)
         return rope.base(rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2)))
 
+    def reach(self, positions: int) -> int:
+        return max(positions, int(self.factor * self.original))
+
     @classmethod
     def read(cls, given: _Reader) -> DynamicScaling:
         if given.rotary_dim < 4:
@@ -189,6 +205,7 @@ class YarnScaling:
     `factor`, and those between the bounds `kept_to` and `divided_from`, in pairs, are blended."""
 
     factor: float
+    original: int
     kept_to: float
     divided_from: float
     attention_factor: float
@@ -200,6 +217,9 @@ class YarnScaling:
             divided = min(1.0, max(0.0, (pair - self.kept_to) / span))
             blended.append(frequency * (1.0 - divided + divided / self.factor))
         return blended
+
+    def reach(self, positions: int) -> int:
+        return max(positions, int(self.factor * self.original))
 
     @classmethod
     def read(cls, given: _Reader) -> YarnScaling:
@@ -215,7 +235,7 @@ class YarnScaling:
         low, high = pair_of(given.number("beta_fast", 32)), pair_of(given.number("beta_slow", 1))
         if given.parameters.get("truncate", True) is not False:
             low, high = math.floor(low), math.ceil(high)
-        return cls(factor, max(low, 0), min(high, dim - 1), _yarn_attention(given, factor))
+        return cls(factor, original, max(low, 0), min(high, dim - 1), _yarn_attention(given, factor))
 
 
 def _yarn_attention(given: _Reader, factor: float) -> float:
@@ -231,7 +251,7 @@ def _yarn_attention(given: _Reader, factor: float) -> float:
 
 
 @dataclass(frozen=True)
-class LongRopeScaling:
+class LongRopeScaling(_WithinPositions):
     """LongRoPE (Ding et al., arXiv 2402.13753): each frequency divided by a factor of its own, one of `short` in rows
     of up to `original` positions and of `long` in longer ones."""
 
@@ -259,7 +279,7 @@ class LongRopeScaling:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(_WithinPositions):
     """Llama 3.1's: wavelengths shorter than original / high_freq_factor are kept, longer than original /
     low_freq_factor are divided by `factor`, and those between are blended linearly in original / wavelength."""
 
@@ -296,7 +316,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class ProportionalScaling:
+class ProportionalScaling(_WithinPositions):
     """Heads rotated in their first `pairs` alone, at the frequencies that a whole head would have there, divided by
     `factor` (Gemma 4)."""
 

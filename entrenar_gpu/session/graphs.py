@@ -43,8 +43,8 @@ class RunShape:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.train.seq > self.model.max_positions:
-            raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.max_positions} positions")
+        if self.train.seq > self.model.longest_row:
+            raise UserError(f"--seq: {self.train.seq} exceeds the model's {self.model.longest_row} positions")
         if self.train.lr_ratio_b is not None and not self.faster_parameters:
             raise UserError(f"--lr-ratio-b: --method {self.train.method} trains no adapter that has a B")
 

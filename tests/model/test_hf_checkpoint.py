@@ -513,14 +513,32 @@ def test_names_that_are_neither_folder_nor_repository(name):
 def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     import huggingface_hub
 
-    seen = {}
-
     def unreachable(name, **options):
-        seen.update(options, name=name)
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"^--model: org/model: no such folder, and not .* Hub: no route$"):
         hub.resolve_model("org/model")
-    assert seen["name"] == "org/model"
-    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in seen["allow_patterns"] if "." in pattern[-4:])
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_of_the_hub_only_models_that_can_be_trained_are_downloaded(monkeypatch, tmp_path, architecture):
+    """Neither pickles nor code."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": [architecture]}))
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    if architecture != "Qwen3ForCausalLM":
+        with pytest.raises(UserError, match="architecture 'Qwen3MoeForCausalLM' is not supported"):
+            hub.resolve_model("org/model")
+        assert asked == ["config.json"]
+        return
+    assert hub.resolve_model("org/model") == tmp_path
+    assert "model*.safetensors" in asked
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked if "." in pattern[-4:])

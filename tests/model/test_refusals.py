@@ -11,7 +11,9 @@ from entrenar_gpu.adapters import AdapterSpec, save_adapter
 from entrenar_gpu.adapters.selection import chosen_targets
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.model.registry import load_model_config, parse_model_config
+from entrenar_gpu.session.graphs import RunShape
 from tests.helpers.tiny import QWEN3
 
 SEES = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
@@ -42,6 +44,11 @@ REFUSED = {
     ),
     "LFM2": ({"architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2"}, "convolution"),
     "Mamba": ({"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}, "state-space"),
+    "Falcon-H1, which lists no layers": (
+        {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "mamba_d_ssm": 1024},
+        "state-space",
+    ),
+    "Nemotron-H": ({"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-M*-"}, "state-space"),
     "DeepSeek V3": ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512, "n_routed_experts": 8}, "MLA"),
     "gpt-oss": (
         {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}},
@@ -69,6 +76,31 @@ def test_what_a_model_needs_is_named_in_one_line(tmp_path, changes, needed):
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {name} needs ")
     assert str(error.value).endswith("which this trainer lacks")
     assert "\n" not in str(error.value)
+
+
+STORED = {
+    "awq": ({"quant_method": "awq", "bits": 4}, "awq is not supported; bitsandbytes NF4 is"),
+    "compressed": ({"quant_method": "compressed-tensors"}, "compressed-tensors is not"),
+    "8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits is not"),
+    "FP4": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "bitsandbytes 'fp4' is not",
+    ),
+    "a word": ("int4", "must be an object, not 'int4'"),
+}
+
+
+@pytest.mark.parametrize(("stored", "message"), STORED.values(), ids=STORED)
+def test_weights_that_are_not_read_are_refused_by_the_configuration_alone(stored, message):
+    """So that `plan` says it too, and nothing is downloaded for it."""
+    with pytest.raises(UserError, match=f"^config.json: quantization_config:? {message}"):
+        parse_model_config(QWEN3 | {"quantization_config": stored})
+
+
+def test_a_language_part_without_the_name_of_its_model_is_not_read_by_its_type():
+    """The class of Gemma 3's language part has a default for every size."""
+    with pytest.raises(UserError, match="text_config is not supported without architectures"):
+        parse_model_config({"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 34}})
 
 
 def test_a_model_that_sees_is_its_language_part():
@@ -121,6 +153,33 @@ BOUNDS = {
 def test_what_cannot_be_computed_is_refused_by_its_key(changes, message):
     with pytest.raises(UserError, match=message):
         parse_model_config(QWEN3 | changes)
+
+
+REACHED = {
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 2048),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 1024),
+    "YaRN, as Qwen's pages say to add it": (
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        2048,
+    ),
+    "YaRN that the file counts already": (
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        512,
+    ),
+    "Llama 3.1": (
+        {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        512,
+    ),
+}
+
+
+@pytest.mark.parametrize(("scaling", "positions"), REACHED.values(), ids=REACHED)
+def test_rows_may_be_as_long_as_the_scaling_reaches(scaling, positions):
+    model = parse_model_config(QWEN3 | {"rope_scaling": scaling})
+    storage = Storage("lora")
+    RunShape(model, storage, TrainConfig(seq=positions))
+    with pytest.raises(UserError, match=f"--seq: {positions + 1} exceeds the model's {positions} positions"):
+        RunShape(model, storage, TrainConfig(seq=positions + 1))
 
 
 def test_vision_towers_are_not_trained():
