@@ -78,7 +78,7 @@ def _has_experts(raw: Mapping[str, Any]) -> bool:
 
 
 def _has_other_layers(raw: Mapping[str, Any]) -> bool:
-    """Linear attention, state spaces or convolutions, by the layers; where none are listed by keys, or by the family."""
+    """Linear attention, state spaces or convolutions: by the layers, where none are listed by keys, or by family."""
     for part in _parts(raw):
         kinds = part.get("layer_types") or part.get("layers_block_type") or []
         if isinstance(kinds, list) and any(kind not in ATTENTION_LAYERS for kind in kinds):
