@@ -1,15 +1,17 @@
 """Rows in, tokenised samples out.
 
 A source is read in the order of its rows, a thousand at a time: one thread parses them and has their conversations
-rendered (records.py), while this one tokenises the rows before. Memory holds no more of the source than that.
+rendered (records.py), another has the rows before tokenised, while this one puts those before these where they are
+kept. Memory holds no more of the source than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from entrenar_gpu.chat import Span
 from entrenar_gpu.data.prefix import Encoded
@@ -18,8 +20,10 @@ from entrenar_gpu.data.rows import RowSource, open_file
 from entrenar_gpu.data.samples import SampleBuilder, Samples
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
+from entrenar_gpu.ops.loss import IGNORE
 
 T = TypeVar("T")
+Chunk: TypeAlias = Sequence[Draft | Tokens]
 
 
 def load_samples(
@@ -51,8 +55,10 @@ def read_samples(
         before, skipped, lost = len(builder), builder.skipped, builder.lost
         for source in group:
             reader = Reader(source, tokenizer, reading)
-            for chunk in _ahead(reader.chunks()):
-                add_chunk(chunk, reader, builder)
+            # closed before an error is told: what the tokenizer writes to stderr is held back until it is done
+            with contextlib.closing(_ahead(_with_ids(_ahead(reader.chunks()), reader, seq))) as chunks:
+                for chunk, encoded in chunks:
+                    _add(chunk, encoded, reader, builder)
             notes |= dict.fromkeys(reader.notes())
         counts.append(len(builder) - before)
         if not counts[-1]:
@@ -66,7 +72,7 @@ def _names(group: Sequence[RowSource]) -> str:
     return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The items, the next of which is made by another thread while one is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)
@@ -75,20 +81,40 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def add_chunk(chunk: list[Draft | Tokens], reader: Reader, builder: SampleBuilder) -> None:
+def add_chunk(chunk: Chunk, reader: Reader, builder: SampleBuilder) -> None:
     """Tokenise the rows of a chunk together and add them in their order."""
-    encoded: dict[int, Encoded] = {}
-    for with_spans in (False, True):
-        drafts = [d for d in chunk if isinstance(d, Draft) and (d.spans is not None) == with_spans]
-        if drafts:
-            spans = [draft.spans or [] for draft in drafts] if with_spans else None
-            batch = reader.tokenizer.encode_beginnings([draft.text for draft in drafts], builder.seq, spans)
-            encoded.update((draft.row, encoding) for draft, encoding in zip(drafts, batch, strict=True))
+    _add(chunk, _encoded(chunk, reader, builder.seq), reader, builder)
+
+
+def _with_ids(chunks: Iterable[Chunk], reader: Reader, seq: int) -> Iterator[tuple[Chunk, list[Encoded]]]:
+    for chunk in chunks:
+        yield chunk, _encoded(chunk, reader, seq)
+
+
+def _encoded(chunk: Chunk, reader: Reader, seq: int) -> list[Encoded]:
+    """The ids of a chunk's drafts, all or at least the first `seq` of more, and which of them are trained."""
+    drafts = [row for row in chunk if isinstance(row, Draft)]
+    if not drafts:
+        return []
+    return reader.tokenizer.encode_beginnings([d.text for d in drafts], seq, [d.spans or () for d in drafts])
+
+
+def _add(chunk: Chunk, encoded: Sequence[Encoded], reader: Reader, builder: SampleBuilder) -> None:
+    waiting: list[Encoded] = []  # texts that follow one another are added together
+    coming = iter(encoded)
     for row in chunk:
         if isinstance(row, Tokens):
-            builder.add(row.ids, row.labels, row.weights)
+            sample: tuple[Sequence[int], Sequence[int], Sequence[float] | None] = row.ids, row.labels, row.weights
         else:
-            builder.add_spans(*_ended(row, *encoded.pop(row.row), reader, builder.seq))
+            ids, spans, weights = _ended(row, *next(coming), reader, builder.seq)
+            if weights is None:
+                waiting.append((ids, spans))
+                continue
+            sample = _by_token(ids, spans, weights)
+        builder.add_spans(waiting)
+        waiting = []
+        builder.add(*sample)
+    builder.add_spans(waiting)
 
 
 def _ended(
@@ -99,10 +125,11 @@ def _ended(
     A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer. What ends a
     text is trained, what begins it is not where a prompt follows.
     """
-    where, tokenizer, weights = reader.source.place(draft.row), reader.tokenizer, draft.weights
+    tokenizer, weights = reader.tokenizer, draft.weights
     if draft.shortened and len(ids) < seq:
         raise UserError(
-            f"{where}: the line is too long: the part of its text that is read holds less than --seq tokens"
+            f"{_place(draft, reader)}: the line is too long: the part of its text that is read holds less than --seq"
+            " tokens"
         )
     if not draft.rendered:
         length = len(ids)
@@ -116,8 +143,24 @@ def _ended(
             weights = weights and [*weights, weights[-1]]  # as the turn that it ends
         elif draft.rendered or not tokenizer.ending:
             raise UserError(f"{tokenizer.folder}: no eos_token in tokenizer_config.json to end texts with")
-    if (highest := max(ids[:seq], default=0)) >= reader.vocab_size:
+    if tokenizer.highest_id >= reader.vocab_size and (highest := max(ids[:seq], default=0)) >= reader.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer gives token id {highest}, outside the model's vocabulary of {reader.vocab_size}"
+            f"{_place(draft, reader)}: the tokenizer gives token id {highest}, outside the model's vocabulary of"
+            f" {reader.vocab_size}"
         )
     return ids, spans if draft.spans is not None else [(0, len(ids))], weights
+
+
+def _by_token(
+    ids: Sequence[int], spans: Sequence[Span], weights: Sequence[float]
+) -> tuple[Sequence[int], list[int], list[float]]:
+    """The ids, their labels, and how much each counts."""
+    labels, counted = [IGNORE] * len(ids), [0.0] * len(ids)
+    for (first, last), weight in zip(spans, weights, strict=True):
+        labels[first:last] = ids[first:last]
+        counted[first:last] = [weight] * (last - first)
+    return ids, labels, counted
+
+
+def _place(draft: Draft, reader: Reader) -> str:
+    return reader.source.place(draft.row)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
 from entrenar_gpu.chat import Span
+from entrenar_gpu.data.spelling import Spelling
 
 _FIRST_GUESS = 4.0  # characters per token, until texts have shown better
 _MARGIN = 64  # tokens before the cut that do not count
@@ -31,28 +33,28 @@ class PrefixEncoder:
         self._backend = backend
         self._characters_per_token = _FIRST_GUESS
 
-    def encode(self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None) -> list[Encoded]:
+    def encode(self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] = ()) -> list[Encoded]:
         """Each text's ids, all or at least the first `limit` of more, and where its `spans` of characters lie in them.
 
         A span may reach into what is left out; nothing is said of the tokens behind the first `limit`.
         """
+        spans = spans or [()] * len(texts)
         results: dict[int, Encoded] = {}
         waiting = dict.fromkeys(range(len(texts)), self._guess(limit))
         while waiting:
             cuts = {i: cut for i, cut in waiting.items() if len(texts[i]) > 2.5 * cut}
             short = [i for i in waiting if i not in cuts]
-            for i, encoding in zip(short, self._encoded([texts[i] for i in short], spans is not None), strict=True):
-                results[i] = _located(encoding, spans[i] if spans is not None else (), len(texts[i]))
-            nearer = self._encoded([texts[i][:cut] for i, cut in cuts.items()], spans is not None)
+            results |= zip(short, self._encoded([texts[i] for i in short], [spans[i] for i in short]), strict=True)
+            nearer = self._encoded([texts[i][:cut] for i, cut in cuts.items()], [spans[i] for i in cuts])
             # an odd number of characters farther: whatever comes in pairs is cut differently
-            farther = self._encoded([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], False)
+            farther = self._encoded([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], [()] * len(cuts))
             read = [*(len(texts[i]) for i in short), *cuts.values()]
-            self._learn(read, [*(len(results[i][0]) for i in short), *map(len, nearer)])
+            self._learn(read, [*(len(results[i][0]) for i in short), *(len(ids) for ids, _ in nearer)])
             waiting = {}
-            for (i, cut), encoding, other in zip(cuts.items(), nearer, farther, strict=True):
-                ids, others, counts = encoding.ids, other.ids, limit + _MARGIN
+            for (i, cut), (ids, found), (others, _) in zip(cuts.items(), nearer, farther, strict=True):
+                counts = limit + _MARGIN
                 if len(ids) >= counts and len(others) >= counts and ids[: limit + 1] == others[: limit + 1]:
-                    results[i] = _located(encoding, spans[i] if spans is not None else (), cut)
+                    results[i] = ids, found
                 else:
                     waiting[i] = cut * 2 | 1
         return [results[i] for i in range(len(texts))]
@@ -64,11 +66,25 @@ class PrefixEncoder:
         if sum(tokens) > 1000:
             self._characters_per_token = sum(characters) / sum(tokens)
 
-    def _encoded(self, texts: list[str], with_places: bool) -> list[Any]:
-        if not texts:
-            return []
-        encode = self._backend.encode_batch if with_places else self._backend.encode_batch_fast
-        return list(encode(texts, add_special_tokens=False))
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return Spelling.of(self._backend)
+
+    def _encoded(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """Each text's ids, and where its spans lie in them."""
+        results: dict[int, Encoded] = {}
+        quick = [i for i in range(len(texts)) if self._spelling is not None or not spans[i]]
+        encodings = self._backend.encode_batch_fast([texts[i] for i in quick], add_special_tokens=False)
+        for i, encoding in zip(quick, encodings, strict=True):
+            ids = encoding.ids
+            found = self._spelling.locate(ids, texts[i], spans[i]) if self._spelling and spans[i] else []
+            if found is not None:
+                results[i] = ids, found
+        if rest := [i for i in range(len(texts)) if i not in results]:
+            encodings = self._backend.encode_batch([texts[i] for i in rest], add_special_tokens=False)
+            for i, encoding in zip(rest, encodings, strict=True):
+                results[i] = _located(encoding, spans[i], len(texts[i]))
+        return [results[i] for i in range(len(texts))]
 
 
 def _located(encoding: Any, spans: Sequence[Span], length: int) -> Encoded:

@@ -89,29 +89,38 @@ class SampleBuilder:
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
 
-    def add_spans(
-        self, ids: Sequence[int], spans: Sequence[tuple[int, int]], weights: Sequence[float] | None = None
-    ) -> None:
-        """One sample of which the tokens of these spans [first, last) are trained, each with its span's weight."""
-        tokens = np.array(ids[: self.seq], np.uint32)
+    def add_spans(self, rows: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]) -> None:
+        """Samples of which the tokens of these spans [first, last) are trained: ids and spans of each."""
+        kept, starts = array("I"), array("q", [0])
+        begins, ends = array("q"), array("q")  # of what is trained; a sample's first token is no target
+        for ids, spans in rows:
+            at = len(kept)
+            kept.extend(ids if len(ids) <= self.seq else ids[: self.seq])
+            stop = len(kept)
+            starts.append(stop)
+            for first, last in spans:
+                if max(first, 1) < last:
+                    begins.append(min(at + max(first, 1), stop))
+                    ends.append(min(at + last, stop))
+        tokens, bounds = _view(kept, np.uint32), _view(starts, np.int64)
+        edges = [np.bincount(_view(places, np.int64), minlength=len(tokens) + 1) for places in (begins, ends)]
+        trained = np.cumsum(edges[0] - edges[1])[:-1] > 0
         targets = np.full(len(tokens), IGNORE, np.int32)
-        counted = np.ones(len(tokens), np.float32)
-        trained = False
-        for i, (first, last) in enumerate(spans):
-            first, last = max(first, 1), min(last, len(tokens))
-            if first < last:
-                targets[first - 1 : last - 1] = tokens[first:last]
-                counted[first - 1 : last - 1] = 1 if weights is None else weights[i]
-                trained = True
-        if not trained:
-            self._skip(len(ids) > self.seq)
-            return
-        self.cut += len(ids) > self.seq
-        if weights is not None:
-            self._weighted.append((len(self.tokens), counted))
+        targets[:-1][trained[1:]] = tokens[1:][trained[1:]]
+        counts = np.concatenate([[0], np.cumsum(trained)])
+        there = counts[bounds[1:]] > counts[bounds[:-1]]
+        long = np.array([len(ids) > self.seq for ids, _ in rows], bool)
+        self.cut += int(np.count_nonzero(long & there))
+        self.skipped += int(np.count_nonzero(~there))
+        self.lost += int(np.count_nonzero(long & ~there))
+        lengths = np.diff(bounds)
+        if not there.all():
+            positions = np.repeat(there, lengths)
+            tokens, targets = tokens[positions], targets[positions]
+        begin = len(self.tokens)
         self.tokens.frombytes(tokens.tobytes())
         self.targets.frombytes(targets.tobytes())
-        self.starts.append(len(self.tokens))
+        self.starts.frombytes((begin + np.cumsum(lengths[there])).tobytes())
 
     def _skip(self, trains_behind_the_cut: bool) -> None:
         self.skipped += 1

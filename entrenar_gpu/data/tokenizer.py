@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ class Tokenizer:
         }
         return cls(backend, str(folder), named, stops, templates)
 
+    @cached_property
+    def highest_id(self) -> int:
+        """Of all that a text may become; a vocabulary may have holes."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
@@ -117,7 +123,7 @@ class Tokenizer:
             return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_beginnings(
-        self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] | None = None
+        self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] = ()
     ) -> list[Encoded]:
         """Token ids of each text without anything around it, see PrefixEncoder.encode."""
         with without_panics_text(), faults_of(self._path, "cannot encode a text"):
