@@ -39,8 +39,10 @@ class Habits:
         return [self._adapted(message, number) for number, message in enumerate(messages, 1)]
 
     def _adapted(self, message: Message, number: int) -> Message:
-        changed: dict[str, Any] = {}
         content = message.get("content")
+        if len(message) == 2 and isinstance(content, str):
+            return message  # as nearly all are
+        changed: dict[str, Any] = {}
         if isinstance(content, list) and not self.reads_parts(message["role"]):
             changed["content"] = "".join(part["text"] for part in content)
         calls = message.get("tool_calls")
