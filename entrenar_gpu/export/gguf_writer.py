@@ -22,10 +22,12 @@ from entrenar_gpu.model import (
     ModelConfig,
     Rope,
     WeightSpec,
+    YarnScaling,
     as_pairs,
     family_of,
     heads_of,
     window_of,
+    yarn_temperature,
 )
 
 Floats = np.ndarray
@@ -180,8 +182,19 @@ def _add_rope(writer: Any, config: ModelConfig, source: str) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
         writer.add_rope_scaling_orig_ctx_len(vars(rope.scaling)["original"])
         writer.add_rope_scaling_attn_factors(vars(rope.scaling)["attention_factor"])
+    elif isinstance(rope.scaling, YarnScaling):
+        yarn = rope.scaling
+        if (yarn.beta_fast, yarn.beta_slow, yarn.whole) != (32, 1, True):
+            raise UserError(
+                f"{source}: llama.cpp has beta_fast 32, beta_slow 1 and truncate for yarn in these families"
+            )
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(yarn.original)
+        # llama.cpp has the paper's temperature, and multiplies it by this.
+        writer.add_rope_scaling_attn_factors(yarn.attention_factor / yarn_temperature(yarn.factor))
     elif rope.scaling is not None and kind != _AS_FACTORS:
-        raise UserError(f"{source}: rope scaling {kind} cannot be written as GGUF; linear, llama3, longrope can")
+        raise UserError(f"{source}: rope scaling {kind} cannot be written as GGUF; linear, llama3, longrope, yarn can")
 
 
 def _rope_of(config: ModelConfig) -> Rope | None:

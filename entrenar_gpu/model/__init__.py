@@ -11,7 +11,7 @@ from entrenar_gpu.model.kv_cache import CachedPass, cache_names
 from entrenar_gpu.model.parameters import Storage, WeightTensors, declared_weights
 from entrenar_gpu.model.projection import ModuleAdapter, ProjectionCall
 from entrenar_gpu.model.registry import load_model_config, model_shape, parse_model_config
-from entrenar_gpu.model.rope import Rope
+from entrenar_gpu.model.rope import Rope, YarnScaling, yarn_temperature
 from entrenar_gpu.model.tables import EmbeddingAdapter, Head, HeadAdapter, TableCall
 from entrenar_gpu.model.weight_spec import WeightSpec
 
@@ -37,6 +37,7 @@ __all__ = [
     "Transformer",
     "WeightSpec",
     "WeightTensors",
+    "YarnScaling",
     "as_pairs",
     "cache_names",
     "declared_weights",
@@ -47,4 +48,5 @@ __all__ = [
     "parse_model_config",
     "resolve_model",
     "window_of",
+    "yarn_temperature",
 ]

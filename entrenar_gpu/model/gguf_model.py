@@ -17,6 +17,7 @@ from entrenar_gpu.model.config import ModelConfig
 from entrenar_gpu.model.gguf_families import FAMILIES, SCALED_BY_HIDDEN, from_pairs, heads_of
 from entrenar_gpu.model.gguf_tokenizer import tokenizer_of
 from entrenar_gpu.model.registry import parse_model_config
+from entrenar_gpu.model.rope import yarn_temperature
 from entrenar_gpu.model.weight_spec import WeightSpec
 
 # What an architecture of llama.cpp is in a config.json, and what its file does not say.
@@ -117,8 +118,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str) 
 
     def value(key: str, otherwise: Any = None) -> Any:
         found = fields.get(f"{arch}.{key}", otherwise)
-        # Numbers are f32 there: the shortest that is the same in f32 is what was meant.
-        return float(str(np.float32(found))) if isinstance(found, float) else found
+        return _meant(found) if isinstance(found, float) else found
 
     raw = {**ARCHITECTURES[arch], **{name: value(key) for name, key in _SIZES.items()}}
     missing = next((key for name, key in _SIZES.items() if raw[name] is None), None)
@@ -144,14 +144,20 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str) 
     elif value("rope.scaling.type") == "longrope" or "rope_factors_long.weight" in tensors:
         said = (value(f"rope.scaling.{name}") for name in ("original_context_length", "attn_factor"))
         raw |= _longrope(tensors, raw["max_position_embeddings"], *said)
+    elif value("rope.scaling.type") == "yarn":
+        raw["rope_scaling"] = _yarn(value, source)
     elif value("rope.scaling.type") not in (None, "none"):
-        raise UserError(
-            f"{source}: rope scaling {value('rope.scaling.type')!r} is not read; linear, longrope and Llama 3.1's are"
-        )
+        kind = value("rope.scaling.type")
+        raise UserError(f"{source}: rope scaling {kind!r} is not read; linear, longrope, yarn and Llama 3.1's are")
     if "rope_freqs.weight" in tensors:
         factors = np.array(tensors["rope_freqs.weight"].data, np.float64).reshape(-1)
         raw["rope_scaling"] = _llama3_scaling(raw, factors, source)
     return raw
+
+
+def _meant(number: float) -> float:
+    """The shortest number that is the same in f32, in which a file has all."""
+    return float(str(np.float32(number)))
 
 
 def _longrope(
@@ -167,6 +173,18 @@ def _longrope(
         if not math.isclose(usual, attention_factor, rel_tol=1e-6):  # a file has it in f32
             scaling["attention_factor"] = attention_factor
     return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def _yarn(value: Callable[..., Any], source: str) -> dict[str, Any]:
+    """YaRN; what llama.cpp multiplies the paper's temperature by becomes the whole of it."""
+    names = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+    said = {name: value(f"rope.scaling.{key}") for name, key in names.items()}
+    scaling = {"rope_type": "yarn"} | {name: number for name, number in said.items() if number is not None}
+    if not isinstance(said["factor"], float):
+        raise UserError(f"{source}: rope.scaling.factor is missing, which yarn divides by")
+    if (times := value("rope.scaling.attn_factor", 1.0)) != 1.0:
+        scaling["attention_factor"] = _meant(times * yarn_temperature(said["factor"]))
+    return scaling
 
 
 def _llama3_scaling(raw: dict[str, Any], factors: np.ndarray, source: str) -> dict[str, Any]:

@@ -201,53 +201,67 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (Peng et al., arXiv 2309.00071): pairs that turn often are kept, those that turn seldom are divided by
-    `factor`, and those between the bounds `kept_to` and `divided_from`, in pairs, are blended."""
+    """YaRN (Peng et al., arXiv 2309.00071): pairs that turn more than `beta_fast` times within the `original` positions
+    are kept, those that turn less than `beta_slow` times are divided by `factor`, and those between are blended; with
+    `whole` the bounds are whole pairs."""
 
     factor: float
     original: int
-    kept_to: float
-    divided_from: float
+    beta_fast: float
+    beta_slow: float
+    whole: bool
     attention_factor: float
 
     def scaled(self, rope: Rope, positions: int) -> list[float]:
-        span = max(self.divided_from - self.kept_to, 1e-3)
+        kept_to, divided_from = self._bounds(rope)
+        span = max(divided_from - kept_to, 1e-3)
         blended = []
         for pair, frequency in enumerate(rope.base()):
-            divided = min(1.0, max(0.0, (pair - self.kept_to) / span))
+            divided = min(1.0, max(0.0, (pair - kept_to) / span))
             blended.append(frequency * (1.0 - divided + divided / self.factor))
         return blended
 
     def reach(self, positions: int) -> int:
         return max(positions, int(self.factor * self.original))
 
-    @classmethod
-    def read(cls, given: _Reader) -> YarnScaling:
-        factor, original, dim = given.number("factor"), given.original(), given.rotary_dim
-
-        if given.theta <= 1:
-            raise given.file.error(f"rope_theta {given.theta} is not above 1, as yarn needs it")
-
+    def _bounds(self, rope: Rope) -> tuple[float, float]:
         def pair_of(turns: float) -> float:
             """The pair that turns so often within the original positions (equation 17)."""
-            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(given.theta))
+            return rope.rotary_dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-        low, high = pair_of(given.number("beta_fast", 32)), pair_of(given.number("beta_slow", 1))
-        if given.parameters.get("truncate", True) is not False:
+        low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
+        if self.whole:
             low, high = math.floor(low), math.ceil(high)
-        return cls(factor, original, max(low, 0), min(high, dim - 1), _yarn_attention(given, factor))
+        return max(low, 0), min(high, rope.rotary_dim - 1)
+
+    @classmethod
+    def read(cls, given: _Reader) -> YarnScaling:
+        if given.theta <= 1:
+            raise given.file.error(f"rope_theta {given.theta} is not above 1, as yarn needs it")
+        factor = given.number("factor")
+        return cls(
+            factor,
+            given.original(),
+            given.number("beta_fast", 32),
+            given.number("beta_slow", 1),
+            given.parameters.get("truncate", True) is not False,
+            _yarn_attention(given, factor),
+        )
+
+
+def yarn_temperature(factor: float, weight: float = 1.0) -> float:
+    """The temperature of equation 22, as queries and keys share it."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _yarn_attention(given: _Reader, factor: float) -> float:
-    """The temperature of equation 22, as queries and keys share it; DeepSeek's files give two weights of it."""
-
-    def temperature(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
+    """That temperature, unless the file says another; DeepSeek's give two weights of it."""
     said, above, below = (given.perhaps(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if said is not None:
         return said
-    return temperature(above) / temperature(below) if above and below else temperature(1.0)
+    if above and below:
+        return yarn_temperature(factor, above) / yarn_temperature(factor, below)
+    return yarn_temperature(factor)
 
 
 @dataclass(frozen=True)

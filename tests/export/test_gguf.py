@@ -1,6 +1,7 @@
 """GGUF files, read back by gguf's own reader: the weights that were meant, the adapter beside them, the tokenizer."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ CONFIGS = {
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 8192},
     },
+    "llama-yarn": {
+        "architectures": ["LlamaForCausalLM"],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+                         "attention_factor": 1.5},
+    },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
     "gemma3": {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
@@ -49,7 +55,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-MODEL_TYPES = {"llama3": "llama", "gemma3": "gemma3_text", "phi3-long": "phi3", "llama-biases": "llama"}
+MODEL_TYPES = {
+    "llama3": "llama",
+    "gemma3": "gemma3_text",
+    "phi3-long": "phi3",
+    "llama-biases": "llama",
+    "llama-yarn": "llama",
+}
 
 
 def make(tmp_path: Path, name: str, **changes) -> HFCheckpoint:
@@ -168,6 +180,25 @@ def test_tokenizer_template_and_sizes_are_in_the_file(tmp_path):
     assert value("tokenizer.chat_template") == chat_templates.QWEN25
     assert value("llama.attention.head_count_kv") == 2
     assert value("llama.rope.dimension_count") == 16
+
+
+def test_yarn_is_said_as_llama_cpp_reads_it(tmp_path):
+    checkpoint = make(tmp_path, "llama-yarn")
+    export_model(str(tmp_path / "model"), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    said = {key.removeprefix("llama.rope.scaling."): field.contents() for key, field in fields.items()}
+    assert said["type"] == "yarn"
+    assert (said["factor"], said["original_context_length"]) == (4.0, 64)
+    assert said["attn_factor"] * (1 + 0.1 * math.log(4)) == pytest.approx(1.5, rel=1e-6)
+    assert checkpoint.config.layers[0].attention.rope.scaling.attention_factor == 1.5
+
+
+@pytest.mark.parametrize("changes", [{"truncate": False}, {"beta_fast": 8.0}, {"beta_slow": 2.0}])
+def test_yarn_with_other_bounds_is_refused(tmp_path, changes):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    make(tmp_path, "llama", rope_scaling=scaling | changes)
+    with pytest.raises(UserError, match=r"llama\.cpp has beta_fast 32, beta_slow 1 and truncate for yarn"):
+        export_model(str(tmp_path / "model"), tmp_path / "model.gguf")
 
 
 def test_modules_of_different_scale_share_one_alpha(tmp_path):
