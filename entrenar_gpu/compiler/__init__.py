@@ -2,7 +2,7 @@
 
 from entrenar_gpu.compiler.autodiff import backward
 from entrenar_gpu.compiler.fuse_rows import fuse_rows
-from entrenar_gpu.compiler.memory import FittedPlan, fit
+from entrenar_gpu.compiler.memory import FittedPlan, MemoryBudgetError, fit
 from entrenar_gpu.compiler.pages import PAGED_ROLES, ParameterPage, page_layout, page_sizes, parameter_pages
 from entrenar_gpu.compiler.plan import RING, Plan, PlanOptions, Step, make_plan, queries_of
 from entrenar_gpu.compiler.recompute import Recompute
@@ -12,6 +12,7 @@ __all__ = [
     "PAGED_ROLES",
     "RING",
     "FittedPlan",
+    "MemoryBudgetError",
     "ParameterPage",
     "Plan",
     "PlanOptions",

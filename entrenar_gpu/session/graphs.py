@@ -14,6 +14,7 @@ from entrenar_gpu import ops
 from entrenar_gpu.adapters import LoraModule
 from entrenar_gpu.compiler import (
     FittedPlan,
+    MemoryBudgetError,
     PlanOptions,
     autodiff,
     fit,
@@ -181,13 +182,18 @@ def _fit(trace: Trace, shape: RunShape, caps: Caps, options: PlanOptions) -> Fit
     tokens = shape.train.batch * shape.train.seq
     if tokens * ELEMENT_BYTES["u32"] > caps.max_binding_bytes:  # before anything is as long as that on the host
         raise UserError(f"{tokens} tokens are more than {caps.name} binds at once")
-    fitted = fit(trace(shape, caps), caps, options)
-    if fitted.recompute.fates:
-        return fitted
-    budget = options.budget_bytes or 0
-    return weight_copies.keep_copies(
-        fitted, budget if shape.train.memory_budget is not None else min(budget, _unused(caps))
-    )
+    graphs, budget = trace(shape, caps), options.budget_bytes or 0
+    try:
+        fitted = fit(graphs, caps, _less(options, weight_copies.largest_bytes(graphs)))
+    except MemoryBudgetError:
+        fitted = fit(graphs, caps, options)
+    fill = budget if shape.train.memory_budget is not None else _unused(caps)
+    return weight_copies.keep_copies(fitted, budget, fill)
+
+
+def _less(options: PlanOptions, nbytes: int) -> PlanOptions:
+    """The same with so much taken off the budget."""
+    return options if options.budget_bytes is None else replace(options, budget_bytes=options.budget_bytes - nbytes)
 
 
 def _unused(caps: Caps) -> int:

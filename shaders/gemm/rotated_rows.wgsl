@@ -1,12 +1,8 @@
 // Rows [M, K] as int8 with one scale each, after a rotation of every 64 values along K (lib/rotate.wgsl): operand of a matmul
 // that contracts over K, a multiple of 64 (=).
 // out [M, K] int8 in the order of ops/gemm/rotated.py, scales [M] f32: scale = absmax / 127, code = round(value / scale), of rotated values.
-{% if source == "nf4" %}
-// Rows are an NF4 weight's.
-{% else %}
 // Rows are x [M, K] f32. A value that is not finite, or an absmax from 2^117 on, makes the scale NaN, so that an overflow
 // is not lost.
-{% endif %}
 {% if GROUPS %}
 // And what an adapter wants of the same rows: down [M, R] = x op(by), by workgroups of their own, which come first (=).
 {% endif %}
@@ -17,9 +13,6 @@
 {% include "lib/int8.wgsl" %}
 {% import "lib/rotate.wgsl" as rotate with context %}
 {{ rotate.functions() }}
-{% if source == "nf4" %}
-{% include "lib/nf4.wgsl" %}
-{% endif %}
 {% if GROUPS %}
 {% from "lib/low_rank.wgsl" import parts_added, rows_product with context %}
 {{ parts_added() }}
@@ -45,9 +38,6 @@ fn main(
 {% else %}
   let workgroup = linear_workgroup(group, groups);
 {% endif %}
-{% if source == "nf4" %}
-  fill_codebook(thread);
-{% endif %}
   let share = thread / {{ SHARE }}u;
   let place = thread % {{ SHARE }}u;
   let quarter = thread & 3u;
@@ -55,29 +45,16 @@ fn main(
   let inside = share < {{ ROWS }}u && row < {{ M }}u;
   let row_in = min(row, {{ M - 1 }}u);
   var size = vec4<f32>();
-{% if source == "f32" %}
   var broken = vec4<bool>();
-{% endif %}
 {% for c in range(CHUNKS) %}
   let block{{ c }} = min(place / 4u + {{ c * SHARE // 4 }}u, {{ K // 64 - 1 }}u);
 {% for j in range(4) %}
-{% if source == "nf4" %}
-  let bits{{ c }}_{{ j }} = codes[row_in * {{ K // 8 }}u + block{{ c }} * 8u + {{ 2 * j }}u + quarter / 2u] >> (16u * (quarter & 1u));
-{% else %}
   var value{{ c }}_{{ j }} = x[row_in * {{ K // 4 }}u + block{{ c }} * 16u + {{ 4 * j }}u + quarter];
-{% endif %}
 {% endfor %}
-{% if source == "nf4" %}
-  let scale{{ c }} = scale_of(row_in * {{ K // 64 }}u + block{{ c }});
-{% endif %}
 {% endfor %}
 {% for c in range(CHUNKS) %}
 {% for j in range(4) %}
-{% if source == "nf4" %}
-  var value{{ c }}_{{ j }} = vec4<f32>({% for shift in (4, 0, 12, 8) %}rounded(codebook[(bits{{ c }}_{{ j }} >> {{ shift }}u) & 15u] * scale{{ c }}){{ ", " if not loop.last }}{% endfor %});
-{% else %}
   broken = broken | ((bitcast<vec4<u32>>(value{{ c }}_{{ j }}) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u));
-{% endif %}
   value{{ c }}_{{ j }} = rotated_four(value{{ c }}_{{ j }});
 {% endfor %}
   {{ rotate.rotate_across("value%d_0" % c, "value%d_1" % c, "value%d_2" % c, "value%d_3" % c) }}
@@ -99,9 +76,7 @@ fn main(
 {% endfor %}
   workgroupBarrier();
   var largest = max(max(size.x, size.y), max(size.z, size.w));
-{% if source == "f32" %}
   if (any(broken)) { largest = bitcast<f32>(0x7f800000u + min(thread, 0u)); }
-{% endif %}
   parts[thread].x = largest;
   workgroupBarrier();
   if (share < {{ ROWS }}u && place < {{ LANES }}u) {
@@ -117,11 +92,11 @@ fn main(
     let inverse = inverse_of(absmax);
 {% for c in range(CHUNKS) %}
     {{ "if (place / 4u + %du < %du) " % (c * SHARE // 4, K // 64) if CHUNKS * SHARE > K // 16 else "" }}{
-      out[((row >> 3u) * {{ K // 64 }}u + block{{ c }}) * 32u + quarter * 8u + (row & 7u)] = vec4<u32>({% for j in range(4) %}pack4xI8(vec4<i32>(round(value{{ c }}_{{ j }} * inverse))){{ ", " if j < 3 }}{% endfor %});
+      out[((row >> 3u) * {{ K // 64 }}u + block{{ c }}) * 32u + quarter * 8u + (row & 7u)] = vec4<u32>({% for j in range(4) %}codes_of(value{{ c }}_{{ j }}, inverse){{ ", " if j < 3 }}{% endfor %});
     }
 {% endfor %}
     if (place == 0u) {
-      scales[row] = {{ "select(absmax * %s, bitcast<f32>(0x7fc00000u + min(thread, 0u)), bitcast<u32>(absmax) >= 0x7a000000u)" % scaled if source == "f32" else "absmax * %s" % scaled }};
+      scales[row] = select(absmax * {{ scaled }}, bitcast<f32>(0x7fc00000u + min(thread, 0u)), bitcast<u32>(absmax) >= 0x7a000000u);
     }
   }
 }

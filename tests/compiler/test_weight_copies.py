@@ -13,8 +13,8 @@ from entrenar_gpu.compiler.memory import FittedPlan
 from entrenar_gpu.compiler.plan import make_plan
 from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.config.train_config import TrainConfig
-from entrenar_gpu.graph.caps import Caps
-from entrenar_gpu.graph.tensor import Graph, Tensor
+from entrenar_gpu.graph.caps import Caps, MatrixConfig
+from entrenar_gpu.graph.tensor import Graph, Node, Tensor
 from entrenar_gpu.model.parameters import Storage
 from entrenar_gpu.model.registry import parse_model_config
 from entrenar_gpu.ops.gemm.low_precision import low_precision_weight
@@ -137,3 +137,40 @@ def test_the_graphs_given_stay_as_they_were():
     assert not graph.nodes[0].group("copy")
     assert larger.graphs["g"].nodes[0].group("copy")
     assert set(graph.persistents) == {"x", "y", "w.codes", "w.absmax"}
+
+
+UNITS = replace(
+    CARD,
+    max_workgroup_bytes=49152,
+    max_invocations=1024,
+    matrices=(MatrixConfig("f16", "f32", 16, 16, 16, 32, 32), MatrixConfig("i8", "i32", 16, 16, 32, 32, 32)),
+)
+
+
+def told_of(graphs) -> list[Node]:
+    return [
+        n for name in ("micro", "evaluate") for n in graphs[name].nodes if n.op == "linear" and "largest" in n.inputs
+    ]
+
+
+def test_products_without_a_copy_are_told_the_largest_values_of_its_rows():
+    """In int8 by rows; then each makes its copy in one pass over the weight instead of two."""
+    free = fitted(UNITS, 1 << 40)
+    assert len(copies_of(free.plan)) == COPIES
+    assert not told_of(free.graphs)
+    none = fitted(replace(UNITS, free_bytes=None), 1 << 40)
+    products = [n for name in ("micro", "evaluate") for n in none.graphs[name].nodes if n.op == "linear"]
+    assert len(told_of(none.graphs)) == len(products) > COPIES
+    steps = [step for steps in none.plan.steps.values() for step in steps if step.node.op == "linear"]
+    made = [launch for step in steps for launch in step.launches if launch.shader == "nf4_rotated"]
+    assert {launch.constants["stage"] for launch in made} == {"codes"}
+    assert not any(name.endswith("largest") for name in fitted(replace(CARD, free_bytes=None), 1 << 40).plan.buffers)
+
+
+def test_the_largest_values_are_within_a_budget_that_is_short():
+    whole = fitted(replace(UNITS, free_bytes=None), 1 << 40).plan.peak_bytes
+    for share in (0.9, 0.8):
+        made = fitted(UNITS, int(share * whole))
+        assert made.recompute.fates
+        assert told_of(made.graphs)
+        assert made.plan.peak_bytes <= int(share * whole)

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from entrenar_gpu import ops
-from entrenar_gpu.compiler.plan import make_plan
+from entrenar_gpu.compiler import weight_copies
+from entrenar_gpu.compiler.memory import FittedPlan
+from entrenar_gpu.compiler.plan import PlanOptions, make_plan
+from entrenar_gpu.compiler.recompute import Recompute
 from entrenar_gpu.gpu.kernel import KernelCache
 from entrenar_gpu.gpu.replay import Replay
 from entrenar_gpu.graph.caps import Caps, MatrixConfig
@@ -78,6 +81,24 @@ def test_layers_are_those_of_codes(device: Any, emulated: KernelCache, configs: 
         error = np.linalg.norm(got[name] - values) / np.linalg.norm(values)
         # A P that differs from NumPy's in its last bit may be rounded the other way.
         assert error < (2e-5 if name in ("y", "dx") else BAR), name
+
+
+@pytest.mark.gpu
+def test_a_layer_that_is_told_the_largest_values_has_the_same_bits(device: Any, emulated: KernelCache) -> None:
+    layer, caps = Layer((70, 128, 64, 8), "int8_rows"), caps_with(device, NVIDIA)
+    plain, graphs = layer.on_device(device, emulated, caps), {"layer": layer.graph}
+    told = weight_copies.keep_copies(FittedPlan(make_plan(graphs, caps), graphs, Recompute()), 1 << 30, fill_bytes=0)
+    assert [node for node in told.graphs["layer"].nodes if "largest" in node.inputs]
+    replay = Replay(device, make_plan(told.graphs, caps, PlanOptions(keep=True)), emulated)
+    try:
+        for name, values in layer.arrays.items():
+            replay.write(name, values)
+        replay.run(weight_copies.GRAPH)
+        replay.run("layer")
+        for name, values in plain.items():
+            assert np.array_equal(replay.read_temporary(layer.results[name]), values), name
+    finally:
+        replay.close()
 
 
 @pytest.mark.gpu
@@ -249,9 +270,10 @@ def test_weights_on_a_device_are_numpys(device: Any, kernels: KernelCache, trans
 @pytest.mark.parametrize(
     ("shader", "old", "new", "transposed"),
     [
-        ("rotated_rows", "quarter / 2u]", "quarter / 4u]", False),
-        ("nf4_rotated_columns", "largest[thread + 128u]", "largest[thread + 64u]", True),
-        ("nf4_rotated_columns", "+ 4u - thread % 2u * 4u", "+ thread % 2u * 4u", True),
+        ("nf4_rotated", "place % 8u;", "place % 4u;", False),
+        ("nf4_rotated", "words1[3] >> 28u", "words1[3] >> 24u", False),
+        ("nf4_rotated", "parts[thread + 128u]", "parts[thread + 64u]", True),
+        ("nf4_rotated", "+ 4u - thread % 2u * 4u", "+ thread % 2u * 4u", True),
     ],
 )
 def test_planted_faults_in_weights_are_seen(

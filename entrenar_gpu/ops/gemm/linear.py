@@ -5,7 +5,7 @@ The forward matmul contracts over in-features, along which NF4's own blocks lie:
 16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
 anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
 workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
-inputs (compiler/weight_copies.py). Adapters, biases and residuals stay f32. x A^T of an adapter is made by the
+inputs, or in int8 by rows at least the largest values of its rows, "largest", do (compiler/weight_copies.py). Adapters, biases and residuals stay f32. x A^T of an adapter is made by the
 launch that converts x, from the same rows: the node's second output, where "lora_a" is among its inputs.
 """
 
@@ -102,6 +102,11 @@ def reading(node: Node, copy: Sequence[Tensor]) -> Node:
     return replace(node, inputs={"x": others.pop("x"), **flat({"copy": copy}), **others})
 
 
+def knowing(node: Node, largest: Tensor) -> Node:
+    """A node that computes the same, given the largest values of the rows of its weight's copy in int8 by rows."""
+    return replace(node, inputs={**node.inputs, "largest": largest})
+
+
 def product_sizes(node: Node) -> tuple[int, int, int, int]:
     """M, N, K of the matmul (the weight transposed if need be), and R of what is of low rank."""
     x, (n, k) = node.inputs["x"], node.attrs["shape"]
@@ -139,6 +144,7 @@ def _reference(
     x: np.ndarray,
     weight: Sequence[np.ndarray] = (),
     copy: Sequence[np.ndarray] = (),
+    largest: np.ndarray | None = None,
     lora_a: np.ndarray | None = None,
     lora_b: np.ndarray | None = None,
     **added: Any,
@@ -245,7 +251,8 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     panels = has_panels(node, caps)
     specs = low_precision_specs(arithmetic, m, k, panels)
     if not node.group("copy"):
-        specs += [*low_precision_specs(arithmetic, n, k, panels), *weight_workspace(node.attrs)]
+        kept = "largest" in node.inputs
+        specs += [*low_precision_specs(arithmetic, n, k, panels), *weight_workspace(node.attrs, kept)]
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
@@ -285,7 +292,8 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     launches = [low_precision_rows_launch(whole(node.inputs["x"]), m, k, low_x, x_scales, caps, down)]
     if not node.group("copy"):
         scratch = [t for t in placed.workspace[2 * (1 + _has_scales(node)) :] if t is not partial]
-        launches += low_precision_weight_launches(node.attrs, weight_of(node), low_w, w_scales, scratch, caps)
+        largest = node.inputs.get("largest")
+        launches += low_precision_weight_launches(node.attrs, weight_of(node), low_w, w_scales, scratch, caps, largest)
     return [*launches, *matmul_launches(multiplied, _choice(node, caps), partial, caps)]
 
 

@@ -121,9 +121,10 @@ def low_precision_rows_launch(
     return low_rank.beside("low_precision_rows", bindings, constants, workgroups, rows, down, caps)
 
 
-def weight_workspace(attrs: Mapping[str, Any]) -> list[Spec]:
-    """Scratch that making the copy of an NF4 weight needs; `attrs` are those of a `linear` node."""
-    return rotated_workspace(attrs) if attrs["arithmetic"] == "int8_rows" else []
+def weight_workspace(attrs: Mapping[str, Any], kept: bool = False) -> list[Spec]:
+    """Scratch that making the copy of an NF4 weight needs; `attrs` are those of a `linear` node. `kept`: the largest
+    values of its rows are known."""
+    return rotated_workspace(attrs, kept) if attrs["arithmetic"] == "int8_rows" else []
 
 
 def low_precision_weight_launches(
@@ -133,11 +134,15 @@ def low_precision_weight_launches(
     scales: Tensor | None,
     workspace: Sequence[Tensor],
     caps: Caps,
+    largest: Tensor | None = None,
 ) -> list[Launch]:
-    """The copy of an NF4 weight that a `linear` node with these `attrs` multiplies, by way of `weight_workspace`."""
+    """The copy of an NF4 weight that a `linear` node with these `attrs` multiplies, by way of `weight_workspace`.
+
+    In int8 by rows `largest`, where it is kept, are the largest values of the copy's rows.
+    """
     if attrs["arithmetic"] == "int8_rows":
         assert scales is not None
-        return rotated_weight_launches(attrs, parts, out, scales, workspace, caps)
+        return rotated_weight_launches(attrs, parts, out, scales, workspace, caps, largest)
     return [low_precision_weight_launch(attrs, parts, out, scales, caps)]
 
 

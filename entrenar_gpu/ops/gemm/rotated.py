@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from entrenar_gpu.graph import Caps, Launch, Tensor, grid_of, literal, reads, split_offset, writes
+from entrenar_gpu.graph import Binding, Caps, Launch, Tensor, grid_of, literal, reads, split_offset, writes
 from entrenar_gpu.integers import ceil_div, round_up
 from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block
-from entrenar_gpu.ops.quantize import codebook_text, dequantized, scale_bindings
-from entrenar_gpu.ops.registry import Spec
+from entrenar_gpu.ops.quantize import Nf4Tensors, codebook_text, dequantized, scale_bindings
+from entrenar_gpu.ops.registry import Op, Spec, record, register
 from entrenar_gpu.quant import BLOCK
 
 OVER_127 = float(np.float32(1) / np.float32(127))  # from an absmax to its scale
@@ -75,17 +75,33 @@ def by_rows(held: np.ndarray) -> np.ndarray:
     return held.view(np.int8).reshape(-1, k // BLOCK, 4, 8, 16).transpose(0, 3, 1, 2, 4).reshape(-1, k)
 
 
-def rotated_workspace(attrs: Mapping[str, Any]) -> list[Spec]:
-    """What making a weight's copy needs besides: the largest of each 64 values of its columns, where it is turned."""
+def rotated_workspace(attrs: Mapping[str, Any], kept: bool) -> list[Spec]:
+    """What making a weight's copy needs besides: nothing where the largest value of each row is kept."""
+    return [] if kept else [_maxima_spec(attrs), ((_turned(attrs)[0],), "f32")]
+
+
+def _turned(attrs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows of a weight's copy and their length."""
     n, k = attrs["shape"]
-    return [((n // BLOCK, k), "f32")] if attrs["transposed"] else []
+    return (k, n) if attrs["transposed"] else (n, k)
+
+
+def _maxima_spec(attrs: Mapping[str, Any]) -> Spec:
+    """The largest of each 64 values of a copy's rows."""
+    rows, length = _turned(attrs)
+    return (length // BLOCK, rows), "f32"
 
 
 def rotated_arrays(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """An NF4 weight as `rotated_specs` holds it."""
-    weight = dequantized(attrs, parts)
-    codes, scales = quantize_rotated(np.ascontiguousarray(weight.T) if attrs["transposed"] else weight)
+    codes, scales = quantize_rotated(_rows(attrs, parts))
     return [laid_out(codes), scales]
+
+
+def _rows(attrs: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of a weight's copy before they are rotated."""
+    weight = dequantized(attrs, parts)
+    return np.ascontiguousarray(weight.T) if attrs["transposed"] else weight
 
 
 def rotated_product(x: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -110,7 +126,7 @@ def rotated_rows_launch(
     """
     offset, _ = split_offset(source.base, source.tensor)
     bindings = [reads("x", source.tensor, 4, offset), writes("out", out, 4), writes("scales", scales)]
-    constants = {**_row_constants(rows, k), "source": "f32"}
+    constants = _row_constants(rows, k)
     return low_rank.beside("rotated_rows", bindings, constants, ceil_div(rows, constants["ROWS"]), rows, down, caps)
 
 
@@ -135,23 +151,68 @@ def rotated_weight_launches(
     scales: Tensor,
     workspace: Sequence[Tensor],
     caps: Caps,
+    largest: Tensor | None = None,
 ) -> list[Launch]:
-    """out and scales = an NF4 weight [N, K] or, transposed, [K, N], by way of `rotated_workspace`."""
-    (n, k), (codes, *scale_parts) = attrs["shape"], scale_bindings(parts)
-    constants: dict[str, Any] = {"double": len(parts) == 4, "rounded": attrs["rounded"], "codebook": codebook_text()}
-    if not attrs["transposed"]:
-        constants |= {**_row_constants(n, k), "source": "nf4", "GROUPS": 0}
-        bindings = (codes, *scale_parts, writes("out", out, 4), writes("scales", scales))
-        return [Launch("rotated_rows", bindings, constants, grid_of(ceil_div(n, constants["ROWS"]), caps))]
-    (maxima,), read = workspace, (replace(codes, vector=4), *scale_parts)
-    constants |= {"N": n, "K": k, "scaled": literal(OVER_127 / 8)}
-    blocks = (k // BLOCK, n // BLOCK, 1)
+    """out and scales = an NF4 weight [N, K] or, transposed, [K, N], by `largest` of its rows or `rotated_workspace`."""
+    launches = []
+    if largest is None:
+        maxima, largest = workspace
+        launches = _largest_launches(attrs, parts, maxima, largest, caps)
+    made = reads("largest", largest), writes("out", out, 4), writes("scales", scales)
+    return [*launches, _weight_launch("codes", attrs, parts, made, caps)]
 
-    def launch(stage: str, grid: tuple[int, int, int], *bindings: Any) -> Launch:
-        return Launch("nf4_rotated_columns", tuple(bindings), {**constants, "stage": stage}, grid)
 
+def _largest_launches(
+    attrs: Mapping[str, Any], parts: Sequence[Tensor], maxima: Tensor, largest: Tensor, caps: Caps
+) -> list[Launch]:
+    rows, length = _turned(attrs)
+    reduced = reads("maxima", maxima), writes("largest", largest)
     return [
-        launch("maxima", blocks, *read, writes("maxima", maxima)),
-        launch("scales", (k // BLOCK, 1, 1), writes("maxima", maxima), writes("scales", scales)),
-        launch("codes", blocks, *read, reads("maxima", maxima), writes("out", out, 4)),
+        _weight_launch("maxima", attrs, parts, (writes("maxima", maxima),), caps),
+        Launch(
+            "nf4_rotated",
+            reduced,
+            {"stage": "largest", "ROWS": rows, "LENGTH": length, "transposed": attrs["transposed"]},
+            (rows // BLOCK, 1, 1),
+        ),
     ]
+
+
+def _weight_launch(
+    stage: str, attrs: Mapping[str, Any], parts: Sequence[Tensor], made: Sequence[Binding], caps: Caps
+) -> Launch:
+    """A pass over all of an NF4 weight."""
+    (n, k), (rows, length), (codes, *scale_parts) = attrs["shape"], _turned(attrs), scale_bindings(parts)
+    constants = {
+        "stage": stage,
+        "transposed": attrs["transposed"],
+        "N": n,
+        "K": k,
+        "ROWS": rows,
+        "LENGTH": length,
+        "scaled": literal(OVER_127 / 8),
+        "double": len(parts) == 4,
+        "rounded": attrs["rounded"],
+        "codebook": codebook_text(),
+    }
+    grid = (k // BLOCK, n // BLOCK, 1) if attrs["transposed"] else grid_of(ceil_div(n * k // BLOCK, 128), caps)
+    return Launch("nf4_rotated", (replace(codes, vector=4), *scale_parts, *made), constants, grid)
+
+
+def rotated_largest(weight: Nf4Tensors, transposed: bool) -> Tensor:
+    """The largest value of each row of an NF4 weight's copy after the rotation: all that its scales hang on."""
+    attrs = {"shape": weight.shape, "rounded": weight.rounded, "transposed": transposed}
+    return record("rotated_largest", weight=[*weight.parts], **attrs)[0]
+
+
+register(
+    Op(
+        "rotated_largest",
+        lambda node: [((_turned(node.attrs)[0],), "f32")],
+        lambda node, weight: [np.abs(rotated(_rows(node.attrs, weight))).max(axis=-1)],
+        lambda node, caps, placed: _largest_launches(
+            node.attrs, node.group("weight"), placed.workspace[0], node.output, caps
+        ),
+        workspace=lambda node, caps: [_maxima_spec(node.attrs)],
+    )
+)
