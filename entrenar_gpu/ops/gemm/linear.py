@@ -5,8 +5,9 @@ The forward matmul contracts over in-features, along which NF4's own blocks lie:
 16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
 anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
 workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
-inputs, or in int8 by rows at least the largest values of its rows, "largest", do (compiler/weight_copies.py). Adapters, biases and residuals stay f32. x A^T of an adapter is made by the
-launch that converts x, from the same rows: the node's second output, where "lora_a" is among its inputs.
+inputs (compiler/weight_copies.py). In int8 by rows the largest values of its rows may be there instead, "largest".
+Adapters, biases and residuals stay f32. x A^T of an adapter is made by the launch that converts x, from the same rows:
+the node's second output, where "lora_a" is among its inputs.
 """
 
 from __future__ import annotations
