@@ -45,7 +45,8 @@ class OpenFile:
         self.watch: Callable[[int, NDArray[np.uint8]], None] | None = None  # told of what is read, and from where on
 
     def read_into(self, memory: NDArray[np.uint8], start: int, what: str) -> None:
-        """Fill `memory` from `start` on; `what` it is to hold is named in the error when the file ends before."""
+        """Fill `memory` from `start` on; `what` it is to hold is named in the error when the file ends before. Who
+        watches may look at the memory later: nobody writes to it again."""
         done = 0
         while done < memory.size:
             try:
@@ -74,8 +75,8 @@ class OpenFile:
 class StoredArray:
     """Consecutive elements of a file, `start` bytes from its beginning; `what` they are is named in errors.
 
-    Slices of its first axis and flat forms are arrays of the same kind: nothing is read but by `read`, `read_into`,
-    `astype` and NumPy's own functions.
+    Slices of its first axis and flat forms are arrays of the same kind: nothing is read but by `read`, `astype` and
+    NumPy's own functions.
     """
 
     file: OpenFile
@@ -115,13 +116,9 @@ class StoredArray:
     def read(self) -> NDArray[Any]:
         """The elements, in memory that cannot be written. Raises UserError where the file has become too short."""
         made = np.empty(self.shape, self.dtype)
-        self.read_into(made.reshape(-1).view(np.uint8))
+        self.file.read_into(made.reshape(-1).view(np.uint8), self.start, self.what)
         made.flags.writeable = False
         return made
-
-    def read_into(self, memory: NDArray[np.uint8]) -> None:
-        """Fill memory of `nbytes` bytes."""
-        self.file.read_into(memory, self.start, self.what)
 
     def astype(self, dtype: Any, copy: bool = True) -> NDArray[Any]:
         """The elements in memory, in another type."""

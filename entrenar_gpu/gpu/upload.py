@@ -92,9 +92,7 @@ class Uploader:
         def copy(at: int) -> None:
             part, target = piece[at : at + share], memory[at : at + share]
             if isinstance(part, StoredArray):
-                values = np.empty(part.size, np.uint8)  # mapped memory may be slow to read
-                part.read_into(values)
-                part = values
+                part = part.read()  # not into mapped memory, which may be slow to read again
             if not finite(part.view(dtype)):
                 raise FloatingPointError
             target[...] = part
