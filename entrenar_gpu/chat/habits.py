@@ -19,10 +19,11 @@ from entrenar_gpu.chat.sandbox import SLOT, CompiledTemplate, Message, TemplateF
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _PROBE = f"{SLOT}probe"
+_CALLED = "called_by_the_probe"
 
 
 def _calling(arguments: Any = None, content: str | None = "") -> dict[str, Any]:
-    function = {"name": "probe", "arguments": {"a": 1} if arguments is None else arguments}
+    function = {"name": _CALLED, "arguments": {"a": 1} if arguments is None else arguments}
     call = {"id": "call00001", "type": "function", "function": function}
     return {"role": "assistant", "content": content, "tool_calls": [call]}
 
@@ -48,8 +49,8 @@ class Habits:
         calls = message.get("tool_calls")
         if calls:
             changed["tool_calls"] = [self._call(call, number) for call in calls]
-            if "content" in message and content is None and self._prints_null:
-                changed["content"] = ""
+            if "content" in message and content in (None, "") and content not in self._beside_calls:
+                changed["content"] = next(iter(self._beside_calls), "")
         changed |= self._reasoning(message, number)
         return {**message, **changed} if changed else message
 
@@ -113,15 +114,23 @@ class Habits:
         return "probed" in text and "'probed'" not in text
 
     @cached_property
-    def _prints_null(self) -> bool:
-        """Whether a null content beside tool calls is written as a word, or breaks the template."""
-        null, empty = (self._tried([{"role": "user", "content": "a"}, _calling(content=c)]) for c in (None, ""))
-        if empty is None:
-            return False
-        return null is None or ("None" in null and "None" not in empty)
+    def _beside_calls(self) -> list[str | None]:
+        """Empty contents beside which calls are written, and nothing else: DeepSeek's wants a null, most a text, and
+        some print a null as a word."""
+        text = '{"a": 1}' if self._prints_argument_text else None
+        tried = {content: self._tried_call(text, content) for content in ("", None)}
+        written = {content: text for content, text in tried.items() if text is not None and _CALLED in text}
+        if len(written) == 2 and any(word in written[None] and word not in written[""] for word in ("None", "null")):
+            del written[None]
+        return list(written)
 
     def _called(self, arguments: Any) -> str:
-        return self._tried([{"role": "user", "content": "a"}, _calling(arguments)]) or ""
+        """What is written of a call, beside an empty content or else beside none."""
+        tried = [self._tried_call(arguments, content) or "" for content in ("", None)]
+        return next((text for text in tried if _CALLED in text), "")
+
+    def _tried_call(self, arguments: Any, content: str | None) -> str | None:
+        return self._tried([{"role": "user", "content": "a"}, _calling(arguments, content)])
 
     def _tried(self, messages: Sequence[Message]) -> str | None:
         try:

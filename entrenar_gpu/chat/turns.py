@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,10 @@ class Conversations:
         messages = self._habits.adapt(messages)
         rendered = _unmarked(self._template.render(messages, tools, False, variables))
         if rendered.spans:
+            said = "".join(rendered.text[start:end] for start, end in rendered.spans)
+            for i, message in enumerate(messages):
+                if any(name not in said for name in _called_names(message)):
+                    raise _uncalled(i)
             return rendered
         frame = self._frame(messages, tools, variables)
         spans = frame.fit(rendered.text, [message["content"] for message in messages]) if frame else None
@@ -213,16 +217,23 @@ class _Search:
 
     def turn(self, messages: Sequence[Message], i: int, text: str) -> Span:
         """The span of message `i` in the rendering `text`."""
-        said = {"role": "assistant", "content": _in_form(messages[i].get("content"), SAID)}
-        before, after = self._around(SAID, [*messages[:i], said, *messages[i + 1 :]], i)
+        names, failures = _called_names(messages[i]), []
+        for said in _marked_turns(messages[i]):
+            try:
+                start, end = self._turn(messages, i, text, said)
+                if all(name in text[start:end] for name in names):
+                    return start, end
+                raise _untraceable(i)
+            except TemplateFailure as failure:
+                failures.append(failure)
+        if names and SAID not in self._rendered([*messages[:i], said, *messages[i + 1 :]]):  # the last has it in a name
+            raise _uncalled(i)
+        raise failures[0]
 
-        # The frame goes beyond the generation prompt. Both are read from the end of the question, which is marked too:
-        # what comes earlier may render differently in the shorter conversation that ends with the prompt.
-        context = messages[:i] or [{"role": "user"}]
-        asked = [*context[:-1], _asking(context[-1])]
-        prompt = self._around(ASKED, asked, len(asked) - 1, add_generation_prompt=True)[1]
-        answered = self._around(ASKED, [*asked, said, *messages[i + 1 :]], len(asked) - 1)[1].partition(SAID)[0]
-        frame = answered[_common_length(prompt, answered) :]
+    def _turn(self, messages: Sequence[Message], i: int, text: str, said: Message) -> Span:
+        """The same, by `said`, which has a mark, in place of the message."""
+        before, after = self._around(SAID, [*messages[:i], said, *messages[i + 1 :]], i)
+        frame = self._frame(messages, i, said)
         start = len(before) - len(frame)
 
         # The closing follows the content whether or not another message comes.
@@ -235,21 +246,46 @@ class _Search:
             raise _untraceable(i)
         return start, end
 
+    def _frame(self, messages: Sequence[Message], i: int, said: Message) -> str:
+        """What stands between the generation prompt and the mark in `said`.
+
+        Both are read from the end of the question, which is marked too: what comes earlier may render differently in
+        the shorter conversation that ends with the prompt.
+        """
+        context = messages[:i] or [{"role": "user"}]
+        asked = [*context[:-1], _asking(context[-1])]
+        last = len(asked) - 1
+        prompt = self._around(ASKED, asked, last, add_generation_prompt=True)[1]
+        answered = self._around(ASKED, [*asked, said, *messages[i + 1 :]], last)[1].partition(SAID)[0]
+        shared = _common_length(prompt, answered)
+        if shared < len(prompt):
+            # So may the end of the question (Hermes closes the last tool's answer otherwise): then the opening of the
+            # turn, which is what is asked for beside the question, is looked for by itself.
+            bare = self._around(ASKED, asked, last)[1]
+            opening = prompt[_common_length(prompt, bare) :]
+            if opening and opening in answered:
+                shared = answered.rindex(opening) + len(opening)
+            elif opening and shared < len(prompt) - len(opening):
+                raise _untraceable(i)
+        return answered[shared:]
+
     def place(self, messages: Sequence[Message], i: int) -> int | None:
         """Where in the rendering something of message `i`, none of the assistant's, stands; None where that is not to
         be told, as of an empty one."""
         if not isinstance(messages[i].get("content"), str) or not messages[i]["content"].strip():
             return None
         marked = [*messages[:i], _asking(messages[i]), *messages[i + 1 :]]
-        place = self._template.render(marked, self._tools, False, self._variables).find(ASKED)
+        place = self._rendered(marked).find(ASKED)
         return place if place >= 0 else None
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        return self._template.render(messages, self._tools, add_generation_prompt, self._variables)
 
     def _around(
         self, mark: str, messages: Sequence[Message], i: int, add_generation_prompt: bool = False
     ) -> tuple[str, str]:
         """The rendering before and after `mark`, which stands in place of the content of message `i`."""
-        text = self._template.render(messages, self._tools, add_generation_prompt, self._variables)
-        before, found, after = text.partition(mark)
+        before, found, after = self._rendered(messages, add_generation_prompt).partition(mark)
         if not found:
             raise _untraceable(i)
         return before, after
@@ -260,6 +296,34 @@ def _untraceable(i: int) -> TemplateFailure:
         f"cannot tell where the chat template puts message {i + 1}; loss on all tokens (--loss-on all)"
         " needs no such place"
     )
+
+
+def _uncalled(i: int) -> TemplateFailure:
+    return TemplateFailure(f"message {i + 1}: the chat template writes no tool calls", at_fault=False)
+
+
+def _marked_turns(message: Message) -> Iterator[Message]:
+    """A turn of the assistant with a mark in it: as its content, which is the plainest, or where the template asks for
+    more of the turn behind its content, or in the name of what it calls."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    yield {"role": "assistant", "content": _in_form(content, SAID)}
+    if calls and isinstance(calls[0], Mapping):
+        yield {**message, "tool_calls": [_renamed(calls[0]), *calls[1:]]}
+    elif isinstance(content, str):
+        yield {**message, "content": content + SAID}
+
+
+def _renamed(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _renamed(call["function"])}
+    return {**call, "name": SAID}
+
+
+def _called_names(message: Message) -> list[str]:
+    """What a turn of the assistant calls, where templates write it as it is."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    names = [call.get("name") for call in calls if isinstance(call, Mapping)]
+    return [name for name in names if isinstance(name, str) and name.isascii() and name.isprintable()]
 
 
 def _in_form(content: Any, text: str) -> Any:

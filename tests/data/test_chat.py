@@ -409,10 +409,89 @@ def test_files_that_are_no_files_or_too_large_are_refused(tmp_path):
 # As Gemma 4: what a tool answers stands in the turn that called it.
 ANSWERED_WITHIN = (
     "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</u>{% elif m.role == 'assistant' %}<a>"
-    "{{ m.content }}{% if m.tool_calls %}<call>{% for t in messages[loop.index:] if t.role == 'tool' %}"
-    "<r>{{ t.content }}</r>{% endfor %}{% else %}</s>{% endif %}{% endif %}{% endfor %}"
+    "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}"
+    "{% for t in messages[loop.index:] if t.role == 'tool' %}<r>{{ t.content }}</r>{% endfor %}"
+    "{% else %}</s>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
+
+
+# Each has a habit of a well-known template: where tools' answers stop otherwise when more follows (Hermes 3), where
+# roles alternate but for turns that call (Mistral v0.3), where calls stand beside a null alone and their arguments are
+# text (DeepSeek-R1), where a null is written as JSON (LFM2), where an empty thought is part of the prompt (Qwen3.5).
+_TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+_ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+_NAMES = "{% for c in m.tool_calls %}<call>{{ c.function.name }}{% endfor %}<|im_end|>\n"
+_HERMES = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>tool\n{{ m.content }}"
+    "{{ '' if loop.last else '\n' }}"
+    "<|im_end|>{% elif m.tool_calls %}<|im_start|>assistant\n"
+    + _NAMES
+    + "{% else %}"
+    + _TURN
+    + "{% endif %}{% endfor %}"
+) + _ASKED
+_ALTERNATING = (
+    "{% set n = namespace(i=0) %}{% for m in messages %}{% if m.role == 'tool' %}<r>{{ m.content }}</r>"
+    "{% elif m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}</s>{% else %}"
+    "{% if (m.role == 'user') != (n.i % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% set n.i = n.i + 1 %}"
+    "{% if m.role == 'user' %}<u>{{ m.content }}</u>{% else %} {{ m.content }}</s>{% endif %}{% endif %}{% endfor %}"
+)
+_BESIDE_NULL = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}<|im_start|>assistant\n"
+    "{% for c in m.tool_calls %}{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}<|im_end|>\n"
+    "{% else %}" + _TURN + "{% endif %}{% endfor %}"
+) + _ASKED
+_NULL_AS_JSON = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content | tojson }}{% endif %}" + _NAMES + "{% endfor %}"
+) + _ASKED
+_EMPTY_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+_CALLING = [user("a"), assistant("", tool_calls=[CALL]), tool("1"), assistant("b"), user("c"), assistant("d")]
+HABITS = {
+    "the last answer of a tool stops otherwise": (
+        _HERMES,
+        _CALLING,
+        ["<call>add<|im_end|>", "b<|im_end|>", "d<|im_end|>"],
+    ),
+    "roles alternate, turns that call excepted": (
+        _ALTERNATING,
+        _CALLING,
+        ['<call>{"name": "add", "arguments": {"text": "<é>"}}</s>', " b</s>", " d</s>"],
+    ),
+    "calls beside a null alone": (
+        _BESIDE_NULL,
+        _CALLING,
+        ['add {"text": "<é>"}<|im_end|>', "b<|im_end|>", "d<|im_end|>"],
+    ),
+    "a null as JSON": (
+        _NULL_AS_JSON,
+        [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        ["<call>add<|im_end|>"],
+    ),
+    "an empty thought in the prompt": (
+        _EMPTY_THOUGHT,
+        [user("a"), assistant("b", reasoning_content="hm"), user("c"), assistant("d", reasoning_content="")],
+        ["hm\n</think>\n\nb<|im_end|>", "d<|im_end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "messages", "expected"), HABITS.values(), ids=HABITS)
+def test_turns_of_templates_with_habits(source, messages, expected):
+    assert said(source, messages) == expected
+
+
+@pytest.mark.parametrize("turn", [_TURN, "{% generation %}" + _TURN + "{% endgeneration %}"], ids=["plain", "tagged"])
+def test_calls_that_a_template_does_not_write_are_refused(turn):
+    """Else the model would learn to answer nothing where it is to call."""
+    with pytest.raises(UserError, match="message 2: the chat template writes no tool calls"):
+        said("{% for m in messages %}" + turn + "{% endfor %}" + _ASKED, _CALLING)
 
 
 def test_what_a_tool_answers_within_a_turn_is_not_taken_for_the_assistants_words():
