@@ -1,4 +1,4 @@
-"""`python -m entrenar_gpu.cli`, and the `entrenar-gpu` script.
+"""`python -m entrenar_gpu`, and the `entrenar-gpu` script.
 
 Nothing heavy is imported before signals are taken: loading the rest is most of the first second, and an interrupt then
 is a clean exit too.

@@ -23,7 +23,7 @@ from entrenar_gpu.cli.text import printable
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord
-from entrenar_gpu.gpu import KernelCache, open_device
+from entrenar_gpu.gpu import KernelCache, is_host, open_device
 from entrenar_gpu.infer import load
 from entrenar_gpu.train import Trainer
 
@@ -84,7 +84,7 @@ def run_demo(
         raise UserError(f"--output: {folder} is in use; choose another folder")
     config = replace(RUN, data=str(folder / "data"), output=str(folder), device=device)
     config = config if steps is None else replace(config, steps=steps)
-    if kernels is None and device != "numpy":
+    if kernels is None and not is_host(device):
         kernels = KernelCache(open_device(device))
     found = found or docstrings.collect()
     question = next((pair for pair in found.valid if pair.prompt == SAMPLE), found.valid[0])

@@ -12,13 +12,14 @@ from rich.text import Text
 from entrenar_gpu import __version__
 from entrenar_gpu.cli.text import printable
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.gpu import ENGINES, NO_GPU, Gpu, choose_gpu, engine, gpu_caps, gpus
+from entrenar_gpu.gpu import ENGINES, NO_GPU, Gpu, choose_gpu, engine, gpu_caps, gpus, is_host
 
 
 def describe() -> dict[str, Any]:
     """GPUs of every engine in order of preference, with features, limits and abilities in use.
 
-    `chosen` is the index of the one used among `adapters`, those of the `engine` that is used.
+    `chosen` is the index of the one used among `adapters`, those of the `engine` that is used; None where
+    ENTRENAR_DEVICE has NumPy instead, whose `engine` is "numpy".
     """
     engines: dict[str, Any] = {}
     for name in ENGINES:
@@ -29,17 +30,22 @@ def describe() -> dict[str, Any]:
             engines[name] = {"version": None, "off": str(error), "adapters": []}
     if not any(told["adapters"] for told in engines.values()):
         raise UserError(NO_GPU)
-    choice = choose_gpu()
-    used = choice.gpu.engine
+    if is_host(None):
+        name, why, chosen = "numpy", "ENTRENAR_DEVICE numpy", None
+        shown = next(each for each, told in engines.items() if told["adapters"])
+    else:
+        choice = choose_gpu()
+        shown = name = choice.gpu.engine.name
+        why, chosen = choice.why, gpus(name).index(choice.gpu)
     return {
         "version": __version__,
         "wgpu": engines["wgpu"]["version"],
         "python": platform.python_version(),
-        "engine": used.name,
-        "engine_why": choice.why,
+        "engine": name,
+        "engine_why": why,
         "engines": engines,
-        "chosen": gpus(used.name).index(choice.gpu),
-        "adapters": [{"index": index, **_described(gpu)} for index, gpu in enumerate(gpus(used.name))],
+        "chosen": chosen,
+        "adapters": [{"index": index, **_described(gpu)} for index, gpu in enumerate(gpus(shown))],
     }
 
 
@@ -67,7 +73,8 @@ def show(found: dict[str, Any]) -> None:
             console.print(Text(printable(f"  {name} {there}{f'; {said[0]}' if said else ''}"), "dim"))
     for adapter in found["adapters"]:
         _show_adapter(console, adapter, adapter["index"] == found["chosen"])
-    console.print(Text("→ is used; choose with --device INDEX|NAME or ENTRENAR_DEVICE, and --engine", "dim"))
+    used = "NumPy is used" if found["chosen"] is None else "→ is used"
+    console.print(Text(f"{used}; choose with --device INDEX|NAME|numpy or ENTRENAR_DEVICE, and --engine", "dim"))
 
 
 def _show_adapter(console: Console, adapter: dict[str, Any], chosen: bool) -> None:

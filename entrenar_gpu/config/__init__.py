@@ -8,6 +8,7 @@ from entrenar_gpu.config.options import (
     known_keys,
     load_yaml,
     path_text,
+    refuse_named_pipe,
     whole_number,
 )
 from entrenar_gpu.config.presets import SHAPES, shape_file
@@ -26,6 +27,7 @@ __all__ = [
     "known_keys",
     "load_yaml",
     "path_text",
+    "refuse_named_pipe",
     "shape_file",
     "whole_number",
 ]

@@ -96,6 +96,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError with the file and line."""
     import yaml
 
+    refuse_named_pipe(path)
     try:
         with open(path, encoding="utf-8") as stream:
             loader = yaml.SafeLoader(stream)
@@ -118,6 +119,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines")
     return values
+
+
+def refuse_named_pipe(path: str | Path, flag: str = "") -> None:
+    """Raise UserError for a pipe that lies in a folder: opening one waits for somebody to write, maybe for ever. What
+    the shell hands over as a file (/dev/fd/63, /dev/stdin) has its writer."""
+    if Path(path).is_fifo() and not os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        raise UserError(f"{flag and flag + ': '}{path}: cannot be read: it is no file")
 
 
 def path_text(value: Any, flag: str) -> str:

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 from entrenar_gpu.data.json_array import ArrayElements
 from entrenar_gpu.data.lines import BYTE_ORDER_MARK, Row, read_lines
+from entrenar_gpu.data.opened import opened, refuse_other_packing, suffix_of
 from entrenar_gpu.data.tables import read_csv, read_parquet
 from entrenar_gpu.errors import UserError
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 class RowSource(Protocol):
@@ -39,11 +38,8 @@ class JsonFile:
         return f"{self.name}: row {number}" if self._is_array else f"{self.name}:{number}"
 
     def __iter__(self) -> Iterator[Row]:
-        try:
-            with open(self.name, "rb") as stream:
-                yield from read_lines(ArrayElements(stream, self.place) if self._is_array else stream, self.place)
-        except OSError as error:
-            raise UserError(f"{self.name}: cannot be read: {error.strerror}") from None
+        with opened(self.name) as stream:
+            yield from read_lines(ArrayElements(stream, self.place) if self._is_array else stream, self.place)
 
 
 class TableFile:
@@ -51,7 +47,7 @@ class TableFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._read = read_parquet if path.suffix.lower() == ".parquet" else read_csv
+        self._read = read_parquet if suffix_of(path) == ".parquet" else read_csv
 
     def place(self, number: int) -> str:
         return f"{self.name}: row {number}"
@@ -86,7 +82,8 @@ def open_file(path: Path) -> RowSource:
     files are opened more than once."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: cannot be read: it is no file; write its rows into one first")
-    if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
+    refuse_other_packing(path)
+    if suffix_of(path).removesuffix(".gz") in (".csv", ".tsv", ".parquet"):
         return TableFile(path)
     return JsonFile(path)
 
@@ -102,9 +99,6 @@ def _holds_ids(row: Any) -> bool:
 
 def _begins_an_array(path: str) -> bool:
     """Whether `[` comes first, and within it a row or nothing."""
-    try:
-        with open(path, "rb") as stream:
-            beginning = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    with opened(path) as stream:
+        beginning = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
     return beginning[:1] == b"[" and beginning[1:].lstrip()[:1] in (b"{", b"]", b"")

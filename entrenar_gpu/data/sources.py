@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.data.lines import Row
-from entrenar_gpu.data.rows import SUFFIXES, RowSource, open_file, without_nan
+from entrenar_gpu.data.opened import SUFFIXES, suffix_of
+from entrenar_gpu.data.rows import RowSource, open_file, without_nan
 from entrenar_gpu.errors import UserError
 
 # A file of a folder by what it is for; the first name that is there is taken.
@@ -69,7 +70,7 @@ def find_sources(
         return [open_file(file) for file in files]
     if path.exists():
         return [open_file(path)]
-    looks_like_an_id = _HUB_ID.fullmatch(str(name)) and path.suffix.lower() not in SUFFIXES
+    looks_like_an_id = _HUB_ID.fullmatch(str(name)) and suffix_of(path) not in SUFFIXES
     if looks_like_an_id or (split is not None and _HUB_NAME.fullmatch(str(name))):
         return [DataSet(str(name), split, flag)]
     raise UserError(f"{flag}: {path} not found")
@@ -81,7 +82,7 @@ def files_of(folder: Path, part: str) -> list[Path]:
         for suffix in SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
-        shards = sorted(path for path in folder.glob(f"{stem}-*") if path.suffix.lower() in SUFFIXES)
+        shards = sorted(path for path in folder.glob(f"{stem}-*") if suffix_of(path) in SUFFIXES)
         if shards:
             return shards
     return []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from entrenar_gpu.data.lines import MOST_OF_LINE
+from entrenar_gpu.data.opened import opened, suffix_of
 from entrenar_gpu.errors import UserError
 
 _ROWS_AT_ONCE = 256
@@ -31,10 +32,11 @@ def read_csv(path: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(max(csv.field_size_limit(), MOST_OF_LINE))
     number = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-            reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
-            names = _names(next(reader, []), path)
+        with opened(path) as stream:
+            delimiter = "\t" if suffix_of(path).startswith(".tsv") else ","
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
+            names = _names(next(reader, []), delimiter, path)
             for cells in reader:
                 if not cells:
                     continue
@@ -56,10 +58,16 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line
 
 
-def _names(header: list[str], path: str) -> list[str]:
+def _names(header: list[str], delimiter: str, path: str) -> list[str]:
     names = [name.strip() for name in header]
     if not any(names):
         raise UserError(f"{path}: empty; the first line names the columns")
+    other = next((each for each in ",;\t|" if each != delimiter and each in names[0]), None)
+    if other is not None and len(names) == 1:
+        raise UserError(
+            f"{path}: one column, {names[0][:80]!r}; .csv has {','!r} between columns and .tsv {chr(9)!r}, this file"
+            f" seems to have {other!r}"
+        )
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise UserError(f"{path}: two columns are named {doubled!r}")

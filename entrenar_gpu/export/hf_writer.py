@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,12 @@ COMPANIONS = (
 )
 
 
-def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def save_checkpoint(
+    folder: str | Path,
+    sources: Sequence[TensorSource],
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
     """Write weights as one file, or as shards of at most `shard_bytes` (a tensor is never split) with an index.
 
     Each tensor is produced when its turn comes, so that memory stays at the largest one. All files appear together at
@@ -58,7 +63,7 @@ def save_checkpoint(folder: str | Path, sources: Sequence[TensorSource], shard_b
             index.write(_index(shards, paths).encode())
         for path, shard in zip(paths, shards, strict=True):
             # transformers asks for the format
-            write_tensors(files.enter_context(new_file(path)), shard, {"format": "pt"})
+            write_tensors(files.enter_context(new_file(path)), shard, {"format": "pt", **(metadata or {})})
     return paths if len(shards) == 1 else [*paths, folder / INDEX_FILE]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from entrenar_gpu.adapters import AdapterSpec, load_adapter, trained_base
 from entrenar_gpu.config import path_text
@@ -20,6 +21,7 @@ from entrenar_gpu.model import INDEX_FILE, SINGLE_FILE, HFCheckpoint, WeightSpec
 from entrenar_gpu.quant import Nf4Weight
 
 Floats = np.ndarray
+MERGED = "merged_adapters"  # key in the metadata of merged files: checksums of the adapters in them, comma between
 
 
 def merge_model(model: str | Path, adapter: str | Path, output: str | Path, base: str = "stored") -> list[str]:
@@ -58,13 +60,14 @@ def merge_adapter(checkpoint: HFCheckpoint, adapter: Path, output: Path, double_
     spec, values = load_adapter(adapter, checkpoint.config)
     if any((output / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise UserError(f"--output: {output} already holds a model; choose another folder")
+    marks = _marks(checkpoint, adapter, values)
     model, unties = checkpoint.config, spec.unties(checkpoint.config)
     weights = [*model.weights, *(model.tables[1:] if unties else ())]  # of a tied model, a head that is so no more
     in_f32 = checkpoint.is_quantised or double_quant is not None
     dtypes = ["F32" if in_f32 else checkpoint.info(model.stored_as(weight)).dtype for weight in weights]
     merging = _Merging(checkpoint, spec, values, double_quant)
     merged = [merging.source(*each) for each in zip(weights, dtypes, strict=True)]
-    save_checkpoint(output, [*merged, *carried_sources(checkpoint)])
+    save_checkpoint(output, [*merged, *carried_sources(checkpoint)], metadata={MERGED: ",".join(marks)})
     copy_model_files(checkpoint.folder, output, TORCH_NAMES[dtypes[0]], model.tie_word_embeddings and not unties)
 
 
@@ -77,7 +80,20 @@ def merged_weight(checkpoint: HFCheckpoint, adapter: Path, double_quant: bool | 
     if spec.unties(checkpoint.config):
         what = f"{', '.join(spec.tables)} differs from what the model ties it to; merge into a model folder first"
         raise UserError(f"{adapter}: {what}")
+    _marks(checkpoint, adapter, values)
     return _Merging(checkpoint, spec, values, double_quant).value
+
+
+def _marks(checkpoint: HFCheckpoint, adapter: Path, values: Mapping[str, Floats]) -> list[str]:
+    """Checksums of the adapters that the model will have in it. Raises UserError where this one is in it already."""
+    there = [mark for file in checkpoint.opened() for mark in str(file.metadata.get(MERGED, "")).split(",") if mark]
+    digest = xxhash.xxh3_128()
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values[name], np.float32).tobytes())
+    if digest.hexdigest() in there:
+        raise UserError(f"--model: {checkpoint.folder} has the adapter {adapter} merged into it already")
+    return list(dict.fromkeys([*there, digest.hexdigest()]))
 
 
 class Merges(Protocol):

@@ -1,7 +1,7 @@
 """The device, its kernels, replay: the only room that touches WebGPU."""
 
 from entrenar_gpu.gpu.autotune import sweep, tuned
-from entrenar_gpu.gpu.choice import NO_GPU, Choice, Gpu, choose_gpu, gpu_caps, gpus
+from entrenar_gpu.gpu.choice import NO_GPU, Choice, Gpu, choose_gpu, gpu_caps, gpus, is_host
 from entrenar_gpu.gpu.clock import GpuClock, step_spans
 from entrenar_gpu.gpu.device import Device
 from entrenar_gpu.gpu.engines import ENGINES, engine
@@ -35,6 +35,7 @@ __all__ = [
     "finite",
     "gpu_caps",
     "gpus",
+    "is_host",
     "measure",
     "open_device",
     "pieces",

@@ -91,6 +91,11 @@ def choose_gpu(choice: str | None = None, engine: str | None = None) -> Choice:
     return Choice(_picked(found, choice), f"{source} {engine}")
 
 
+def is_host(choice: str | None) -> bool:
+    """Whether `choice`, else ENTRENAR_DEVICE, asks for NumPy in place of a GPU."""
+    return (choice if choice is not None else os.environ.get("ENTRENAR_DEVICE")) == "numpy"
+
+
 def _automatic(choice: str | None) -> Choice:
     ours = gpus("wgpu")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar_gpu.chat import Conversation, Message
+from entrenar_gpu.config import refuse_named_pipe
 from entrenar_gpu.data import Tokenizer, read_messages
 from entrenar_gpu.errors import UserError
 
@@ -67,6 +68,7 @@ def encode_row(tokenizer: Tokenizer, row: Mapping[str, Any], chat: bool | None, 
 
 def read_prompts(path: str, flag: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with a `prompt` or `messages`. Raises UserError naming file and line."""
+    refuse_named_pipe(path, flag)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -19,7 +19,7 @@ from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.data import segment_lengths
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.executors import NumpyExecutor
-from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, open_device, tuned
+from entrenar_gpu.gpu import ENGINES, Device, KernelCache, Replay, device_errors, is_host, open_device, tuned
 from entrenar_gpu.graph import Caps, Graph
 from entrenar_gpu.model import HFCheckpoint, WeightTensors, declared_weights, resolve_model
 from entrenar_gpu.ops.gemm.tiles import Arithmetic, TileTable
@@ -97,7 +97,7 @@ class Session:
         spec, values = _adapter(config, checkpoint) if with_adapter else (None, {})
         shape = RunShape(checkpoint.config, loader.storage_of(checkpoint, config, spec), config)
         executor: Replay | NumpyExecutor
-        if config.device == "numpy" and kernels is None:
+        if kernels is None and is_host(config.device):
             budget, info = None, HOST_INFO
             fitted = fit(trace, shape, HOST_CAPS, shape.plan_options(HOST_CAPS, None))
             executor = NumpyExecutor(fitted.graphs, groups=fitted.plan.groups)

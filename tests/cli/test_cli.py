@@ -1,6 +1,7 @@
 """The command line: flags from the configuration, one line and status 2 for bad input."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import OutOfDeviceMemory, UserError
 from tests import ROOT
 from tests.helpers.tiny import make_data, make_model
+from tests.helpers.word_tokenizer import word_tokenizer
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -102,6 +104,34 @@ def test_bad_yaml_names_the_file_or_key(tmp_path: Path, text: str, says: str) ->
         options.make_config({}, str(path))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes have no names in folders there")
+@pytest.mark.parametrize("option", ["--config", "--sample-prompts"])
+def test_a_pipe_that_nobody_writes_to_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    data, model = make_data(tmp_path / "train.jsonl"), make_model(tmp_path / "model")
+    word_tokenizer(model, 320)
+    known = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "run"), "--device", "numpy"]
+    said = failure(capsys, "train", *known, "--seq", "48", option, str(tmp_path / "pipe"))
+    assert f"{tmp_path / 'pipe'}: cannot be read: it is no file" in said
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_what_the_shell_hands_over_as_a_file_is_read() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"rank: 4\n")
+    os.close(writing)
+    assert options.make_config({}, f"/dev/fd/{reading}").rank == 4
+    os.close(reading)
+
+
+def test_the_package_is_the_command_line() -> None:
+    command = [sys.executable, "-m", "entrenar_gpu", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("entrenar-gpu ")
 
 
 def test_every_option_has_help_and_a_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Rows in every format and shape: the same rows, the same samples; a file that is damaged, one line that names it."""
 
 import csv
+import gzip
 import json
 import os
 import sys
@@ -65,6 +66,12 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
 
 
+def packed(path: Path, rows: list[dict]) -> None:
+    plain = path.with_suffix("")
+    FORMATS[plain.name](plain, rows)
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+
+
 def write_saved(path: Path, rows: list[dict]) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(rows).save_to_disk(str(path))
@@ -80,6 +87,10 @@ FORMATS = {
     "table.csv": write_csv,
     "table.tsv": lambda path, rows: write_csv(path, rows, "\t"),
     "table.parquet": write_parquet,
+    "lines.jsonl.gz": packed,
+    "array.json.gz": packed,
+    "table.csv.gz": packed,
+    "table.tsv.gz": packed,
     "saved": write_saved,
 }
 
@@ -107,7 +118,18 @@ def test_missing_cells_are_null(tmp_path, chat):
     assert equal(load_samples(tmp_path / "rows.csv", chat, vocab_size=VOCAB, seq=512), of_rows(given, chat))
 
 
+LINE = b'{"text": "a"}\n'
 BROKEN = {
+    "cut.jsonl.gz": (gzip.compress(LINE * 9)[:-9], "not a whole gzip file: Compressed file ended"),
+    "none.jsonl.gz": (LINE, "not a whole gzip file: Not a gzipped file"),
+    "damaged.csv.gz": (gzip.compress(b"text\n" + b"a b\n" * 99)[:-6] + b"abcdef", "not a whole gzip file: CRC check"),
+    "second row.jsonl.gz": (gzip.compress(LINE + b"{"), "jsonl.gz:2: not valid JSON"),
+    "rows.jsonl.zst": (LINE, "packed; of packed files .jsonl.gz, .json.gz, .csv.gz, .tsv.gz are read, unpack it"),
+    "rows.parquet.gz": (LINE, "packed; of packed files .jsonl.gz"),
+    "another separator.csv": (
+        b"prompt;completion\na;b\n",
+        "one column, 'prompt;completion'; .csv has ',' between .* ';'",
+    ),
     "cut.json": (b'[{"text": "a"}, {"text": "b"', "row 2: the file ends within the array"),
     "cut in a string.json": (b'[{"text": "a"}, {"text": "b', "row 2: the file ends within the array"),
     "no object.json": (b'[{"text": "a"}, 3]', "row 2: expected a JSON object, not a number"),
@@ -126,7 +148,6 @@ BROKEN = {
     "same names.csv": (b"text,text\na,b\n", "two columns are named 'text'"),
     "open quote.csv": (b'text\n"a\n', "row 1: not valid CSV: unexpected end of data"),
     "latin.csv": (b"text\nf\xfcr\n", "row 1: not UTF-8 text"),
-    "another separator.csv": (b"prompt;completion\na;b\n", "row 1: .*found keys 'prompt;completion'"),
     "no list.csv": (b'messages\n"[1"\n', "row 1: messages must be a list of messages, not text"),
     "no table.parquet": (b"PAR1 no PAR1", "not valid Parquet"),
     "empty.parquet": (b"", "not valid Parquet"),

@@ -15,7 +15,7 @@ from entrenar_gpu.adapters.spec import AdapterSpec
 from entrenar_gpu.config.train_config import TrainConfig
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.export.hf_writer import copy_model_files
-from entrenar_gpu.export.merge import merge_adapter
+from entrenar_gpu.export.merge import merge_adapter, merged_weight
 from entrenar_gpu.files.tensor_source import save_safetensors
 from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from tests.data.test_chat import model_folder
@@ -55,6 +55,22 @@ def test_adapted_weights_change_and_no_others(tmp_path, dtype, epsilon):
         wanted = base.f32(name) + updates[name]
         # one rounding to the stored type, and products of three terms before it
         np.testing.assert_allclose(merged.f32(name), wanted, rtol=epsilon, atol=1e-5 if dtype == "float32" else 2e-6)
+
+
+def test_an_adapter_is_merged_once(tmp_path):
+    """Folded in a second time it would count twice; others may follow it."""
+    base = HFCheckpoint.open(make_model(tmp_path / "model", **TINY))
+    make_adapter(tmp_path / "adapter", base)
+    spec = AdapterSpec.from_config(TrainConfig(rank=3, target="q"), base.config)
+    save_adapter(tmp_path / "other", spec, {n: np.ones(s, np.float32) for n, s in spec.shapes().items()}, "x")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "once")
+    merge_adapter(HFCheckpoint.open(tmp_path / "once"), tmp_path / "other", tmp_path / "both")
+    for folder in (tmp_path / "once", tmp_path / "both"):
+        with pytest.raises(UserError, match=f"--model: {folder} has the adapter .* merged into it already"):
+            merge_adapter(HFCheckpoint.open(folder), tmp_path / "adapter", tmp_path / "twice")
+        with pytest.raises(UserError, match="merged into it already"):
+            merged_weight(HFCheckpoint.open(folder), tmp_path / "adapter", None)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_each_tensor_keeps_its_own_dtype(tmp_path):

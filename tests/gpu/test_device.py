@@ -1,14 +1,17 @@
 """Which adapter is taken, and what is asked of it: on made-up adapters, so that every kind can be tried anywhere."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from entrenar_gpu.api import evaluate
 from entrenar_gpu.cli import info
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu import choice, device
 from entrenar_gpu.gpu.choice import Gpu
 from entrenar_gpu.gpu.engines import engine
+from tests.helpers.tiny import make_model
 
 LIMITS = {
     "max-storage-buffer-binding-size": 2**31 - 1,
@@ -74,6 +77,18 @@ def test_choice_by_index_name_and_variable(machine: Any, monkeypatch: pytest.Mon
     for index in ("3", "7800"):  # digits of a name, which is what an index is not
         with pytest.raises(UserError, match=f"--device '{index}' matches no GPU of 0: Radeon RX 7800"):
             choice.choose_gpu(index)
+
+
+def test_numpy_by_the_variable(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In place of any GPU, unless --device names one."""
+    machine(Adapter(*SOFT))
+    monkeypatch.setenv("ENTRENAR_DEVICE", "numpy")
+    model = make_model(tmp_path / "model")
+    found = evaluate(model, [{"input_ids": [1, 2, 3]}], seq=8)
+    assert found == evaluate(model, [{"input_ids": [1, 2, 3]}], seq=8, device="numpy")
+    assert choice.choose_gpu("llvm").gpu.info["device"] == "llvmpipe"
+    told = info.describe()
+    assert (told["engine"], told["chosen"], len(told["adapters"])) == ("numpy", None, 1)
 
 
 def test_no_adapter_names_the_packages(machine: Any) -> None:
