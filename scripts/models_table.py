@@ -26,8 +26,8 @@ BF16, norms and biases in F32; "saved" is against BF16. Plan: all that a QLoRA r
 allocates in f16 arithmetic, nothing recomputed and no weight kept twice; `entrenar-gpu plan --shape NAME` plans for a
 device or a budget.
 
-The counts of gemma3-270m, glm4-9b, granite, ministral3-3b, mistral-7b, mistral-nemo-12b, olmo, phi-4, qwen2.5-7b,
-qwen3-8b and smollm3 are those published for their checkpoints (looked up on 28 November 2026).
+The counts are those published for the checkpoints (looked up on 28 and 29 November 2026), but for llama2-124m, a toy,
+and ministral3-8b, whose count was not found.
 
 | model | parameters | rank 8 | fewer | rank 16 | fewer | rank 64 | fewer | stored GB | QLoRA GB | saved | plan GB |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""

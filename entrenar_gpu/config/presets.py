@@ -1,8 +1,8 @@
 """Shapes of well-known models, for planning, benchmarks and training from scratch without their files.
 
 `shapes/<name>.json` holds the keys of a published config.json that a family reads. Of models that also see (gemma3-4b
-and -12b, ministral3) it is the language part. phi-4-mini lacks LongRoPE's factors, and so reaches 4,096 positions. For
-llama2-124m nothing is published but that figure: it is a toy of that size.
+and -12b, ministral3) it is the language part. For llama2-124m nothing is published but that figure: it is a toy of that
+size.
 """
 
 from __future__ import annotations
