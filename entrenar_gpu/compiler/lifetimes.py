@@ -42,7 +42,8 @@ class Lifetimes:
         return self._owners
 
     def add(self, program: Sequence[tuple[Node, Sequence[Tensor]]]) -> None:
-        """One more graph: its nodes, each with the scratch that lives only while it runs."""
+        """One more graph: its nodes, each with the scratch that lives only while it runs, or while those do that share
+        it."""
         last_reads = {t.id: at for at, (node, _) in enumerate(program, self._nodes) for t in node.inputs.values()}
         for now, (node, workspace) in enumerate(program, self._nodes):
             sources = {} if self._keep else self._sources(node, last_reads, now)
@@ -55,7 +56,8 @@ class Lifetimes:
                     self._lives[owner].last = last
                 else:
                     self._lives[tensor.id] = Life(tensor, now, last)
-            self._lives.update((t.id, Life(t, now, now)) for t in workspace)
+            for tensor in workspace:  # of several nodes it lives from the first to the last
+                self._lives.setdefault(tensor.id, Life(tensor, now, now)).last = now
         self._nodes += len(program)
 
     def _owner(self, tensor: Tensor) -> int:

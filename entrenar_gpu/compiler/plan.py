@@ -8,7 +8,7 @@ share one set of buffers, and the peak is the largest of them.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from entrenar_gpu.compiler.lifetimes import Life, Lifetimes
@@ -19,16 +19,18 @@ from entrenar_gpu.graph import Caps, Graph, Launch, Node, Target, Tensor
 from entrenar_gpu.integers import round_up
 from entrenar_gpu.ops.registry import OPS, Placement
 
+_BESIDE = 8  # nodes that may lie between two that share scratch, which has to wait meanwhile
 RING = 3  # reports that may be on their way to the host at once
 
 
 @dataclass
 class Step:
-    """A node, its scratch on this device, and the launches that it turns into."""
+    """A node, its scratch on this device, of which an earlier node may have `filled` some, and its launches."""
 
     node: Node
     workspace: tuple[Tensor, ...]
     launches: tuple[Launch, ...] = ()
+    filled: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def make_plan(graphs: Mapping[str, Graph], caps: Caps, options: PlanOptions = DE
     naming the tensor when one cannot be bound on such a device.
     """
     plan, target = Plan(caps, options), Target.of(caps, options.tiles)
-    plan.steps = {
-        name: [Step(node, _workspace(node, target)) for node in graph.nodes] for name, graph in graphs.items()
-    }
+    plan.steps = {name: _steps(graph, target) for name, graph in graphs.items()}
     _place_persistents(plan, graphs)
     _place_temporaries(plan)
     _place_reports(plan, graphs)
@@ -93,6 +93,22 @@ def make_plan(graphs: Mapping[str, Graph], caps: Caps, options: PlanOptions = DE
         for step in steps:
             step.launches = _launches(plan, step, target)
     return plan
+
+
+def _steps(graph: Graph, caps: Caps) -> list[Step]:
+    """The nodes with their scratch. Where some may be shared it is, with a node of the layer shortly before."""
+    steps, known = list[Step](), dict[Hashable, tuple[int, Tensor]]()
+    for now, node in enumerate(graph.nodes):
+        workspace, filled = list(_workspace(node, caps)), set[int]()
+        for index, made_from in OPS[node.op].shared(node, caps).items():
+            key = (made_from, node.layer, node.phase)
+            last, tensor = known.get(key, (-_BESIDE - 1, workspace[index]))
+            if now - last <= _BESIDE:
+                workspace[index] = tensor
+                filled.add(index)
+            known[key] = now, workspace[index]
+        steps.append(Step(node, tuple(workspace), filled=frozenset(filled)))
+    return steps
 
 
 def _workspace(node: Node, caps: Caps) -> tuple[Tensor, ...]:
@@ -231,7 +247,7 @@ def _launches(plan: Plan, step: Step, target: Target) -> tuple[Launch, ...]:
     def aliased(output: Tensor, source: Tensor) -> bool:
         return plan.slices[output.id] == plan.slices[(source.updates or source).id]
 
-    placed = Placement(step.workspace, aliased)
+    placed = Placement(step.workspace, aliased, step.filled)
     launches = tuple(OPS[step.node.op].launch(step.node, target, placed))
     for launch in launches:
         _check_launch(plan, step.node, launch)

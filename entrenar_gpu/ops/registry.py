@@ -8,7 +8,7 @@ as ordinary nodes, so they run, fuse and plan like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,11 +34,12 @@ class GradientContext(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """What launches depend on besides their node: its scratch tensors, as `Op.workspace` asked for them, and whether an
-    output shares storage with an input (`aliased(output, input)`)."""
+    """What launches depend on besides their node: its scratch tensors, as `Op.workspace` asked for them, whether an
+    output shares storage with an input (`aliased(output, input)`), and which scratch an earlier node has `filled`."""
 
     workspace: tuple[Tensor, ...]
     aliased: Callable[[Tensor, Tensor], bool]
+    filled: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Op:
     launch(node, caps, placed) -> launches.
     gradient: see above; None for ops that are never differentiated.
     workspace(node, caps) -> specs of scratch tensors.   flops(node) -> arithmetic operations, for traces and submits.
+    shared(node, caps) -> by index of a scratch tensor a key of all that it is made from: of nodes side by side whose
+    keys are equal the first fills it, and the others find it filled.
     inplace(node) -> (output index, input name) pairs that may share storage, because each element of the input is read
     by the invocation that writes it, and before it does.
     transient: never kept for the backward pass, but computed again for every reader there.
@@ -61,6 +64,7 @@ class Op:
     launch: Callable[[Node, Caps, Placement], Sequence[Launch]]
     gradient: Callable[[Node, Sequence[Any], GradientContext], Gradients] | None = None
     workspace: Callable[[Node, Caps], Sequence[Spec]] = lambda node, caps: ()
+    shared: Callable[[Node, Caps], Mapping[int, Hashable]] = lambda node, caps: {}
     flops: Callable[[Node], int] = lambda node: sum(t.size for t in node.outputs)
     inplace: Callable[[Node], Sequence[tuple[int, str]]] = lambda node: ()
     transient: bool = False

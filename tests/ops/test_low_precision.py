@@ -396,3 +396,43 @@ def test_the_last_columns_apart_take_their_bias_and_residual_along(device, kerne
     got = replay.read_temporary(out)
     replay.close()
     assert np.linalg.norm(got - want) <= (5e-8 * np.sqrt(48) + 1e-7) * np.linalg.norm(want)
+
+
+def three_products(apart: int, precision: Any) -> Graph:
+    """Of the same x, with adapters: two side by side, and one more so many nodes further."""
+    graph, (t, n, k, r) = Graph("g"), (70, 128, 64, 8)
+    x = graph.tensor("x", (t, k))
+    for i in range(3):
+        weight = ops.Nf4Tensors.declare(graph, f"w{i}", (n, k), False, "float32")
+        a, b = graph.tensor(f"a{i}", (r, k)), graph.tensor(f"b{i}", (n, r))
+        ops.keep(ops.linear(x, weight, precision=precision, lora=(a, b, 0.5)), f"y{i}")
+        for j in range(apart if i == 1 else 0):
+            ops.keep(ops.scale(x, 2.0), f"between{j}")
+    return graph
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+def test_products_of_one_x_beside_each_other_share_its_copy(precision, device, kernels):
+    """To the bit what each makes of its own; those too far away do not, as the copy would have to wait for them."""
+    needs(device, precision)
+    found = {}
+    for apart in (0, 8):
+        graph = three_products(apart, precision)
+        plan = make_plan({"g": graph}, device.caps)
+        steps = [step for step in plan.steps["g"] if step.node.op == "linear"]
+        narrowing = [sum(launch.shader == "low_precision_rows" for launch in step.launches) for step in steps]
+        assert narrowing == ([1, 0, 0] if apart == 0 else [1, 0, 1])
+        assert steps[0].workspace[0] is steps[1].workspace[0]
+        rng, replay = np.random.default_rng(1), Replay(device, plan, kernels)
+        try:
+            for name, tensor in graph.persistents.items():
+                if tensor.dtype == "u8":
+                    replay.write(name, rng.integers(0, 256, tensor.shape, dtype=np.uint8))
+                elif tensor.role in ("input", "weight"):
+                    replay.write(name, rng.uniform(-1, 1, tensor.shape).astype(np.float32))
+            replay.run("g")
+            found[apart] = [replay.read(f"y{i}") for i in range(3)]
+        finally:
+            replay.close()
+    assert all(np.array_equal(one, other) for one, other in zip(found[0], found[8], strict=True))
+    assert not np.array_equal(found[0][0], found[0][1])

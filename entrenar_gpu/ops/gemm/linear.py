@@ -4,15 +4,16 @@ on matrix units, for each row of either operand.
 The forward matmul contracts over in-features, along which NF4's own blocks lie: its codes become int8 by a table of
 16 entries. The gradient of the input contracts over out-features: the weight is transposed and, for int8, quantised
 anew along that axis. Activations and output gradients are converted on the way in. The low-precision copy of x is
-workspace of the node; so is the weight's, unless one that stays on the device takes the weight's place among the node's
-inputs (compiler/weight_copies.py). In int8 by rows the largest values of its rows may be there instead, "largest".
-Adapters, biases and residuals stay f32. x A^T of an adapter is made by the launch that converts x, from the same rows:
-the node's second output, where "lora_a" is among its inputs.
+workspace of the node, and shared with products of the same x beside it, which find it made. The weight's is workspace
+too, unless one that stays on the device takes the weight's place among the node's inputs (compiler/weight_copies.py).
+In int8 by rows the largest values of its rows may be there instead, "largest". Adapters, biases and residuals stay f32.
+x A^T of an adapter is made by the launch that converts x, from the same rows: the node's second output, where "lora_a"
+is among its inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor, flat
 from entrenar_gpu.integers import ceil_div
+from entrenar_gpu.ops.gemm import low_rank
 from entrenar_gpu.ops.gemm.launches import Block, Matmul, matmul_launches, whole
 from entrenar_gpu.ops.gemm.low_precision import (
     dequantize_transposed,
@@ -257,6 +259,15 @@ def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     return [*specs, ((slices, m, n), "f32")] if slices else specs
 
 
+def _shared(node: Node, caps: Caps) -> dict[int, Hashable]:
+    """The copy of x, and its scales, are those of every product of the same x: of queries, keys and values, say."""
+    x, arithmetic = node.inputs["x"], node.attrs["arithmetic"]
+    r = product_sizes(node)[3] if "lora_a" in node.inputs else 0
+    if r and not low_rank.takes((x.rows, r, x.columns), False, node.attrs["low_rank_transposed"]):
+        return {}
+    return {index: (x.id, arithmetic, index) for index in range(2 if _has_scales(node) else 1)}
+
+
 def low_precision_operands(
     node: Node, workspace: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
@@ -290,7 +301,13 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     )
     lora_a = node.inputs.get("lora_a")
     down = (lora_a, p, node.attrs["low_rank_transposed"]) if lora_a is not None and p is not None else None
-    launches = [low_precision_rows_launch(whole(node.inputs["x"]), m, k, low_x, x_scales, caps, down)]
+    x = node.inputs["x"]
+    launches = []
+    if 0 not in placed.filled:
+        launches = [low_precision_rows_launch(whole(x), m, k, low_x, x_scales, caps, down)]
+    elif down is not None:
+        a, made, turned = down
+        launches = [low_rank.launch(x, a, made, False, turned, 1.0, False, caps)]
     if not node.group("copy"):
         scratch = [t for t in placed.workspace[2 * (1 + _has_scales(node)) :] if t is not partial]
         largest = node.inputs.get("largest")
@@ -307,4 +324,16 @@ def _flops(node: Node) -> int:
     return 2 * m * (n * (k + r) + (k * r if "lora_a" in node.inputs else 0))
 
 
-register(Op("linear", _infer, _reference, _launch, _gradient, workspace=_workspace, flops=_flops, inplace=_inplace))
+register(
+    Op(
+        "linear",
+        _infer,
+        _reference,
+        _launch,
+        _gradient,
+        workspace=_workspace,
+        shared=_shared,
+        flops=_flops,
+        inplace=_inplace,
+    )
+)
