@@ -1,6 +1,6 @@
 // An NF4 weight [N, K] as operand of a low-precision matmul that contracts over K, K a multiple of 64 (=).
 {% if arithmetic == "f16" %}
-// out [N, K] f16: the weight's values rounded to binary16{{ ", in panels of 8 rows and 32 columns, which hold eight columns of every row side by side" if PANELS }}. One invocation four codes: half a word.
+// out [N, K] f16: the weight's values rounded to binary16. One invocation four codes: half a word.
 {% else %}
 // out [N, K] int8, four to a u32, and scales [K / 64, N] f32: NF4's blocks lie along K, so a block's scale is its absmax
 // over 127, and a code's int8 is its entry of the codebook times 127, rounded. One invocation sixteen codes: two words.
@@ -21,11 +21,7 @@ fn main(
   @builtin(local_invocation_index) thread: u32,
 ) {
   let i = linear_workgroup(group, groups) * 256u + thread;
-{% set place = "place" if PANELS else "at" %}
-  let {{ place }} = min(i, {{ N * K // CODES - 1 }}u);
-{% if PANELS %}
-  let at = (place / {{ 2 * K }}u * 8u + place / 2u % 8u) * {{ K // 4 }}u + place / 64u % {{ K // 32 }}u * 8u + place / 16u % 4u * 2u + place % 2u;
-{% endif %}
+  let at = min(i, {{ N * K // CODES - 1 }}u);
   let block = at / {{ 64 // CODES }}u;
 {% if arithmetic == "f16" %}
   let words = codes[at >> 2u];
@@ -35,7 +31,7 @@ fn main(
 {% for i in range(4) %}
   let value{{ i }} = rounded(codebook[(bits >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u] * scale);
 {% endfor %}
-  if (i == {{ place }}) { out[i] = vec4<f16>(vec4<f32>(value0, value1, value2, value3)); }
+  if (i == at) { out[i] = vec4<f16>(vec4<f32>(value0, value1, value2, value3)); }
 {% else %}
   let bits = codes[at];
 {% for byte in bytes %}
@@ -45,7 +41,7 @@ fn main(
 {% for word in range(2) %}{% for i in range(8) %}
   let byte{{ word }}{{ i }} = bytes[(bits[{{ word }}] >> {{ (i // 2) * 8 + (4 if i % 2 == 0 else 0) }}u) & 15u];
 {% endfor %}{% endfor %}
-  if (i == {{ place }}) {
+  if (i == at) {
     out[i] = vec4<u32>(
 {% for word in range(2) %}{% for i in (0, 4) %}
       byte{{ word }}{{ i }} | (byte{{ word }}{{ i + 1 }} << 8u) | (byte{{ word }}{{ i + 2 }} << 16u) | (byte{{ word }}{{ i + 3 }} << 24u),

@@ -1,6 +1,6 @@
 // An NF4 weight [N, K] transposed, both multiples of 64 (=).
 {% if arithmetic != "int8" %}
-// out [K, N]: the weight's values, in {{ "f16 rounded to binary16" if arithmetic == "f16" else "f32" }}{{ ", and in panels of 8 rows and 32 columns, which hold eight columns of every row side by side" if PANELS }}.
+// out [K, N]: the weight's values, in {{ "f16 rounded to binary16" if arithmetic == "f16" else "f32" }}.
 {% else %}
 // out [K, N] int8, four to a u32, and scales [N / 64, K] f32: NF4's blocks lie across N, so values are quantised again,
 // in blocks of 64 along N: scale = absmax / 127, code = round(value / scale).
@@ -38,13 +38,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for i in range(4) %}
   let word{{ i }} = tile[(quad * 4u + {{ i }}u) * {{ CODES }}u + thread / 16u];
 {% endfor %}
-{% if PANELS %}
-  let to = ((group.x * 8u + first / 8u) * {{ N // 32 }}u + group.y * 2u + quad / 8u) * 64u + quad % 8u / 2u * 16u + quad % 2u;
-{% else %}
   let to = (group.x * 64u + first) * {{ N // 4 }}u + group.y * 16u + quad;
-{% endif %}
 {% for c in range(8) %}
-  out[to + {{ 2 * c if PANELS else c * N // 4 }}u] = vec4<{{ arithmetic }}>(vec4<f32>(
+  out[to + {{ c * N // 4 }}u] = vec4<{{ arithmetic }}>(vec4<f32>(
 {% for i in range(4) %}
     values[(quad * 4u + {{ i }}u) * {{ VALUES }}u + ((word{{ i }} >> {{ (c // 2) * 8 + (4 if c % 2 == 0 else 0) }}u) & 15u)],
 {% endfor %}

@@ -16,7 +16,7 @@ from entrenar_gpu.session.plan_report import PROFILES
 
 choice = importlib.import_module("entrenar_gpu.gpu.choice")
 # Weights of benchmarks, an op on many small tensors, ops that only answers are made with, and products on matrix units.
-OF_INT8 = {"matmul_matrix_int8", "rotated_rows", "nf4_rotated"}
+OF_INT8 = {"matmul_matrix_int8", "rotated_rows", "nf4_panels"}
 ON_MATRIX_UNITS = {
     "matmul_matrix",
     "attention_matrix",

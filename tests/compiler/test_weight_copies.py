@@ -162,7 +162,7 @@ def test_products_without_a_copy_are_told_the_largest_values_of_its_rows():
     products = [n for name in ("micro", "evaluate") for n in none.graphs[name].nodes if n.op == "linear"]
     assert len(told_of(none.graphs)) == len(products) > COPIES
     steps = [step for steps in none.plan.steps.values() for step in steps if step.node.op == "linear"]
-    made = [launch for step in steps for launch in step.launches if launch.shader == "nf4_rotated"]
+    made = [launch for step in steps for launch in step.launches if launch.shader == "nf4_panels"]
     assert {launch.constants["stage"] for launch in made} == {"codes"}
     assert not any(name.endswith("largest") for name in fitted(replace(CARD, free_bytes=None), 1 << 40).plan.buffers)
 

@@ -53,7 +53,7 @@ NEED_FEATURES = {
     "matmul_matrix",
     "matmul_matrix_int8",
     "rotated_rows",
-    "nf4_rotated",
+    "nf4_panels",
     "attention_matrix",
     "attention_dscores_matrix",
     "attention_grad_matrix",
@@ -156,7 +156,7 @@ def test_every_template_has_a_planted_fault():
     planted |= {row[0] for row in (*test_argmax.FAULTS, *test_cached_attention.FAULTS, *test_gemv.FAULTS)}
     planted |= {row[0] for row in test_attention_matrix.FAULTS}
     planted.add("matmul_matrix")  # test_matrix_units.py
-    planted |= {"matmul_matrix_int8", "rotated_rows", "nf4_rotated"}  # test_matrix_int8.py
+    planted |= {"matmul_matrix_int8", "rotated_rows", "nf4_panels"}  # test_matrix_int8.py
     assert planted == set(TEMPLATES)
 
 

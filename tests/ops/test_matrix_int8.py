@@ -270,10 +270,10 @@ def test_weights_on_a_device_are_numpys(device: Any, kernels: KernelCache, trans
 @pytest.mark.parametrize(
     ("shader", "old", "new", "transposed"),
     [
-        ("nf4_rotated", "place % 8u;", "place % 4u;", False),
-        ("nf4_rotated", "words1[3] >> 28u", "words1[3] >> 24u", False),
-        ("nf4_rotated", "parts[thread + 128u]", "parts[thread + 64u]", True),
-        ("nf4_rotated", "+ 4u - thread % 2u * 4u", "+ thread % 2u * 4u", True),
+        ("nf4_panels", "place % 8u;", "place % 4u;", False),
+        ("nf4_panels", "words1[3] >> 28u", "words1[3] >> 24u", False),
+        ("nf4_panels", "parts[thread + 128u]", "parts[thread + 64u]", True),
+        ("nf4_panels", "+ 4u - thread % 2u * 4u", "+ thread % 2u * 4u", True),
     ],
 )
 def test_planted_faults_in_weights_are_seen(

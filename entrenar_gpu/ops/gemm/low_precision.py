@@ -19,6 +19,7 @@ from entrenar_gpu.ops.gemm.launches import Block
 from entrenar_gpu.ops.gemm.rotated import (
     OVER_127,
     inverse,
+    panels_launch,
     rotated_arrays,
     rotated_rows_launch,
     rotated_specs,
@@ -154,6 +155,8 @@ def low_precision_weight_launch(
     int8 with scales, else f16 or, transposed only, f32, as out is.
     """
     (n, k), transposed = attrs["shape"], attrs["transposed"]
+    if len(out.shape) == 5:
+        return panels_launch("halves", attrs, parts, [writes("out", out, 4)], caps)
     codes, *scale_parts = scale_bindings(parts)
     bindings = [replace(codes, vector=4 if transposed else 2), *scale_parts, writes("out", out, 4)]
     if scales is not None:
@@ -168,7 +171,6 @@ def low_precision_weight_launch(
         "codebook": codebook_text(),
         "bytes": tuple(code & 0xFF for code in INT8_CODES.tolist()),
         "over_127": literal(OVER_127),
-        "PANELS": len(out.shape) == 5,
     }
     grid = (k // BLOCK, n // BLOCK, 1) if transposed else grid_of(ceil_div(n * k, 256 * each), caps)
     return Launch(

@@ -159,7 +159,7 @@ def rotated_weight_launches(
         maxima, largest = workspace
         launches = _largest_launches(attrs, parts, maxima, largest, caps)
     made = reads("largest", largest), writes("out", out, 4), writes("scales", scales)
-    return [*launches, _weight_launch("codes", attrs, parts, made, caps)]
+    return [*launches, panels_launch("codes", attrs, parts, made, caps)]
 
 
 def _largest_launches(
@@ -168,9 +168,9 @@ def _largest_launches(
     rows, length = _turned(attrs)
     reduced = reads("maxima", maxima), writes("largest", largest)
     return [
-        _weight_launch("maxima", attrs, parts, (writes("maxima", maxima),), caps),
+        panels_launch("maxima", attrs, parts, (writes("maxima", maxima),), caps),
         Launch(
-            "nf4_rotated",
+            "nf4_panels",
             reduced,
             {"stage": "largest", "ROWS": rows, "LENGTH": length, "transposed": attrs["transposed"]},
             (rows // BLOCK, 1, 1),
@@ -178,10 +178,11 @@ def _largest_launches(
     ]
 
 
-def _weight_launch(
+def panels_launch(
     stage: str, attrs: Mapping[str, Any], parts: Sequence[Tensor], made: Sequence[Binding], caps: Caps
 ) -> Launch:
-    """A pass over all of an NF4 weight."""
+    """A pass over all of an NF4 weight: to the largest of each 64 values of its copy's rows in int8, "maxima", these
+    rows' "codes", or its rows in f16, "halves"."""
     (n, k), (rows, length), (codes, *scale_parts) = attrs["shape"], _turned(attrs), scale_bindings(parts)
     constants = {
         "stage": stage,
@@ -196,7 +197,7 @@ def _weight_launch(
         "codebook": codebook_text(),
     }
     grid = (k // BLOCK, n // BLOCK, 1) if attrs["transposed"] else grid_of(ceil_div(n * k // BLOCK, 128), caps)
-    return Launch("nf4_rotated", (replace(codes, vector=4), *scale_parts, *made), constants, grid)
+    return Launch("nf4_panels", (replace(codes, vector=4), *scale_parts, *made), constants, grid)
 
 
 def rotated_largest(weight: Nf4Tensors, transposed: bool) -> Tensor:

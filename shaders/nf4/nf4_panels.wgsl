@@ -1,10 +1,15 @@
-// An NF4 weight [N, K], both multiples of 64, as int8 rows with one scale each, after a rotation of every 64 values along them
-// (lib/rotate.wgsl): operand of a matmul (=). Rows are {{ "K, of N values: the weight transposed" if transposed else "N, of K values" }}. Three launches:
+// An NF4 weight [N, K], both multiples of 64, as rows that matrix units multiply, in the order in which a workgroup takes them:
+// operand of a matmul (=). Rows are {{ "K, of N values: the weight transposed" if transposed else "N, of K values" }}.
+{% if stage == "halves" %}
+// out [{{ ROWS }}, {{ LENGTH }}] f16, in panels of 8 rows and 32 columns, which hold eight columns of every row side by side.
+{% else %}
+// In int8 with one scale for each row, after a rotation of every 64 values along it (lib/rotate.wgsl). Three launches:
+{% endif %}
 {% if stage == "maxima" %}
 // this first one leaves the largest rotated value of each 64 in maxima [{{ LENGTH // 64 }}, {{ ROWS }}].
 {% elif stage == "largest" %}
 // this second one leaves the largest of each row in largest [{{ ROWS }}]. Grid: ROWS / 64.
-{% else %}
+{% elif stage == "codes" %}
 // this last one writes out [{{ ROWS }}, {{ LENGTH }}] int8, in the order of ops/gemm/rotated.py, and scales [{{ ROWS }}], by largest [{{ ROWS }}].
 {% endif %}
 {% if stage == "largest" %}
@@ -24,9 +29,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% else %}
 // Of two codes in a byte, the first is in the high nibble. An invocation holds 64 values of a row, so that nothing is exchanged.
 {% include "lib/nf4.wgsl" %}
+{% if stage != "halves" %}
 {% include "lib/int8.wgsl" %}
 {% import "lib/rotate.wgsl" as rotate with context %}
 {{ rotate.functions() }}
+{% endif %}
 {% if transposed %}
 // A workgroup takes 64 rows and 64 columns of the weight, an invocation a column. A row is one block of NF4: its sixteen values
 // are made once, to be looked up. Grid: (K / 64, N / 64).
@@ -52,7 +59,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let word = thread / 8u;
   let shift = thread % 8u / 2u * 8u + 4u - thread % 2u * 4u;
 {% for v in range(16) %}
-  var value{{ v }} = rotated_four(vec4<f32>({% for i in range(4) %}values[{{ (4 * v + i) * VALUES }}u + ((tile[{{ (4 * v + i) * CODES }}u + word] >> shift) & 15u)]{{ ", " if i < 3 }}{% endfor %}));
+  var value{{ v }} = vec4<f32>({% for i in range(4) %}values[{{ (4 * v + i) * VALUES }}u + ((tile[{{ (4 * v + i) * CODES }}u + word] >> shift) & 15u)]{{ ", " if i < 3 }}{% endfor %});
 {% endfor %}
   let row = group.x * 64u + thread;
   let block = group.y;
@@ -78,9 +85,20 @@ fn main(
   let scale = scale_of(source);
   fill_codebook(thread);
 {% for v in range(16) %}
-  var value{{ v }} = rotated_four(vec4<f32>({% for i in range(4) %}{% set bit = v % 2 * 16 + i // 2 * 8 + 4 - i % 2 * 4 %}rounded(codebook[(words{{ v // 8 }}[{{ v // 2 % 4 }}] >> {{ bit }}u) & 15u] * scale){{ ", " if i < 3 }}{% endfor %}));
+  var value{{ v }} = vec4<f32>({% for i in range(4) %}{% set bit = v % 2 * 16 + i // 2 * 8 + 4 - i % 2 * 4 %}rounded(codebook[(words{{ v // 8 }}[{{ v // 2 % 4 }}] >> {{ bit }}u) & 15u] * scale){{ ", " if i < 3 }}{% endfor %});
 {% endfor %}
 {% endif %}
+{% if stage == "halves" %}
+  let to = ((row >> 3u) * {{ LENGTH // 64 }}u + block) * 128u + (row & 7u) * 2u;
+  if (inside) {
+{% for v in range(16) %}
+    out[to + {{ v // 2 * 16 + v % 2 }}u] = vec4<f16>(value{{ v }});
+{% endfor %}
+  }
+{% else %}
+{% for v in range(16) %}
+  value{{ v }} = rotated_four(value{{ v }});
+{% endfor %}
 {% for v in range(4) %}
   {{ rotate.rotate_across("value%d" % v, "value%d" % (v + 4), "value%d" % (v + 8), "value%d" % (v + 12)) }}
 {% endfor %}
@@ -103,6 +121,7 @@ fn main(
 {% endfor %}
     if (block == 0u) { scales[row] = absmax * {{ scaled }}; }
   }
+{% endif %}
 {% endif %}
 }
 {% endif %}
