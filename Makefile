@@ -64,6 +64,7 @@ parity: parity-setup ## Compare with torch, transformers, peft and bitsandbytes 
 real: models ## Compare two pretrained models with transformers and PEFT: losses, steps, answers (two hours on a CPU)
 	@.venv-parity/bin/python -m tests.real.compare
 	@.venv-parity/bin/python -m tests.real.greedy
+	@.venv-parity/bin/python -m tests.real.gguf
 
 llama-cpp: parity-setup ## Have llama.cpp itself read what is written for it (npm; make models first)
 	@mkdir -p build/llama-cpp && cp scripts/llama_cpp_check.mjs build/llama-cpp/
