@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the markdown there too")
     args = parser.parse_args(arguments)
     report = Report([row for row in ROWS if row.size in args.rows.split(",")], args.precision.split(","))
-    report.measure(_peers("2" if args.peer_keeps else args.peers), args.tune)
-    text = report.markdown(args.commit or _commit())
-    print(text, end="")
-    if args.output:
-        write_text(args.output, text)
+    commit = args.commit or _commit()
+    for _ in report.measure(_peers("2" if args.peer_keeps else args.peers), args.tune):
+        if args.output:  # as it grows: whatever ends the process leaves what was measured
+            write_text(args.output, report.markdown(commit))
+    print(report.markdown(commit), end="")
 
 
 def _numbered() -> str:
@@ -106,18 +106,17 @@ class Report:
         self._products: list[dict[str, Any]] = []
         self._failures: list[str] = []
 
-    def measure(self, peers: Sequence[str] = tuple(PEERS), tune: bool = False) -> None:
-        """Everything, one process after the other."""
-        self._try("ceilings", lambda: self._ceilings.update(_json_of(_module("benchmarks.peer", "ceilings"), 60)))
-        self._try("products", lambda: self._products.extend(_products()))
+    def measure(self, peers: Sequence[str] = tuple(PEERS), tune: bool = False) -> Iterator[None]:
+        """Everything, one process after the other, with a step of the iterator behind each."""
+        yield self._try("ceilings", lambda: self._ceilings.update(_json_of(_module("benchmarks.peer", "ceilings"), 60)))
+        yield self._try("products", lambda: self._products.extend(_products()))
         for peer in peers:
-            self._try(peer, partial(self._measure_peer, peer))
+            yield self._try(peer, partial(self._measure_peer, peer))
         for row in self._rows:
             for precision in self._precisions:
                 for budget in (None, row.budget_gib):
-                    self._try(
-                        f"{row.size} {precision}, budget {budget}", partial(self._train, row, precision, budget, tune)
-                    )
+                    name = f"{row.size} {precision}, budget {budget}"
+                    yield self._try(name, partial(self._train, row, precision, budget, tune))
 
     def _try(self, name: str, measurement: Callable[[], object]) -> None:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)

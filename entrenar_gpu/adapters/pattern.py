@@ -42,6 +42,8 @@ def full_match(pattern: str, path: str) -> regex.Match[str] | None:
     """The match of a whole path, as `re.fullmatch` has it. Raises TooSlow when that takes too long."""
     try:
         left = min(SECONDS, _deadline.get() - time.monotonic())
+        if left <= 0:  # regex takes a limit of zero for none
+            raise TimeoutError
         return regex.fullmatch(pattern, path, timeout=max(left, 0.001))
     except TimeoutError:
         raise TooSlow(f"pattern {pattern[:80]!r} takes too long to match {path}") from None

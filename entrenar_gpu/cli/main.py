@@ -313,14 +313,20 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return signals.exit_status(signals.interrupted_by())
     except MemoryError:
-        lower = _flags_of_size(arguments)
-        return _complain(f"this machine has no memory left; lower {lower}, or raise the limit (`ulimit -v`)")
+        return _no_memory(arguments)
     except OSError as error:  # what nobody closer to it expected: standard output on a full disk, say
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}")
     except RuntimeError as error:
+        if str(error) == "can't start new thread":  # what Python says where there is no memory for its stack
+            return _no_memory(arguments)
         if not signals.is_interrupt(error):
             raise
         return signals.exit_status(signals.interrupted_by())
+
+
+def _no_memory(arguments: list[str]) -> int:
+    lower = _flags_of_size(arguments)
+    return _complain(f"this machine has no memory left; lower {lower}, or raise the limit (`ulimit -v`)")
 
 
 def _flags_of_size(arguments: list[str]) -> str:

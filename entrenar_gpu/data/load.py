@@ -136,7 +136,9 @@ def _ended(
         before, ids = tokenizer.framed(ids)
         spans = [(a + before, b + before) for a, b in spans]
         spans.append((before + length, len(ids)))
-    if draft.eos and ids[-1:] != [tokenizer.eos_id]:
+    # what tokenizer.json puts behind a text may hold EOS without ending with it
+    ended = ids[-1:] == [tokenizer.eos_id] or (not draft.rendered and tokenizer.eos_id in tokenizer.ending)
+    if draft.eos and not ended:
         if tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)
             spans.append((len(ids) - 1, len(ids)))

@@ -54,7 +54,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], str 
 
 def text_of(row: str = "1x512") -> str:
     report = qwen3_4b.Report([r for r in qwen3_4b.ROWS if r.size == row], ["int8"])
-    report.measure()
+    for _ in report.measure():
+        pass
     return report.markdown("abc1234")
 
 
@@ -89,6 +90,16 @@ def test_a_peer_that_stops_half_way_keeps_its_rows(measured: Any) -> None:
     text = text_of()
     assert "| 1,000 | 2.40 |" in text
     assert "Not measured: PEFT: took longer than 180 s" in text
+
+
+def test_what_was_measured_is_written_before_the_rest_is(measured: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qwen3_4b.Report, "_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        qwen3_4b.main(["--output", str(tmp_path / "table.md"), "--commit", "abc"])
+    assert "| PEFT, keeping | 1,000 (6.0) |" in (tmp_path / "table.md").read_text()
 
 
 def test_peers_are_asked_for_by_number() -> None:

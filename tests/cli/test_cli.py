@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -323,3 +324,10 @@ def test_what_to_lower_are_flags_that_the_command_has(command, advice, monkeypat
     monkeypatch.setattr("typer.core.TyperGroup.main", short)
     assert main.run([command]) == 2
     assert capsys.readouterr().err == f"error: the GPU has no memory left; {advice}\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_machine_without_memory_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr("typer.core.TyperGroup.main", Mock(side_effect=error))
+    assert main.run(["merge"]) == 2
+    assert capsys.readouterr().err.startswith("error: this machine has no memory left; lower ")

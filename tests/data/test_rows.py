@@ -33,7 +33,7 @@ def tokenizer_of(tmp_path: Path, template: str | None = chat_templates.QWEN3, en
     folder = model_folder(tmp_path / "model", {"eos_token": "<|im_end|>", "chat_template": template} | config)
     if ending is not None:
         backend = Tokenizer.load(folder).backend
-        special = [(token, backend.token_to_id(token)) for token in ("<s>", ending)]
+        special = [(token, backend.token_to_id(token)) for token in ("<s>", *ending.split())]
         backend.post_processor = processors.TemplateProcessing(single=f"<s> $A {ending}", special_tokens=special)
         backend.save(str(folder / "tokenizer.json"))
     return Tokenizer.load(folder)
@@ -70,6 +70,12 @@ def test_another_end_than_eos_is_neither_lost_nor_put_in_its_place(tmp_path):
     assert read(tokenizer, samples[0][0]) == "<s>a b<|endoftext|></s>"
     assert trained(tokenizer, samples) == " b<|endoftext|></s>"
     assert tokenizer.backend.token_to_id("<|endoftext|>") in tokenizer.eos_ids
+
+
+def test_an_end_that_holds_eos_before_something_else_gets_no_second_one(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, None, ending="</s> <|endoftext|>", eos_token="</s>")
+    samples = load(tmp_path, tokenizer, {"text": "hello"})
+    assert read(tokenizer, samples[0][0]) == "<s>hello</s><|endoftext|>"
 
 
 def test_a_prompt_to_be_continued_has_its_beginning_and_no_end(tmp_path):

@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the process by /proc and RLIMIT_AS")
-@pytest.mark.parametrize(("moment", "mebibytes"), [("open", 600), ("open", 200), ("buffers", 8)])
+@pytest.mark.parametrize(("moment", "mebibytes"), [("open", 500), ("open", 200), ("buffers", 8)])
 def test_memory_that_runs_out_is_one_line_with_what_to_lower(folder, tmp_path, device, moment, mebibytes):
     if not device.caps.software:
         pytest.skip("a card has memory of its own")

@@ -7,6 +7,7 @@ import pytest
 from entrenar_gpu.data.load import load_samples
 from entrenar_gpu.data.samples import IGNORE
 from entrenar_gpu.data.tokenizer import Tokenizer
+from entrenar_gpu.errors import UserError
 from tests.data.test_chat import CALL, TURNS, assistant, model_folder, tool, user
 from tests.helpers import chat_templates
 
@@ -51,6 +52,10 @@ def test_same_mask_where_the_template_has_generation_tags(tmp_path, messages):
     ours, theirs = both(tmp_path, chat_templates.GENERATION_TAGS)
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    if any(message.get("tool_calls") for message in messages):  # this template would train an empty answer
+        with pytest.raises(UserError, match="the chat template writes no tool calls"):
+            load_samples(path, ours, vocab_size=ours.vocab_size, seq=4096)
+        return
     tokens, targets = load_samples(path, ours, vocab_size=ours.vocab_size, seq=4096)[0]
     expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert tokens.tolist() == expected["input_ids"]
