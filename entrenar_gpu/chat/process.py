@@ -52,7 +52,7 @@ class TemplateProcess:
                     refused = {"error": "a message holds a Unicode noncharacter (U+FDD0 to U+FDD5)", "at_fault": False}
                     return [*({} for _ in range(at)), refused]
             if self._here is not None:
-                return list(self._here.answers(request, map(json.loads, lines)))
+                return list(self._here.answers(request, lines))
             try:
                 return self._exchange([json.dumps(request), *lines])
             except BaseException:

@@ -2,17 +2,19 @@
 
 `python -c` starts it (process.py) with a pipe on either side. A request is a line of JSON that says what to do and
 how many lines follow, one for each conversation; every line of them is answered by one line, in order. A conversation
-that takes more processor time than its length allows ends the process, one that takes too much memory fails. Where
-the platform has no such limits the same `Service` runs in the asking process, with the bounds on operators alone
-(sandbox.py).
+that takes more processor time than its length allows ends the process, and so does the one that takes a template over
+what all of its conversations together are allowed; one that takes too much memory fails. Where the platform has no
+such limits the same `Service` runs in the asking process, with the bounds on operators alone (sandbox.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +25,10 @@ from entrenar_gpu.chat.turns import Conversations
 
 MEMORY_BYTES = 1 << 30
 CPU_SECONDS, CPU_SECONDS_PER_MESSAGE = 2.0, 0.1
+# Of all conversations that a template renders: some ten times what ordinary ones take, whose loops over all messages
+# are run again for each turn that is looked for; and four conversations' limit beside that.
+_ROW_SECONDS, _PAIR_SECONDS, _BYTE_SECONDS = 0.002, 0.0002, 1e-7
+_ANYWAY = 4
 _TEMPLATES = 32  # kept compiled
 
 
@@ -42,21 +48,32 @@ class Service:
     def __init__(self, cpu_seconds: float | None = None) -> None:
         """`cpu_seconds` for a conversation, and some for each of its messages; None: no limit."""
         self._templates: dict[str, Conversations] = {}
+        self._left: dict[str, float] = {}  # seconds that a template may still take
         self._cpu_seconds = cpu_seconds
 
-    def answers(self, request: dict[str, Any], rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """One answer for each row: a result, or {"error", "at_fault"}."""
-        with self._time_limit(0):
-            conversations = self._compiled(request["template"])
-        for row in rows:
-            with self._time_limit(len(row[0]) if request["ask"] != "closings" else 0):
+    def answers(self, request: dict[str, Any], lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+        """One answer for each row, which comes as a line of JSON: a result, or {"error", "at_fault"}."""
+        key = json.dumps(request["template"], sort_keys=True)
+        with self._time_limit(0, math.inf):
+            conversations = self._compiled(key, request["template"])
+        left = self._left.setdefault(key, _ANYWAY * (self._cpu_seconds or 0.0))
+        for line in lines:
+            row = json.loads(line)
+            messages = len(row[0]) if request["ask"] != "closings" else 0
+            left += messages * (_ROW_SECONDS + _PAIR_SECONDS * messages) + _BYTE_SECONDS * len(line)
+            start = time.process_time()
+            with self._time_limit(messages, left):
                 yield _outcome(request["ask"], conversations, row)
+            left -= time.process_time() - start
+            self._left[key] = left
 
     @contextlib.contextmanager
-    def _time_limit(self, messages: int) -> Iterator[None]:
-        """Ends this process, as SIGPROF does by default, when the block takes too much of the processor's time."""
+    def _time_limit(self, messages: int, left: float) -> Iterator[None]:
+        """Ends this process, as SIGPROF does by default, when the block takes too much of the processor's time, or more
+        than is `left` of its template's."""
         if sys.platform != "win32" and self._cpu_seconds is not None:
-            signal.setitimer(signal.ITIMER_PROF, self._cpu_seconds + CPU_SECONDS_PER_MESSAGE * messages)
+            seconds = min(self._cpu_seconds + CPU_SECONDS_PER_MESSAGE * messages, left)
+            signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))
             try:
                 yield
             finally:
@@ -64,12 +81,12 @@ class Service:
         else:
             yield
 
-    def _compiled(self, template: dict[str, Any]) -> Conversations | dict[str, Any]:
+    def _compiled(self, key: str, template: dict[str, Any]) -> Conversations | dict[str, Any]:
         """The template of a request, compiled once; or the error that it makes."""
-        key = json.dumps(template, sort_keys=True)
         if key not in self._templates:
             if len(self._templates) >= _TEMPLATES:
                 self._templates.clear()
+                self._left.clear()
             try:
                 compiled = CompiledTemplate(
                     template["source"],
@@ -125,6 +142,6 @@ def _serve(service: Service, requests: BinaryIO, answers: BinaryIO) -> None:
     while line := requests.readline():
         request = json.loads(line)
         rows = [requests.readline() for _ in range(request["rows"])]
-        for answer in service.answers(request, map(json.loads, rows)):
+        for answer in service.answers(request, rows):
             answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()

@@ -67,6 +67,17 @@ def test_time_and_memory_are_what_ends_it(hurried):
         template("{% set a = 'x'|center(2**31 * (messages|length)) %}" + chat_templates.QWEN25).render(USER)
 
 
+def test_a_template_is_bounded_over_all_conversations(hurried):
+    """Each takes a quarter of what one may; ordinary ones go on for ever."""
+    slow = template("{% for a in 'x' * 1000000 %}{% endfor %}" + chat_templates.QWEN25)
+    with pytest.raises(FailedRow, match="takes too long") as error:
+        slow.render_all([Conversation(USER)] * 500, "text")
+    assert 3 < error.value.row < 100
+    ordinary = template(chat_templates.QWEN3)
+    answered = Conversation([*USER, {"role": "assistant", "content": "b"}, {"role": "assistant", "content": ""}])
+    assert len(ordinary.render_all([answered] * 1000, "turns")) == 1000
+
+
 def test_what_is_written_is_bounded_by_what_is_there():
     with pytest.raises(UserError, match="the template writes more than"):
         template("{% for i in range(1000) %}{{ 'x' * 10000 }}{% endfor %}").render(USER)
