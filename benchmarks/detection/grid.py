@@ -16,8 +16,9 @@ import argparse
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -41,17 +42,22 @@ LENGTHS: Final = (8, 16, 30, 60, 1000, 10_000)  # of clean runs
 
 @dataclass
 class Score:
-    """Counts of one case: runs, faults found, causes right, alarms on steps that carry no fault, steps."""
+    """Counts of one case: runs, faults found, causes right, alarms on steps that carry no fault, steps.
+
+    `causes` are those of the alarms on runs without a fault.
+    """
 
     runs: int = 0
     found: int = 0
     right: int = 0
     false_alarms: int = 0
     steps: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         runs = max(self.runs, 1)
-        return {
+        alarms = {"alarms": dict(self.causes)} if self.causes else {}
+        return alarms | {
             "runs": self.runs,
             "found": round(self.found / runs, 3),
             "right": round(self.right / runs, 3),
@@ -95,6 +101,7 @@ def judged(made: tuple[StepTable, Placed | None], detect: Detect, score: Score) 
     score.steps += len(table)
     if fault is None:
         score.false_alarms += len(alarms)
+        score.causes.update(alarm.cause for alarm in alarms)
         return
     hits = [(shared(alarm, fault), alarm) for alarm in alarms]
     score.false_alarms += sum(not overlap for overlap, _ in hits)
@@ -142,7 +149,7 @@ def records(table: StepTable) -> Iterator[Any]:
         now = end
 
 
-def alarms_by_length(machine: str, which: str, detect: Detect) -> dict[str, dict[str, float]]:
+def alarms_by_length(machine: str, which: str, detect: Detect) -> dict[str, dict[str, Any]]:
     """Alarms on clean runs of other lengths; longer ones than the recording go through it again and again."""
     table, _ = recording.load(RECORDINGS / f"{machine}_{which}.npz")
     figures = {}
@@ -152,7 +159,8 @@ def alarms_by_length(machine: str, which: str, detect: Detect) -> dict[str, dict
         for index in range(count):
             rows = np.arange(index * length, (index + 1) * length) % len(table)
             judged((recording.rows(table, rows), None), detect, score)
-        figures[str(length)] = {"runs": count, "false_per_thousand": score.figures()["false_per_thousand"]}
+        told = score.figures()
+        figures[str(length)] = {key: told[key] for key in ("runs", "alarms", "false_per_thousand") if key in told}
         print(f"{machine:7} clean, {length:6,} steps: {score.false_alarms} alarms in {count} runs", flush=True)
     return figures
 
@@ -237,14 +245,16 @@ def main() -> int:
     return 0
 
 
-def _line(machine: str, case: Case, figures: dict[str, dict[str, float]]) -> str:
+def _line(machine: str, case: Case, figures: dict[str, dict[str, Any]]) -> str:
     ours = figures["this detector"]
     others = " ".join(
         f"{name} {f['false_per_thousand'] if case in CLEAN else f['found']:.2f}"
         for name, f in list(figures.items())[1:]
     )
     if case in CLEAN:
-        return f"{machine:7} {case.name:30} {ours['false_per_thousand']:.2f} alarms per 1,000 steps   {others}"
+        causes = ", ".join(f"{count} {cause}" for cause, count in ours.get("alarms", {}).items())
+        told = f"{ours['false_per_thousand']:.2f} alarms per 1,000 steps" + (f" ({causes})" if causes else "")
+        return f"{machine:7} {case.name:30} {told}   {others}"
     bar = case.quiet_bar if machine == "quiet" else case.loaded_bar
     asked = f"(asked {bar})" if bar is not None else ""
     return f"{machine:7} {case.name:30} found {ours['found']:.2f} right {ours['right']:.2f} {asked:14} {others}"

@@ -421,7 +421,8 @@ def _spread(table: StepTable, kinds: Scores, row: int, lost: float) -> str:
         return "the trace has no phases that say where"
     if inside < 0.5 * lost:
         return f"{duration(lost - inside)} of it outside every phase"
-    parts = [f"{name} {value / lost:.0%}" for name, value in sorted(over.items(), key=lambda p: -p[1]) if value > 0]
+    whole = max(inside, lost)  # what is expected of a step and of its phases need not add up
+    parts = [f"{name} {value / whole:.0%}" for name, value in sorted(over.items(), key=lambda p: -p[1]) if value > 0]
     return f"time lost in {', '.join(parts[:3])}"
 
 

@@ -2,7 +2,7 @@
 
 Blocks of steps (sustained.py) need noise that they average out, and many of them to know it. Here every step is a vote,
 cut off so that none counts for more than a little, and the place that parts them best is held against their scatter and
-autocorrelation.
+autocorrelation. Where it is known by how much each step scatters, its vote counts by that.
 """
 
 from __future__ import annotations
@@ -17,38 +17,52 @@ from observability.detect.sustained import LEVEL_SHAPE, LOW, Shift, find_shifts
 from observability.read import Floats
 
 LEAST_STEPS: Final = 24  # on each side of a change
+ENOUGH_STEPS: Final = 3 * LEAST_STEPS  # of a run; fewer cannot tell a change from what comes and goes
 _BEGIN: Final = 8  # steps: a stretch that begins earlier began with the run
 _MOST: Final = 1.0  # sigmas of a step, beyond which it counts no more
 _MOST_ALIKE: Final = 0.98
 _CORRELATED: Final = 0.1  # autocorrelation; less is what estimates from a hundred steps scatter by
 
 
-def lasting_shifts(times: Floats, least: float, quantile: float = LOW) -> list[Shift]:
+def lasting_shifts(times: Floats, least: float, quantile: float = LOW, scatter: Floats | None = None) -> list[Shift]:
     """Slowdowns by at least `least` that stay, of steps whose level others make come and go.
 
-    What the run began with is no change there, and a short stretch is one of many.
+    What the run began with is no change there, and a short stretch is one of many. `scatter` as for `find_change`,
+    which is surer with it than blocks of steps are.
     """
+    if len(times) < ENOUGH_STEPS:
+        return []
+    change = None if scatter is None else find_change(times, least, scatter)
+    if change is not None:
+        return [change]
     found = find_shifts(times, least, quantile)
     found = [shift for shift in found if shift.first >= _BEGIN and shift.last - shift.first >= LEAST_STEPS]
-    change = None if found else find_change(times, least)
+    change = find_change(times, least) if scatter is None and not found else None
     return found if change is None else [change]
 
 
-def find_change(times: Floats, least: float) -> Shift | None:
-    """The rise by at least `least` from which on `times` stay high, None where there is none beyond doubt. Seconds."""
+def find_change(times: Floats, least: float, scatter: Floats | None = None) -> Shift | None:
+    """The rise by at least `least` from which on `times` stay high, None where there is none beyond doubt. Seconds.
+
+    `scatter` [steps] is by how much each step may lie off, in logarithms and relative to the others, so that a step in
+    which everything scatters has a small vote; all have the same where it is None.
+    """
     count = len(times)
-    if count < 3 * LEAST_STEPS:
+    if count < ENOUGH_STEPS:
         return None
     logs = np.log(times)
-    votes = (logs - np.median(logs)) / max(core_scale(logs), 1e-6)
-    votes = np.clip(votes, -_MOST, _MOST)
+    unit = np.ones(count) if scatter is None else scatter
+    off = (logs - np.median(logs)) / unit
+    most = _MOST * max(core_scale(off), 1e-6)
+    votes, weight = np.clip(off, -most, most) * unit, unit**-2
     cuts = np.arange(LEAST_STEPS, count - LEAST_STEPS + 1)
-    sums = np.cumsum(votes)
-    before, after = sums[cuts - 1] / cuts, (sums[-1] - sums[cuts - 1]) / (count - cuts)
-    apart = (after - before) / np.sqrt(1 / cuts + 1 / (count - cuts))
+    sums, weights = np.cumsum(votes * weight), np.cumsum(weight)
+    was, now = weights[cuts - 1], weights[-1] - weights[cuts - 1]
+    before, after = sums[cuts - 1] / was, (sums[-1] - sums[cuts - 1]) / now
+    apart = (after - before) / np.sqrt(1 / was + 1 / now)
     best = int(np.argmax(apart))
     first = int(cuts[best])
-    rest = np.where(np.arange(count) < first, votes - before[best], votes - after[best])
+    rest = (votes - np.where(np.arange(count) < first, before[best], after[best])) / unit
     z = float(apart[best] / np.sqrt(max(float(np.mean(rest**2)), 1e-12) * _inflation(rest)))
     healthy, level = (float(np.exp(np.median(part))) for part in (logs[:first], logs[first:]))
     if z < ALARM_AT or level < (1 + least) * healthy:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from observability.detect.change import ENOUGH_STEPS
 from observability.detect.findings import INTERFERENCE, MEMORY_PRESSURE, THROTTLE, duration
 from observability.read import Floats, StepTable
 
@@ -17,7 +18,6 @@ _FAULTS: Final = 100  # pages a step read back from disk
 _THREADS: Final = 1.2  # that run or wait at any time: one alone may only watch a device
 _BUSY: Final = 0.1  # of a step, that most steps wait
 _LEAST_STEPS: Final = 20
-_ENOUGH_SHARED: Final = 60  # steps
 _AGREE: Final = 0.65  # of the steps whose waits differ, times must differ the same way
 _MOST: Final = 0.9  # of a step
 _CLOCK: Final = 0.97  # of the clock before
@@ -84,7 +84,7 @@ def busy(table: StepTable) -> bool:
 
 def too_short(table: StepTable) -> bool:
     """Whether others share the machine, and the steps are too few to tell what they do from a slow step."""
-    return len(table) < _ENOUGH_SHARED and busy(table)
+    return len(table) < ENOUGH_STEPS and busy(table)
 
 
 def usual_wait(table: StepTable) -> float:

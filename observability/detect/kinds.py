@@ -26,6 +26,7 @@ _OWN_PART: Final = 0.5  # of the rise against its like, in logarithms, that the 
 _BEYOND: Final = 1.2  # times the rise of the rest of the step
 _LEAST_PEERS: Final = 2
 _FEW_PEERS: Final = 4
+_LEAST_SCATTER: Final = 0.3  # of the usual: the others may agree by chance
 _SHARED_RISE: Final = 0.2  # of a kind's time, on a machine that others share
 
 
@@ -63,8 +64,12 @@ def kind_shifts(table: StepTable, factor: Floats) -> list[KindShift]:
             quantile = 0.5 if np.ptp(like) else LOW
             against = (own + _OFFSET * typical) * np.exp(np.median(like) - like)
             many = shared and pool is not None and len(pool.members) > _FEW_PEERS  # which never fall all at once
-            find, rise = (lasting_shifts, _SHARED_RISE) if shared else (find_shifts, LEAST_RISE)
-            for shift in find(against, rise, quantile):
+            if shared:
+                scatter = pool.scatter(k) if many and pool is not None else None
+                shifts = lasting_shifts(against, _SHARED_RISE, quantile, scatter)
+            else:
+                shifts = find_shifts(against, LEAST_RISE, quantile)
+            for shift in shifts:
                 if not many and not _is_its_own(own + _OFFSET * typical, shift):
                     continue
                 if not np.ptp(like) and not _beyond(own, table.seconds - times[:, k], shift):
@@ -101,6 +106,13 @@ class _Peers:
         result: Floats = (parts[0] + parts[1]) / 2
         return result
 
+    def scatter(self, k: int) -> Floats:
+        """By how much the others differ among themselves by step: where they do, kind `k` may as well."""
+        own = self._own[:, [place for place, member in enumerate(self.members) if member != k]]
+        apart = np.sqrt(np.mean((own - self.without(k)[:, None]) ** 2, axis=1))
+        result: Floats = np.maximum(apart, max(_LEAST_SCATTER * float(np.median(apart)), 1e-6))
+        return result
+
 
 def _peers(
     table: StepTable, times: Floats, logs: Floats, typical: float, shared: bool
@@ -131,9 +143,10 @@ def _like(table: StepTable, k: int, times: Floats, peers: _Peers | None, own: Fl
 
 def _is_its_own(own: Floats, shift: Shift) -> bool:
     """Whether the kind's own times rose, and not only its like fell."""
-    inside = np.zeros(len(own), dtype=bool)
-    inside[(shift.first + shift.last) // 2 if shift.slope else shift.first : shift.last + 1] = True
-    rise = float(np.log(np.median(own[inside])) - np.log(np.median(own[~inside])))
+    middle = (shift.first + shift.last) // 2 if shift.slope else shift.first
+    outside = np.ones(len(own), dtype=bool)
+    outside[shift.first : shift.last + 1] = False
+    rise = float(np.log(np.median(own[middle : shift.last + 1])) - np.log(np.median(own[outside])))
     return rise >= _OWN_PART * float(np.log(shift.level / shift.healthy))
 
 

@@ -7,7 +7,9 @@ each against its like, so that what holds up all alike hides none of them (kinds
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -71,14 +73,35 @@ def find_shifts(times: Floats, least: float = LEAST_RISE, quantile: float = LOW)
     stretches = _split(blocks, 0, count, sigma)
     healthy = _healthy(blocks, stretches, HEALTHY_START // block)
     threshold = max(np.log1p(least), _RISE_OF_NOISE * sigma)
-    elevated = _elevated(blocks, stretches, healthy, threshold)
-    shifts = [_shape(blocks, first, end, healthy, block, len(times)) for first, end in elevated]
-    surety = _surety(blocks, elevated, shifts, healthy, sigma, block)
-    return [
-        replace(shift, z=z, healthy=shift.healthy * typical, level=shift.level * typical)
-        for shift, z in zip(shifts, surety, strict=True)
-        if z >= _SURE_AT and np.log(shift.level / shift.healthy) >= threshold
-    ]
+    for base, cut in _cuts(blocks, stretches, healthy, threshold):
+        elevated = _elevated(blocks, stretches, base, threshold, cut)
+        shifts = [_shape(blocks, first, end, base, block, len(times)) for first, end in elevated]
+        surety = _surety(blocks, elevated, shifts, base, sigma, block)
+        sure = [
+            replace(shift, z=z, healthy=shift.healthy * typical, level=shift.level * typical)
+            for shift, z in zip(shifts, surety, strict=True)
+            if z >= _SURE_AT and np.log(shift.level / shift.healthy) >= threshold
+        ]
+        if sure:
+            return sure
+    return []
+
+
+def _cuts(
+    blocks: Floats, stretches: list[tuple[int, int]], healthy: float, threshold: float
+) -> Iterator[tuple[float, float]]:
+    """(healthy level, level from which a stretch counts as slow): first as the start of the run says.
+
+    Where nothing is sure so, levels wander by themselves, and a stretch may still lie above them by more than they
+    differ among themselves. So half of the run or more is taken for what it does, the rest held against its middle.
+    """
+    yield healthy, healthy + threshold / 2
+    levels = [float(np.median(blocks[a:b])) for a, b in stretches]
+    for low, cut in pairwise(sorted(levels)):
+        if cut - low >= max(threshold, low - min(levels)):
+            rest = np.concatenate([blocks[a:b] for (a, b), level in zip(stretches, levels, strict=True) if level < cut])
+            if len(rest) >= len(blocks) / 2:
+                yield max(healthy, float(np.median(rest))), cut
 
 
 def _surety(
@@ -157,12 +180,12 @@ def _split(blocks: Floats, first: int, end: int, sigma: float) -> list[tuple[int
 
 
 def _elevated(
-    blocks: Floats, stretches: list[tuple[int, int]], healthy: float, threshold: float
+    blocks: Floats, stretches: list[tuple[int, int]], healthy: float, threshold: float, cut: float
 ) -> list[tuple[int, int]]:
-    """Neighbouring stretches above the healthy level, joined: block ranges [first, end)."""
+    """Neighbouring stretches at the level `cut` and above, joined: block ranges [first, end)."""
     joined: list[tuple[int, int]] = []
     for first, end in stretches:
-        if float(np.median(blocks[first:end])) - healthy < threshold / 2:
+        if float(np.median(blocks[first:end])) < cut:
             continue
         if joined and joined[-1][1] == first:
             joined[-1] = (joined[-1][0], end)

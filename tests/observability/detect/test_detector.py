@@ -187,6 +187,17 @@ def test_spike_of_every_phase(tmp_path: Path) -> None:
     assert "time lost in backward 59%, forward 31%" in finding.evidence
 
 
+def test_parts_of_a_lost_second_are_no_more_than_the_whole(tmp_path: Path) -> None:
+    """Phases that are each over their own baseline may be over by more than the step is over its."""
+    table = step_table(read_trace(made.write(tmp_path / "trace.jsonl", made.plain_steps(200))), "made")
+    table.durations[120] *= 2
+    table.seconds[120] *= 1.5
+    (finding,) = [f for f in detect(table)[0] if f.is_alarm and f.step == 121]
+    shares = [int(share) for share in re.findall(r"(\d+)%", finding.evidence)]
+    assert shares
+    assert sum(shares) <= 101
+
+
 def test_time_outside_every_phase_is_said(tmp_path: Path) -> None:
     steps = made.plain_steps(200)
     lines = list(made.lines(steps, "r"))
@@ -594,6 +605,19 @@ def test_shift_needs_more_than_noise() -> None:
     rng = np.random.default_rng(0)
     noise = 0.1 * (1 + 0.05 * rng.normal(size=(20, 500)))
     assert not any(find_shifts(times) for times in noise)
+
+
+def test_a_stretch_far_above_levels_that_wander() -> None:
+    """It is one, dated as it was, and not joined with whatever next to it lies above the start of the run."""
+    found = 0
+    for seed in range(20):
+        rng, walk = np.random.default_rng(seed), np.zeros(1000)
+        for step in range(1, 1000):
+            walk[step] = 0.99 * walk[step - 1] + 0.013 * rng.standard_normal()
+        times = np.exp(walk + 0.05 * np.abs(rng.standard_t(3, 1000)))
+        times[520:760] *= 2.2
+        found += any(abs(shift.first - 520) <= 15 and abs(shift.last - 760) <= 15 for shift in find_shifts(times))
+    assert found >= 12
 
 
 def test_durations_for_people() -> None:

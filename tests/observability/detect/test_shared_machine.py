@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.detection import grid, grid_cases
-from observability.detect.change import LEAST_STEPS, find_change, lasting_shifts
+from observability.detect.change import ENOUGH_STEPS, LEAST_STEPS, find_change, lasting_shifts
 from observability.detect.detector import detect
-from observability.detect.findings import INTERFERENCE, SPIKE, THROTTLE, Finding
+from observability.detect.findings import DRIFT, INTERFERENCE, SPIKE, THROTTLE, Finding
 from observability.detect.host import processors
+from observability.detect.sustained import find_shifts
 from observability.read import StepTable
 
 
@@ -102,3 +103,47 @@ def test_what_began_with_the_run_or_was_short_is_none_of_the_changes() -> None:
     assert lasting_shifts(early, 0.2) == lasting_shifts(short, 0.2) == []
     (shift,) = lasting_shifts(late, 0.2)
     assert abs(shift.first - 100) <= 4
+
+
+def test_steps_that_scatter_most_have_the_smallest_votes() -> None:
+    """Half of the steps tell next to nothing: with equal votes they hide a change that the others show."""
+    found = {True: 0, False: 0}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scatter = rng.permutation(np.repeat([0.3, 3.0], 75))
+        times = np.exp(scatter * rng.standard_normal(150))
+        assert find_change(times, 0.1, scatter) is None
+        times[75:] *= 1.6
+        for told in found:
+            found[told] += find_change(times, 0.1, scatter if told else None) is not None
+    assert found[True] >= 19
+    assert found[False] <= 10
+
+
+def test_a_layer_half_again_as_slow_where_its_times_scatter_by_as_much() -> None:
+    """Its like tell by how much each step scatters."""
+    found = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        table, fault = grid_cases.slow_layer(0.5)(grid.window("loaded", "tuning", 150, rng), rng)
+        assert fault is not None
+        found += any(alarm.span == fault.span for alarm in alarms(table))
+    assert found >= 18
+
+
+def test_a_loader_that_grows_slower_over_most_of_the_run(loaded: StepTable) -> None:
+    """Half of its slow steps are hardly slower than the first ones."""
+    rows, data = np.arange(20, 150), grid_cases.kind_index(loaded, "data")
+    late = 1.5 * grid_cases.typical(loaded) * np.linspace(0, 1, len(rows))
+    (finding,) = alarms(grid_cases.added(loaded, rows, [data], late))
+    assert (finding.cause, finding.span) == (DRIFT, "data")
+    assert finding.first_step <= 50
+
+
+def test_few_steps_tell_nothing_of_levels_that_others_make_come_and_go() -> None:
+    """The first half of a run of 60 steps on its own, then with others beside it."""
+    times = np.repeat([1.0, 3.0], 30) * np.exp(0.02 * np.random.default_rng(0).standard_normal(60))
+    assert find_shifts(times) != []
+    assert lasting_shifts(times, 0.2) == []
+    assert lasting_shifts(np.repeat(times, 2), 0.2) != []
+    assert len(times) < ENOUGH_STEPS
