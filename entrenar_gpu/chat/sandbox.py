@@ -33,7 +33,7 @@ WRITTEN_PER_CHARACTER, WRITTEN_ANYWAY = 16, 2**20
 OPEN, CLOSE, ASKED, SAID, SLOT, SLOT_END = MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 
 # Names that a row may not set for its template: what the call itself passes.
-RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "range", "raise_exception", "strftime_now"})
+RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "range", "raise_exception", "strftime_now"})
 
 
 class TemplateFailure(Exception):

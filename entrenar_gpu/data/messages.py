@@ -16,6 +16,9 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _SWITCHES = ("train", "training")  # axolotl's; OpenAI has a weight, of 0 or 1
 _DETAILS = ("train_detail", "training_detail")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# What an assistant says instead of a content, which no template writes: OpenAI's older form of a call, and answers that
+# are none.
+_INSTEAD = ("function_call", "refusal", "audio")
 LEAST_WEIGHT = 1e-6  # of what counts in the loss; its reciprocal is the largest
 
 
@@ -37,9 +40,17 @@ def _message(message: Any, where: str) -> Message:
     if len(message) == 2 and isinstance(message.get("content"), str):
         return message  # as nearly all are
     result = without_nulls(message)
+    for name in _REASONING:
+        if not isinstance(result.get(name, ""), str):
+            raise UserError(f"{where}: {name} must be text, not {kind_of(result[name])}")
     if result.get("tool_calls") == []:
         del result["tool_calls"]
+    elif "tool_calls" in result:
+        result["tool_calls"] = _calls(result["tool_calls"], where)
     content = message.get("content")
+    instead = next((name for name in _INSTEAD if result.get(name)), None)
+    if instead is not None and not content:
+        raise UserError(f"{where} has {instead} and no content; only contents and tool_calls are trained")
     if isinstance(content, list):
         result["content"] = [_part(part, where) for part in content]
     elif content is None and result.get("tool_calls"):
@@ -50,6 +61,19 @@ def _message(message: Any, where: str) -> Message:
     elif not isinstance(content, str):
         raise UserError(f"{where} must have a content that is text, not {kind_of(content)}")
     return result
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """Tool calls: objects that have a name, or a function with one; they and their list may be JSON text."""
+    value = _decoded(value)
+    if not isinstance(value, list):
+        raise UserError(f"{where}: tool_calls must be a list, not {kind_of(value)}")
+    calls = [without_nulls(_decoded(call)) for call in value]
+    for call in calls:
+        called = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(called, dict) or not isinstance(called.get("name"), str):
+            raise UserError(f"{where}: tool_calls holds {kind_of(call)} without the name of a function")
+    return calls
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
@@ -111,14 +135,27 @@ def is_weight(value: Any) -> bool:
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """The tools of a row: a list, or the JSON text of one."""
+    """The tools of a row: a list of objects; it or each of them may be JSON text."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        value = _decoded(value) if value.strip() else None
     elif value is not None:
         value = without_nulls(value, kept=("default", "const"))
-    if value is not None and not isinstance(value, list):
+    if value is None:
+        return None
+    if not isinstance(value, list):
         raise UserError(f"tools must be a list, not {kind_of(value)}")
+    tools = [_decoded(tool) for tool in value]
+    wrong = next((tool for tool in tools if not isinstance(tool, dict)), None)
+    if wrong is not None:
+        raise UserError(f"tools must be a list of objects, not of {kind_of(wrong)}")
+    return tools
+
+
+def _decoded(value: Any) -> Any:
+    """What a text of JSON says; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
 
 

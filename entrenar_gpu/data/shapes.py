@@ -108,7 +108,7 @@ def _turn(turn: Any, where: str) -> Any:
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         said = repr(turn["from"])[:40] if isinstance(speaker, str) else kind_of(speaker)
         raise UserError(f"{where} is from {said}; known: {', '.join(_SPEAKERS)}")
-    more = {key: inner for key, inner in turn.items() if key not in ("from", "value")}
+    more = {key: inner for key, inner in turn.items() if key not in ("from", "value") and inner is not None}
     if speaker == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": [_call(value, where)], **more}
     return {"role": _SPEAKERS[speaker], "content": value, **more}

@@ -243,9 +243,34 @@ BAD_LINES = {
     "labels alone": ({"labels": [1]}, "expected one of"),
     "a part that is a number": ({"messages": [{"role": "user", "content": [1]}]}, "message 1 holds a part that is"),
     "refused by the template": (
-        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]},
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "a"}]}]},
         "chat template: ",
     ),
+    "a call that is a number": (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]},
+        "message 2: tool_calls holds a number without the name of a function",
+    ),
+    "a call without a name": (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": 3}}]}]},
+        "message 2: tool_calls holds an object without the name of a function",
+    ),
+    "calls that are true": (
+        {"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": True}]},
+        "message 2: tool_calls must be a list, not true or false",
+    ),
+    "a call in OpenAI's older form": (
+        {"messages": [USER, {"role": "assistant", "content": "", "function_call": {"name": "a", "arguments": "{}"}}]},
+        "message 2 has function_call and no content",
+    ),
+    "an answer that is none": (
+        {"messages": [USER, {"role": "assistant", "content": None, "refusal": "I cannot."}]},
+        "message 2 has refusal and no content",
+    ),
+    "a thought that is a list": (
+        {"messages": [USER, {"role": "assistant", "content": "a", "reasoning": ["b"]}]},
+        "message 2: reasoning must be text, not a list",
+    ),
+    "tools that are words": ({"messages": [USER], "tools": ["add"]}, "tools must be a list of objects, not of text"),
     "a name the template is called with": (
         {"messages": [USER], "chat_template_kwargs": {"tools": 1}},
         "chat_template_kwargs: tools cannot be set",

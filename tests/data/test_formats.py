@@ -167,7 +167,7 @@ def test_a_broken_file_is_one_line_that_names_the_row(tmp_path, base, name):
 
 def test_an_earlier_row_is_complained_of_first(tmp_path, chat):
     path = tmp_path / "rows.json"
-    unanswered = {"messages": [user("a"), assistant("", tool_calls=[1])]}
+    unanswered = {"messages": [user("a"), assistant("", tool_calls=[{"name": "a"}])]}
     path.write_text(json.dumps([unanswered])[:-1] + ', {"text": "b"')
     with pytest.raises(UserError, match=r"row 1: .*chat template"):
         load_samples(path, chat, vocab_size=VOCAB, seq=64)
@@ -225,6 +225,14 @@ SAME = {
     "sharegpt with a system column and nulls": (
         {"conversations": [turn("human", "a", loss=None), turn("gpt", "b")], "system": "s", "tools": None},
         {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
+    ),
+    "turns of both kinds with the nulls of a table": (
+        {"conversations": [turn("human", "a", role=None, content=None), assistant("b") | turn(None, None)]},
+        {"messages": [user("a"), assistant("b")]},
+    ),
+    "calls as JSON text": (
+        {"messages": [user("a"), assistant(None, tool_calls=f'[{{"function": {CALLING}, "id": null}}]'), tool("1")]},
+        {"messages": [user("a"), assistant(None, tool_calls=[{"function": json.loads(CALLING)}]), tool("1")]},
     ),
     "conversations that are messages": (
         {"conversations": [user("a"), assistant("b")]},
