@@ -9,7 +9,7 @@ from typing import Any
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.gpu.engines import ENGINES, Engine, engine
-from entrenar_gpu.gpu.memory_info import free_bytes, memory_bytes
+from entrenar_gpu.gpu.memory_info import DRIVER_ADDRESSES, addresses_left, free_bytes, memory_bytes
 from entrenar_gpu.gpu.vulkan_memory import heap_of
 from entrenar_gpu.graph import Caps, MatrixConfig
 
@@ -76,8 +76,15 @@ def choose_gpu(choice: str | None = None, engine: str | None = None) -> Choice:
     """The GPU of `choice` (index or part of a name), else of ENTRENAR_DEVICE, else the best one; through `engine`, else
     that of ENTRENAR_ENGINE, else "auto": Dawn where it is installed and grants matrix units or where wgpu finds no GPU.
 
-    Raises UserError with what to install when there is none, and with the list when `choice` names none of them.
+    Raises UserError with what to install when there is none, with the list when `choice` names none of them, and where
+    `ulimit -v` leaves no room for a driver.
     """
+    addresses = addresses_left()
+    if addresses is not None and addresses < DRIVER_ADDRESSES:
+        raise UserError(
+            f"`ulimit -v` leaves this process {addresses >> 20} MiB, and a GPU's driver may take"
+            f" {DRIVER_ADDRESSES >> 20}: raise the limit, or --device numpy"
+        )
     source = "--engine" if engine is not None else "ENTRENAR_ENGINE"
     engine = engine if engine is not None else os.environ.get("ENTRENAR_ENGINE") or "auto"
     if engine == "auto":
@@ -168,7 +175,8 @@ def gpu_caps(gpu: Gpu) -> Caps:
 def _memory_of(gpu: Gpu) -> tuple[int | None, int | None]:
     """(bytes of memory, free bytes of a card's own), as the system tells, else the engine, else the Vulkan driver."""
     kind = gpu.info["adapter_type"]
-    total, free = memory_bytes(gpu.info) or gpu.engine.heap_bytes(gpu.adapter), free_bytes(gpu.info)
+    total, free = memory_bytes(gpu.info), free_bytes(gpu.info)
+    total = gpu.engine.heap_bytes(gpu.adapter) if total is None else total
     if kind != "CPU" and (total is None or (free is None and kind == "DiscreteGPU")):
         heap = heap_of(gpu.info["vendor_id"], gpu.info["device_id"])
         if heap is not None:

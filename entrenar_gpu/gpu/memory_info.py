@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path("/")  # where /sys and /proc are; tests have others
+
+# Of the addresses that `ulimit -v` leaves a process, what a software GPU's driver takes for itself: opened, its threads
+# and the heaps of each, shaders while they are compiled. Where it gets none of these it ends the process (Mesa 22.3).
+DRIVER_ADDRESSES = 640 << 20
 
 
 def memory_bytes(info: Any, root: Path = ROOT) -> int | None:
@@ -58,9 +63,22 @@ def free_bytes(info: Any, root: Path = ROOT) -> int | None:
 
 def available_bytes(root: Path = ROOT) -> int | None:
     """What this process may still use of the system's memory: what is there, and what its control groups leave it."""
-    bounds = [_meminfo("MemAvailable", root), *_group_bounds(root)]
+    addresses = addresses_left(root)
+    limit = None if addresses is None else max(addresses - DRIVER_ADDRESSES, 0)
+    bounds = [_meminfo("MemAvailable", root), *_group_bounds(root), limit]
     known = [bound for bound in bounds if bound is not None]
     return min(known) if known else None
+
+
+def addresses_left(root: Path = ROOT) -> int | None:
+    """Bytes of address space that `ulimit -v` leaves this process; None without such a limit."""
+    held = _text(root / "proc/self/statm").split()
+    if sys.platform == "win32" or not held or not held[0].isdecimal():
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else max(limit - int(held[0]) * resource.getpagesize(), 0)
 
 
 def _group_bounds(root: Path) -> Iterator[int]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from entrenar_gpu.gpu.memory_info import available_bytes, free_bytes, memory_bytes
+from entrenar_gpu.errors import UserError
+from entrenar_gpu.gpu.choice import choose_gpu
+from entrenar_gpu.gpu.memory_info import (
+    DRIVER_ADDRESSES,
+    addresses_left,
+    available_bytes,
+    free_bytes,
+    memory_bytes,
+)
 
 GIB, MIB = 1 << 30, 1 << 20
 AMD = {"device": "AMD Radeon Graphics (RADV)", "vendor_id": 0x1002, "device_id": 0x15BF}
@@ -132,6 +141,31 @@ def test_limits_of_control_groups_count(tmp_path, limit):
     assert memory_bytes(software, root) == expected
     intel = {"adapter_type": "IntegratedGPU", "device": "Intel Arc", "vendor_id": 0x8086, "device_id": 1}
     assert memory_bytes(intel, root) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [(2 * GIB, 2 * GIB - DRIVER_ADDRESSES), (DRIVER_ADDRESSES - 1, 0), (-1, 0), (60 * GIB, 10 * GIB), (None, 10 * GIB)],
+)
+def test_addresses_are_memory_too(tmp_path, monkeypatch, left, expected):
+    """Those that `ulimit -v` leaves, less what a software GPU's driver takes: without them it ends the process."""
+    import resource
+
+    pages = 5 * GIB // resource.getpagesize()
+    root = write(tmp_path, meminfo(10 * GIB) | {"proc/self/statm": f"{pages} 7 3 1 0 5 0"})
+    limit = resource.RLIM_INFINITY if left is None else 5 * GIB + left
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (limit, limit))
+    assert addresses_left(root) == (None if left is None else max(left, 0))
+    software = {"adapter_type": "CPU", "device": "llvmpipe", "vendor_id": 0x10005, "device_id": 0}
+    assert memory_bytes(software, root) == expected
+
+
+def test_a_driver_without_addresses_is_not_tried(monkeypatch):
+    monkeypatch.setattr("entrenar_gpu.gpu.choice.addresses_left", lambda: DRIVER_ADDRESSES - 1)
+    monkeypatch.setattr("entrenar_gpu.gpu.choice.gpus", lambda _name: pytest.fail("the driver was loaded"))
+    with pytest.raises(UserError, match=r"^`ulimit -v` leaves this process 639 MiB, .*raise the limit"):
+        choose_gpu()
 
 
 def test_a_system_that_tells_nothing(tmp_path):
