@@ -37,7 +37,7 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._pending = b""
+        self._pending = bytearray()
         self._here = Service() if sys.platform == "win32" or not sys.executable else None
 
     def ask(self, ask: str, template: TemplateSource, rows: Sequence[Any]) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ class TemplateProcess:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
         except OSError:  # no process to be had: today's limits of the machine
             self._here = Service()
-        self._owner, self._pending = os.getpid(), b""
+        self._owner, self._pending = os.getpid(), bytearray()
 
     def _exchange(self, lines: Sequence[str]) -> list[dict[str, Any]]:
         process = self._process
@@ -98,27 +98,38 @@ class TemplateProcess:
             process.stdin.write(("\n".join(lines) + "\n").encode())
             process.stdin.flush()
             while len(answers) < len(lines) - 1:
-                answers.append(json.loads(self._line()))
+                answers.append(self._answer())
         except (_Ended, BrokenPipeError) as error:
             reason = str(error) if isinstance(error, _Ended) else self._why()
             self.stop()
             answers.append({"error": f"chat template: {reason}", "at_fault": True})
         return answers
 
-    def _line(self) -> bytes:
-        """The next line that the process writes."""
+    def _answer(self) -> dict[str, Any]:
+        """The next answer that the process writes, see worker.py."""
+        until = time.monotonic() + WALL_SECONDS
+        while (end := self._pending.find(b"\n")) < 0:
+            self._read(until)
+        answer: dict[str, Any] = json.loads(self._pending[:end])
+        if (length := answer.pop("bytes", None)) is not None:
+            while len(self._pending) <= end + length:
+                self._read(until)
+            end += length
+            answer["text"] = self._pending[end - length + 1 : end + 1].decode("utf-8", "surrogatepass")
+        del self._pending[: end + 1]
+        return answer
+
+    def _read(self, until: float) -> None:
+        """Put more of what the process writes to what is pending. Raises _Ended."""
         assert self._process is not None
         assert self._process.stdout is not None
-        stream, parts, until = self._process.stdout.fileno(), [self._pending], time.monotonic() + WALL_SECONDS
-        while b"\n" not in parts[-1]:
-            if not select.select([stream], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise _Ended(f"no answer within {WALL_SECONDS:.0f} s")
-            part = os.read(stream, 1 << 20)
-            if not part:
-                raise _Ended(self._why())
-            parts.append(part)
-        line, _, self._pending = b"".join(parts).partition(b"\n")
-        return line
+        stream = self._process.stdout.fileno()
+        if not select.select([stream], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise _Ended(f"no answer within {WALL_SECONDS:.0f} s")
+        part = os.read(stream, 1 << 20)
+        if not part:
+            raise _Ended(self._why())
+        self._pending += part
 
     def _why(self) -> str:
         """What ended the process."""

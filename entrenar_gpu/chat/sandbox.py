@@ -32,6 +32,8 @@ WRITTEN_PER_CHARACTER, WRITTEN_ANYWAY = 16, 2**20
 # Noncharacters (Unicode 23.7: never in interchanged text) that mark places in a rendering.
 OPEN, CLOSE, ASKED, SAID, SLOT, SLOT_END = MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 
+_OF_DICTIONARIES = frozenset(dir(dict))
+
 # Names that a row may not set for its template: what the call itself passes.
 RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "range", "raise_exception", "strftime_now"})
 
@@ -61,6 +63,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, which also refuses to multiply a text or a number into something enormous."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # the same value by the short way: jinja2 takes every key for an attribute first, and catches the exception
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICTIONARIES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         for value, times in ((left, right), (right, left)):

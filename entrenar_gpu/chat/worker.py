@@ -1,10 +1,11 @@
 """The process in which chat templates run: code of strangers, bounded in time and memory as a whole.
 
 `python -c` starts it (process.py) with a pipe on either side. A request is a line of JSON that says what to do and
-how many lines follow, one for each conversation; every line of them is answered by one line, in order. A conversation
-that takes more processor time than its length allows ends the process, and so does the one that takes a template over
-what all of its conversations together are allowed; one that takes too much memory fails. Where the platform has no
-such limits the same `Service` runs in the asking process, with the bounds on operators alone (sandbox.py).
+how many lines follow, one for each conversation; every line of them is answered by one line, in order. Where that says
+`bytes`, so many of the text follow it: within JSON they would take as long again as to render. A conversation that
+takes more processor time than its length allows ends the process, and so does the one that takes a template over what
+all of its conversations together are allowed; one that takes too much memory fails. Where the platform has no such
+limits the same `Service` runs in the asking process, with the bounds on operators alone (sandbox.py).
 """
 
 from __future__ import annotations
@@ -143,5 +144,8 @@ def _serve(service: Service, requests: BinaryIO, answers: BinaryIO) -> None:
         request = json.loads(line)
         rows = [requests.readline() for _ in range(request["rows"])]
         for answer in service.answers(request, rows):
-            answers.write(json.dumps(answer).encode() + b"\n")
-            answers.flush()
+            text = answer.pop("text", None)
+            body = b"" if text is None else text.encode("utf-8", "surrogatepass")
+            head = answer if text is None else {**answer, "bytes": len(body)}
+            answers.write(json.dumps(head).encode() + b"\n" + body)
+            answers.flush()  # a later one may end this process

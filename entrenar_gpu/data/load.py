@@ -8,13 +8,16 @@ kept. Memory holds no more of the source than that.
 from __future__ import annotations
 
 import contextlib
+import gc
+from array import array
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from entrenar_gpu.chat import Span
-from entrenar_gpu.data.prefix import Encoded
+from entrenar_gpu.data.prefix import Beginning
 from entrenar_gpu.data.records import Draft, Reader, Reading, Tokens
 from entrenar_gpu.data.rows import RowSource, open_file
 from entrenar_gpu.data.samples import SampleBuilder, Samples
@@ -48,6 +51,13 @@ def read_samples(
     Sources of a group count as one in `Samples.groups`. `tokenizer` may be None where every row holds input_ids.
     Raises UserError: the row's place and what is wrong with it, or that a group holds nothing to train.
     """
+    with _collected_seldom():
+        return _read_samples(groups, tokenizer, reading, seq)
+
+
+def _read_samples(
+    groups: Sequence[Sequence[RowSource]], tokenizer: Tokenizer | None, reading: Reading, seq: int
+) -> Samples:
     builder = SampleBuilder(seq)
     counts: list[int] = []
     notes: dict[str, None] = {}
@@ -56,9 +66,9 @@ def read_samples(
         for source in group:
             reader = Reader(source, tokenizer, reading)
             # closed before an error is told: what the tokenizer writes to stderr is held back until it is done
-            with contextlib.closing(_ahead(_with_ids(_ahead(reader.chunks()), reader, seq))) as chunks:
-                for chunk, encoded in chunks:
-                    _add(chunk, encoded, reader, builder)
+            with contextlib.closing(_ahead(_tokenised(_ahead(reader.chunks()), reader, seq))) as chunks:
+                for chunk, begun in chunks:
+                    _add(chunk, begun, reader, builder)
             notes |= dict.fromkeys(reader.notes())
         counts.append(len(builder) - before)
         if not counts[-1]:
@@ -72,54 +82,62 @@ def _names(group: Sequence[RowSource]) -> str:
     return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
 
 
+@contextlib.contextmanager
+def _collected_seldom() -> Iterator[None]:
+    """Rows are a great many objects and no cycles of them; to look for some after every 700 is 5% of reading."""
+    first, *others = gc.get_threshold()
+    gc.set_threshold(first and max(first, 50_000), *others)
+    try:
+        yield
+    finally:
+        gc.set_threshold(first, *others)
+
+
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The items, the next of which is made by another thread while one is used."""
+    """The items, made by another thread: one waits and the next is begun while one is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
+        coming = deque(pool.submit(next, items, None) for _ in range(2))
+        try:
+            while (item := coming.popleft().result()) is not None:
+                coming.append(pool.submit(next, items, None))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def add_chunk(chunk: Chunk, reader: Reader, builder: SampleBuilder) -> None:
     """Tokenise the rows of a chunk together and add them in their order."""
-    _add(chunk, _encoded(chunk, reader, builder.seq), reader, builder)
+    _add(chunk, _begun(chunk, reader, builder.seq), reader, builder)
 
 
-def _with_ids(chunks: Iterable[Chunk], reader: Reader, seq: int) -> Iterator[tuple[Chunk, list[Encoded]]]:
+def _tokenised(chunks: Iterable[Chunk], reader: Reader, seq: int) -> Iterator[tuple[Chunk, list[Beginning]]]:
     for chunk in chunks:
-        yield chunk, _encoded(chunk, reader, seq)
+        yield chunk, _begun(chunk, reader, seq)
 
 
-def _encoded(chunk: Chunk, reader: Reader, seq: int) -> list[Encoded]:
-    """The ids of a chunk's drafts, all or at least the first `seq` of more, and which of them are trained."""
+def _begun(chunk: Chunk, reader: Reader, seq: int) -> list[Beginning]:
+    """The texts of a chunk's drafts tokenised, all or at least the first `seq` tokens of more."""
     drafts = [row for row in chunk if isinstance(row, Draft)]
-    if not drafts:
-        return []
-    return reader.tokenizer.encode_beginnings([d.text for d in drafts], seq, [d.spans or () for d in drafts])
+    return reader.tokenizer.begin([d.text for d in drafts], seq, [bool(d.spans) for d in drafts]) if drafts else []
 
 
-def _add(chunk: Chunk, encoded: Sequence[Encoded], reader: Reader, builder: SampleBuilder) -> None:
-    waiting: list[Encoded] = []  # texts that follow one another are added together
-    coming = iter(encoded)
+def _add(chunk: Chunk, begun: Sequence[Beginning], reader: Reader, builder: SampleBuilder) -> None:
+    drafts = [row for row in chunk if isinstance(row, Draft)]
+    coming = iter(reader.tokenizer.locate(begun, [d.spans or () for d in drafts]) if drafts else ())
     for row in chunk:
         if isinstance(row, Tokens):
-            sample: tuple[Sequence[int], Sequence[int], Sequence[float] | None] = row.ids, row.labels, row.weights
+            builder.add(row.ids, row.labels, row.weights)
         else:
             ids, spans, weights = _ended(row, *next(coming), reader, builder.seq)
             if weights is None:
-                waiting.append((ids, spans))
-                continue
-            sample = _by_token(ids, spans, weights)
-        builder.add_spans(waiting)
-        waiting = []
-        builder.add(*sample)
-    builder.add_spans(waiting)
+                builder.add_spans(ids, spans)
+            else:
+                builder.add(*_by_token(ids, spans, weights))
 
 
 def _ended(
-    draft: Draft, ids: list[int], spans: list[Span], reader: Reader, seq: int
-) -> tuple[list[int], list[Span], list[float] | None]:
+    draft: Draft, ids: array[int], spans: list[Span], reader: Reader, seq: int
+) -> tuple[array[int], list[Span], list[float] | None]:
     """A text's ids with what begins and ends it, which of them are trained, and how much these spans count.
 
     A token is trained when any of its characters is: one that spans a prompt's end belongs to the answer. What ends a
@@ -131,13 +149,14 @@ def _ended(
             f"{_place(draft, reader)}: the line is too long: the part of its text that is read holds less than --seq"
             " tokens"
         )
-    if not draft.rendered:
+    if not draft.rendered and (tokenizer.opening or tokenizer.ending):
         length = len(ids)
-        before, ids = tokenizer.framed(ids)
-        spans = [(a + before, b + before) for a, b in spans]
-        spans.append((before + length, len(ids)))
+        before, after = tokenizer.missing_around(ids)
+        ids = array("i", [*before, *ids, *after])
+        spans = [(a + len(before), b + len(before)) for a, b in spans]
+        spans.append((len(before) + length, len(ids)))
     # what tokenizer.json puts behind a text may hold EOS without ending with it
-    ended = ids[-1:] == [tokenizer.eos_id] or (not draft.rendered and tokenizer.eos_id in tokenizer.ending)
+    ended = (ids and ids[-1] == tokenizer.eos_id) or (not draft.rendered and tokenizer.eos_id in tokenizer.ending)
     if draft.eos and not ended:
         if tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)

@@ -29,7 +29,17 @@ def read_messages(value: Any, key: str) -> list[Message]:
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{key} must be a list of messages, not {kind_of(value)}")
-    return [_message(message, f"{key}: message {i}") for i, message in enumerate(value, 1)]
+    return [m if _is_plain(m) else _message(m, f"{key}: message {i}") for i, m in enumerate(value, 1)]
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message is a role and a text, as nearly all are."""
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in ROLES
+        and type(message.get("content")) is str
+    )
 
 
 def _message(message: Any, where: str) -> Message:
@@ -37,8 +47,6 @@ def _message(message: Any, where: str) -> Message:
         raise UserError(f"{where} must be an object with a role and a content")
     if message["role"] not in ROLES:
         raise UserError(f"{where} has role {message['role']!r}; known: {', '.join(ROLES)}")
-    if len(message) == 2 and isinstance(message.get("content"), str):
-        return message  # as nearly all are
     result = without_nulls(message)
     for name in _REASONING:
         if not isinstance(result.get(name, ""), str):
@@ -101,12 +109,8 @@ def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
 def turn_weights(messages: list[Message], key: str) -> list[float]:
     """For each turn of the assistant how much its tokens count in the loss: 1 unless it is marked otherwise, 0 where it
     is not to be learned."""
-    weights = []
-    for i, message in enumerate(messages, 1):
-        weight = 1.0 if len(message) == 2 else _weight(message, f"{key}: message {i}")
-        if message["role"] == "assistant":
-            weights.append(weight)
-    return weights
+    weights = [1.0 if len(m) == 2 else _weight(m, f"{key}: message {i}") for i, m in enumerate(messages, 1)]
+    return [weight for weight, message in zip(weights, messages, strict=True) if message["role"] == "assistant"]
 
 
 def _weight(message: Message, where: str) -> float:

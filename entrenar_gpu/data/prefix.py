@@ -7,8 +7,10 @@ before the nearer cut. Where it does not, more is tokenised, in the end the whol
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +25,16 @@ _FARTHER = 1.5  # the second cut, by the first
 _NEAR = 8  # characters at the ends of a span that are looked up one by one: the first nearly always has a token
 
 # A text's ids, and for each of its spans of characters the tokens [first, last) that have any of these: (0, 0) if none.
-Encoded = tuple[list[int], list[Span]]
+Encoded = tuple["array[int]", list[Span]]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A text as far as it was tokenised, and its encoding, which tells where characters lie if it is `placed`."""
+
+    text: str
+    encoding: Any
+    placed: bool
 
 
 class PrefixEncoder:
@@ -39,56 +50,79 @@ class PrefixEncoder:
         A span may reach into what is left out; nothing is said of the tokens behind the first `limit`.
         """
         spans = spans or [()] * len(texts)
-        results: dict[int, Encoded] = {}
+        return self.locate(self.begin(texts, limit, [bool(places) for places in spans]), spans)
+
+    def begin(self, texts: Sequence[str], limit: int, placed: Sequence[bool]) -> list[Beginning]:
+        """The first half of `encode`, which is the tokenizer's work: it lets other threads run, `locate` hardly does.
+
+        `placed` says of each text whether places of characters will be asked of it.
+        """
+        results: dict[int, Beginning] = {}
         waiting = dict.fromkeys(range(len(texts)), self._guess(limit))
         while waiting:
             cuts = {i: cut for i, cut in waiting.items() if len(texts[i]) > 2.5 * cut}
             short = [i for i in waiting if i not in cuts]
-            results |= zip(short, self._encoded([texts[i] for i in short], [spans[i] for i in short]), strict=True)
-            nearer = self._encoded([texts[i][:cut] for i, cut in cuts.items()], [spans[i] for i in cuts])
+            results |= zip(short, self._begun([texts[i] for i in short], [placed[i] for i in short]), strict=True)
+            if not cuts:
+                self._learn([results[i] for i in short])
+                break
+            nearer = self._begun([texts[i][:cut] for i, cut in cuts.items()], [placed[i] for i in cuts])
             # an odd number of characters farther: whatever comes in pairs is cut differently
-            farther = self._encoded([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], [()] * len(cuts))
-            read = [*(len(texts[i]) for i in short), *cuts.values()]
-            self._learn(read, [*(len(results[i][0]) for i in short), *(len(ids) for ids, _ in nearer)])
+            farther = self._begun([texts[i][: int(cut * _FARTHER) | 1] for i, cut in cuts.items()], [False] * len(cuts))
+            self._learn([*(results[i] for i in short), *nearer])
             waiting = {}
-            for (i, cut), (ids, found), (others, _) in zip(cuts.items(), nearer, farther, strict=True):
+            for (i, cut), near, far in zip(cuts.items(), nearer, farther, strict=True):
                 counts = limit + _MARGIN
-                if len(ids) >= counts and len(others) >= counts and ids[: limit + 1] == others[: limit + 1]:
-                    results[i] = ids, found
+                long = len(near.encoding) >= counts and len(far.encoding) >= counts
+                if long and near.encoding.ids[: limit + 1] == far.encoding.ids[: limit + 1]:
+                    results[i] = near
                 else:
                     waiting[i] = cut * 2 | 1
         return [results[i] for i in range(len(texts))]
 
+    def locate(self, begun: Sequence[Beginning], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """The second half of `encode`: ids, and where spans lie among them."""
+        ids = [array("i", beginning.encoding.ids) for beginning in begun]
+        asked = [i for i, places in enumerate(spans) if places and not begun[i].placed]
+        spelt: list[list[Span] | None] = [None] * len(asked)
+        if asked and self._spelling:
+            texts = [begun[i].text for i in asked]
+            spelt = self._spelling.locate([ids[i] for i in asked], texts, [spans[i] for i in asked])
+        found = {i: _places(b, spans[i]) for i, b in enumerate(begun) if b.placed and spans[i]}
+        found |= {i: places for i, places in zip(asked, spelt, strict=True) if places is not None}
+        lost = [i for i in asked if i not in found]
+        again = zip(lost, self._placed([begun[i].text for i in lost]), strict=True)
+        found |= {i: _places(beginning, spans[i]) for i, beginning in again}
+        return [(row, found.get(i, [])) for i, row in enumerate(ids)]
+
     def _guess(self, limit: int) -> int:
         return int((limit + 2 * _MARGIN) * max(self._characters_per_token, 1.0) * 1.25) | 1
 
-    def _learn(self, characters: Sequence[int], tokens: Sequence[int]) -> None:
-        if sum(tokens) > 1000:
-            self._characters_per_token = sum(characters) / sum(tokens)
+    def _learn(self, begun: Sequence[Beginning]) -> None:
+        tokens = sum(len(beginning.encoding) for beginning in begun)
+        if tokens > 1000:
+            self._characters_per_token = sum(len(beginning.text) for beginning in begun) / tokens
 
     @cached_property
     def _spelling(self) -> Spelling | None:
         return Spelling.of(self._backend)
 
-    def _encoded(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
-        """Each text's ids, and where its spans lie in them."""
-        results: dict[int, Encoded] = {}
-        quick = [i for i in range(len(texts)) if self._spelling is not None or not spans[i]]
-        encodings = self._backend.encode_batch_fast([texts[i] for i in quick], add_special_tokens=False)
-        for i, encoding in zip(quick, encodings, strict=True):
-            ids = encoding.ids
-            found = self._spelling.locate(ids, texts[i], spans[i]) if self._spelling and spans[i] else []
-            if found is not None:
-                results[i] = ids, found
-        if rest := [i for i in range(len(texts)) if i not in results]:
-            encodings = self._backend.encode_batch([texts[i] for i in rest], add_special_tokens=False)
-            for i, encoding in zip(rest, encodings, strict=True):
-                results[i] = _located(encoding, spans[i], len(texts[i]))
+    def _begun(self, texts: Sequence[str], placed: Sequence[bool]) -> list[Beginning]:
+        with_places = [i for i, asked in enumerate(placed) if asked and not self._spelling]
+        others = [i for i, asked in enumerate(placed) if not asked or self._spelling]
+        results = dict(zip(with_places, self._placed([texts[i] for i in with_places]), strict=True))
+        encodings = self._backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)
+        results |= {i: Beginning(texts[i], e, False) for i, e in zip(others, encodings, strict=True)}
         return [results[i] for i in range(len(texts))]
 
+    def _placed(self, texts: Sequence[str]) -> list[Beginning]:
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+        return [Beginning(text, encoding, True) for text, encoding in zip(texts, encodings, strict=True)]
 
-def _located(encoding: Any, spans: Sequence[Span], length: int) -> Encoded:
-    return encoding.ids, [_tokens_of(encoding, start, min(end, length)) for start, end in spans]
+
+def _places(beginning: Beginning, spans: Sequence[Span]) -> list[Span]:
+    length = len(beginning.text)
+    return [_tokens_of(beginning.encoding, start, min(end, length)) for start, end in spans]
 
 
 def _tokens_of(encoding: Any, start: int, end: int) -> Span:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from entrenar_gpu.ops.loss import IGNORE
 
+_IGNORED = array("i", [IGNORE])
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -70,7 +72,7 @@ class SampleBuilder:
 
     def __init__(self, seq: int) -> None:
         self.seq, self.skipped, self.cut, self.lost = seq, 0, 0, 0
-        self.tokens, self.targets, self.starts = array("I"), array("i"), array("q", [0])
+        self.tokens, self.targets, self.starts = array("i"), array("i"), array("q", [0])
         self._weighted: list[tuple[int, NDArray[np.float32]]] = []  # weights of targets, and where they begin
 
     def __len__(self) -> int:
@@ -89,38 +91,23 @@ class SampleBuilder:
         self.targets.extend(targets)
         self.starts.append(len(self.tokens))
 
-    def add_spans(self, rows: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]) -> None:
-        """Samples of which the tokens of these spans [first, last) are trained: ids and spans of each."""
-        kept, starts = array("I"), array("q", [0])
-        begins, ends = array("q"), array("q")  # of what is trained; a sample's first token is no target
-        for ids, spans in rows:
-            at = len(kept)
-            kept.extend(ids if len(ids) <= self.seq else ids[: self.seq])
-            stop = len(kept)
-            starts.append(stop)
-            for first, last in spans:
-                if max(first, 1) < last:
-                    begins.append(min(at + max(first, 1), stop))
-                    ends.append(min(at + last, stop))
-        tokens, bounds = _view(kept, np.uint32), _view(starts, np.int64)
-        edges = [np.bincount(_view(places, np.int64), minlength=len(tokens) + 1) for places in (begins, ends)]
-        trained = np.cumsum(edges[0] - edges[1])[:-1] > 0
-        targets = np.full(len(tokens), IGNORE, np.int32)
-        targets[:-1][trained[1:]] = tokens[1:][trained[1:]]
-        counts = np.concatenate([[0], np.cumsum(trained)])
-        there = counts[bounds[1:]] > counts[bounds[:-1]]
-        long = np.array([len(ids) > self.seq for ids, _ in rows], bool)
-        self.cut += int(np.count_nonzero(long & there))
-        self.skipped += int(np.count_nonzero(~there))
-        self.lost += int(np.count_nonzero(long & ~there))
-        lengths = np.diff(bounds)
-        if not there.all():
-            positions = np.repeat(there, lengths)
-            tokens, targets = tokens[positions], targets[positions]
-        begin = len(self.tokens)
-        self.tokens.frombytes(tokens.tobytes())
-        self.targets.frombytes(targets.tobytes())
-        self.starts.frombytes((begin + np.cumsum(lengths[there])).tobytes())
+    def add_spans(self, ids: array[int], spans: Sequence[tuple[int, int]]) -> None:
+        """The same for a sample of which the tokens [first, last) of `spans` are trained, and all count the same."""
+        tokens = ids if len(ids) <= self.seq else ids[: self.seq]
+        targets = array("i")
+        for first, last in sorted(spans):
+            first = max(first, len(targets) + 1)  # a token may stand in two spans; the first one is no target
+            if first < min(last, len(tokens)):
+                targets += _IGNORED * (first - 1 - len(targets))
+                targets += tokens[first:last]
+        if not targets:
+            self._skip(len(ids) > self.seq)
+            return
+        self.cut += len(ids) > self.seq
+        targets += _IGNORED * (len(tokens) - len(targets))
+        self.tokens += tokens
+        self.targets += targets
+        self.starts.append(len(self.tokens))
 
     def _skip(self, trains_behind_the_cut: bool) -> None:
         self.skipped += 1

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,21 +49,36 @@ class Spelling:
         as_it_is = bool(spelt) and not any(step["add_prefix_space"] for step in spelt)
         return cls(backend) if plain and composed and kept and as_it_is else None
 
-    def locate(self, ids: Sequence[int], text: str, spans: Sequence[Span]) -> list[Span] | None:
-        """For each span of characters of `text` the tokens [first, last) with any of these, (0, 0) if none; None where
-        the tokens spell another text: a normalizer changed it, or an added token took the blanks beside it."""
-        ends = np.cumsum(self._bytes[np.asarray(ids, np.int64)])
-        plain = text.isascii()
-        size = len(text) if plain else len(text.encode())
-        if size != (ends[-1] if len(ends) else 0) or not (plain or unicodedata.is_normalized("NFC", text)):
-            return None
-        edges = [min(edge, len(text)) for span in spans for edge in span]
-        if not plain:
-            edges = [len(text[:edge].encode()) for edge in edges]
-        first = np.searchsorted(ends, edges[::2], "right").tolist()
-        last = np.searchsorted(ends, edges[1::2], "left").tolist()
-        held = (start < end for start, end in zip(edges[::2], edges[1::2], strict=True))
-        return [(a, b + 1) if some else (0, 0) for a, b, some in zip(first, last, held, strict=True)]
+    def locate(
+        self, ids: Sequence[array[int]], texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[list[Span] | None]:
+        """For each span of characters of each text the tokens [first, last) with any of these, (0, 0) if none; None
+        where a text's ids spell another: a normalizer changed it, or an added token took the blanks beside it."""
+        every = np.concatenate([np.zeros(0, np.int32), *(np.frombuffer(row, np.int32) for row in ids if row)])
+        ends = np.concatenate([[0], np.cumsum(self._bytes[every])])  # bytes up to each token, text after text
+        bounds = np.cumsum([0, *map(len, ids)])
+        begins = ends[bounds].tolist()
+        edges: list[int] = []
+        counts = []  # of spans; none where a text is not spelt
+        spelt = [begins[i] + _size(text) == begins[i + 1] and _composed(text) for i, text in enumerate(texts)]
+        for begin, text, places, there in zip(begins, texts, spans, spelt, strict=False):
+            counts.append(len(places) if there else 0)
+            if there:
+                edges += [begin + _size(text[:edge]) for span in places for edge in span]
+        starts, stops = np.array(edges[::2], np.int64), np.array(edges[1::2], np.int64)
+        first = np.searchsorted(ends[1:], starts, "right")
+        last = np.searchsorted(ends[1:], stops, "left") + 1
+        found = np.stack([first, last], 1) - np.repeat(bounds[:-1], counts)[:, None]
+        pairs = iter(map(tuple, np.where((starts < stops)[:, None], found, 0).tolist()))
+        return [list(islice(pairs, n)) if there else None for n, there in zip(counts, spelt, strict=True)]
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _composed(text: str) -> bool:
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
 def _steps(part: Any, name: str) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import tokenizers
 
 from entrenar_gpu.chat import ChatTemplate, Conversation, Message, Rendered, Span
 from entrenar_gpu.data.growth import MOST_BESIDE, too_much
-from entrenar_gpu.data.prefix import Encoded, PrefixEncoder
+from entrenar_gpu.data.prefix import Beginning, Encoded, PrefixEncoder
 from entrenar_gpu.data.tokenizer_files import (
     DEFAULT,
     TOOL_USE,
@@ -111,7 +111,8 @@ class Tokenizer:
         What a text already begins or ends with, as chat templates write BOS, is not put there a second time.
         """
         ids = self._plain(text)
-        return list(self.framed(ids)[1]) if add_special_tokens else ids
+        before, after = self.missing_around(ids) if add_special_tokens else ([], [])
+        return [*before, *ids, *after]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be continued: with what tokenizer.json puts before it, without what ends it."""
@@ -122,22 +123,23 @@ class Tokenizer:
         with faults_of(self._path, "cannot encode a text"):
             return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_beginnings(
-        self, texts: Sequence[str], limit: int, spans: Sequence[Sequence[Span]] = ()
-    ) -> list[Encoded]:
-        """Token ids of each text without anything around it, see PrefixEncoder.encode."""
+    def begin(self, texts: Sequence[str], limit: int, placed: Sequence[bool]) -> list[Beginning]:
+        """Each text without anything around it tokenised, or so much of it; see PrefixEncoder.begin."""
         with without_panics_text(), faults_of(self._path, "cannot encode a text"):
-            return self._encoder.encode(texts, limit, spans)
+            return self._encoder.begin(texts, limit, placed)
 
-    def framed(self, ids: list[int]) -> tuple[int, list[int]]:
-        """(how many ids were put before, ids with what tokenizer.json puts around them where it is not there yet)."""
-        opening = self._missing_opening(ids)
-        there = not self.ending or ids[-len(self.ending) :] == self.ending
-        framed = ids if there else [*ids, *self.ending]
-        return len(opening), [*opening, *framed] if opening else framed
+    def locate(self, begun: Sequence[Beginning], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """Token ids of what `begin` gave, and where spans of characters lie in them; see PrefixEncoder.locate."""
+        with faults_of(self._path, "cannot encode a text"):
+            return self._encoder.locate(begun, spans)
 
-    def _missing_opening(self, ids: list[int]) -> list[int]:
-        there = bool(self.opening) and ids[:1] == self.opening[:1]
+    def missing_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What tokenizer.json puts before and after a text's ids, as far as it is not there yet."""
+        ended = list(ids[-len(self.ending) :]) == self.ending
+        return self._missing_opening(ids), [] if ended else self.ending
+
+    def _missing_opening(self, ids: Sequence[int]) -> list[int]:
+        there = bool(self.opening) and list(ids[:1]) == self.opening[:1]
         return [] if there else self.opening
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

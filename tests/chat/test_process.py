@@ -105,7 +105,7 @@ def test_an_interrupt_between_question_and_answer_leaves_no_answer_behind(monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(process.TemplateProcess, "_line", interrupted)
+        patched.setattr(process.TemplateProcess, "_answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made.render([{"role": "user", "content": "first"}])
     assert "second" in made.render([{"role": "user", "content": "second"}])

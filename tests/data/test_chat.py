@@ -332,7 +332,7 @@ def test_a_panic_of_the_library_says_nothing_beside_that_line(tmp_path, capfd):
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     tokenizer = Tokenizer.load(faulty_tokenizer(tmp_path / "b", pre_tokenizer=split))
     with pytest.raises(UserError, match="cannot encode"):
-        tokenizer.encode_beginnings(["x" * 3000], 512)
+        tokenizer.begin(["x" * 3000], 512, [False])
     assert capfd.readouterr().err == ""
     with without_panics_text(), without_panics_text():  # as two threads may be in it
         os.write(2, b"a warning\n")

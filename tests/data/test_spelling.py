@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,12 @@ def make(prefix_space: bool = False, normalizer=None, **end: bool) -> tokenizers
     return made
 
 
+def located(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[tuple[int, int]] | None]:
+    """Where the first character of each text lies, among the tokens of all of them."""
+    ids = [array("i", backend.encode(text, add_special_tokens=False).ids) for text in texts]
+    return Spelling.of(backend).locate(ids, texts, [[(0, 1)]] * len(texts))
+
+
 @pytest.fixture(scope="module", params=["plain", "composing", "greedy end"])
 def backend(request):
     options = {"composing": {"normalizer": normalizers.NFC()}, "greedy end": {"lstrip": True, "rstrip": True}}
@@ -46,7 +53,7 @@ def test_spans_are_the_tokens_that_have_any_of_their_characters(backend, words):
     spans = list(pairwise(edges))
     whole = backend.encode(text, add_special_tokens=False)
     ((ids, found),) = PrefixEncoder(backend).encode([text], 1000, [spans])
-    assert ids == whole.ids
+    assert list(ids) == whole.ids
     for (start, end), (first, last) in zip(spans, found, strict=True):
         wanted = [i for i, (a, b) in enumerate(whole.offsets) if a < end and b > start]
         assert list(range(first, last)) == wanted
@@ -54,11 +61,9 @@ def test_spans_are_the_tokens_that_have_any_of_their_characters(backend, words):
 
 def test_tokens_that_spell_another_text_tell_no_places():
     composed = make(normalizer=normalizers.NFC())
-    spelling = Spelling.of(composed)
-    assert spelling.locate(composed.encode("mät").ids, "mät", [(0, 1)]) == [(0, 1)]
-    assert spelling.locate(composed.encode("e\u0301e").ids, "e\u0301e", [(0, 1)]) is None
-    greedy = make(lstrip=True)
-    assert Spelling.of(greedy).locate(greedy.encode("cat  <|end|>").ids, "cat  <|end|>", [(0, 1)]) is None
+    assert located(composed, ["mät"]) == [[(0, 1)]]
+    assert located(composed, ["mät", "e\u0301e", "", "mät"]) == [[(0, 1)], None, [(0, 0)], [(0, 1)]]
+    assert located(make(lstrip=True), ["cat  <|end|>"]) == [None]
 
 
 def test_only_tokenizers_that_spell_their_text_out_are_taken():

@@ -271,7 +271,7 @@ def _text_kinds(folder: Path) -> dict[str, Kind]:
         used = Tokenizer.load(path.parent, datetime(2024, 2, 29))
         for text in TEXTS:
             used.decode(used.encode(text))
-        used.encode_beginnings(TEXTS, 64)
+        used.begin(TEXTS, 64, [True] * len(TEXTS))
         if used.has_chat_template:
             used.render_turns(CHAT)
             used.render(CHAT[:2], add_generation_prompt=True)
