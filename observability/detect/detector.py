@@ -5,7 +5,7 @@ First-step compilation, then the stages of stages.py on what is left, pauses and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from observability.detect import causes, health
 from observability.detect.baseline import Mask, Scores, noise_scale
-from observability.detect.findings import ALARM_AT, COMPILE, Finding, severity
+from observability.detect.findings import ALARM_AT, COMPILE, LOW, SLOW_KERNEL, SPIKE, Finding, severity
 from observability.detect.stages import STAGES, Body
 from observability.read import Floats, StepTable
 
@@ -45,6 +45,7 @@ def detect(table: StepTable) -> tuple[list[Finding], Scored]:
         findings = [*health.findings(table), *causes.between_steps(table)]
         return findings, Scored(_unscored(table.seconds), _unscored(table.durations), cold)
     findings, times, kinds = _timed(body)
+    findings = [_of_first_step(table, finding) for finding in findings]
     scored = Scored(_placed(times, table.seconds, cold), _placed(kinds, table.durations, cold), cold)
     findings += _compilation(table, scored)
     findings += causes.of_pauses(table, float(np.median(times.scale)))
@@ -78,6 +79,13 @@ def warm_up_steps(seconds: Floats) -> int:
     limit = max(_COMPILE_FACTOR * typical, typical + ALARM_AT * noise_scale(rest - typical, typical))
     slow = seconds[:_WARM_UP] > limit
     return int(np.argmin(slow)) if not slow.all() else 0
+
+
+def _of_first_step(table: StepTable, finding: Finding) -> Finding:
+    """Of low severity where the very first step, or that after a resume, was slow by less than compiling takes."""
+    first = finding.last_step in (int(table.step[row]) for row in (0, *table.restarts))
+    alone = first and finding.cause in (SPIKE, SLOW_KERNEL) and finding.first_step == finding.last_step
+    return replace(finding, severity=LOW) if alone else finding
 
 
 def _placed(scores: Scores, times: Floats, cold: Mask) -> Scores:

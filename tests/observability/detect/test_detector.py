@@ -455,6 +455,13 @@ def test_longer_batches_that_stay_are_no_throttle(tmp_path: Path, rows: slice, a
     assert alarms_of(tmp_path, steps) == []
 
 
+@pytest.mark.parametrize("factor", [1.2, 1.4])
+def test_a_first_step_that_is_hardly_slow_is_first_all_the_same(tmp_path: Path, factor: float) -> None:
+    steps = made.plain_steps(240)
+    slower(steps[:1], factor)
+    assert alarms_of(tmp_path, steps) == []
+
+
 def test_longer_batches_may_vary_in_their_time(tmp_path: Path) -> None:
     steps = made.plain_steps(300, noise=0.004)
     rng = np.random.default_rng(0)
