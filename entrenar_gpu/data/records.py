@@ -32,7 +32,7 @@ from entrenar_gpu.data.messages import (
     read_variables,
     turn_weights,
 )
-from entrenar_gpu.data.rows import RowSource
+from entrenar_gpu.data.rows import RowSource, plain
 from entrenar_gpu.data.shapes import from_alpaca, from_sharegpt, renamed, shape_of, with_system
 from entrenar_gpu.data.tokenizer import Tokenizer
 from entrenar_gpu.errors import UserError
@@ -311,7 +311,6 @@ def _encodable(text: str) -> None:
 
 
 def _parse(content: Any) -> Mapping[str, Any]:
-    record = content
     if isinstance(content, bytes):
         try:
             record = json.loads(content.decode("utf-8"))
@@ -321,6 +320,8 @@ def _parse(content: Any) -> Mapping[str, Any]:
             raise UserError(f"not valid JSON: {error.msg} (column {error.colno})") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"not valid JSON: {error}") from None
+    else:
+        record = plain(content)
     if not isinstance(record, Mapping):
         raise UserError(f"expected a JSON object, not {kind_of(record)}")
     return record
@@ -333,20 +334,15 @@ def _text(record: Mapping[str, Any], key: str) -> str:
 
 
 def _integers(record: Mapping[str, Any], key: str) -> list[int]:
-    value = listed(record[key])
+    value = record[key]
     if not isinstance(value, list) or not all(type(i) is int for i in value):
         raise UserError(f"{key} must be a list of whole numbers")
     return value
 
 
-def listed(value: Any) -> Any:
-    """A list of what an array or a tuple holds; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
-
-
 def _bits(record: Mapping[str, Any], key: str, length: int) -> list[int]:
     """A mask beside input_ids: 0 or 1 for each."""
-    value = listed(record[key])
+    value = record[key]
     if not isinstance(value, list) or not all(bit in (0, 1) and not isinstance(bit, float) for bit in value):
         raise UserError(f"{key} must be a list of 0 and 1")
     if len(value) != length:
@@ -356,7 +352,7 @@ def _bits(record: Mapping[str, Any], key: str, length: int) -> list[int]:
 
 def _weights(record: Mapping[str, Any], length: int) -> list[float]:
     """How much each token counts in the loss; 0 leaves it out."""
-    value = listed(record["weights"])
+    value = record["weights"]
     if not isinstance(value, list) or not all(isinstance(w, int | float) and not isinstance(w, bool) for w in value):
         raise UserError("weights must be a list of numbers")
     wrong = next((w for w in value if not is_weight(w)), None)

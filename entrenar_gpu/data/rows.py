@@ -93,6 +93,16 @@ def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
 
 
+def plain(value: Any) -> Any:
+    """A row of the caller's as JSON has it: arrays and tuples, at any depth, as lists of what they hold."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(value) if value and type(value[0]) is int else [plain(inner) for inner in value]
+    return value
+
+
 def _holds_ids(row: Any) -> bool:
     return isinstance(row, (list, tuple)) or hasattr(row, "tolist")
 

@@ -51,6 +51,13 @@ def of_rows(rows, tokenizer, **how) -> Samples:
     return read_samples([[RowsInMemory(rows, "data")]], tokenizer, Reading(VOCAB, **how), 512)
 
 
+def objects(*values: object) -> np.ndarray:
+    """An array of them, as pandas has lists of Parquet."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
 # --- formats
 
 
@@ -109,6 +116,14 @@ def test_lists_in_cells_are_their_json(tmp_path, chat):
     write_parquet(tmp_path / "rows.parquet", rows)
     for name in ("rows.csv", "rows.parquet"):
         assert equal(load_samples(tmp_path / name, chat, vocab_size=VOCAB, seq=512), of_rows(rows, chat))
+
+
+def test_dates_beyond_python_s_are_no_matter(tmp_path, chat):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["a"], "when": pyarrow.array([10**18], pyarrow.timestamp("us"))})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "rows.parquet")
+    samples = load_samples(tmp_path / "rows.parquet", chat, vocab_size=VOCAB, seq=512)
+    assert equal(samples, of_rows([{"text": "a"}], chat))
 
 
 def test_missing_cells_are_null(tmp_path, chat):
@@ -226,6 +241,16 @@ SAME = {
         {"conversations": [turn("human", "a", loss=None), turn("gpt", "b")], "system": "s", "tools": None},
         {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
     ),
+    "arrays as pandas reads them": (
+        {"messages": objects(user("a"), assistant("b", train=np.bool_(True))), "tools": objects({"name": "add"})},
+        {"messages": [user("a"), assistant("b")], "tools": [{"name": "add"}]},
+    ),
+    "contents and calls in arrays and tuples": (
+        {"messages": (user(objects({"type": "text", "text": "a"})),
+                      assistant(None, tool_calls=objects(json.loads(CALLING))))},
+        {"messages": [user("a"), assistant(None, tool_calls=[json.loads(CALLING)])]},
+    ),
+    "ids of numpy": ({"input_ids": [np.int64(5), np.int32(6)]}, {"input_ids": [5, 6]}),
     "turns of both kinds with the nulls of a table": (
         {"conversations": [turn("human", "a", role=None, content=None), assistant("b") | turn(None, None)]},
         {"messages": [user("a"), assistant("b")]},
