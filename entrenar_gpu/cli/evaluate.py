@@ -10,7 +10,7 @@ import typer
 
 from entrenar_gpu.cli import options
 from entrenar_gpu.cli.generate import Context
-from entrenar_gpu.cli.text import print_json
+from entrenar_gpu.cli.text import print_json, printable
 from entrenar_gpu.errors import UserError
 
 
@@ -50,7 +50,7 @@ def _loss(given: Mapping[str, Any], adapter: str | None, window: int | None) -> 
 
     defaults, base = default_base(given.get("model", ""), adapter, given)
     config = options.make_config(given, **defaults, adapter_init=adapter)
-    print(f"base: {base}", file=sys.stderr)
+    print(printable(f"base: {base}"), file=sys.stderr)
     return evaluate_data(config, adapter is not None, window=window)
 
 

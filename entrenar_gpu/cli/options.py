@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entrenar_gpu.cli.other_names import ALIASES
+from entrenar_gpu.cli.text import printable
 from entrenar_gpu.config import SEVERAL, SamplingOptions, TrainConfig, flag, is_union, known_keys, load_yaml
 from entrenar_gpu.errors import UserError
 
@@ -153,7 +154,7 @@ def open_model(
     config = make_config(given, **defaults)  # says what is wrong with the flags
     options = {name: getattr(config, name) for name in RUNTIME if name != "model"}
     model = load(config.model, adapters=named, context=context, slots=slots, speculate=speculate, **options)
-    print(f"base: {base}", file=sys.stderr)
+    print(printable(f"base: {base}"), file=sys.stderr)
     model.adapter = next(iter(named), None)
     return model
 

@@ -41,7 +41,7 @@ class OpenFile:
         found = os.fstat(self._descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: cannot be read: it is no file")
-        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        self.size, self.mtime_ns, self.ctime_ns = found.st_size, found.st_mtime_ns, found.st_ctime_ns
         self.watch: Callable[[int, NDArray[np.uint8]], None] | None = None  # told of what is read, and from where on
 
     def read_into(self, memory: NDArray[np.uint8], start: int, what: str) -> None:

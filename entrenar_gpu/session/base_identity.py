@@ -1,7 +1,7 @@
 """What tells one base model from another, for a run that goes on from a checkpoint.
 
 The size and a checksum of every weight file, and what `config.json` says. The bytes are summed as they pass while the
-weights are loaded; the sums are kept by path, size and time of last change, so that the next start need not make them.
+weights are loaded; the sums are kept by path, size and times of last change, so that the next start need not make them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def release_identity(checkpoint: HFCheckpoint) -> dict[str, str]:
 
 
 def _place(file: SafetensorsFile) -> str:
-    """What a file's checksum is kept by."""
-    return f"{file.path.resolve()} {file.open_file.size} {file.open_file.mtime_ns}"
+    """What a file's checksum is kept by. Its time of last change can be set to what it was, that of its inode not."""
+    found = file.open_file
+    return f"{file.path.resolve()} {found.size} {found.mtime_ns} {found.ctime_ns}"
 
 
 def _kept_in() -> Path:

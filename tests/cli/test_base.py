@@ -16,6 +16,7 @@ from entrenar_gpu.model.hf_checkpoint import HFCheckpoint
 from entrenar_gpu.quant.nf4 import Nf4Weight
 from tests.helpers.runs import train
 from tests.helpers.tiny import make_data, make_model, projections
+from tests.helpers.word_tokenizer import word_tokenizer
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 96, "num_hidden_layers": 1}
 
@@ -54,6 +55,17 @@ def test_an_adapter_is_judged_on_what_it_was_trained_on(folder, capsys, method, 
     assert by_default == loss(capsys, folder, *where, "--method", method)[0]
     other = {"qlora": "lora", "lora": "qlora"}[method]
     assert by_default != loss(capsys, folder, *where, "--method", other)[0]
+
+
+def test_the_name_of_a_run_does_not_steer_the_terminal(folder, tmp_path, capsys):
+    """Which both ways of saying what the base is show."""
+    named = tmp_path / "a\x1b[31m\nb"
+    shutil.copytree(folder / "lora", named)
+    where = ("--model", folder / "model", "--adapter", named)
+    told = [loss(capsys, folder, *where)[1]]
+    word_tokenizer(folder / "model", 96)
+    told.append(run(capsys, "generate", *where, "--prompt", "w1", "--max-tokens", 1, "--device", "numpy")[1])
+    assert [said.count("a\\x1b[31m\\nb/run.json says\n") for said in told] == [1, 1], told
 
 
 def test_a_model_without_an_adapter_is_read_as_stored(folder, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,18 @@ def test_a_base_that_differs_in_one_number_is_another(folder):
     before = release_identity(HFCheckpoint.open(folder / "model"))
     changed(folder)
     assert release_identity(HFCheckpoint.open(folder / "model")) == before  # 64 values of each weight do not tell
+    with pytest.raises(UserError, match="checkpoint of another model"):
+        train(folder, device="numpy", steps=3, resume="latest")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps no time that cannot be set")
+def test_one_byte_tells_where_size_and_time_are_as_they_were(folder):
+    train(folder, device="numpy", steps=2)
+    path = folder / "model/model.safetensors"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match="checkpoint of another model"):
         train(folder, device="numpy", steps=3, resume="latest")
 
