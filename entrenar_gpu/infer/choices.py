@@ -11,6 +11,7 @@ from typing import Any
 
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.infer.language_model import LanguageModel
+from entrenar_gpu.infer.prompts import text_lines
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,7 @@ def evaluate_choices(model: LanguageModel, questions: Iterable[Question]) -> dic
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file. Raises UserError naming file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    questions = list(_questions(lines, str(path)))
+    questions = list(_questions(text_lines(path), str(path)))
     if not questions:
         raise UserError(f"{path}: holds no questions")
     return questions

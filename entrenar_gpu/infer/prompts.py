@@ -68,17 +68,22 @@ def encode_row(tokenizer: Tokenizer, row: Mapping[str, Any], chat: bool | None, 
 
 def read_prompts(path: str, flag: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with a `prompt` or `messages`. Raises UserError naming file and line."""
-    refuse_named_pipe(path, flag)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{flag}: {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{flag}: {path}: not UTF-8 text") from None
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(text_lines(path, flag), 1) if line.strip()]
     if not rows:
         raise UserError(f"{flag}: {path}: holds no prompts")
     return rows
+
+
+def text_lines(path: str | Path, flag: str = "") -> list[str]:
+    """The lines of a text file; only a newline ends one, as in JSON lines. Raises UserError naming flag and file."""
+    refuse_named_pipe(path, flag)
+    where = f"{flag}: {path}" if flag else str(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")  # Windows editors begin with a mark
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from entrenar_gpu.config import refuse_named_pipe
 from entrenar_gpu.errors import UserError
 from entrenar_gpu.events import EvalRecord, SampleRecord, StepRecord
 from entrenar_gpu.files import cannot_write, write_text
@@ -16,9 +17,10 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class StepLines:
-    """A file of JSON lines, each with the step that it is of."""
+    """A file of JSON lines, each with the step that it is of. Raises UserError for a pipe."""
 
     def __init__(self, path: Path) -> None:
+        refuse_named_pipe(path)
         self._path = path
 
     def truncate(self, last_step: int) -> None:
@@ -74,6 +76,7 @@ class MetricsFile(StepLines):
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a run folder's metrics.jsonl, but for one that a crash cut off. Raises UserError without any."""
     path = Path(folder) / METRICS_FILE
+    refuse_named_pipe(path)
     rows = []
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 
 import pytest
 
 from entrenar_gpu import cli
 from entrenar_gpu.cli.demo import MODEL
 from entrenar_gpu.errors import UserError
-from entrenar_gpu.infer import LanguageModel, evaluate_choices, read_questions
+from entrenar_gpu.infer import LanguageModel, evaluate_choices, read_prompts, read_questions
 from entrenar_gpu.infer.choices import Question
 from entrenar_gpu.infer.sampling import log_softmax
+from entrenar_gpu.train.metrics_file import MetricsFile, read_metrics
 from tests.helpers.fake_decoder import FakeDecoder
 from tests.helpers.word_tokenizer import word_tokenizer
 
@@ -59,6 +62,24 @@ def test_a_bad_question_is_named(tmp_path, line, message):
     path.write_text('{"question": "q", "choices": ["a", "b"], "answer": "b"}\n\n' + line)
     with pytest.raises(UserError, match=rf"q.jsonl:3: {message}"):
         read_questions(path)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_only_a_newline_ends_a_line(tmp_path, mark):
+    """JSON leaves other separators in texts as they are."""
+    path, text = tmp_path / "q.jsonl", "a\u2028b\x85c"
+    row = {"question": text, "prompt": text, "choices": ["a", "b"], "answer": 1}
+    path.write_text(f"{mark}{json.dumps(row, ensure_ascii=False)}\r\n\n", encoding="utf-8", newline="")
+    assert [question.text for question in read_questions(path)] == [text]
+    assert [asked["prompt"] for asked in read_prompts(str(path), "--prompts")] == [text]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    for read in (read_questions, lambda _: read_metrics(tmp_path), lambda path: MetricsFile(path.parent)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: it is no file"):
+            read(tmp_path / "metrics.jsonl")
 
 
 def test_the_command(tmp_path, capsys):
