@@ -61,7 +61,7 @@ def measure(
     alone: bool = True,
 ) -> dict[str, Any]:
     """One matmul: see `bench_gemm`. `tiles` overrides the choice of tiles; `check` compares with float64;
-    `alone` times the multiplication by itself too."""
+    `alone` times the multiplication by itself too, and with its weight's copy kept."""
     caps, tiles = device.caps, tiles or {}
     program = Program(case)
     plan = make_plan({"gemm": program.graph}, caps, PlanOptions(tiles=tiles))
@@ -73,8 +73,10 @@ def measure(
     try:
         program.write(replay)
         seconds = time_run(replay, "gemm") / repeats
-        apart = alone and "alone" in plan.steps
-        alone_seconds = time_run(replay, "alone") / repeats if apart else seconds
+        fewer = dict.fromkeys(("alone", "kept"), seconds)
+        for name in fewer:
+            if alone and name in plan.steps:
+                fewer[name] = time_run(replay, name) / repeats
         error = program.error(replay) if check else None
     finally:
         replay.close()
@@ -85,11 +87,13 @@ def measure(
         "sizes": [case.m, case.n, case.k],
         "seconds": seconds,
         "tflops": flops / seconds / 1e12,
-        "product_tflops": flops / alone_seconds / 1e12,
+        "product_tflops": flops / fewer["alone"] / 1e12,
+        "kept_tflops": flops / fewer["kept"] / 1e12,
         "gbytes_per_second": _bytes(step.node) / seconds / 1e9,
         "error": error,
         "within": error is None or error <= TOLERANCES[case.arithmetic],
         "tile": list(to_numbers(choice_of(case, Target.of(caps, tiles)))),
+        "matrices": any("_matrix" in launch.shader for launch in step.launches),
     }
 
 
@@ -102,11 +106,13 @@ def _bytes(node: Node) -> int:
 
 
 def _repeat(plan: Plan, step: Step, repeats: int) -> None:
-    """Run the matmul many times in a graph, and its multiplication alone in another."""
+    """Run the matmul many times in a graph, and in others its multiplication alone, and without copying its weight."""
     plan.steps["gemm"] = [step] * repeats
     alone = tuple(launch for launch in step.launches if launch.shader.startswith("matmul"))
-    if len(alone) < len(step.launches):
-        plan.steps["alone"] = [replace(step, launches=alone)] * repeats
+    kept = tuple(launch for launch in step.launches if not launch.shader.startswith("nf4"))
+    for name, launches in (("alone", alone), ("kept", kept)):
+        if len(launches) < len(step.launches):
+            plan.steps[name] = [replace(step, launches=launches)] * repeats
 
 
 def time_run(replay: Replay, name: str) -> float:

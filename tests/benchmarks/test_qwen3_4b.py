@@ -31,8 +31,9 @@ OURS = {
 PEER = {"batch": 1, "seq": 512, "tokens_per_second": 1000.0, "peak_gib": 6.0}
 
 
-def product(rows: int, speed: float) -> dict[str, Any]:
-    return {"arithmetic": "f32", "sizes": [rows, 9728, 2560], "product_tflops": speed, "error": 1e-6}
+def product(rows: int, speed: float, arithmetic: str = "f32", matrices: bool = False) -> dict[str, Any]:
+    speeds = {"product_tflops": speed, "kept_tflops": 0.9 * speed, "tflops": 0.8 * speed}
+    return {"arithmetic": arithmetic, "sizes": [rows, 9728, 2560], "matrices": matrices, "error": 1e-6, **speeds}
 
 
 @pytest.fixture
@@ -48,7 +49,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[str], str 
         return next(answer for word, answer in answers.items() if word in command)
 
     monkeypatch.setattr(qwen3_4b, "_lines_of", lines_of)
-    monkeypatch.setattr(qwen3_4b, "_products", lambda: [product(512, 36.0), product(2048, 40.0)])
+    monkeypatch.setattr(
+        qwen3_4b,
+        "_products",
+        lambda: [
+            product(512, 36.0),
+            product(2048, 40.0),
+            product(512, 400.0, "int8_rows", True),
+            product(2048, 480.0, "int8_rows", True),
+        ],
+    )
     return answers
 
 
@@ -69,8 +79,10 @@ def test_figures_stand_beside_their_bars_and_the_fastest_peer(measured: Any) -> 
     assert free.replace("none", "3.6").replace("(6,000)", "(4,200)") in text
     assert "| PEFT, keeping | 1,000 (6.0) |" in text
     assert "| PEFT + Liger | 1,200 (5.0) |" in text
-    assert "| 512x9728x2560 | f32 | 36.0 | 0.72 | 0.05 | 0.90 (0.8) | 1.0e-06 |" in text
-    assert "| 2048x9728x2560 | f32 | 40.0 | 0.80 (0.8) | 0.06 |  | 1.0e-06 |" in text
+    assert "| 512x9728x2560 | f32 | 36.0 | 32.4 | 28.8 | 0.72 | 0.04 | 0.90 (0.8) | 1.0e-06 |" in text
+    assert "| 2048x9728x2560 | f32 | 40.0 | 36.0 | 32.0 | 0.80 (0.8) | 0.05 |  | 1.0e-06 |" in text
+    assert "| 512x9728x2560 | int8_rows | 400.0 | 360.0 | 320.0 | 8.00 | 0.50 | 0.83 (0.7) | 1.0e-06 |" in text
+    assert "| 2048x9728x2560 | int8_rows | 480.0 | 432.0 | 384.0 | 9.60 | 0.60 (0.6) |  | 1.0e-06 |" in text
     assert "device copy 4.20 TB/s" in text
     assert "Not measured" not in text
 
@@ -82,7 +94,7 @@ def test_what_fails_is_a_line_and_the_rest_stands(measured: Any) -> None:
     lines = text_of().splitlines()
     assert lines.count("Not measured: PEFT + Liger, keeping: torch is not installed") == 1
     assert "Not measured: 1x512 int8, budget 3.6: printed ['no JSON'] instead of JSON" in lines
-    assert any(line.startswith("| 2048x9728x2560 | f32 | 40.0 | nan") for line in lines)
+    assert any(line.startswith("| 2048x9728x2560 | f32 | 40.0 | 36.0 | 32.0 | nan") for line in lines)
 
 
 def test_a_peer_that_stops_half_way_keeps_its_rows(measured: Any) -> None:

@@ -71,6 +71,9 @@ def test_training_is_measured_beside_what_a_product_alone_reaches(monkeypatch):
     with_copies = bench_train("tiny", replace(config, memory_budget=1.0), 2)
     assert with_copies["planned_bytes"] == with_copies["allocated_bytes"] > result["planned_bytes"]
     assert with_copies["loss"] == result["loss"]
+    answers = bench_train("tiny", config, 2, labelled=0.25)  # the mean over fewer tokens, and fewer products
+    assert answers["loss"] == pytest.approx(result["loss"], rel=0.05)
+    assert result["flops_per_step"] - answers["flops_per_step"] == 0.75 * 2 * 2 * 32 * 64 * 256
 
 
 @pytest.mark.gpu

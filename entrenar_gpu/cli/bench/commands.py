@@ -25,12 +25,18 @@ def bench_train(
     given: Mapping[str, Any],
     shape: Annotated[str, typer.Option("--shape", help=f"one of {', '.join(SHAPES)}")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps measured")] = 10,
+    labelled: Annotated[
+        float,
+        typer.Option(
+            "--labelled", min=0.0, max=1.0, help="share of the tokens that have a label, of each row the last"
+        ),
+    ] = 1.0,
     as_json: options.Json = False,
 ) -> None:
     """Train a model's shape with random weights: tokens/s, seconds by phase, bytes."""
     from entrenar_gpu.cli.bench import train
 
-    result = train.bench_train(shape, options.make_config(given, batch=1), steps)
+    result = train.bench_train(shape, options.make_config(given, batch=1), steps, labelled)
     if as_json:
         print_json(result)
         return

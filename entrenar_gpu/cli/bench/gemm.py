@@ -1,8 +1,8 @@
 """`entrenar-gpu bench gemm`: matmuls at a model's shapes, timed and checked on sampled rows in one run.
 
 A matmul is timed as its op runs in a training step; for the low precisions `product_tflops` is of the multiplication
-alone, without converting its operands. Times are of many repetitions submitted together, after warming up: clocks of an
-idle card take a tenth of a second to rise.
+alone, without converting its operands, and `kept_tflops` with a weight that was converted before. Times are of many
+repetitions submitted together, after warming up: clocks of an idle card take a tenth of a second to rise.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from entrenar_gpu.cli.bench.gemm import forward, projection_shapes
 from entrenar_gpu.compiler import weight_copies
 from entrenar_gpu.config import TrainConfig
 from entrenar_gpu.gpu import KernelCache, Replay, Report, driver_bytes, measure, open_device
-from entrenar_gpu.graph import Launch, Tensor, grid_of, literal, writes
+from entrenar_gpu.graph import Graph, Launch, Tensor, grid_of, literal, writes
 from entrenar_gpu.integers import ceil_div
 from entrenar_gpu.model import ModelConfig, Storage, WeightTensors, declared_weights, model_shape
 from entrenar_gpu.ops.gemm.tiles import Arithmetic
+from entrenar_gpu.ops.loss import IGNORE
 from entrenar_gpu.ops.optimizer import field
 from entrenar_gpu.ops.registry import OPS
 from entrenar_gpu.session import RunShape, fit_on, memory_budget, training_graphs, write_adapter
@@ -31,8 +32,10 @@ WARM_UP = 2
 CEILING_ROWS = 2048
 
 
-def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, Any]:
+def bench_train(shape_name: str, config: TrainConfig, steps: int, labelled: float = 1.0) -> dict[str, Any]:
     """Median over `steps` optimizer steps, after two to warm up: tokens/s, seconds by phase, bytes, FLOP/s.
+
+    `labelled` is the share of the tokens that have a label: in each row the last, as answers behind a prompt.
 
     FLOP/s are the model's, without what is computed again, and also told as a share of what the card was measured to
     reach on a matmul alone (`measured_ceiling`).
@@ -49,16 +52,17 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     fitted = fit_on(kernels, TRACE, shape, memory_budget(config, device.caps))
     replay = Replay(device, fitted.plan, kernels)
     _fill(replay, shape, spec)
-    timings = _run(replay, config, model.vocab_size, steps)
+    timings = _run(replay, config, model.vocab_size, steps, labelled)
     held = {"allocated_bytes": device.allocated_bytes, "driver_bytes": driver_bytes()}
     replay.close()
     ceiling = measured_ceiling(replay, model, shape.precision(device.caps), config.batch * config.seq)
-    flops = sum(OPS[n.op].flops(n) for n in fitted.graphs["micro"].nodes if not n.recomputed) * config.accumulate
+    flops = _flops(fitted.graphs["micro"], labelled) * config.accumulate
     return {
         "shape": shape_name,
         "batch": config.batch,
         "seq": config.seq,
         "rank": config.rank,
+        "labelled": labelled,
         "precision": config.precision,
         "adapter": device.caps.name,
         "driver": device.info["description"],
@@ -72,7 +76,13 @@ def bench_train(shape_name: str, config: TrainConfig, steps: int) -> dict[str, A
     }
 
 
-def _speeds(timings: Timings, config: TrainConfig, flops: int, ceiling: float) -> dict[str, Any]:
+def _flops(graph: Graph, labelled: float) -> float:
+    """Of a micro-batch, without what is computed again; unlabelled tokens do not go through the vocabulary."""
+    shares = {"cross_entropy": labelled}
+    return sum(OPS[n.op].flops(n) * shares.get(n.op, 1.0) for n in graph.nodes if not n.recomputed)
+
+
+def _speeds(timings: Timings, config: TrainConfig, flops: float, ceiling: float) -> dict[str, Any]:
     """Medians over the steps; `flops` are a step's, `ceiling` is in TFLOP/s."""
     seconds, encode = statistics.median(timings["wall"]), statistics.median(timings["encode"])
     busy = {phase: statistics.median(timings[phase]) for phase in ("forward", "backward", "optimizer")}
@@ -157,13 +167,15 @@ class Timings(defaultdict[str, list[float]]):
     last: Report
 
 
-def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> Timings:
+def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int, labelled: float) -> Timings:
     rng = np.random.default_rng(0)
     size = config.batch * config.seq
+    prompt = min(round(config.seq * (1 - labelled)), config.seq - 1)  # tokens of a row that have no label
+    ignored = np.tile(np.arange(config.seq) < prompt, config.batch)
     timings = Timings(list)
     replay.write("positions", np.tile(np.arange(config.seq), config.batch))
     replay.write("segment_start", np.zeros(size))
-    replay.write("inv_tokens", np.array([1 / (size * config.accumulate)]))
+    replay.write("inv_tokens", np.array([1 / (config.batch * (config.seq - prompt) * config.accumulate)]))
     replay.write("lr", np.array([1e-4]))
     flying = None
     last = time.perf_counter()
@@ -171,7 +183,7 @@ def _run(replay: Replay, config: TrainConfig, vocabulary: int, steps: int) -> Ti
         begin = time.perf_counter()
         for micro in range(config.accumulate):
             replay.write("input_ids", rng.integers(0, vocabulary, size))
-            replay.write("targets", rng.integers(0, vocabulary, size))
+            replay.write("targets", np.where(ignored, IGNORE, rng.integers(0, vocabulary, size)))
             replay.run("micro", micro)
         report = replay.run("update")
         encode = time.perf_counter() - begin
