@@ -31,7 +31,7 @@ from entrenar_gpu.ops.attention import (
     split,
     vector_of,
 )
-from entrenar_gpu.ops.attention_matrix import BLOCK, dscores_blocking, products_blocking, split_of
+from entrenar_gpu.ops.attention_matrix import BLOCK, blocks_owned, dscores_blocking, products_blocking, split_of
 from entrenar_gpu.ops.registry import Op, Placement, Spec, register, same_as
 
 OPERANDS = ("q", "k", "v", "dout")  # of products
@@ -251,7 +251,9 @@ def _products(node: Node, caps: Caps, part: Part, operands: Operands, workspace:
     constants["BASES"] = bind.bases
     grid = (len(part.rows) * heads, 3, part.blocks.stop)
     if config is not None:
-        constants |= products_blocking(constants["E"], config, caps)
+        owned = blocks_owned(constants["E"], config, caps)
+        constants |= products_blocking(constants["E"], config, caps, owned)
+        grid = (*grid[:2], ceil_div(part.blocks.stop, owned))
         return Launch("attention_grad_matrix", tuple(bindings), constants, grid, trusted=True)
     lanes = padded(constants["E"]) // 8
     constants |= {"TX": lanes, "TY": 8, "THREADS": 8 * lanes, "CK": _steps(constants["E"], constants["f16"])}

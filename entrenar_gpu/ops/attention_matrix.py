@@ -57,17 +57,27 @@ def dscores_blocking(e: int, config: MatrixConfig, caps: Caps) -> Mapping[str, A
     return {}
 
 
-def products_blocking(e: int, config: MatrixConfig, caps: Caps) -> Mapping[str, Any]:
-    """The constants of dq, dk and dv: four subgroups, two by two where columns can be halved."""
+def products_blocking(e: int, config: MatrixConfig, caps: Caps, blocks: int = 1) -> Mapping[str, Any]:
+    """The constants of dq, dk and dv for so many blocks of 64 tokens a workgroup: four subgroups, two by two where
+    columns can be halved."""
     across = 2 if e % (2 * config.n) == 0 else 1
     columns = e // across  # of a subgroup; some of them at a time go through workgroup memory
-    lanes, operands = config.max_subgroup // config.m, BLOCK * (e // 8 + 1 + BLOCK // 8 + 1) * 16
+    step, own, lanes = BLOCK // blocks, BLOCK * blocks, config.max_subgroup // config.m
+    words = max(own * (step // 8 + 1), step * (own // 8 + 1))  # of 16 bytes, of the block, which sums go through later
     for pieces in (2, 4, 8, 1) if columns % (2 * config.n) == 0 else (1,):
         part = columns // pieces
-        whole = columns % (pieces * config.n) == part % (4 * lanes) == 0
-        if whole and 4 * config.m * (part + 4) * 4 + operands <= caps.max_workgroup_bytes:
-            return {"TM": 16 * across, "TN": columns, "PART": part}
+        whole = columns % (pieces * config.n) == part % (4 * lanes) == step % config.k == 0
+        used = max(words, 4 * config.m * (part // 4 + 1)) + step * (e // 8 + 1)
+        if whole and used * 16 <= caps.max_workgroup_bytes:
+            return {"BLOCKS": blocks, "STEP": step, "TM": 16 * blocks * across, "TN": columns, "PART": part}
     return {}
+
+
+def blocks_owned(e: int, config: MatrixConfig, caps: Caps) -> int:
+    """Blocks of 64 tokens whose gradient a workgroup sums. Of two, each operand in workgroup memory is read half as
+    often, but a subgroup holds 64 x 64 sums, as in the largest tiles of matrix products."""
+    large = caps.large and config.m == config.n == 16 and config.max_subgroup == 32 and e <= 128
+    return 2 if large and products_blocking(e, config, caps, 2) else 1
 
 
 def split_of(workgroups: int, blocks: int, caps: Caps) -> int:
