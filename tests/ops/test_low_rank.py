@@ -22,6 +22,8 @@ SIZES = {
     "rank-64": (9, 64, 68, True),
     "rank-64-up": (9, 64, 68, False),
     "long": (130, 16, 1100, True),
+    "many-rows": (1501, 16, 68, True),  # slices of 301 rows, the last of 297
+    "many-rows-up": (1501, 16, 68, False),
 }
 
 # (shader, text of it, fault, a size that must notice)
@@ -36,6 +38,8 @@ FAULTS = [
     ("low_rank", "p0.y * x0", "p0.x * x0", "long"),
     ("low_rank", "* 16u + r] += sum.w", "* 16u + r] = sum.w", "up"),
     ("low_rank", "f32(0.7)", "f32(0.70001)", "rank-64"),
+    ("low_rank", "z * 301u + 301u", "z * 301u + 300u", "many-rows"),
+    ("low_rank", "z * 272u + r", "z * 271u + r", "many-rows"),
 ]
 
 

@@ -307,7 +307,7 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         launches = [low_precision_rows_launch(whole(x), m, k, low_x, x_scales, caps, down)]
     elif down is not None:
         a, made, turned = down
-        launches = [low_rank.launch(x, a, made, False, turned, 1.0, False, caps)]
+        launches = [low_rank.launch(x, a, made, turned, 1.0, caps)]
     if not node.group("copy"):
         scratch = [t for t in placed.workspace[2 * (1 + _has_scales(node)) :] if t is not partial]
         largest = node.inputs.get("largest")

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrenar_gpu.graph import Caps, Launch, Node, Tensor
 from entrenar_gpu.ops.gemm import low_rank
-from entrenar_gpu.ops.gemm.launches import Block, Matmul, layout_of, matmul_launches, partial_shapes, whole
+from entrenar_gpu.ops.gemm.launches import Block, Matmul, layout_of, matmul_launches, partial_shapes, sum_launch, whole
 from entrenar_gpu.ops.gemm.tiles import Choice, choose
 from entrenar_gpu.ops.reduce import sum_rows
 from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement, Spec, record, register
@@ -186,7 +186,7 @@ def is_low_rank(node: Node) -> bool:
 
 def _workspace(node: Node, caps: Caps) -> Sequence[Spec]:
     if is_low_rank(node):
-        return ()
+        return low_rank.partial_specs(matmul_sizes(node)[:3]) if node.attrs["transpose_a"] else ()
     return partial_shapes(matmul_sizes(node)[:3], _choice(node, caps))
 
 
@@ -194,9 +194,10 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
     m, n, k, r = matmul_sizes(node)
     a, b, residual = node.inputs["a"], node.inputs["b"], node.inputs.get("residual")
     (p, q), attrs = low_rank_of(node), node.attrs
+    if is_low_rank(node) and not attrs["transpose_a"]:
+        return [low_rank.launch(a, b, node.output, attrs["transpose_b"], attrs["alpha"], caps)]
     if is_low_rank(node):
-        transposes = attrs["transpose_a"], attrs["transpose_b"]
-        return [low_rank.launch(a, b, node.output, *transposes, attrs["alpha"], residual is not None, caps)]
+        return _over_rows(node, caps, placed.workspace)
     launched = Matmul(
         (m, n, k),
         whole(a),
@@ -212,6 +213,16 @@ def _launch(node: Node, caps: Caps, placed: Placement) -> Sequence[Launch]:
         accumulate=residual is not None and placed.aliased(node.output, residual),
     )
     return matmul_launches(launched, _choice(node, caps), next(iter(placed.workspace), None), caps)
+
+
+def _over_rows(node: Node, caps: Caps, workspace: Sequence[Tensor]) -> Sequence[Launch]:
+    """An adapter's gradient, a sum over all tokens: of many, a partial sum a slice of them, and their sum."""
+    (a, b), alpha, added = (node.inputs[name] for name in "ab"), node.attrs["alpha"], "residual" in node.inputs
+    if not workspace:
+        return [low_rank.over_rows(a, b, node.output, alpha, added, caps)]
+    (partial,), sizes = workspace, matmul_sizes(node)[:3]
+    summed = Matmul(sizes, whole(a), whole(b), Block(node.output, 0, sizes[1]), accumulate=added)
+    return [low_rank.over_rows(a, b, partial, alpha, False, caps), sum_launch(summed, partial, caps)]
 
 
 def _inplace(node: Node) -> Sequence[tuple[int, str]]:
