@@ -41,7 +41,7 @@ from entrenar_gpu.ops.registry import GradientContext, Gradients, Op, Placement,
 
 IGNORE = -100  # the label of a position without loss, as PyTorch's cross-entropy and transformers have it
 LOGITS_BYTES = 80 << 20  # scratch for the logits of a chunk: of a vocabulary of 152k 128 tokens, or 256 in f16
-MATRIX_CHUNKS = 2  # times as many on matrix units, which fewer tokens do not keep busy
+LARGE_CHUNKS = 2  # times as many on large cards and on matrix units, which fewer tokens do not keep busy
 
 
 def cross_entropy(
@@ -84,7 +84,8 @@ def cross_entropy(
 def _logits(tokens: int, shards: Sequence[Tensor], dtype: str, caps: Caps) -> Spec:
     """Scratch for the logits of as many tokens as are taken at once."""
     vocabulary = vocabulary_of(shards)
-    wanted = LOGITS_BYTES * (MATRIX_CHUNKS if dtype == "f16" and matrices_of(caps) is not None else 1)
+    large = caps.large or (dtype == "f16" and matrices_of(caps) is not None)
+    wanted = LOGITS_BYTES * (LARGE_CHUNKS if large else 1)
     fit = min(wanted, caps.max_binding_bytes) // (ELEMENT_BYTES[dtype] * vocabulary)
     return (min(tokens, max(fit // 64 * 64, min(fit, 64), 1)), vocabulary), dtype
 
