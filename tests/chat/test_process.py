@@ -111,6 +111,11 @@ def test_an_interrupt_between_question_and_answer_leaves_no_answer_behind(monkey
     assert "second" in made.render([{"role": "user", "content": "second"}])
 
 
+def test_a_key_called_as_a_method_of_dictionaries_does_not_hide_it():
+    source = "{% for m in messages %}{% for k, v in m.items() %}{{ k }}{% endfor %}{{ m.extra }}{% endfor %}"
+    assert template(source).render([{**USER[0], "items": 1, "extra": 2}]) == "rolecontentitemsextra2"
+
+
 def test_the_row_that_fails_is_told_by_its_place():
     source = "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' else m.content }}{% endfor %}"
     rows = [Conversation([{"role": "user", "content": content}]) for content in ("a", "b", "bad", "c")]

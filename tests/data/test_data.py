@@ -1,7 +1,10 @@
 """From JSONL to batches: what is trained, what is refused, how rows are filled, and where a resumed run goes on."""
 
+import gc
 import json
 import math
+import threading
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entrenar_gpu.data.batches import TrainBatches, collate, eval_batches, pack_rows
-from entrenar_gpu.data.load import load_samples
+from entrenar_gpu.data.load import _ahead, load_samples
 from entrenar_gpu.data.samples import IGNORE, SampleBuilder, Samples
 from entrenar_gpu.data.sources import find_sources
 from entrenar_gpu.data.tokenizer import Tokenizer
@@ -558,3 +561,50 @@ def test_training_data_smaller_than_one_step_repeat():
     step = next(iterator(made_of([5])))
     assert step.tokens == 4 * 4
     assert all(row[0] == 1 for m in step.micro_batches for row in m["input_ids"])
+
+
+@given(
+    st.integers(0, 12),
+    st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), max_size=4),
+    st.integers(1, 14),
+)
+def test_spans_and_labels_make_the_same_samples(length, spans, seq):
+    ids = array("i", range(100, 100 + length))
+    trained = {i for first, last in spans for i in range(first, last)}
+    by_spans, by_labels = SampleBuilder(seq), SampleBuilder(seq)
+    by_spans.add_spans(ids, spans)
+    by_labels.add(ids, [token if i in trained else IGNORE for i, token in enumerate(ids)])
+    found, wanted = by_spans.samples(), by_labels.samples()
+    assert found.fingerprint == wanted.fingerprint
+    assert (found.skipped, found.cut) == (wanted.skipped, wanted.cut)
+
+
+def test_nothing_more_is_read_once_nobody_asks():
+    made, go_on = [], threading.Event()
+
+    def items():
+        for i in range(9):
+            if i:
+                go_on.wait(10)
+            made.append(i)
+            yield i
+
+    coming = _ahead(items())
+    assert next(coming) == 0
+    threading.Timer(0.1, go_on.set).start()
+    coming.close()
+    assert made == [0, 1]  # the second had begun
+
+
+@pytest.mark.parametrize("record", [{"text": "a b"}, {"text": 1}])
+def test_reading_leaves_the_garbage_collector_as_it_was(tmp_path, base, record):
+    before = gc.get_threshold()
+    gc.set_threshold(701, 11, 12)
+    try:
+        load(tmp_path, base, record)
+    except UserError:
+        assert record["text"] == 1
+    finally:
+        found = gc.get_threshold()
+        gc.set_threshold(*before)
+    assert found == (701, 11, 12)
