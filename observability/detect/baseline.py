@@ -173,6 +173,8 @@ def _expected(times: Floats, work: Floats) -> tuple[Floats, Floats]:
 
 def work_exponent(times: Floats, work: Floats) -> float | None:
     """How time grows with work (time ~ work^exponent, 0 to 2); None where too few steps differ in it to tell."""
+    if np.all(work == work[:1]):
+        return None
     usable = times > 0
     x, y = np.log(work[usable]), np.log(times[usable])
     near = x - moving_median(x) if len(x) else x

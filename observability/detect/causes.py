@@ -8,7 +8,7 @@ import numpy as np
 
 from observability import schema
 from observability.detect import host
-from observability.detect.baseline import Scores, core_scale, uncertainty
+from observability.detect.baseline import Scores, core_scale, noise_scale, uncertainty
 from observability.detect.findings import (
     ALARM_AT,
     BETWEEN_STEPS,
@@ -159,11 +159,11 @@ def of_kind_shift(table: StepTable, slow: KindShift) -> Finding:
     cause = DATA_STALL if kind.level == "phase" and kind.name == schema.DATA else SLOW_KERNEL
     rows = np.arange(shift.first, shift.last + 1)
     level = float(np.median(table.durations[rows, slow.kind]))
-    lost = float(np.mean(slow.excess[rows]))
+    lost = float(np.median(slow.excess[rows]))
     if shift.kind == DRIFT_SHAPE:
         cause = DRIFT
         level = float(np.median(table.durations[rows[-max(len(rows) // 10, 1) :], slow.kind]))
-        lost = float(np.mean(slow.excess[rows[-max(len(rows) // 10, 1) :]]))
+        lost = float(np.median(slow.excess[rows[-max(len(rows) // 10, 1) :]]))
         text = (
             f"{kind.label} takes longer and longer, {duration(max(level - lost, 0.0))} to {duration(level)} by the end"
         )
@@ -345,7 +345,7 @@ def between_steps(table: StepTable) -> list[Finding]:
         return []
     usual = typical_step(table)
     excess = gaps - float(np.median(gaps))
-    scale = max(core_scale(excess), _FELT_BETWEEN * usual)
+    scale = max(noise_scale(excess, usual), _FELT_BETWEEN * usual)
     findings = []
     for row in np.flatnonzero((excess >= ALARM_AT * scale) & (excess >= _LEAST_GAP * usual)):
         seconds, step = float(gaps[row]), int(table.step[row])

@@ -166,16 +166,17 @@ def _of_steps(body: Body, found: list[KindShift]) -> list[Finding]:
     """Whole steps that stay slow, what they waited for a processor apart; without what kinds of span lost."""
     table, factor = body.table, body.times.factor
     seconds = table.seconds - _disjoint(table, [(slow.kind, slow.excess) for slow in found])
+    waited = body.waited * seconds / table.seconds  # what fell into the time that is taken off went with it
     # A burst of steps that one layer explains is no slowdown of the run.
     usual = np.minimum(body.times.expected, seconds)
     seconds = np.where(body.plain, usual, seconds)
-    own = np.maximum(seconds - body.waited, 0.05 * seconds)
+    own = np.maximum(seconds - waited, 0.05 * seconds)
     shifts = body.changes(np.maximum(own, 1e-9) / factor, _SHARED_RISE)
     apart = bool(body.waited.any())
     findings = [causes.of_shift(table, body.kinds, shift, apart) for shift in shifts]
     if apart:
         base = float(np.median(own / factor))
-        waits = body.changes(base + body.waited, _SHARED_WAITS)
+        waits = body.changes(base + waited, _SHARED_WAITS)
         findings += [causes.of_waits(table, shift) for shift in waits]
         shifts += waits
         if not shifts:  # neither alone is sure, or the waits told do not follow the steps

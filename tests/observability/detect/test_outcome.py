@@ -97,8 +97,41 @@ def test_time_between_steps_is_named_and_counted(tmp_path: Path) -> None:
     assert analysis.table.total_seconds == pytest.approx(28, rel=0.02)
 
 
+def test_what_threads_waited_while_a_loader_was_late_is_taken_off_the_step_once(quiet: StepTable) -> None:
+    """A late loader makes steps longer, and threads wait in all of it: what is left is no faster than before."""
+    rng = np.random.default_rng(0)
+    table, typical = grid.recording.rows(quiet, np.arange(100)), float(np.median(quiet.seconds))
+    waits = np.where(rng.random(100) < 0.4, 0.0, typical * rng.uniform(0, 0.5, 100))
+    late, rows = np.where(np.arange(100) >= 80, 4 * typical, 0.0), np.arange(100)
+    table = grid_cases.added(table, rows, [grid_cases.kind_index(table, "forward")], waits)
+    told = waits * (1 + late / table.seconds)
+    table = grid_cases.added(table, rows, [grid_cases.kind_index(table, "data")], late)
+    table = replace(table, values={**table.values, "run_delay_seconds": told, "others_cpu_seconds": told})
+    found = alarms(table)
+    assert {f.cause for f in found} == {"data-stall"}
+    assert min(f.first_step for f in found) >= 80
+
+
+def test_gaps_that_a_shared_machine_makes_all_the_time_are_counted_and_one_far_longer_is_told(
+    loaded: StepTable,
+) -> None:
+    """Half of the steps wait for a processor before they begin: long or short, as it comes."""
+    rng = np.random.default_rng(0)
+    gaps = np.where(rng.random(150) < 0.5, 0.0, rng.exponential(0.4, 150)) * np.median(loaded.seconds)
+    assert alarms(replace(loaded, between=gaps)) == []
+    gaps[90] = 12 * np.median(loaded.seconds)
+    (finding,) = alarms(replace(loaded, between=gaps))
+    assert (finding.cause, finding.step) == (BETWEEN_STEPS, 91)
+
+
 def alarms(table: StepTable) -> list[Finding]:
     return [finding for finding in detect(table)[0] if finding.is_alarm]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> StepTable:
+    """150 steps beside four programs that compute all the time."""
+    return grid.windows("loaded", "tuning", 150)[5]
 
 
 @pytest.fixture(scope="module")
