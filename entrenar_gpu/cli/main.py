@@ -18,7 +18,7 @@ from entrenar_gpu import signals
 from entrenar_gpu.cli import chat, evaluate, export, generate, options, serve
 from entrenar_gpu.cli.bench.commands import bench
 from entrenar_gpu.cli.other_names import our_names
-from entrenar_gpu.cli.text import print_json, printable
+from entrenar_gpu.cli.text import make_logs_printable, print_json, printable
 from entrenar_gpu.config import shape_file
 from entrenar_gpu.errors import OutOfDeviceMemory, UserError, speaking_flags
 from observability.errors import TraceError
@@ -290,6 +290,7 @@ def _unraisable(problem: Any) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status: 0, 2 for bad input, 128 and its number for a signal."""
+    make_logs_printable()
     with speaking_flags():
         return _run(arguments)
 

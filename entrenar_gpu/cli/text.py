@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from typing import Any
@@ -24,6 +25,19 @@ def printable(text: object, longest: int = LONGEST, keep: str = "") -> str:
         tail = longest // 4
         shown = f"{shown[: longest - tail]} … {shown[-tail:]}"
     return _STEERING.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), shown)
+
+
+class _Printable(logging.Formatter):
+    """What libraries log, which may quote whoever answered them: a line, but for the traceback of a fault."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t" if record.exc_info else "")
+
+
+def make_logs_printable() -> None:
+    """Have warnings of libraries shown as `printable` does, where the program has not said how to show them."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
 
 
 def _escaped(character: str) -> str:
