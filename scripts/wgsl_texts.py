@@ -23,6 +23,7 @@ from entrenar_gpu.session.plan_report import PROFILES
 from tests.helpers.cases import CASES
 from tests.helpers.equivalence import build
 
+LARGE_PACE = 1e14  # of a card that is taken for a large one
 MATRICES = (
     (MatrixConfig("f16", "f32", 16, 16, 16, 32, 32), MatrixConfig("i8", "i32", 16, 16, 32, 32, 32)),
     (MatrixConfig("f16", "f32", 16, 16, 16, 32, 64), MatrixConfig("i8", "i32", 16, 16, 16, 32, 64)),
@@ -49,11 +50,13 @@ def graphs() -> Iterator[tuple[Graph, Caps]]:
     for caps in low:
         for rank in (16, 40):
             yield layer_graph(arithmetic_on("int8", caps), rank), replace(caps, f16=True)
+            yield gradient_graph(rank), caps
             if caps.matrices:
                 yield layer_graph("f16", rank), replace(caps, f16=True)
                 yield layer_graph("f32", rank), caps
         for e in (64, 80, 128):
             yield attention_graph(e), replace(caps, f16=True)
+            yield attention_graph(e), replace(caps, f16=True, flops_per_second=LARGE_PACE)
 
 
 def layer_graph(arithmetic: Arithmetic, rank: int) -> Graph:
@@ -67,6 +70,15 @@ def layer_graph(arithmetic: Arithmetic, rank: int) -> Graph:
             weight = ops.Nf4Tensors.declare(graph, f"w{t}", (n, k), True, "bfloat16")
             out = ops.linear(x, weight, None, *added, arithmetic, (a, b, 0.5))
             backward(out, [x, a, b], graph.tensor(f"upstream{t}", out.shape))
+    return graph
+
+
+def gradient_graph(rank: int) -> Graph:
+    """An adapter's gradients over more rows than are summed in one launch."""
+    graph, rows = Graph("g"), 1500
+    wide, thin = graph.tensor("wide", (rows, 320)), graph.tensor("thin", (rows, rank))
+    ops.matmul(wide, thin, transpose_a=True)
+    ops.matmul(thin, wide, transpose_a=True)
     return graph
 
 
