@@ -55,6 +55,9 @@ def target(signal: Signal, url: str | None) -> Target | None:
     if exporter == "none" or (exporter != "otlp" and endpoint is None):
         return None
     protocol = _protocol(signal)
+    if protocol == "http" and endpoint is not None and not endpoint.lower().startswith(("http://", "https://")):
+        told = without_secrets(endpoint)
+        raise TraceError(f"OTEL_EXPORTER_OTLP_ENDPOINT: expected http://HOST:4318 (https with TLS), not {told!r}")
     return Target(signal, protocol, None, without_secrets(endpoint or f"the collector on this machine ({protocol})"))
 
 

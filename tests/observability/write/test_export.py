@@ -333,6 +333,17 @@ def test_an_unusable_address_is_one_line_before_the_run(tmp_path: Path, url: str
         observe(tmp_path, otlp=url)
 
 
+@pytest.mark.parametrize("address", ["collector:4318", "nonsense", "ftp://collector"])
+def test_an_address_in_the_environment_that_is_none_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+    with pytest.raises(TraceError, match=f"OTEL_EXPORTER_OTLP_ENDPOINT: expected http://HOST:4318 .* not '{address}'"):
+        target("traces", None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")  # whose addresses need no scheme
+    assert target("traces", None) is not None
+
+
 def test_an_unknown_protocol_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(
