@@ -197,7 +197,7 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     tracer = observability.observe(
         config.output,
         level=config.trace_level,
-        otlp=config.otlp,
+        otlp=config.otlp and config.otlp.partition("#")[0],  # nothing behind it is sent, or to be shown
         kernels_every=config.trace_kernels_every,
         otlp_sample=config.otlp_sample,
     )

@@ -56,11 +56,11 @@ class Options:
 
 
 def without_credentials(text: str) -> str:
-    """An address without user, password and query; any other text as it is."""
+    """An address without user, password, query and fragment; any other text as it is."""
     scheme, separator, rest = text.partition("://")
     if not separator:
         return text
-    place, query, _ = rest.rpartition("@")[2].partition("?")
+    place, query, _ = rest.rpartition("@")[2].partition("#")[0].partition("?")
     return f"{scheme}://{place}{'?...' if query else ''}"
 
 

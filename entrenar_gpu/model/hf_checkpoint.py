@@ -240,9 +240,11 @@ def _stored_names(config: ModelConfig, files: dict[str, SafetensorsFile]) -> dic
     the head's, where a tied pair is stored as that.
     """
     names: dict[str, str] = {}
-    table, tail = config.embedding, config.embedding.removeprefix(config.prefix)
+    table = config.embedding
+    # Not by the embedding alone: of a tied pair the head may be what is stored.
+    tails = [spec.name.removeprefix(config.prefix) for spec in config.weights if spec.name.startswith(config.prefix)]
     for prefix in ("", *OLDER_PREFIXES):
-        if table not in files and prefix + tail in files:
+        if table not in files and any(prefix + tail in files for tail in tails):
             names |= {config.prefix + name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
     older_head = f"language_model.{HEAD}"
     if HEAD not in files and older_head in files:

@@ -19,7 +19,7 @@ def test_no_file_and_no_line_of_a_run_holds_them(tmp_path, capfd):
     flags = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
     shape = ["--batch", "2", "--seq", "32", "--rank", "4", "--steps", "2", "--device", "numpy"]
     with http_receiver() as received:
-        address = received.url.replace("://", "://user:hunter2@") + "/?token=hunter3"
+        address = received.url.replace("://", "://user:hunter2@") + "/?token=hunter3#hunter4"
         assert main.run(["train", *flags, *shape, "--otlp", address]) == 0
     assert received.spans
     out, err = capfd.readouterr()
@@ -33,6 +33,8 @@ def test_no_file_and_no_line_of_a_run_holds_them(tmp_path, capfd):
     ("text", "told"),
     [
         ("http://user:a/b@c@host:4318/v1?token=x", "http://host:4318/v1?..."),
+        ("http://host:4318/v1#x", "http://host:4318/v1"),
+        ("http://host:4318?a=1#x?y", "http://host:4318?..."),
         ("grpc://host:4317", "grpc://host:4317"),
         ("user@host", "user@host"),
         ("/data/a@b?c", "/data/a@b?c"),

@@ -81,11 +81,13 @@ def test_a_tied_pair_may_be_stored_as_its_head(tmp_path):
     np.testing.assert_array_equal(load_file(merged(folder) / "model.safetensors")[EMBEDDING], table)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_names_may_lack_the_prefix(tmp_path, tied):
+@pytest.mark.parametrize(("tied", "as_head"), [(True, False), (False, False), (True, True)])
+def test_names_may_lack_the_prefix(tmp_path, tied, as_head):
     folder = make_model(tmp_path / "model", **TINY, tie_word_embeddings=tied)
     loss, names = loss_of(folder), set(load_file(folder / "model.safetensors"))
     tensors = load_file(folder / "model.safetensors")
+    if as_head:
+        tensors[HEAD] = tensors.pop(EMBEDDING)
     save_file({name.removeprefix("model."): v for name, v in tensors.items()}, folder / "model.safetensors")
     assert loss_of(folder) == loss
     assert set(load_file(merged(folder) / "model.safetensors")) == names
