@@ -29,6 +29,17 @@ def test_no_file_and_no_line_of_a_run_holds_them(tmp_path, capfd):
     assert not [path for path in files if b"hunter" in path.read_bytes()]
 
 
+@pytest.mark.parametrize("address", ["user:hunter2@host:4318", "//user:hunter2@host", "http:/user:hunter2@host"])
+def test_an_address_without_a_scheme_is_not_shown(tmp_path, capfd, address):
+    make_model(tmp_path / "model", **TINY)
+    make_data(tmp_path / "train.jsonl", vocab=96)
+    paths = ["--model", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--output", tmp_path / "run"]
+    assert main.run(["train", *map(str, paths), "--seq", "32", "--device", "numpy", "--quiet", "--otlp", address]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: --otlp: expected http://HOST:4318")
+    assert "hunter" not in err
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
