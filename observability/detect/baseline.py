@@ -23,7 +23,7 @@ Mask = npt.NDArray[np.bool_]
 WINDOW: Final = 101  # steps of the moving baseline
 HEALTHY_START: Final = 100  # steps after the warm-up that give the fixed baseline
 MAD_TO_SIGMA: Final = 1.4826  # of a Gaussian
-_FLOOR: Final = 0.005  # of the centre: below half a percent a difference matters to nobody
+FLOOR: Final = 0.005  # of the centre: below half a percent a difference matters to nobody
 # (quantile, how many sigmas it lies at): sigma by the tail is the excess at that quantile over that many. The further
 # out, the nearer to the alarms, and the fewer faulty steps it takes to spoil it. A kind of span on its own bears 3%
 # faulty steps; steps, whose faults the kinds of span show first, and alike kinds pooled bear 1.5%. A Gaussian has 1.88
@@ -114,7 +114,7 @@ def core_scale(excess: Floats) -> float:
 def noise_scale(excess: Floats, centre: float, tail: tuple[float, float] = FAR_TAIL) -> float:
     """One sigma of `excess`: the robust core, or the tail where that is heavier; never below the floor."""
     known = max(core_scale(excess), tail_scale(excess, centre, tail)) * uncertainty(len(excess))
-    return max(known, _FLOOR * centre, 1e-9)
+    return max(known, FLOOR * centre, 1e-9)
 
 
 def uncertainty(count: int) -> float:
@@ -150,7 +150,7 @@ def _tails(columns: Floats, excess: Floats, factor: Floats, pools: Sequence[Hash
     for alike in members.values():
         # steps have no pool; a kind of span on its own has one of its own
         tail = FAR_TAIL if not pools or len(alike) > 2 else NEAR_TAIL
-        result[alike] = centres[alike] * max(tail_scale(relative[:, alike].reshape(-1), 1.0, tail), _FLOOR, 1e-9)
+        result[alike] = centres[alike] * max(tail_scale(relative[:, alike].reshape(-1), 1.0, tail), FLOOR, 1e-9)
     return [float(tail) for tail in result]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from observability.detect.baseline import core_scale
 from observability.detect.findings import ALARM_AT
-from observability.detect.sustained import LEVEL_SHAPE, LOW, Shift, find_shifts
+from observability.detect.sustained import LEVEL_SHAPE, LOW, Shift, find_shifts, with_floor
 from observability.read import Floats
 
 LEAST_STEPS: Final = 24  # on each side of a change
@@ -67,7 +67,7 @@ def find_change(times: Floats, least: float, scatter: Floats | None = None) -> S
     healthy, level = (float(np.exp(np.median(part))) for part in (logs[:first], logs[first:]))
     if z < ALARM_AT or level < (1 + least) * healthy:
         return None
-    return Shift(LEVEL_SHAPE, first, count - 1, healthy, level, z)
+    return Shift(LEVEL_SHAPE, first, count - 1, healthy, level, with_floor(z, healthy, level))
 
 
 def _inflation(rest: Floats) -> float:

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from observability.detect.baseline import HEALTHY_START, MAD_TO_SIGMA
+from observability.detect.baseline import FLOOR, HEALTHY_START, MAD_TO_SIGMA
 from observability.read import Floats, Ints
 
 _BLOCK: Final = 10  # steps a block; fewer in a short run
@@ -55,6 +55,11 @@ class Shift:
     slope: float = 0.0
 
 
+def with_floor(z: float, healthy: float, level: float) -> float:
+    """`z` in sigmas of no less than FLOOR of the level: what took nothing before scattered by nothing."""
+    return min(z, (1 - healthy / level) / FLOOR)
+
+
 def find_shifts(times: Floats, least: float = LEAST_RISE, quantile: float = LOW) -> list[Shift]:
     """Sustained slowdowns in the times of consecutive steps, already corrected for their work. Seconds.
 
@@ -78,7 +83,12 @@ def find_shifts(times: Floats, least: float = LEAST_RISE, quantile: float = LOW)
         shifts = [_shape(blocks, first, end, base, block, len(times)) for first, end in elevated]
         surety = _surety(blocks, elevated, shifts, base, sigma, block)
         sure = [
-            replace(shift, z=z, healthy=shift.healthy * typical, level=shift.level * typical)
+            replace(
+                shift,
+                z=with_floor(z, shift.healthy, shift.level),
+                healthy=shift.healthy * typical,
+                level=shift.level * typical,
+            )
             for shift, z in zip(shifts, surety, strict=True)
             if z >= _SURE_AT and np.log(shift.level / shift.healthy) >= threshold
         ]

@@ -220,6 +220,17 @@ def test_throttle_has_its_stretch(tmp_path: Path) -> None:
     assert "+20%" in finding.evidence
 
 
+def test_sigmas_of_what_took_nothing_before_can_be_believed(tmp_path: Path) -> None:
+    steps = made.plain_steps(200)
+    for step in steps:
+        step.phases["data"] = 0.0
+    for step in steps[100:]:
+        step.phases["data"] = 70.0
+    finding = only(tmp_path, steps)
+    assert (finding.cause, finding.severity) == ("data-stall", "high")
+    assert finding.z <= 200
+
+
 def test_a_throttle_that_begins_before_the_baseline_is_known(tmp_path: Path) -> None:
     steps = made.plain_steps(600)
     slower(steps[20:160], 1.2)
