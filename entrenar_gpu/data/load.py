@@ -29,6 +29,17 @@ T = TypeVar("T")
 Chunk: TypeAlias = Sequence[Draft | Tokens]
 
 
+@contextlib.contextmanager
+def _collected_seldom() -> Iterator[None]:
+    """Rows are a great many objects and no cycles of them; to look for some after every 700 is 5% of reading."""
+    first, *others = gc.get_threshold()
+    gc.set_threshold(first and max(first, 50_000), *others)
+    try:
+        yield
+    finally:
+        gc.set_threshold(first, *others)
+
+
 def load_samples(
     path: str | Path,
     tokenizer: Tokenizer | None,
@@ -43,6 +54,7 @@ def load_samples(
     return read_samples([[open_file(Path(path))]], tokenizer, reading, seq)
 
 
+@_collected_seldom()
 def read_samples(
     groups: Sequence[Sequence[RowSource]], tokenizer: Tokenizer | None, reading: Reading, seq: int
 ) -> Samples:
@@ -51,13 +63,6 @@ def read_samples(
     Sources of a group count as one in `Samples.groups`. `tokenizer` may be None where every row holds input_ids.
     Raises UserError: the row's place and what is wrong with it, or that a group holds nothing to train.
     """
-    with _collected_seldom():
-        return _read_samples(groups, tokenizer, reading, seq)
-
-
-def _read_samples(
-    groups: Sequence[Sequence[RowSource]], tokenizer: Tokenizer | None, reading: Reading, seq: int
-) -> Samples:
     builder = SampleBuilder(seq)
     counts: list[int] = []
     notes: dict[str, None] = {}
@@ -80,17 +85,6 @@ def _read_samples(
 
 def _names(group: Sequence[RowSource]) -> str:
     return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-
-
-@contextlib.contextmanager
-def _collected_seldom() -> Iterator[None]:
-    """Rows are a great many objects and no cycles of them; to look for some after every 700 is 5% of reading."""
-    first, *others = gc.get_threshold()
-    gc.set_threshold(first and max(first, 50_000), *others)
-    try:
-        yield
-    finally:
-        gc.set_threshold(first, *others)
 
 
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
