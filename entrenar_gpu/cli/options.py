@@ -144,8 +144,10 @@ def open_model(
     for text in adapters:
         whole = "=" not in text or os.path.isdir(text)
         name, folder = (os.path.basename(os.path.abspath(text)), text) if whole else text.split("=", 1)
-        if not name or not folder or name == "base":
-            raise UserError(f"--adapter: {text!r} is not a folder, or NAME=FOLDER with a name other than base")
+        if not name or not folder:
+            raise UserError(f"--adapter: {text!r} is neither a folder nor NAME=FOLDER")
+        if name == "base":
+            raise UserError(f"--adapter: base is the model without an adapter; give another name, as in mine={folder}")
         if named.setdefault(name, folder) != folder:
             raise UserError(f"--adapter: two are called {name!r}")
     if not given.get("model"):

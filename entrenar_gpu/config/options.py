@@ -56,12 +56,16 @@ class Options:
 
 
 def without_credentials(text: str) -> str:
-    """An address without user, password, query and fragment; any other text as it is."""
+    """An address without user, password, query and fragment; where one may be taken for the other, as with a ? before
+    the @, its scheme alone. Any other text as it is."""
     scheme, separator, rest = text.partition("://")
     if not separator:
         return text
-    place, query, _ = rest.rpartition("@")[2].partition("#")[0].partition("?")
-    return f"{scheme}://{place}{'?...' if query else ''}"
+    address, _, fragment = rest.partition("#")
+    place, _, query = address.partition("?")
+    if "@" in query + fragment:
+        return f"{scheme}://..."
+    return f"{scheme}://{place.rpartition('@')[2]}{'?...' if query else ''}"
 
 
 def flag(name: str) -> str:

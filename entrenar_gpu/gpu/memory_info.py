@@ -97,7 +97,7 @@ def _group_bounds(root: Path) -> Iterator[int]:
         else:
             continue
         group = mount / path.strip("/")
-        if ".." in group.parts or not group.is_dir():
+        if ".." in group.parts or not os.path.isdir(group):
             group = mount
         while True:
             bound = _left_of(group, *names)
@@ -112,9 +112,9 @@ def _left_of(group: Path, limit: str, usage: str, prefix: str) -> int | None:
     """Bytes that a group may still use; what it holds of files is given back when it is needed."""
     most, used = _number(group / limit), _number(group / usage)
     if most is None or used is None:
-        return None
-    stat = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines() if " " in line)
-    cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        return most  # who does not tell what is used may still have a limit
+    stat = dict(line.partition(" ")[::2] for line in _text(group / "memory.stat").splitlines())
+    cached = sum(_count(stat.get(f"{prefix}{kind}_file", "")) or 0 for kind in ("active", "inactive"))
     return max(most - max(used - cached, 0), 0)
 
 
@@ -143,7 +143,10 @@ def _amd_folder(info: Any, root: Path) -> Path | None:
 
 def _meminfo(key: str, root: Path) -> int | None:
     lines = _text(root / "proc/meminfo").splitlines()
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), None)
+    kibibytes = next(
+        (_count(line.partition(":")[2].removesuffix("kB")) for line in lines if line.startswith(f"{key}:")), None
+    )
+    return None if kibibytes is None else kibibytes << 10
 
 
 def _text(path: Path) -> str:
@@ -155,8 +158,13 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None  # "max" is no limit
+    return _count(_text(path))  # "max" is no limit
+
+
+def _count(text: str) -> int | None:
+    """A number of the system's; None of what is none, or has more digits than any."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) <= 20 else None
 
 
 def _output(command: list[str]) -> str | None:

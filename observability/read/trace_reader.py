@@ -134,7 +134,8 @@ def newest_run(folder: Path) -> Path:
     """The folder of the trace that was written to last, at or below `folder`."""
     if not folder.is_dir():
         raise TraceError(f"{folder}: no such folder; name a run folder or a trace file")
-    traces = sorted(folder.rglob(schema.TRACE_FILE), key=lambda path: path.stat().st_mtime)
+    found = (path for path in folder.rglob(schema.TRACE_FILE) if path.is_file())
+    traces = sorted(found, key=lambda path: path.stat().st_mtime)
     if not traces:
         raise TraceError(f"{folder}: no {schema.TRACE_FILE} at or below it")
     return traces[-1].parent
@@ -149,6 +150,9 @@ class _Lines:
         self._own = OwnLines(_attributes)
 
     def __iter__(self) -> Iterator[bytes]:
+        # Opening a pipe that lies in a folder waits for somebody to write; what the shell hands over has its writer.
+        if self._path.is_fifo() and not os.path.abspath(self._path).startswith(("/dev/", "/proc/")):
+            raise TraceError(f"{self._path}: cannot be read: it is no file")
         try:
             with self._path.open("rb") as file:
                 packed = file.peek(2).startswith(_GZIP)

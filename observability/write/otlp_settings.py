@@ -56,9 +56,11 @@ def target(signal: Signal, url: str | None) -> Target | None:
         return None
     protocol = _protocol(signal)
     if protocol == "http" and endpoint is not None and not endpoint.lower().startswith(("http://", "https://")):
-        told = without_secrets(endpoint)
+        told = _shown(endpoint)
         raise TraceError(f"OTEL_EXPORTER_OTLP_ENDPOINT: expected http://HOST:4318 (https with TLS), not {told!r}")
-    return Target(signal, protocol, None, without_secrets(endpoint or f"the collector on this machine ({protocol})"))
+    return Target(
+        signal, protocol, None, _shown(endpoint) if endpoint else f"the collector on this machine ({protocol})"
+    )
 
 
 def _from_url(signal: Signal, url: str) -> Target:
@@ -67,17 +69,17 @@ def _from_url(signal: Signal, url: str) -> Target:
         host = parts.hostname
         _ = parts.port  # raises where it is not a number
     except ValueError:  # whose text quotes what may be half of a password
-        raise TraceError(f"--otlp: {without_secrets(url)!r} is no address: its host or port cannot be read") from None
+        raise TraceError(f"--otlp: {_shown(url)!r} is no address: its host or port cannot be read") from None
     if parts.scheme not in _SCHEMES or not host:
-        told = without_secrets(url)
+        told = _shown(url)
         raise TraceError(f"--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS), not {told!r}")
     if parts.scheme in _GRPC:
-        return Target(signal, "grpc", f"{_GRPC[parts.scheme]}://{parts.netloc}", without_secrets(url))
+        return Target(signal, "grpc", f"{_GRPC[parts.scheme]}://{parts.netloc}", _shown(url))
     if _protocol(signal) == "grpc":
-        return Target(signal, "grpc", url, without_secrets(url))
+        return Target(signal, "grpc", url, _shown(url))
     path = parts.path.rstrip("/").removesuffix("/v1/traces")
     address = urlunsplit((parts.scheme, parts.netloc, f"{path}/v1/{signal}", parts.query, ""))
-    return Target(signal, "http", address, without_secrets(url))
+    return Target(signal, "http", address, _shown(url))
 
 
 def _variable(signal: Signal, name: str) -> str | None:
@@ -133,9 +135,20 @@ def last_words() -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with what may be a credential in its addresses left out: user and password, and values of a query."""
-    text = re.sub(r"(\w://)[^\s'\"]*@", r"\1", text)  # a password may hold a slash
+    """`text` with what may be a credential in its addresses left out, those that libraries tell without a host too."""
+    text = re.sub(r"\w+://[^\s'\"]+", lambda found: _shown(found[0]), text)
+    text = re.sub(r"(\s/[^\s'\"?]*\?)[^\s'\")]+", r"\1...", text)
     return re.sub(r"([?&][^=&\s#'\"]+)=[^&\s#'\"]*", r"\1=...", text)
+
+
+def _shown(address: str) -> str:
+    """What messages may show of an address: neither user and password, which may hold any sign, nor query or fragment.
+    Of one that may be read in two ways, as where a ? stands before the @, the scheme alone."""
+    scheme, separator, rest = address.partition("://")
+    place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not separator or "@" in query:
+        return f"{scheme}://..." if separator else "..."
+    return f"{scheme}://{place.rpartition('@')[2]}{'?...' if mark else ''}"
 
 
 def span_exporter(to: Target) -> SpanExporter:

@@ -47,6 +47,8 @@ def test_an_address_without_a_scheme_is_not_shown(tmp_path, capfd, address):
         ("http://host:4318/v1#x", "http://host:4318/v1"),
         ("http://host:4318?a=1#x?y", "http://host:4318?..."),
         ("grpc://host:4317", "grpc://host:4317"),
+        ("http://host/?mail@hunter2", "http://..."),
+        ("http://user:hun?ter2@host/", "http://..."),
         ("user@host", "user@host"),
         ("/data/a@b?c", "/data/a@b?c"),
     ],

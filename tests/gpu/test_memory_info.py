@@ -129,6 +129,19 @@ LIMITS: dict[str, tuple[dict[str, object], int]] = {
         },
         10 * GIB,
     ),
+    "that tell no use": ({"proc/self/cgroup": "0::/job", f"{V2}/job/memory.max": 4 * GIB}, 4 * GIB),
+    "with nonsense in their figures": (
+        {
+            "proc/self/cgroup": f"0::/a/b/c\n0\n::\n1:memory\n4:memory:/{'x' * 300}",
+            f"{V2}/a/memory.max": "9" * 5000,
+            f"{V2}/a/memory.current": "-1",
+            f"{V2}/a/b/memory.max": 4 * GIB,
+            f"{V2}/a/b/memory.current": 2 * GIB,
+            f"{V2}/a/b/memory.stat": f"inactive_file {GIB}\nactive_file many\nactive_file\n \nanon",
+            f"{V2}/a/b/c/memory.max": "\u0664 GiB",
+        },
+        3 * GIB,
+    ),
 }
 
 
@@ -166,6 +179,25 @@ def test_a_driver_without_addresses_is_not_tried(monkeypatch):
     monkeypatch.setattr("entrenar_gpu.gpu.choice.gpus", lambda _name: pytest.fail("the driver was loaded"))
     with pytest.raises(UserError, match=r"^`ulimit -v` leaves this process 639 MiB, .*raise the limit"):
         choose_gpu()
+
+
+@pytest.mark.parametrize("text", ["MemAvailable:", "MemAvailable: many kB", f"MemAvailable: {'9' * 5000} kB", "\0"])
+def test_a_system_that_tells_nonsense(tmp_path, text):
+    root = write(tmp_path, {"proc/meminfo": text} | card(0, 0x15BF, vram_total=512 * MIB, gtt_total=16 * GIB))
+    (root / "sys/class/drm/card0/device/mem_info_gtt_total").write_text("")
+    assert available_bytes(root) is None
+    assert memory_bytes(adapter("IntegratedGPU"), root) is None
+
+
+def test_of_several_cards_the_one_asked_for_counts_however_small_its_window(tmp_path):
+    """The vis_vram that the processor sees through a small BAR is no bound: what is uploaded is copied."""
+    cards = card(1, 0x15BF, vram_total=512 * MIB, gtt_total=24 * GIB) | card(10, 0x744C, vram_total=24 * GIB)
+    cards |= card(2, 0x73BF, vram_total=16 * GIB, vis_vram_total=256 * MIB, vram_used=20 * GIB, gtt_total=24 * GIB)
+    root = write(tmp_path, meminfo(20 * GIB) | cards)
+    small = adapter("DiscreteGPU", device_id=0x73BF)
+    assert (memory_bytes(small, root), free_bytes(small, root)) == (16 * GIB, 0)
+    assert memory_bytes(adapter("DiscreteGPU", device_id=0x744C), root) == 24 * GIB
+    assert memory_bytes(adapter("IntegratedGPU"), root) == 20 * GIB + 512 * MIB
 
 
 def test_a_system_that_tells_nothing(tmp_path):

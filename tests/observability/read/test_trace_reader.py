@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -413,3 +414,21 @@ def test_jaeger_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "cannot be reached" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / schema.TRACE_FILE).write_bytes(as_lines(made.lines(made.plain_steps(4), "run-1")))
+    for name in ("pipe", f"run/{'trace.00001.jsonl'}"):
+        os.mkfifo(tmp_path / name)
+        assert main([str((tmp_path / name) if name == "pipe" else tmp_path / "run")]) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / name}: cannot be read: it is no file\n"
+
+
+def test_of_a_folder_of_runs_traces_alone_count(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / schema.TRACE_FILE).write_bytes(b"")
+    (tmp_path / "b" / schema.TRACE_FILE).symlink_to(tmp_path / "gone")
+    assert newest_run(tmp_path) == tmp_path / "a"

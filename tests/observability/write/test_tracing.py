@@ -392,6 +392,11 @@ def test_what_is_not_finite_stays_out_of_exported_spans_and_is_counted(tmp_path:
         "http://user:hunter2/@host:4318",
         "http://host:4318/?token=hunter2",
         "ftp://host/?token=hunter2",
+        "http://host:4318/?hunter2",
+        "ftp://host/?hunter2",
+        "http://host:4318/#hunter2",
+        "http://host:4318/?mail@hunter2",
+        "http://user:hunter2?x@host",
     ],
 )
 def test_credentials_of_an_address_are_told_to_nobody(url: str, tmp_path: Path) -> None:
@@ -402,6 +407,19 @@ def test_credentials_of_an_address_are_told_to_nobody(url: str, tmp_path: Path) 
     assert "hunter2" not in told
     builder_ = SpanBuilder(run_info(config={"otlp": url}), "step", None, OwnSpans())
     assert "hunter2" not in str(builder_.finish(run_summary(1))[-1].attributes)
+
+
+@pytest.mark.parametrize("url", ["ftp://user:hunter2'x@host", "ftp://user:hunter2 x@host", "user:hunter2@host:4318"])
+def test_an_address_that_is_refused_shows_no_password(url: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        otlp_settings.target("traces", url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_libraries_say_of_an_address_shows_no_query() -> None:
+    said = "host='host', port=4318: Max retries exceeded with url: /v1/traces?{} (Caused by a refusal)"
+    for query in ("hunter2", "token=hunter2", "a=1&hunter2"):
+        assert otlp_settings.without_secrets(said.format(query)) == said.format("...")
 
 
 def test_a_token_in_the_query_reaches_the_collector() -> None:
