@@ -280,6 +280,9 @@ def main() -> None:
     sys.unraisablehook = _unraisable
     with signals.ending(signals.interrupt):
         status = run(sys.argv[1:])
+    # `python -m` ends by SIGINT, whatever it is told here, where a KeyboardInterrupt last went through text that was
+    # run, as what dataclasses make of themselves while modules are loaded; text that ends well makes it forget that.
+    exec("")
     sys.exit(status)
 
 

@@ -249,6 +249,27 @@ def test_visible_text_keeps_what_people_write():
     assert (len(cut), cut[:5], cut[-3:]) == (1003, "start", "end")
 
 
+INTERRUPTED_TEXT = """
+from types import SimpleNamespace
+from entrenar_gpu.cli import main
+def interrupted(**_):
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+main.typer.main.get_command = lambda _: SimpleNamespace(main=interrupted)
+main.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
+def test_an_interrupt_while_text_is_run_has_its_own_status(tmp_path):
+    """Dataclasses run text while modules are loaded; `python -m` then ends by SIGINT of itself."""
+    (tmp_path / "interrupted_text.py").write_text(INTERRUPTED_TEXT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted_text"], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
+
+
 def test_an_interrupt_while_a_class_is_made_is_one(monkeypatch):
     """Python 3.11 raises a RuntimeError from what a descriptor's __set_name__ raises."""
 
