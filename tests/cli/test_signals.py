@@ -40,8 +40,11 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process that minds SIGHUP, which `nohup` has its children ignore: as training does what it is told there, tests
+    run under it would wait for nothing."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(arguments, cwd=ROOT, **(pipes | options))
+    minding = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)} if len(ENDING) > 2 else {}
+    return subprocess.Popen(arguments, cwd=ROOT, **(pipes | minding | options))
 
 
 def until(condition: Any, seconds: float = 60.0) -> None:
