@@ -35,7 +35,8 @@ class PeftReader:
         return float(value)
 
     def dropout(self) -> float:
-        value = self.number("lora_dropout", self.raw.get("lora_dropout") or 0.0)
+        given = self.raw.get("lora_dropout")
+        value = self.number("lora_dropout", 0.0 if given is None else given)
         self.need(0 <= value < 1, "lora_dropout", "at least 0 and below 1")
         return value
 

@@ -136,7 +136,7 @@ def chosen_tables(config: TrainConfig, model: ModelConfig) -> list[str]:
 def chosen_tokens(config: TrainConfig, model: ModelConfig) -> dict[str, list[int]]:
     """What --trainable-token-indices names, as PEFT's mapping. Raises UserError for what is not a token."""
     parts = [part.strip() for part in (config.trainable_token_indices or "").split(",") if part.strip()]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) < model.vocab_size)]
+    wrong = [part for part in parts if not _is_index(part, model.vocab_size)]
     if wrong:
         count = model.vocab_size
         raise UserError(f"--trainable-token-indices: {wrong[0][:20]!r} is not a token of 0 to {count - 1}")
@@ -168,7 +168,7 @@ def chosen_layers(config: TrainConfig, model: ModelConfig) -> list[int] | None:
     if config.method == "full":
         raise UserError("--layers-to-transform: is for adapters; --method full takes --layers, the last ones")
     parts = [part.strip() for part in config.layers_to_transform.split(",")]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) < count)]
+    wrong = [part for part in parts if not _is_index(part, count)]
     if wrong:
         raise UserError(f"--layers-to-transform: {wrong[0][:20]!r} is not a layer of 0 to {count - 1}")
     return sorted({int(part) for part in parts})
@@ -182,6 +182,11 @@ def trained_weights(config: TrainConfig, model: ModelConfig) -> frozenset[str] |
     below = tuple(f"{model.layer_path(index)}." for index in range(layers[0]))
     frozen = {model.embedding} | {spec.name for spec in model.weights if spec.name.startswith(below)}
     return frozenset(spec.name for spec in model.weights) - frozen
+
+
+def _is_index(text: str, count: int) -> bool:
+    """Whether a text is a whole number of 0 to count - 1; Python reads no number of thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < count
 
 
 def _in_order(names: Iterable[str], known: list[str]) -> list[str]:

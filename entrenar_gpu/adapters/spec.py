@@ -82,7 +82,10 @@ class AdapterSpec:
         others = [] if selection.is_all_linear else sorted(filter(selection.matches, _other_modules(model)))
         if others:
             raise file.error(f"target_modules includes {others[0]!r}; projections, embedding and head are supported")
-        spec = cls.select(selection, config, model)
+        try:
+            spec = cls.select(selection, config, model)
+        except UserError as error:
+            raise file.error(str(error)) from None
         if not spec.modules and not spec.lora_tables:
             raise file.error(f"target_modules {selection.target_modules!r} matches no projection of the model")
         targets = replace(selection, exclude_modules=[])

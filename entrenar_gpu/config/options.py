@@ -176,7 +176,9 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return texts[0] if len(texts) == 1 else texts
     options = tuple(option for option in options if option != SEVERAL)
     (kind,) = [o for o in options if o is not type(None)]
-    name, bad = flag(f.name), UserError(f"{flag(f.name)}: {value!r} is not {_describe(kind)}")
+    # what a list or mapping holds is not shown: headers of a collector, say, hold its password
+    shown = f"a {type(value).__name__}" if isinstance(value, (list, tuple, dict)) else repr(value)
+    name, bad = flag(f.name), UserError(f"{flag(f.name)}: {shown} is not {_describe(kind)}")
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise bad

@@ -156,7 +156,10 @@ class HFCheckpoint:
             raise UserError(f"{self.main_file}: tensor {name!r} is missing; config.json calls for it")
         info = self.info(name)
         if any(self._has(f"{name}{STATE}{kind}") for kind in ("nf4", "fp4")):
-            stored = self._nf4(name).shape
+            weight = self._nf4(name)
+            if not weight.is_finite:
+                raise UserError(f"{info.file}: tensor {name!r} holds numbers that are not finite")
+            stored = weight.shape
         elif info.dtype in STORED_FLOATS:
             stored = info.shape
         else:

@@ -248,6 +248,13 @@ class Nf4Weight:
         parts = (self.codes, self.absmax, self.absmax_codes, self.nested_absmax, self.nested_code)
         return sum(part.nbytes for part in parts if part is not None)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value that a code can stand for is finite in `dtype`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            largest = np.abs(self.scales()).max(initial=0)  # the codebook ends in -1 and 1
+            return bool(np.isfinite(largest.astype(ROUNDED_TYPES.get(self.dtype, np.float32))))
+
     def scales(self) -> Floats:
         """Block scales, f32 [blocks]; computed at each call where they are double-quantised."""
         if self.absmax is not None:

@@ -24,7 +24,7 @@ def evaluate_data(
     by their weights where rows have any.
 
     With a `window`, samples longer than --seq are not cut: they are read in pieces of --seq tokens, each so many tokens
-    further on (`windows.sliding`).
+    further on (`windows.sliding`). Raises UserError where the loss is not finite.
     """
     if window is not None and not 1 <= window <= config.seq:
         raise UserError(f"--window: {window} is not from 1 to --seq {config.seq}")
@@ -41,6 +41,9 @@ def evaluate_data(
         loss, tokens = evaluate(session, samples)
     finally:
         session.close()
+    if not math.isfinite(loss):
+        adapter = f" with the adapter {config.adapter_init}" if with_adapter else ""
+        raise UserError(f"--model: {config.model}{adapter}: the loss is not finite: its numbers are too large")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens, "samples": len(samples)}
 
 

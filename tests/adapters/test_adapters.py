@@ -173,6 +173,7 @@ def test_scale_follows_each_modules_rank(tmp_path, rslora):
         ({"r": True}, "r must be"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number"),
         ({"lora_dropout": 1.0}, "lora_dropout must be"),
+        ({"lora_dropout": []}, "lora_dropout must be a number"),
         ({"use_rslora": "yes"}, "use_rslora must be true or false"),
         ({"target_modules": None}, "target_modules is missing"),
         ({"target_modules": [3]}, "target_modules must be"),

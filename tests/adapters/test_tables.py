@@ -127,6 +127,8 @@ WRONG = {
     "--modules-to-save: 'norm'": {"modules_to_save": "norm"},
     "--modules-to-save: is for adapters": {"modules_to_save": "lm_head", "method": "full"},
     "--trainable-token-indices: '96' is not": {"trainable_token_indices": "3,96"},
+    "--trainable-token-indices: '99999999999999999999' is not": {"trainable_token_indices": "9" * 5000},
+    "--layers-to-transform: '99999999999999999999' is not": {"layers_to_transform": "9" * 5000},
     "--trainable-token-indices: '-1' is not": {"trainable_token_indices": "-1"},
     "--trainable-token-indices: a token is there twice": {"trainable_token_indices": "3,3"},
     "embed_tokens: modules_to_save and trainable_token_indices": {
@@ -148,7 +150,7 @@ WRONG_KEYS = [
     ({"trainable_token_indices": [1, "2"]}, "trainable_token_indices must be"),
     ({"trainable_token_indices": {"embed_tokens": []}}, "trainable_token_indices must be"),
     ({"trainable_token_indices": {"norm": [1]}}, "trainable_token_indices 'norm' is not supported"),
-    ({"trainable_token_indices": [96]}, "96 is not a token"),
+    ({"trainable_token_indices": [96]}, "adapter_config.json: trainable_token_indices: 96 is not a token"),
     ({"target_modules": ["norm"]}, "target_modules includes 'model.norm'"),
 ]
 

@@ -132,6 +132,20 @@ def test_what_is_not_finite_is_not_merged(folder, tmp_path, capsys, place):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".safetensors")]
 
 
+def test_a_loss_that_is_not_finite_is_no_result(folder, tmp_path, capfd):
+    """Finite weights whose products overflow: one line, none of NumPy's, and nothing that reads like a loss."""
+    shutil.copytree(folder / "lora", tmp_path / "run")
+    config = tmp_path / "run/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1e29}))
+    where = ["--model", folder / "model", "--adapter", tmp_path / "run", "--data", folder / "train.jsonl"]
+    assert cli.run(["eval", *map(str, where), "--seq", "32", "--device", "numpy"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 2
+    assert "error: --model: " in err.split("\n")[1]
+    assert f"with the adapter {tmp_path / 'run'}: the loss is not finite" in err
+
+
 def test_json_prints_null_for_what_is_not_finite(folder, capsys, monkeypatch):
     monkeypatch.setattr("entrenar_gpu.train.evaluate_data", lambda *_, **__: {"loss": np.nan, "rows": [np.inf, 1.0]})
     out, _ = run(capsys, "eval", "--model", folder / "model", "--data", folder / "train.jsonl", "--json")

@@ -40,6 +40,15 @@ def test_an_address_without_a_scheme_is_not_shown(tmp_path, capfd, address):
     assert "hunter" not in err
 
 
+@pytest.mark.parametrize("value", ["{headers: {authorization: hunter2}}", '["http://user:hunter2@host"]'])
+def test_what_a_file_says_in_place_of_an_address_is_not_shown(tmp_path, capfd, value):
+    (tmp_path / "run.yaml").write_text(f"otlp: {value}\n")
+    assert main.run(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: --otlp: a ")
+    assert "hunter" not in err
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

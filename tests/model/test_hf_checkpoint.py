@@ -379,6 +379,28 @@ def test_incomplete_quantisation_states_are_refused(tmp_path, suffix, replacemen
         HFCheckpoint.open(write_model(tmp_path, tensors))
 
 
+@pytest.mark.parametrize(
+    ("double", "part", "value"),
+    [
+        (False, ".absmax", np.inf),
+        (False, ".absmax", 1e6),  # fits float32, not the float16 that its values are rounded to
+        (True, ".nested_absmax", 1e30),
+        (True, ".nested_quant_map", -np.inf),
+    ],
+)
+def test_scales_of_no_finite_values_are_refused_while_opening(tmp_path, double, part, value):
+    tensors = model_tensors() | nf4_tensors(Q_PROJ, model_tensors()[Q_PROJ], double, dtype="float16")
+    tensors[Q_PROJ + part] = np.full_like(tensors[Q_PROJ + part], value)
+    with pytest.raises(UserError, match=rf"model.safetensors: tensor '{Q_PROJ}' holds numbers that are not finite$"):
+        HFCheckpoint.open(write_model(tmp_path, tensors))
+
+
+def test_an_offset_of_scales_beyond_float32_is_refused(tmp_path):
+    tensors = model_tensors() | nf4_tensors(Q_PROJ, model_tensors()[Q_PROJ], True, nested_offset=1e39)
+    with pytest.raises(UserError, match=rf"model.safetensors: tensor '{Q_PROJ}' holds numbers that are not finite$"):
+        HFCheckpoint.open(write_model(tmp_path, tensors))
+
+
 def test_fp4_and_quantised_embeddings_are_refused(tmp_path):
     state = np.frombuffer(b"{}", np.uint8)
     with pytest.raises(UserError, match=r"q_proj.weight': quantised by bitsandbytes to fp4"):
