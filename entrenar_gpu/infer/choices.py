@@ -28,11 +28,14 @@ def evaluate_choices(model: LanguageModel, questions: Iterable[Question]) -> dic
 
     A choice is scored as the continuation of its question, after a space. `acc` takes the choice with the highest sum
     of log-probabilities, `acc_norm` that with the highest sum per character of the choice (without the space). The
-    standard error is that of a mean of zeros and ones, sqrt(p (1 - p) / (n - 1)).
+    standard error is that of a mean of zeros and ones, sqrt(p (1 - p) / (n - 1)). Raises UserError for logits that are
+    not finite, as in `Sampler.draw`: they make no choice likeliest.
     """
     hits, normalised, count = 0, 0, 0
     for question in questions:
         scores = [s.logprob for s in model.score_choices(question.text, [f" {choice}" for choice in question.choices])]
+        if not all(map(math.isfinite, scores)):
+            raise UserError("the model's logits are not finite: its weights, or its adapter's, overflow")
         hits += _likeliest(scores) == question.answer
         lengths = [len(choice) for choice in question.choices]
         normalised += _likeliest([s / n for s, n in zip(scores, lengths, strict=True)]) == question.answer

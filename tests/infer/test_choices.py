@@ -44,6 +44,13 @@ def test_the_likeliest_counts_in_all_and_by_character(model):
     assert found["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
+def test_logits_that_are_not_finite_choose_nothing(model, monkeypatch):
+    logits = model.decoder.logits
+    monkeypatch.setattr(model.decoder, "logits", lambda tokens: logits(tokens) * float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        evaluate_choices(model, [Question("w4 w5", ("w7", "w12"), 0)])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
