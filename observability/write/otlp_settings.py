@@ -146,6 +146,8 @@ def _shown(address: str) -> str:
     Of one that may be read in two ways, as where a ? stands before the @, the scheme alone."""
     scheme, separator, rest = address.partition("://")
     place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not separator and not re.search("[@?#]", address):
+        return address  # a host and a port, as gRPC takes them
     if not separator or "@" in query:
         return f"{scheme}://..." if separator else "..."
     return f"{scheme}://{place.rpartition('@')[2]}{'?...' if mark else ''}"

@@ -344,6 +344,13 @@ def test_an_address_in_the_environment_that_is_none_is_told_at_once(
     assert target("traces", None) is not None
 
 
+@pytest.mark.parametrize("address", ["me:hunter2@collector:4318", "collector?token=hunter2", "collector#hunter2"])
+def test_what_may_be_a_password_in_it_is_not(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+    with pytest.raises(TraceError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT: [^\n]*, not '\.\.\.'$"):
+        target("traces", None)
+
+
 def test_an_unknown_protocol_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(
