@@ -73,12 +73,13 @@ def available_bytes(root: Path = ROOT) -> int | None:
 def addresses_left(root: Path = ROOT) -> int | None:
     """Bytes of address space that `ulimit -v` leaves this process; None without such a limit."""
     held = _text(root / "proc/self/statm").split()
-    if sys.platform == "win32" or not held or not held[0].isdecimal():
-        return None
-    import resource
+    if sys.platform != "win32" and held and held[0].isdecimal():
+        import resource
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else max(limit - int(held[0]) * resource.getpagesize(), 0)
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            return max(limit - int(held[0]) * resource.getpagesize(), 0)
+    return None
 
 
 def _group_bounds(root: Path) -> Iterator[int]:
