@@ -145,12 +145,12 @@ def _shown(address: str) -> str:
     """What messages may show of an address: neither user and password, which may hold any sign, nor query or fragment.
     Of one that may be read in two ways, as where a ? stands before the @, the scheme alone."""
     scheme, separator, rest = address.partition("://")
-    place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
-    if not separator and not re.search("[@?#]", address):
-        return address  # a host and a port, as gRPC takes them
-    if not separator or "@" in query:
-        return f"{scheme}://..." if separator else "..."
-    return f"{scheme}://{place.rpartition('@')[2]}{'?...' if mark else ''}"
+    if not separator:  # a host and a port, as gRPC takes them
+        return "..." if re.search("[@?#]", address) else address
+    place, *query = re.split("[?#]", rest, maxsplit=1)
+    if query and "@" in query[0]:
+        return f"{scheme}://..."
+    return f"{scheme}://{place.rpartition('@')[2]}{'?...' if query else ''}"
 
 
 def span_exporter(to: Target) -> SpanExporter:

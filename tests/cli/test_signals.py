@@ -235,7 +235,7 @@ def test_what_libraries_log_does_not_steer_a_terminal(hostile):
     """As the reason that a collector gives for what it does not take."""
     said = (
         "import logging, sys; from entrenar_gpu.cli import main; main.run(['--version'])\n"
-        "logging.getLogger('a.library').warning('not taken (%s)', sys.argv[1] + chr(10) + 'error: b')"
+        "logging.getLogger('exporter').warning('not taken (%s)', sys.argv[1] + chr(10) + 'error: b')"
     )
     done = subprocess.run([sys.executable, "-c", said, hostile], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == "not taken (a\\x1b[2J\\x07\\u202eb\\x9b31m\\nerror: b)\n"

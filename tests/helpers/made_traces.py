@@ -56,6 +56,14 @@ def plain_steps(count: int, seed: int = 0, step_ms: float = 100.0, noise: float 
     return steps
 
 
+def wandering(rng: np.random.Generator, steps: int, memory: float, spread: float) -> np.ndarray:
+    """A level [steps] that wanders by itself, from 0 on: each keeps so much of the one before."""
+    level = np.zeros(steps)
+    for step in range(1, steps):
+        level[step] = memory * level[step - 1] + spread * rng.standard_normal()
+    return level
+
+
 def slow_layer(step: Step, name: str, extra_ms: float) -> None:
     step.layers[name] += extra_ms
     step.phases[name.split()[0]] += extra_ms

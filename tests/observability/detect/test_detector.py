@@ -629,10 +629,8 @@ def test_a_stretch_far_above_levels_that_wander() -> None:
     """It is one, dated as it was, and not joined with whatever next to it lies above the start of the run."""
     found = 0
     for seed in range(20):
-        rng, walk = np.random.default_rng(seed), np.zeros(1000)
-        for step in range(1, 1000):
-            walk[step] = 0.99 * walk[step - 1] + 0.013 * rng.standard_normal()
-        times = np.exp(walk + 0.05 * np.abs(rng.standard_t(3, 1000)))
+        rng = np.random.default_rng(seed)
+        times = np.exp(made.wandering(rng, 1000, 0.99, 0.013) + 0.05 * np.abs(rng.standard_t(3, 1000)))
         times[520:760] *= 2.2
         found += any(abs(shift.first - 520) <= 15 and abs(shift.last - 760) <= 15 for shift in find_shifts(times))
     assert found >= 12

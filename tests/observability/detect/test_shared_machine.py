@@ -14,6 +14,7 @@ from observability.detect.findings import DRIFT, INTERFERENCE, SPIKE, THROTTLE, 
 from observability.detect.host import processors
 from observability.detect.sustained import find_shifts
 from observability.read import StepTable
+from tests.helpers import made_traces as made
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,8 @@ def test_a_level_that_wanders_by_itself_is_no_change() -> None:
     """The same scatter with a memory of tens of steps tells as little as a few independent steps would."""
     found = 0
     for seed in range(20):
-        rng, walk = np.random.default_rng(seed), np.zeros(150)
-        for step in range(1, 150):
-            walk[step] = 0.95 * walk[step - 1] + 0.1 * rng.standard_normal()
-        found += find_change(np.exp(walk), 0.1) is not None
+        level = made.wandering(np.random.default_rng(seed), 150, 0.95, 0.1)
+        found += find_change(np.exp(level), 0.1) is not None
     assert found <= 1
 
 
