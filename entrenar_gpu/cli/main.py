@@ -194,8 +194,6 @@ def _tracing(config: Any, progress: Any) -> tuple[Any, list[Any]]:
     from entrenar_gpu.cli.trackers import trackers
     from observability.detect import LiveDetector
 
-    if config.otlp and "://" not in config.otlp:  # not shown: it may hold a password
-        raise UserError("--otlp: expected http://HOST:4318 or grpc://HOST:4317 (https, grpcs with TLS); :// is missing")
     tracer = observability.observe(
         config.output,
         level=config.trace_level,
