@@ -52,7 +52,6 @@ _OUT_OF_ALL_PROPORTION: Final = 3.0  # typical steps lost at once: worth a line 
 # On a machine that others share, what one step waited is news where it is so many times what one in fifty waits.
 _CROWD: Final = 0.98
 _OF_THE_CROWD: Final = 3.0
-_STOPPED: Final = 0.5  # of the time lost, in which the process was stopped and not only outrun
 _UNDISTURBED: Final = 0.02  # of a step: one that waited less was left alone
 _FREQUENT: Final = 0.05  # of the run
 _SLOWER_PAUSES: Final = 1.3  # times those before
@@ -110,14 +109,14 @@ def crowded(table: StepTable, findings: list[Finding]) -> list[Finding]:
     """
     if not host.busy(table):
         return findings
-    outrun = host.outrun(table)
+    outrun, stops = host.outrun(table), host.stops(table)
     usual = _OF_THE_CROWD * float(np.quantile(outrun, _CROWD))
     most = max(_OUT_OF_ALL_PROPORTION * typical_step(table), usual)
     kept = []
     for finding in findings:
         lost = finding.seconds - finding.expected
         row = int(np.searchsorted(table.step, finding.step))
-        if finding.cause != INTERFERENCE or lost >= most or host.stopped(table, row) >= _STOPPED * lost:
+        if finding.cause != INTERFERENCE or lost >= most or stops[row] >= host.STOPPED * lost:
             kept.append(finding)
     return kept
 

@@ -11,6 +11,7 @@ from observability.detect.change import ENOUGH_STEPS
 from observability.detect.findings import INTERFERENCE, MEMORY_PRESSURE, THROTTLE, duration
 from observability.read import Floats, StepTable
 
+STOPPED: Final = 0.5  # of the time lost, in which the process was stopped and not only outrun
 _HELD: Final = 0.4  # of the time lost, in which the whole process did not run
 _WAITED: Final = 0.4  # of the time lost, that threads waited for a processor
 _OTHERS: Final = 0.3  # of the time lost, that other programs had a processor
@@ -65,13 +66,15 @@ def outrun(table: StepTable) -> Floats:
     return result
 
 
-def stopped(table: StepTable, row: int) -> float:
-    """Seconds in which the process did not run though nobody kept a processor from it: stopped, swapped out, asleep."""
+def stops(table: StepTable) -> Floats:
+    """Seconds by step in which the process did not run though nobody kept a processor from it: stopped, swapped out,
+    asleep; zeros where untold."""
     held = table.values.get("held_seconds")
-    if held is None or not np.isfinite(held[row]):
-        return 0.0
-    usual = float(np.median(outrun(table)))
-    return float(held[row]) - max(float(outrun(table)[row]) - usual, 0.0)
+    if held is None:
+        return np.zeros(len(table))
+    waits = outrun(table)
+    result: Floats = np.nan_to_num(held) - np.maximum(waits - float(np.median(waits)), 0.0)
+    return result
 
 
 def busy(table: StepTable) -> bool:

@@ -95,9 +95,16 @@ class Body:
         return Scores(found.expected * unit, found.excess * unit, found.scale * unit, found.factor)
 
     def floor_scales(self) -> None:
-        """No sigma below a share of the step: what usually takes nothing would be thousands of sigmas slow."""
+        """No sigma below a share of the step: what usually takes nothing would be thousands of sigmas slow.
+
+        Nor, of a step in which the process was stopped, as far above what stops are usual: nothing else hides one that
+        the host tells.
+        """
         least = _FELT * self.times.expected
         np.maximum(self.times.scale, least, out=self.times.scale)
+        stops = score(host.stops(self.table), np.ones(len(self.table)))
+        told = stops.excess >= host.STOPPED * np.maximum(self.times.excess, self.times.expected)
+        np.minimum(self.times.scale, np.maximum(stops.scale, least), out=self.times.scale, where=told)
         np.maximum(self.outside.scale, least, out=self.outside.scale)
         np.maximum(self.kinds.scale, least[:, None], out=self.kinds.scale)
 

@@ -124,6 +124,19 @@ def test_gaps_that_a_shared_machine_makes_all_the_time_are_counted_and_one_far_l
     assert (finding.cause, finding.step) == (BETWEEN_STEPS, 91)
 
 
+def test_a_stop_is_told_however_long_other_steps_waited(tmp_path: Path) -> None:
+    """The host tells it apart: no program had the processors, and the process did not run."""
+    rng = np.random.default_rng(0)
+    table = analysed(tmp_path, made.plain_steps(136)).table
+    waits = np.where(np.arange(136) < 100, 0.0, rng.uniform(1, 8, 136))  # seconds, from step 101 on
+    held = np.where(np.arange(136) == 59, 2.0, 0.0)
+    told = {"run_delay_seconds": waits, "others_cpu_seconds": waits, "held_seconds": held + waits}
+    table = replace(table, seconds=table.seconds + waits + held, values={**table.values, **told})
+    (finding,) = [f for f in alarms(table) if f.first_step <= 60 <= f.last_step]
+    assert finding.cause == "interference"
+    assert "the process did not run for 2" in finding.evidence
+
+
 def alarms(table: StepTable) -> list[Finding]:
     return [finding for finding in detect(table)[0] if finding.is_alarm]
 
